@@ -1,0 +1,47 @@
+"""mmfast: kernels and a thin trainer for balanced multimodal learning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultimodalModel",
+    "Trainer",
+    "Valuation",
+    "backend",
+    "data",
+    "methods",
+    "models",
+    "ops",
+    "valuate",
+]
+
+_HOME = {
+    "MultimodalModel": "mmfast.models",
+    "Trainer": "mmfast.trainer",
+    "Valuation": "mmfast.valuation",
+    "valuate": "mmfast.valuation",
+}
+_SUBMODULES = ("backend", "data", "methods", "models", "ops")
+
+if TYPE_CHECKING:
+    from mmfast import backend, data, methods, models, ops
+    from mmfast.models import MultimodalModel
+    from mmfast.trainer import Trainer
+    from mmfast.valuation import Valuation, valuate
+
+
+def __getattr__(name: str):
+    # Lazy, so that `import mmfast.ops` never needs what only the trainer depends on.
+    if name in _SUBMODULES:
+        return importlib.import_module(f"mmfast.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mmfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,141 @@
+"""What can run here, what is chosen, and why not: the only module that imports by name at run time.
+
+Nothing is probed at import. A compiled module, or triton, is looked for when an op first needs it or when
+`mmfast info` asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Fastest first, per device type; the first that implements the op is taken. No GPU figures are in yet, so
+# Triton is preferred on GPUs because it needs no toolkit on the user's machine.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
+@functools.cache
+def _load_extension(name: str) -> ModuleType | str:
+    try:
+        return importlib.import_module(f"mmfast._{name}")
+    except ModuleNotFoundError:
+        switch = f"MMFAST_{name.upper()}"
+        return f"mmfast was installed without its {name} module (see {switch} in the README)"
+    except ImportError as error:
+        return f"the {name} module does not load: {error}"
+
+
+def extension(name: str) -> ModuleType:
+    """Return the compiled module `mmfast._cpu` or `mmfast._cuda`, or raise with the reason it is missing."""
+    module = _load_extension(name)
+    if isinstance(module, str):
+        raise BackendUnavailableError(f"backend {name!r} cannot run: {module}")
+    return module
+
+
+@functools.cache
+def kernels(op: str) -> ModuleType:
+    """Return the module of Triton kernels `mmfast.kernels.<op>`."""
+    return importlib.import_module(f"mmfast.kernels.{op}")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors, instead of on a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    return None
+
+
+def why_not(backend: str) -> str | None:
+    """Return None if `backend` can run on this machine, else the reason in one sentence."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _why_not_triton()
+    module = _load_extension(backend)
+    if isinstance(module, str):
+        return module
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "no NVIDIA GPU that torch can use"
+    return None
+
+
+@functools.cache
+def implements(backend: str, op: str) -> bool:
+    """Whether `backend` has a kernel for the op of stem `op`; it must be available."""
+    if backend == "reference":
+        return True
+    if backend == "triton":
+        return importlib.util.find_spec(f"mmfast.kernels.{op}") is not None
+    return any(name.startswith(op) for name in dir(extension(backend)))
+
+
+def _why_not_here(backend: str, op: str, device_type: str) -> str | None:
+    reason = why_not(backend)
+    if reason is not None:
+        return reason
+    if not implements(backend, op):
+        return f"there is no {backend} kernel for {op} yet"
+    fits = {"cpu": device_type == "cpu", "cuda": device_type == "cuda"}
+    fits["triton"] = device_type == ("cpu" if interpreting() else "cuda")
+    if not fits.get(backend, True):
+        return f"it does not take tensors on {device_type!r}"
+    return None
+
+
+@functools.cache
+def resolve(
+    op: str,  # stem of the op's files
+    backend: str,
+    device_type: str,  # torch.device.type of the tensors
+    dtype: torch.dtype,
+) -> str:
+    """Return the backend that runs `op`: the one named, or for "auto" the preferred one that can.
+
+    Raises:
+        ValueError: `backend` is no backend's name.
+        BackendUnavailableError: a backend named by the caller cannot run; the message says why.
+    """
+    if backend == "auto":
+        for candidate in _PREFERENCE.get(device_type, ()):
+            if _why_not_here(candidate, op, device_type) is None and supports(candidate, op, dtype):
+                return candidate
+        return "reference"
+    check_name(backend)
+    reason = _why_not_here(backend, op, device_type)
+    if reason is None and not supports(backend, op, dtype):
+        reason = f"its {op} kernel does not take {dtype}"
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {backend!r} cannot run {op}: {reason}")
+    return backend
+
+
+def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel of `op` in `backend` computes in `dtype`."""
+    if backend == "triton" and interpreting():
+        # Triton's interpreter rounds bfloat16 wrongly: a result from it would not be the kernel's.
+        return dtype != torch.bfloat16
+    return True
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError if `backend` names no backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, got {backend!r}')

@@ -1,0 +1,49 @@
+"""Checkpoints: written whole or not at all, read without running any code they hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values, in lists and dicts, so that a reader sees the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return what `save` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut short, is no checkpoint, holds code, or has another format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no readable checkpoint (cut short, or not written by mmfast): {error}"
+        ) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path} is no mmfast checkpoint: it has no format number")
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"{path} must have checkpoint format {FORMAT}, got {state['format']}: another version wrote it"
+        )
+    return state

@@ -1,0 +1,10 @@
+"""Data sets: in-memory arrays, `.npz` files, raw media folders, the embedded default, synthetic data."""
+
+from mmfast.data.arrays import ArrayDataset
+from mmfast.data.folder import load_folder
+from mmfast.data.load import load
+from mmfast.data.npz import load_npz
+from mmfast.data.splits import Splits
+from mmfast.data.synthetic import synthetic
+
+__all__ = ["ArrayDataset", "Splits", "load", "load_folder", "load_npz", "synthetic"]

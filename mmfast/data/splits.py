@@ -1,0 +1,267 @@
+"""Train, validation and test parts of one data set, and how they are made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mmfast.data.arrays import ArrayDataset
+from mmfast.data.standardize import standardize_parts
+
+PARTS = ("train", "val", "test")
+VAL_SHARE = TEST_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a data set: fit on `train`, select on `val`, report `test` once.
+
+    `split_seed` is the seed of the split where one was drawn, and None where it was given or made by block.
+    """
+
+    train: ArrayDataset
+    val: ArrayDataset
+    test: ArrayDataset
+    num_classes: int
+    class_names: tuple[str, ...]
+    name: str
+    split_seed: int | None
+    description: str
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the M modalities; their order is the bit order of coalitions."""
+        return self.train.modalities
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Feature shape of one sample per modality."""
+        return self.train.shapes
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, Any],  # [N, ...] each
+        labels: Any,  # [N]
+        *,
+        split: Any | None = None,  # [N]
+        group: Any | None = None,  # [N]
+        present: Mapping[str, Any] | None = None,  # [N] each
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+        standardize: bool = True,
+        name: str = "arrays",
+        split_note: str = "split as given",
+    ) -> Splits:
+        """Split arrays in memory into train, validation and test.
+
+        Args:
+            arrays: One array per modality name, shapes as in `ArrayDataset`.
+            labels: `[N]` integers or strings; mapped to 0 .. C - 1 in sorted order.
+            split: `[N]` of "train", "val", "test". Without it 70/15/15% are drawn, stratified by class;
+                without any "val" 15% of train are drawn for it.
+            group: `[N]` integers or strings; samples of one group stay in one part.
+            present: bool `[N]` for any modality, False where a sample lacks it.
+            class_names: Names of the classes where `labels` are already 0 .. C - 1.
+            seed: Seed of what is drawn.
+            standardize: Scale features by statistics of the training part; see `Splits.standardize`.
+            name: What to call the data set in reports.
+            split_note: How a given `split` was made, for the description.
+
+        Raises:
+            ValueError: what `ArrayDataset` refuses, unknown or missing parts, a group in two parts, classes
+                or modalities without a training sample.
+        """
+        encoded, names = _encode_labels(labels, class_names)
+        data = ArrayDataset(arrays, encoded, present=present, group=group, num_classes=len(names))
+        given = None if split is None else _check_split(split, len(data))
+        if given is not None and data.group is not None:
+            _check_groups(given, data.group)
+        parts, drawn = _complete_split(given, encoded, data.group, seed)
+        train, val, test = (data.subset(np.flatnonzero(parts == part)) for part in PARTS)
+        _check_training_part(train, names)
+        sizes = ", ".join(f"{part} {np.count_nonzero(parts == part):,}" for part in PARTS)
+        shapes = ", ".join(f"{key} {list(shape)}" for key, shape in data.shapes.items())
+        # Dozens of views would bury the rest of the sentence.
+        shapes = shapes if len(data.shapes) <= 6 else f"{len(data.shapes)} modalities"
+        splits = cls(
+            train=train,
+            val=val,
+            test=test,
+            num_classes=len(names),
+            class_names=names,
+            name=name,
+            split_seed=seed if drawn else None,
+            description=f"{name}: {len(data):,} samples, {shapes}, {len(names)} classes; {sizes}; "
+            + (drawn or split_note),
+        )
+        return splits.standardize() if standardize else splits
+
+    def standardize(self) -> Splits:
+        """Return these splits with features scaled to mean 0 and standard deviation 1 over the training part.
+
+        Per feature for vectors and sequences, per channel for images and video. What is constant in training
+        becomes 0 everywhere; absent samples stay 0 and do not count.
+        """
+        train, val, test = standardize_parts(self.train, self.val, self.test)
+        return replace(self, train=train, val=val, test=test)
+
+
+def stratified_split(
+    labels: np.ndarray,  # [N]
+    *,
+    group: np.ndarray | None = None,  # [N]
+    seed: int = 0,
+) -> np.ndarray:  # [N] of PARTS
+    """Draw 70% train, 15% val and 15% test, stratified by class, samples of one group together."""
+    parts = np.full(len(labels), "train", dtype="<U5")
+    parts[_hold_out(labels, group, TEST_SHARE, seed, "test")] = "test"
+    return _carve_val(parts, labels, group, VAL_SHARE / (1 - TEST_SHARE), seed)
+
+
+def block_split(labels: np.ndarray) -> np.ndarray:  # [N] -> [N] of PARTS
+    """Give the first 70% of each class in order to train, the next 15% to val and the rest to test.
+
+    For samples that follow each other in time: drawn at random, near copies would lie on both sides.
+    """
+    parts = np.full(len(labels), "test", dtype="<U5")
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        # In integers: 0.7 + 0.15 of 100 rows is 84.99..., which would lose one.
+        train_end, val_end = len(rows) * 70 // 100, len(rows) * 85 // 100
+        parts[rows[:train_end]], parts[rows[train_end:val_end]] = "train", "val"
+    return parts
+
+
+def _complete_split(
+    given: np.ndarray | None, labels: np.ndarray, group: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, str]:
+    """Return the parts `[N]` and how what was missing was drawn ("" where nothing was)."""
+    how = f"stratified by class{', by group' if group is not None else ''}, drawn with seed {seed}"
+    if given is None:
+        return stratified_split(labels, group=group, seed=seed), f"split 70/15/15%, {how}"
+    if "val" in given:
+        return given, ""
+    carved = _carve_val(given.copy(), labels, group, VAL_SHARE, seed)
+    return carved, f"val is {VAL_SHARE:.0%} of the given train, {how}"
+
+
+def _carve_val(
+    parts: np.ndarray, labels: np.ndarray, group: np.ndarray | None, share: float, seed: int
+) -> np.ndarray:
+    rows = np.flatnonzero(parts == "train")
+    held = _hold_out(labels[rows], None if group is None else group[rows], share, seed, "val")
+    parts[rows[held]] = "val"
+    return parts
+
+
+def _hold_out(
+    labels: np.ndarray,  # [N]
+    group: np.ndarray | None,  # [N]
+    share: float,
+    seed: int,
+    part: str,
+) -> np.ndarray:  # [held]
+    """Return the rows held out: about `share` of every class, never the only sample or group of one."""
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+    except ImportError as error:
+        raise ImportError('making a split needs scikit-learn: pip install "mmfast[train]"') from error
+    if group is None:
+        classes, counts = np.unique(labels, return_counts=True)
+        rows = np.flatnonzero(np.isin(labels, classes[counts > 1]))
+        num_classes = int((counts > 1).sum())
+        num_held = max(round(share * len(rows)), num_classes)
+        if num_classes == 0 or len(rows) - num_held < num_classes:
+            raise ValueError(
+                f"split cannot be drawn: {len(labels)} samples of {len(classes)} classes are too few "
+                f"for a {part} part beside train; give a split"
+            )
+        return train_test_split(rows, test_size=num_held, stratify=labels[rows], random_state=seed)[1]
+
+    num_groups, counts = len(np.unique(group)), np.bincount(labels)
+    num_folds = min(round(1 / share), num_groups, counts.max())
+    if num_folds < 2:
+        raise ValueError(
+            f"split cannot be drawn: {num_groups} group(s), at most {counts.max()} samples a class, are too "
+            f"few for a {part} part beside train; give a split"
+        )
+    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    best, best_gap = None, np.inf
+    with warnings.catch_warnings():
+        # A class with fewer samples than folds is no error here: the fold is chosen below.
+        warnings.simplefilter("ignore", UserWarning)
+        pairs = list(folds.split(np.zeros((len(labels), 1)), labels, group))
+    for rest, held in pairs:
+        if len(held) == 0 or len(np.unique(labels[rest])) < np.count_nonzero(counts):
+            continue
+        gap = np.abs(np.bincount(labels[held], minlength=len(counts)) - share * counts).sum()
+        if gap < best_gap:
+            best, best_gap = held, gap
+    if best is None:
+        raise ValueError(
+            f"split cannot be drawn: whichever groups of the {num_groups} go to {part}, a class loses "
+            "its last training sample; give a split"
+        )
+    return best
+
+
+def _encode_labels(labels: Any, class_names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if array.dtype.kind not in "iuSU":
+        raise TypeError(f"labels must be integers or strings, got {array.dtype}")
+    if array.ndim != 1:
+        expected = f"[N] = [{len(array)}]" if array.ndim else "[N]"
+        raise ValueError(f"labels must have shape {expected}, got {list(array.shape)}")
+    if len(array) == 0:
+        raise ValueError("labels must hold at least one sample, got shape [0]")
+    if class_names is None:
+        array = array.astype(str) if array.dtype.kind == "S" else array
+        names, encoded = np.unique(array, return_inverse=True)
+        return encoded.astype(np.int64), tuple(str(name) for name in names)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers where class_names are given, got {array.dtype}")
+    # The range is checked against C by ArrayDataset.
+    return array.astype(np.int64), tuple(class_names)
+
+
+def _check_split(split: Any, size: int) -> np.ndarray:  # [N] of PARTS
+    parts = np.asarray(split)
+    if parts.dtype.kind not in "SU":
+        raise TypeError(f"split must hold strings, got {parts.dtype}")
+    if parts.shape != (size,):
+        raise ValueError(f"split must have shape [N] = [{size}], got {list(parts.shape)}")
+    parts = parts.astype(str)
+    unknown = sorted(set(parts.tolist()) - set(PARTS))
+    if unknown:
+        raise ValueError(f"split must hold only train, val and test, got {', '.join(map(repr, unknown[:5]))}")
+    missing = [part for part in ("train", "test") if part not in parts]
+    if missing:
+        raise ValueError(f"split must hold train and test samples, got none of {' and '.join(missing)}")
+    return parts.astype("<U5")
+
+
+def _check_groups(parts: np.ndarray, group: np.ndarray) -> None:
+    ids, rows = np.unique(group, return_inverse=True)
+    held = np.stack(
+        [np.bincount(rows[parts == part], minlength=len(ids)) > 0 for part in PARTS]
+    )  # [3, groups]
+    names = ids[held.sum(0) > 1]
+    if len(names):
+        shown = ", ".join(str(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ValueError(f"each group must lie in one split, got {len(names)} in several: {shown}")
+
+
+def _check_training_part(train: ArrayDataset, class_names: Sequence[str]) -> None:
+    seen = set(train.labels.tolist())
+    absent = [name for label, name in enumerate(class_names) if label not in seen]
+    if absent:
+        raise ValueError(f"every class must have training samples, got none of {', '.join(absent)}")
+    for name, mask in train.present.items():
+        if not mask.any():
+            raise ValueError(f"every modality must be present in a training sample, got none with {name}")

@@ -1,0 +1,54 @@
+"""Scaling of features by statistics of the training part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfast.data.arrays import CHUNK, ArrayDataset
+
+# The axis with statistics of its own, by rank: D of [N, D], F of [N, T, F], C of [N, (T,) C, H, W].
+_CHANNEL_AXIS = {2: 1, 3: 2, 4: 1, 5: 2}
+# A standard deviation below this share of the mean is float32 rounding of a constant.
+_CONSTANT = 1e-6
+
+
+def standardize_parts(train: ArrayDataset, *others: ArrayDataset) -> tuple[ArrayDataset, ...]:
+    """Scale all parts by the mean and standard deviation of the samples of `train` that have the modality."""
+    moments = {name: _moments(array, train.present.get(name)) for name, array in train.arrays.items()}
+    return tuple(
+        part._with(
+            arrays={
+                name: _scale(array, *moments[name], part.present.get(name))
+                for name, array in part.arrays.items()
+            }
+        )
+        for part in (train, *others)
+    )
+
+
+def _moments(
+    array: Tensor,  # [N, ...]
+    mask: Tensor | None,  # [N]
+) -> tuple[Tensor, Tensor]:  # twice [1, ..., channels, ..., 1]
+    """Return the mean and the inverse standard deviation per channel, 0 for a constant one."""
+    rows = torch.arange(len(array)) if mask is None else mask.nonzero().view(-1)
+    axis = _CHANNEL_AXIS[array.ndim]
+    dims = [dim for dim in range(array.ndim) if dim != axis]
+    count = len(rows) * (array[0].numel() // array.shape[axis])
+    total, square = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for chunk in rows.split(CHUNK):
+        total = total + array[chunk].double().sum(dims, keepdim=True)
+    mean = total / count
+    for chunk in rows.split(CHUNK):
+        square = square + (array[chunk].double() - mean).square().sum(dims, keepdim=True)
+    std = (square / count).sqrt()
+    inverse = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
+    return mean.float(), inverse.float()
+
+
+def _scale(array: Tensor, mean: Tensor, inverse: Tensor, mask: Tensor | None) -> Tensor:
+    scaled = (array - mean) * inverse
+    if mask is not None:
+        scaled[~mask] = 0
+    return scaled

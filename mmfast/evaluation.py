@@ -1,0 +1,96 @@
+"""What a learner is measured by: accuracy, macro-F1, every modality alone, contributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from mmfast.batches import evaluating, iterate, presence
+from mmfast.methods.base import Learner
+from mmfast.valuation import batch_contributions
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one data set; the per-modality ones by name."""
+
+    accuracy: float
+    macro_f1: float
+    loss: float
+    modality_accuracy: dict[str, float]  # by the learner's protocol
+    contribution: dict[str, float]  # mean Shapley value under `cardinality`
+
+
+def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> Metrics:
+    """Return the figures of a learner on a data set, read once; every process reads its part."""
+    names, classes = learner.modalities, learner.num_classes
+    fused = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "macro_f1": MulticlassF1Score(classes, average="macro"),
+        }
+    ).to(learner.device)
+    alone = [MulticlassAccuracy(classes, average="micro").to(learner.device) for _ in names]
+    contribution = [MeanMetric().to(learner.device) for _ in names]
+    loss = MeanMetric().to(learner.device)
+    with evaluating(learner), fabric.autocast():
+        for batch in iterate(
+            dataset, batch_size, learner.device, rank=fabric.global_rank, world_size=fabric.world_size
+        ):
+            labels, present = batch["label"], presence(batch, names)
+            features = learner.encode(batch)
+            logits = learner.fuse(features, present=present).float()
+            fused.update(logits, labels)
+            loss.update(F.cross_entropy(logits, labels), len(labels))
+            phi = batch_contributions(learner, features, labels, present)
+            for m, own in enumerate(learner.own_logits(features)):
+                keep = slice(None) if present is None else present[m]
+                if len(labels[keep]):
+                    alone[m].update(own[keep].float(), labels[keep])
+                contribution[m].update(phi[:, m])
+    whole = {name: float(value) for name, value in fused.compute().items()}
+    return Metrics(
+        **whole,
+        loss=float(loss.compute()),
+        modality_accuracy={name: float(metric.compute()) for name, metric in zip(names, alone, strict=True)},
+        contribution={
+            name: float(metric.compute()) for name, metric in zip(names, contribution, strict=True)
+        },
+    )
+
+
+def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
+    """Return each modality's test accuracy by a logistic regression on its frozen features (protocol
+    `probe`).
+
+    Features are standardised by the training part. Samples that lack the modality are left out of both parts.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    parts = []
+    with evaluating(learner):
+        for dataset in (train, test):
+            features: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
+            labels: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
+            for batch in iterate(getattr(dataset, "evaluation", dataset), 256, learner.device):
+                present = presence(batch, learner.modalities)
+                for m, h in enumerate(learner.encode(batch)):
+                    keep = slice(None) if present is None else present[m]
+                    features[m].append(h[keep].float().cpu())
+                    labels[m].append(batch["label"][keep].cpu())
+            parts.append(
+                [(torch.cat(h).numpy(), torch.cat(y).numpy()) for h, y in zip(features, labels, strict=True)]
+            )
+    accuracy = {}
+    for name, fitted, asked in zip(learner.modalities, *parts, strict=True):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*fitted)
+        accuracy[name] = float(classifier.score(*asked))
+    return accuracy

@@ -1,0 +1,71 @@
+"""Training methods: four published ones, in five variants, and the baselines they must beat."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from mmfast.methods.base import Learner, Method, Stage
+from mmfast.methods.di_mml import DIMML
+from mmfast.methods.diagnose_relearn import DiagnoseRelearn
+from mmfast.methods.ensemble import Ensemble
+from mmfast.methods.frozen_unimodal import FrozenUnimodal
+from mmfast.methods.joint import Joint
+from mmfast.methods.mla import MLA
+from mmfast.methods.modality_valuation import ModalityValuation
+from mmfast.methods.multi_loss import MultiLoss
+from mmfast.methods.sample_valuation import SampleValuation
+from mmfast.methods.unimodal import Unimodal
+from mmfast.names import did_you_mean
+
+__all__ = [
+    "DIMML",
+    "METHODS",
+    "MLA",
+    "DiagnoseRelearn",
+    "Ensemble",
+    "FrozenUnimodal",
+    "Joint",
+    "Learner",
+    "Method",
+    "ModalityValuation",
+    "MultiLoss",
+    "SampleValuation",
+    "Stage",
+    "Unimodal",
+    "make",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Joint,
+        Unimodal,
+        Ensemble,
+        MultiLoss,
+        FrozenUnimodal,
+        SampleValuation,
+        ModalityValuation,
+        DIMML,
+        DiagnoseRelearn,
+        MLA,
+    )
+}
+
+
+def make(name: str, **options: Any) -> Method:
+    """Return the method of this name on the command line, its options set.
+
+    Raises:
+        ValueError: unknown method or option; the message gives the nearest names.
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, got {name!r}{did_you_mean(name, METHODS)}"
+        )
+    known = [field.name for field in fields(METHODS[name])]
+    for option in options:
+        if option not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"method {name} has no option {option!r}{did_you_mean(option, known)}; {has}")
+    return METHODS[name](**options)

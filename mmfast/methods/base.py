@@ -1,0 +1,302 @@
+"""What a method is: a dataclass of the paper's symbols, and the learner it makes of a model.
+
+The trainer, or a user's own loop, drives a learner through these hooks, in this order:
+
+    learner = mmfast.methods.SampleValuation().bind(model, seed=0)
+    for stage in learner.stages(max_epochs):
+        learner.start_stage(stage)                       # freezes and unfreezes; make the optimizer after it
+        optimizer = torch.optim.SGD(learner.trainable_parameters(), lr=1e-2)
+        for epoch in range(stage.epochs):
+            entries = learner.start_epoch(epoch, train)  # the data set of this epoch, a view of `train`
+            for b, batch in enumerate(batches := loader(entries)):
+                for step in range(learner.steps_per_batch):
+                    optimizer.zero_grad()
+                    learner(batch, step).backward()
+                    learner.edit_gradients(step, progress=b / len(batches))
+                    optimizer.step()
+            learner.end_epoch(epoch, train, val)
+    logits = learner.predict(batch)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfast.batches import presence
+from mmfast.models import MultimodalModel
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with its own trainable parameters and optimizer."""
+
+    name: str
+    epochs: int
+    first_selectable: int = 0  # model selection looks at epochs from this one on
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the methods; the fields of a subclass are the symbols of its paper."""
+
+    name: ClassVar[str]  # on the command line
+    title: ClassVar[str]  # in tables and plots
+    needs_validation: ClassVar[bool] = False
+    needs_equal_dims: ClassVar[bool] = False
+    learner: ClassVar[type[Learner]]
+
+    def bind(self, model: MultimodalModel, *, seed: int = 0) -> Learner:
+        """Return the learner that trains `model` by this method; `seed` fixes every draw the method makes.
+
+        Raises:
+            ValueError: the method needs encoders of equal dimension D and the model's differ.
+        """
+        if self.needs_equal_dims and len(set(model.dims)) > 1:
+            found = ", ".join(f"{m} {d}" for m, d in zip(model.modalities, model.dims, strict=True))
+            raise ValueError(
+                f"{self.name} needs features of equal dimension D from all encoders, got {found}"
+            )
+        return self.learner(self, model, seed)
+
+    def config(self) -> dict[str, Any]:
+        """Return the fields as plain values, for reports and checkpoints."""
+        return asdict(self)
+
+
+class Learner(nn.Module):
+    """A model with what its method adds (heads, projectors, counters), and the hooks that training calls.
+
+    Everything that must survive a restart is a parameter, a buffer, or in `extra_state`. A learner answers
+    to the same calls as a model (`encode`, `fuse`, `modalities`), so it can be valuated like one.
+    """
+
+    protocol: ClassVar[str] = "masked"  # how the accuracy of one modality alone is taken
+    steps_per_batch: int = 1
+
+    def __init__(self, method: Any, model: MultimodalModel, seed: int) -> None:
+        super().__init__()
+        self.method = method
+        self.model = model
+        self.seed = seed
+        self.stage = Stage("train", 0)
+        self.build()
+
+    def build(self) -> None:
+        """Create what the method adds to the model."""
+
+    # What training calls
+
+    def stages(self, max_epochs: int) -> list[Stage]:
+        """Return the stages of a run whose first stage has `max_epochs` epochs."""
+        return [Stage("train", max_epochs)]
+
+    def start_stage(self, stage: Stage) -> None:
+        """Enter a stage: set which parameters train."""
+        self.stage = stage
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the current stage trains."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def start_epoch(self, epoch: int, train: Any) -> Any:
+        """Return the data set that this epoch trains on; the base trains on `train` itself."""
+        return train
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],  # <modality>: [N, ...], label: [N]
+        step: int = 0,
+    ) -> Tensor:  # scalar
+        """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them."""
+        logits = self.model.fuse(self.encode(batch), present=presence(batch, self.modalities))
+        return F.cross_entropy(logits.float(), batch["label"])
+
+    def edit_gradients(self, step: int, progress: float) -> None:
+        """Change gradients between backward and optimizer step; `progress` is b / B of the epoch."""
+
+    def end_epoch(self, epoch: int, train: Any, val: Any | None) -> dict[str, float]:
+        """Do what the method does between epochs; return figures for the log."""
+        return {}
+
+    def note_own_accuracy(self, own_accuracy: Mapping[str, float]) -> None:
+        """Take every modality's accuracy alone, measured on validation data after each epoch and stage."""
+
+    def optimizer_reset_due(self) -> bool:
+        """Whether the trainer must drop the optimizer's state before the next epoch."""
+        return False
+
+    # What inference and valuation call
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.model.modalities
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def additive(self) -> bool:
+        """Whether the logits of a coalition are the bias plus its members' partial logits."""
+        return self.model.additive
+
+    @property
+    def bias(self) -> Tensor:  # [C]
+        return self.model.bias
+
+    def partial_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
+        """Return each modality's addend to the logits; only where `additive`."""
+        return self.model.partial_logits(features)
+
+    def encode(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the features of all modalities, M tensors [N, D]."""
+        return self.model.encode(batch)
+
+    def fuse(
+        self,
+        features: Sequence[Tensor],  # M x [N, D]
+        *,
+        coalition: int | None = None,
+        present: Tensor | None = None,  # bool [M, N]
+    ) -> Tensor:  # [N, C]
+        """Return the method's prediction from the features of the modalities that are present."""
+        return self.model.fuse(features, coalition=coalition, present=present)
+
+    def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
+        """Return the logits of every modality alone, by this learner's `protocol`."""
+        return torch.stack([self.fuse(features, coalition=1 << m) for m in range(len(features))])
+
+    def coalition_logits(
+        self,
+        features: Sequence[Tensor],  # M x [N, D]
+        coalitions: Tensor,  # [L] int64
+    ) -> Tensor:  # [N, L, C]
+        """Return the method's prediction under each of the given coalitions."""
+        return self.model.coalition_logits(features, coalitions)
+
+    def predict(self, batch: Mapping[str, Tensor]) -> Tensor:  # [N, C]
+        """Return the logits the method predicts with."""
+        return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
+
+    def selection_scores(self, accuracy: float, own_accuracy: Sequence[float]) -> dict[str, float]:
+        """Return what model selection maximises: {"": score of all}, or one score per separately selected
+        part.
+
+        A part is named by the prefix of its entries in the state dict, parts separated by commas.
+        """
+        return {"": accuracy}
+
+    # State
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Return a generator that depends on the seed and `key` alone: a resumed run draws the same."""
+        state = self.seed & 0xFFFFFFFF
+        for number in key:
+            state = (state * 6364136223846793005 + number + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF
+        return torch.Generator().manual_seed(state)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return state that is no parameter or buffer, as tensors and plain values."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Return a copy of the encoders' parameters as they are now."""
+        return {name: p.detach().clone() for name, p in self.model.encoders.named_parameters()}
+
+
+class OwnHeads(nn.ModuleList):
+    """One linear classifier per modality on its own features: g_m of the papers."""
+
+    def __init__(self, model: MultimodalModel) -> None:
+        super().__init__(nn.Linear(dim, model.num_classes) for dim in model.dims)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
+        return torch.stack([head(h) for head, h in zip(self, features, strict=True)])
+
+
+class LateFusionLearner(Learner):
+    """A learner that predicts by combining the logits of every modality's own head."""
+
+    protocol = "own-head"
+
+    @property
+    def additive(self) -> bool:
+        return False
+
+    def combine(
+        self,
+        logits: Tensor,  # [M, N, C]
+        present: Tensor | None,  # bool [M, N]
+    ) -> Tensor:  # [N, C]
+        """Return the prediction from the logits of the modalities that are present."""
+        raise NotImplementedError
+
+    def fuse(self, features, *, coalition=None, present=None):
+        logits = self.own_logits(features)
+        return self.combine(logits, self.mask_of(logits, coalition, present))
+
+    def mask_of(
+        self, logits: Tensor, coalition: int | None, present: Tensor | None
+    ) -> Tensor | None:  # bool [M, N]
+        """Return which modalities of [M, N, C] logits are present, from a coalition's index or a mask."""
+        if coalition is None:
+            return present
+        bits = torch.arange(len(logits), device=logits.device)
+        return (coalition >> bits & 1).bool()[:, None].expand(logits.shape[:2])
+
+    def coalition_logits(self, features, coalitions):
+        logits, member = self.repeat_for(features, coalitions)
+        return self.combine(logits, member).unflatten(0, (-1, len(coalitions)))
+
+    def repeat_for(
+        self,
+        features: Sequence[Tensor],  # M x [N, D]
+        coalitions: Tensor,  # [L] int64
+    ) -> tuple[Tensor, Tensor]:  # [M, N L, C], bool [M, N L]
+        """Return own logits repeated for every coalition, and which modalities each repetition shows."""
+        logits = self.own_logits(features)
+        bits = torch.arange(len(logits), device=logits.device)
+        member = (coalitions.to(logits.device) >> bits[:, None] & 1).bool()  # [M, L]
+        repeated = logits[:, :, None].expand(-1, -1, len(coalitions), -1).flatten(1, 2)
+        return repeated, member.repeat(1, logits.shape[1])
+
+
+def average_probabilities(
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+) -> Tensor:  # [N, C]
+    """Return the log of the mean class probabilities over the modalities present; uniform where none is."""
+    log_probs = logits.float().log_softmax(-1)
+    if present is None:
+        return log_probs.logsumexp(0) - math.log(len(logits))
+    count = present.sum(0)[:, None]  # [N, 1]
+    mean = log_probs.masked_fill(~present[..., None], -torch.inf).logsumexp(0) - count.clamp(min=1).log()
+    return mean.masked_fill(count == 0, -math.log(logits.shape[-1]))
+
+
+def own_losses(
+    logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    present: Tensor | None = None,  # bool [M, N]
+) -> Tensor:  # scalar
+    """Return the sum over modalities of their cross-entropies, each over the samples where it is present."""
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.repeat(logits.shape[0]), reduction="none"
+    ).view(logits.shape[:2])
+    if present is None:
+        return losses.mean(1).sum()
+    return (losses * present).sum(1).div(present.sum(1).clamp(min=1)).sum()

@@ -1,0 +1,128 @@
+"""Diagnosing and re-learning: encoders that memorise are pulled back towards their initial weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmfast import ops
+from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.methods.base import Learner, Method
+
+
+def scale_to_unit(
+    features: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """Return every dimension scaled to [-1, 1] by its own minimum and maximum; a constant one becomes 0."""
+    low, high = torch.aminmax(features, dim=0)
+    span = high - low
+    return torch.where(span > 0, 2 * (features - low) / torch.where(span > 0, span, 1.0) - 1, 0.0)
+
+
+class _DiagnoseRelearnLearner(Learner):
+    def build(self) -> None:
+        self.theta_0 = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.buffers_0 = {name: b.detach().clone() for name, b in self.model.encoders.named_buffers()}
+        self._optimizer_reset = False
+
+    def end_epoch(self, epoch, train, val):
+        if epoch not in self.method.epochs[: self.method.max_times]:
+            return {}
+        if val is None:
+            raise ValueError(
+                "diagnose-relearn needs a validation split: its gap is between training and validation"
+            )
+        purity = {split: self._purities(data, epoch) for split, data in (("train", train), ("val", val))}
+        figures: dict[str, float] = {}
+        for m, name in enumerate(self.modalities):
+            gap = abs(purity["train"][m] - purity["val"][m])
+            alpha = math.tanh(self.method.lam * gap)
+            prefix = f"encoders.{name}."
+            self._relearn([n for n, _ in self.model.named_parameters() if n.startswith(prefix)], alpha)
+            figures |= {f"gap_{name}": gap, f"alpha_{name}": alpha}
+        self._reset_options()
+        return figures
+
+    def _purities(self, dataset, epoch) -> list[float]:
+        """Return the purity of the clusters of each modality's features, P^m."""
+        features: list[list[Tensor]] = [[] for _ in self.modalities]
+        labels: list[list[Tensor]] = [[] for _ in self.modalities]
+        with evaluating(self):
+            for batch in evaluation_batches(self, dataset):
+                present = presence(batch, self.modalities)
+                for m, h in enumerate(self.encode(batch)):
+                    keep = slice(None) if present is None else present[m]
+                    features[m].append(h[keep].float())
+                    labels[m].append(batch["label"][keep])
+        purities = []
+        for m in range(len(self.modalities)):
+            h, y = scale_to_unit(torch.cat(features[m])), torch.cat(labels[m])
+            clusters = ops.kmeans(
+                h, min(self.num_classes, len(h)), num_init=self.method.num_init, seed=self.seed + epoch
+            )
+            purities.append(ops.cluster_purity(clusters.assignments, y))
+        return purities
+
+    def _relearn(self, names: list[str], alpha: float) -> None:
+        parameters = dict(self.model.named_parameters())
+        device = self.device
+        ops.partial_reinit_(
+            [parameters[n].detach() for n in names], [self.theta_0[n].to(device) for n in names], alpha
+        )
+
+    def _reset_options(self) -> None:
+        if self.method.reset_head:
+            self._relearn([n for n, _ in self.model.named_parameters() if n.startswith("head.")], 1.0)
+        if self.method.reset_running_stats:
+            for name, buffer in self.model.encoders.named_buffers():
+                buffer.copy_(self.buffers_0[name])
+        self._optimizer_reset = self.method.reset_optimizer
+
+    def optimizer_reset_due(self):
+        due, self._optimizer_reset = self._optimizer_reset, False
+        return due
+
+    def extra_state(self):
+        return {"theta_0": self.theta_0, "buffers_0": self.buffers_0}
+
+    def load_extra_state(self, state):
+        self.theta_0, self.buffers_0 = state["theta_0"], state["buffers_0"]
+
+
+@dataclass(frozen=True)
+class DiagnoseRelearn(Method):
+    """Train jointly; at set epochs pull each encoder back by how much purer its training clusters are.
+
+    At a diagnosis, P is the purity of K-means clusters (K = C) of the features of one modality and split, and
+    theta^m <- (1 - alpha) theta^m + alpha theta_0^m with alpha = tanh(lam |P_train - P_val|) for the
+    parameters of encoder m.
+
+    Attributes:
+        lam: lambda in alpha = tanh(lam gap).
+        epochs: epochs, from 0, after which a diagnosis takes place.
+        max_times: at most so many of them.
+        num_init: restarts of K-means, the tightest clustering is kept.
+        reset_head: also restore the fusion head at a diagnosis.
+        reset_running_stats: also restore batch-norm statistics.
+        reset_optimizer: also drop the optimizer's state.
+
+    Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024, arXiv
+        2407.09705.
+    """
+
+    name: ClassVar[str] = "diagnose-relearn"
+    title: ClassVar[str] = "Diagnose & re-learn"
+    needs_validation: ClassVar[bool] = True
+    learner = _DiagnoseRelearnLearner
+
+    lam: float = 3.0
+    epochs: tuple[int, ...] = (20, 40, 60)
+    max_times: int = 3
+    num_init: int = 10
+    reset_head: bool = False
+    reset_running_stats: bool = False
+    reset_optimizer: bool = False

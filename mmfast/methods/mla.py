@@ -1,0 +1,119 @@
+"""MLA: modalities take turns on one shared head, whose gradient spares what the previous modality uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmfast import ops
+from mmfast.batches import presence
+from mmfast.methods.base import LateFusionLearner, Method, own_losses
+
+RESETS = ("never", "epoch", "step")
+
+
+class _MLALearner(LateFusionLearner):
+    projector: Tensor  # P, [D, D]
+    previous: Tensor  # mean features of the step before, [D]
+    current: Tensor  # mean features of this step, [D]
+
+    def build(self) -> None:
+        dim = self.model.dims[0]
+        self.shared_head = nn.Linear(dim, self.num_classes)  # V, c
+        self.model.head.requires_grad_(False)
+        self.steps_per_batch = len(self.modalities)
+        self.register_buffer("projector", torch.eye(dim))  # P
+        # Mean features of the previous step and of this one; zero removes nothing, so the first step is
+        # unmodified.
+        self.register_buffer("previous", torch.zeros(dim))
+        self.register_buffer("current", torch.zeros(dim))
+
+    def own_logits(self, features):
+        return torch.stack([self.shared_head(h) for h in features])
+
+    def start_epoch(self, epoch, train):
+        if self.method.reset == "epoch":
+            self._reset_projector()
+            self.previous.zero_()
+        return train
+
+    def _reset_projector(self) -> None:
+        self.projector.copy_(torch.eye(len(self.projector)))
+
+    def forward(self, batch, step=0):
+        name = self.modalities[step]
+        h = self.model.encode_modality(batch, name)
+        present = presence(batch, self.modalities)
+        present = None if present is None else present[step : step + 1]
+        self._remember_mean(h.detach(), present)
+        return own_losses(self.shared_head(h)[None], batch["label"], present)
+
+    @torch.no_grad()
+    def _remember_mean(self, h, present) -> None:
+        keep = torch.ones_like(h[:, 0]) if present is None else present[0].to(h.dtype)
+        total, count = (h * keep[:, None]).sum(0).float(), keep.sum().float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+            dist.all_reduce(count)
+        self.current.copy_(total / count.clamp(min=1))
+
+    @torch.no_grad()
+    def edit_gradients(self, step, progress):
+        if self.method.released:
+            return
+        if self.method.reset == "step":
+            self._reset_projector()
+        ops.update_projector_(self.projector, self.previous, alpha=self.method.alpha * 0.1**progress)
+        weight = self.shared_head.weight
+        assert weight.grad is not None
+        weight.grad.copy_(ops.project_gradient(weight.grad, self.projector))
+        self.previous.copy_(self.current)
+
+    def combine(self, logits, present):
+        weights = self.method.weights
+        if weights is None:
+            return ops.entropy_fusion(logits, present=present)[0]
+        if len(weights) != len(logits):
+            raise ValueError(f"weights must hold one number per modality = {len(logits)}, got {len(weights)}")
+        fixed = torch.tensor(weights, dtype=logits.dtype, device=logits.device)[:, None]
+        fixed = fixed.expand(logits.shape[:2]) if present is None else fixed * present
+        return (fixed[..., None] * logits).sum(0)
+
+
+@dataclass(frozen=True)
+class MLA(Method):
+    """Train one modality after the other in every batch, each by its own cross-entropy through one shared
+    head.
+
+    Before each step the gradient of the shared head V is multiplied by the projector P, from which the mean
+    feature of the step before has been removed. Predictions weight the modalities by softmax(-entropy) per
+    sample.
+
+    Attributes:
+        alpha: a of the projector's update at the start of an epoch; it falls to a tenth by the end.
+        reset: when P is set back to I: "never" (published; no other did better on validation data), "epoch" or
+            "step".
+        weights: fixed fusion weights, one per modality, in place of the entropies.
+        released: follow the public code, in which the projector is never applied.
+
+    Source: Zhang et al., "Multimodal representation learning by alternating unimodal adaptation", CVPR 2024,
+    arXiv 2311.10707.
+    """
+
+    name: ClassVar[str] = "mla"
+    title: ClassVar[str] = "MLA"
+    needs_equal_dims: ClassVar[bool] = True
+    learner = _MLALearner
+
+    alpha: float = 0.1
+    reset: str = "never"
+    weights: tuple[float, ...] | None = None
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reset not in RESETS:
+            raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}")

@@ -1,0 +1,65 @@
+"""Unimodal training: every modality with an encoder and a head of its own, none sees another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfast.batches import presence
+from mmfast.methods.base import LateFusionLearner, Method, OwnHeads, own_losses
+
+
+class SeparateLearner(LateFusionLearner):
+    """Encoders with own heads, side by side: they share no parameter, so each trains as if alone."""
+
+    def build(self) -> None:
+        self.own_heads = OwnHeads(self.model)
+        self.model.head.requires_grad_(False)
+
+    def forward(self, batch, step=0):
+        logits = self.own_logits(self.encode(batch))
+        return own_losses(logits, batch["label"], presence(batch, self.modalities))
+
+    def own_logits(self, features):
+        return self.own_heads(features)
+
+    def selection_scores(self, accuracy, own_accuracy):
+        # Each modality is a run of its own, so each keeps its own best epoch.
+        return {
+            f"model.encoders.{name}.,own_heads.{m}.": own_accuracy[m]
+            for m, name in enumerate(self.modalities)
+        }
+
+
+class _UnimodalLearner(SeparateLearner):
+    score: Tensor  # [M]
+
+    def build(self) -> None:
+        super().build()
+        # Accuracy on validation data, or on training data without any; the best modality present answers.
+        self.register_buffer("score", torch.zeros(len(self.modalities)))
+
+    def note_own_accuracy(self, own_accuracy):
+        self.score.copy_(torch.tensor([own_accuracy[name] for name in self.modalities]))
+
+    def combine(self, logits, present):
+        score = self.score[:, None].expand(logits.shape[:2])
+        if present is not None:
+            score = score.masked_fill(~present, -1.0)
+        best = F.one_hot(score.argmax(0), len(logits)).T.to(logits.dtype)  # [M, N]
+        if present is not None:
+            best = best * present
+        return (best[..., None] * logits).sum(0)
+
+
+@dataclass(frozen=True)
+class Unimodal(Method):
+    """Train every modality alone; the one with the best validation accuracy answers."""
+
+    name: ClassVar[str] = "unimodal"
+    title: ClassVar[str] = "Best unimodal"
+    learner = _UnimodalLearner

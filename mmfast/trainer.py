@@ -1,0 +1,373 @@
+"""One flat training loop for all methods; Lightning Fabric gives devices, precision and loggers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+from lightning_fabric.strategies import DDPStrategy
+
+import mmfast
+from mmfast import checkpoint, methods
+from mmfast.batches import epoch_shard, loader
+from mmfast.checks import check_data, check_fits
+from mmfast.evaluation import Metrics, evaluate
+from mmfast.methods.base import Learner, Method
+from mmfast.models import MultimodalModel
+from mmfast.names import did_you_mean
+from mmfast.optimization import PUBLISHED, Optimization
+from mmfast.selection import Selection
+
+LAST = "last.ckpt"  # where a run stands, written after every epoch
+MODEL = "model.ckpt"  # the selected weights, written when a run is finished
+
+
+class Trainer:
+    """Train a model by a method, select on validation data, test once.
+
+        trainer = mmfast.Trainer(mmfast.methods.DIMML(temperature=10.0), max_epochs=50)
+        trainer.fit(model, train, val)
+        trainer.test(model, test)
+
+    The same seed gives the same result, bit for bit on the CPU, also after an interruption.
+
+    Args:
+        method: a method of `mmfast.methods`, or its name.
+        optimization: settings of optimizer, schedule, batch and epochs.
+        seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
+        accelerator, devices, strategy, precision: as Lightning Fabric takes them.
+        out_dir: folder of checkpoints and logs; None writes nothing.
+        loggers: "csv" and "tensorboard" (both write under `out_dir`), or Fabric loggers.
+        metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them.
+        progress: show a bar.
+        on_epoch: called with every entry of `history`.
+        num_workers: of the data loaders.
+        settings: fields of Optimization, such as `max_epochs` and `lr`, to set on top of `optimization`.
+
+    Attributes:
+        learner: the trained model with what the method added to it; set by `fit` and `restore`.
+        history: one dict an epoch: stage, epoch, loss, seconds (validation not counted), validation figures
+            under "val", and what the method reports.
+
+    Raises:
+        ValueError: unknown method or setting.
+    """
+
+    def __init__(
+        self,
+        method: Method | str,
+        *,
+        optimization: Optimization | None = None,
+        seed: int = 0,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = 1,
+        strategy: Any = "auto",
+        precision: Any = "32-true",
+        out_dir: str | Path | None = None,
+        loggers: Sequence[Any] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: bool = False,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        num_workers: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.method = methods.make(method) if isinstance(method, str) else method
+        self.optimization = _apply(optimization or Optimization(), settings)
+        self.seed = seed
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        self.metadata = metadata or {}
+        self.progress = progress
+        self.on_epoch = on_epoch
+        self.num_workers = num_workers
+        self.learner: Learner | None = None
+        self.history: list[dict[str, Any]] = []
+        if strategy in ("auto", "ddp") and devices not in (1, "1", "auto"):
+            # A method's step may leave parts of the learner out, such as the other modalities' encoders.
+            strategy = DDPStrategy(find_unused_parameters=True)
+        self.fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            precision=precision,
+            loggers=[self._logger(kind) for kind in loggers],
+        )
+
+    @classmethod
+    def published(cls, preset: str, **options: Any) -> Trainer:
+        """Return a trainer with a paper's settings; `preset` is a key of `mmfast.optimization.PUBLISHED`."""
+        if preset not in PUBLISHED:
+            raise ValueError(f"preset must be one of {', '.join(PUBLISHED)}, got {preset!r}")
+        method, optimization = PUBLISHED[preset]
+        return cls(method, optimization=optimization, **options)
+
+    def fit(
+        self, model: MultimodalModel, train: Any, val: Any | None = None, *, resume: bool = False
+    ) -> Learner:
+        """Train `model` in place, keep the weights that do best on `val`, and return the learner.
+
+        Args:
+            model: what to train.
+            train: data set of {<modality>: [...], "label": int} samples.
+            val: data set that model selection, and some methods, use; without it the last epoch is kept.
+            resume: go on from `out_dir`/last.ckpt if it is there.
+
+        Raises:
+            ValueError: the data do not fit the model, a class is absent from `train`, the method needs a
+                validation split, encoders differ in D where they must not, or the checkpoint is of another
+                run.
+        """
+        check_data(model, "train", train, whole=True)
+        if val is not None:
+            check_data(model, "val", val)
+        elif self.method.needs_validation:
+            raise ValueError(f"{self.method.name} needs a validation split, got val=None")
+        if not self.fabric._launched:
+            self.fabric.launch()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            learner = self.method.bind(model, seed=self.seed)
+            learner.to(self.fabric.device)
+            check_fits(learner, train)
+            try:
+                self._run(learner, train, val, self._resumed() if resume else None)
+            finally:
+                for logger in self.fabric.loggers:
+                    logger.finalize("finished")
+        learner.eval()
+        self.learner = learner
+        self._save(
+            MODEL, self._description() | {"learner": learner.state_dict(), "extra": learner.extra_state()}
+        )
+        return learner
+
+    def test(self, model: MultimodalModel, test: Any) -> Metrics:
+        """Return accuracy, macro-F1, every modality alone and its Shapley contribution on `test`.
+
+        Raises:
+            ValueError: `model` is not what this trainer has fitted, or the data do not fit it.
+        """
+        check_data(model, "test", test)
+        if self.learner is None or self.learner.model is not model:
+            raise ValueError(
+                "model must be the one this trainer has fitted, got another: call fit or restore first"
+            )
+        return evaluate(self.learner, test, self.fabric)
+
+    def restore(self, model: MultimodalModel, path: str | Path | None = None) -> Learner:
+        """Load the selected weights of a finished run into `model`; by default from `out_dir`/model.ckpt."""
+        state = checkpoint.load(Path(path) if path else self._out("restore") / MODEL)
+        self._check_same(state, "method", "config")
+        learner = self.method.bind(model, seed=self.seed)
+        learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
+        learner.load_state_dict(state["learner"])
+        learner.load_extra_state(state["extra"])
+        learner.to(self.fabric.device)
+        learner.eval()
+        self.learner, self.history = learner, state["history"]
+        return learner
+
+    def _run(self, learner: Learner, train: Any, val: Any | None, state: dict[str, Any] | None) -> None:
+        stages = learner.stages(self.optimization.max_epochs)
+        first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
+        self.history = state["history"] if state else []
+        with self._bar(sum(stage.epochs for stage in stages)) as advance:
+            advance(len(self.history))
+            for index in range(first_stage, len(stages)):
+                stage = stages[index]
+                learner.start_stage(stage)
+                if state:
+                    learner.load_state_dict(state["learner"])
+                    learner.load_extra_state(state["extra"])
+                optimizer = self.optimization.make_optimizer(learner.trainable_parameters())
+                scheduler = self.optimization.make_scheduler(optimizer)
+                selection = Selection()
+                if state:
+                    optimizer.load_state_dict(state["optimizer"])
+                    scheduler.load_state_dict(state["scheduler"])
+                    selection = Selection(state["best"])
+                module, optimizer = self.fabric.setup(learner, optimizer)
+                state = None
+                for epoch in range(first_epoch, stage.epochs):
+                    entry = self._epoch(learner, module, optimizer, train, val, index, epoch)
+                    scheduler.step()
+                    if val is not None and epoch >= stage.first_selectable:
+                        own = list(entry["val"]["modality_accuracy"].values())
+                        selection.update(learner, entry["val"]["accuracy"], own, epoch)
+                    entry |= self._end_epoch(learner, optimizer, train, val, epoch)
+                    self._record(entry)
+                    self._save_last(learner, optimizer, scheduler, selection, index, epoch)
+                    advance(1)
+                first_epoch = 0
+                selection.load_best(learner)
+                learner.note_own_accuracy(
+                    evaluate(learner, train if val is None else val, self.fabric).modality_accuracy
+                )
+
+    def _epoch(
+        self,
+        learner: Learner,
+        module: Any,
+        optimizer: Any,
+        train: Any,
+        val: Any | None,
+        stage: int,
+        epoch: int,
+    ) -> dict[str, Any]:
+        """Train one epoch and return its history entry."""
+        fabric = self.fabric
+        # A seed of its own for every epoch: a resumed run needs no random state of the one before.
+        torch.manual_seed(learner.generator(stage, epoch, fabric.global_rank).initial_seed())
+        begun = time.perf_counter()
+        entries = learner.start_epoch(epoch, train)
+        shard = epoch_shard(
+            len(entries),
+            self.optimization.batch_size,
+            learner.generator(stage, epoch),
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+        module.train()
+        total = torch.zeros((), device=fabric.device)
+        batches = loader(entries, shard.batches, self.num_workers)
+        for b, (batch, scale) in enumerate(zip(batches, shard.scales, strict=True)):
+            batch = fabric.to_device(batch)
+            for step in range(learner.steps_per_batch):
+                optimizer.zero_grad()
+                loss = module(batch, step)
+                fabric.backward(loss * scale)
+                learner.edit_gradients(step, b / len(shard.batches))
+                optimizer.step()
+                total += loss.detach() * scale
+        seconds = time.perf_counter() - begun
+        mean = float(fabric.all_reduce(total, reduce_op="mean")) / len(shard.batches)  # type: ignore[arg-type]
+        entry: dict[str, Any] = {
+            "stage": learner.stage.name,
+            "epoch": epoch,
+            "loss": mean,
+            "seconds": seconds,
+        }
+        if val is not None:
+            entry["val"] = asdict(evaluate(learner, val, fabric))
+            learner.note_own_accuracy(entry["val"]["modality_accuracy"])
+        return entry
+
+    def _end_epoch(
+        self, learner: Learner, optimizer: Any, train: Any, val: Any | None, epoch: int
+    ) -> dict[str, Any]:
+        begun = time.perf_counter()
+        figures = learner.end_epoch(epoch, train, val)
+        if learner.optimizer_reset_due():
+            optimizer.state.clear()
+        return {"method": figures, "method_seconds": time.perf_counter() - begun}
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        entry["seconds"] += entry.pop("method_seconds")
+        self.history.append(entry)
+        self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
+        if self.on_epoch is not None and self.fabric.is_global_zero:
+            self.on_epoch(entry)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "mmfast": mmfast.__version__,
+            "method": self.method.name,
+            "config": _plain(self.method.config()),
+            "optimization": asdict(self.optimization),
+            "seed": self.seed,
+            "metadata": self.metadata,
+            "history": self.history,
+        }
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        if self.out_dir is not None and self.fabric.is_global_zero:
+            checkpoint.save(self.out_dir / name, state)
+
+    def _save_last(
+        self, learner: Learner, optimizer: Any, scheduler: Any, selection: Selection, stage: int, epoch: int
+    ) -> None:
+        state = {
+            "stage": stage,
+            "epoch": epoch,
+            "learner": learner.state_dict(),
+            "extra": learner.extra_state(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "best": selection.best,
+        }
+        self._save(LAST, self._description() | state)
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """Return where the run in `out_dir` stands, or None where there is none."""
+        path = self._out("resume") / LAST
+        if not path.exists():
+            return None
+        state = checkpoint.load(path)
+        self._check_same(state, "method", "config", "optimization", "seed")
+        return state
+
+    def _check_same(self, state: dict[str, Any], *keys: str) -> None:
+        mine = self._description()
+        for key in keys:
+            if state[key] != mine[key]:
+                raise ValueError(f"the checkpoint must be of a run with {key} {mine[key]}, got {state[key]}")
+
+    def _out(self, purpose: str) -> Path:
+        if self.out_dir is None:
+            raise ValueError(f"out_dir must be given to {purpose}, got None")
+        return self.out_dir
+
+    def _logger(self, kind: Any) -> Any:
+        if not isinstance(kind, str):
+            return kind
+        if kind not in ("csv", "tensorboard"):
+            raise ValueError(f"loggers must be among csv, tensorboard, got {kind!r}")
+        folder = self._out(f"log to {kind}")
+        if kind == "csv":
+            return CSVLogger(folder, name=kind, flush_logs_every_n_steps=1)
+        return TensorBoardLogger(folder, name=kind)
+
+    @contextlib.contextmanager
+    def _bar(self, total: int):
+        """Yield a function that moves a progress bar, where one is wanted."""
+        if not (self.progress and self.fabric.is_global_zero):
+            yield lambda steps: None
+            return
+        from rich.progress import Progress
+
+        with Progress() as progress:
+            task = progress.add_task(self.method.title, total=total)
+            yield lambda steps: progress.advance(task, steps)
+
+
+def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:
+    known = [field.name for field in fields(Optimization)]
+    for name in settings:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
+    return replace(optimization, **settings)
+
+
+def _plain(value: Any) -> Any:
+    """Return tuples as lists, as a checkpoint gives them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return nested figures under one level of names, numbers only, as loggers take them."""
+    flat: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[prefix + key] = value
+    return flat

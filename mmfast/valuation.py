@@ -1,0 +1,218 @@
+"""Per-sample contribution of each modality: exact Shapley values over all coalitions of modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmfast import ops
+from mmfast.batches import evaluating, evaluation_batches, presence
+
+if TYPE_CHECKING:
+    from mmfast.methods.base import Learner
+    from mmfast.models import MultimodalModel
+
+UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
+# Logits of all coalitions are held for as many samples at a time as fit in this many numbers (64 MB in
+# float32).
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Valuation:
+    """What each modality contributes to each sample.
+
+    Attributes:
+        contributions: [N, M] Shapley values, float32, on the CPU.
+        labels: [N] int64.
+        modalities: names of the M modalities.
+        utility: the value function: "cardinality" (then values of a sample sum to M where it is classified
+            right,
+            and below 1 marks a low-contributing modality), "correct", "probability", "log_probability" or
+            "margin".
+        coalition_accuracy: [S] accuracy with only the modalities of coalition s, bit m of s for modality m.
+    """
+
+    contributions: Tensor  # [N, M]
+    labels: Tensor  # [N]
+    modalities: tuple[str, ...]
+    utility: str
+    coalition_accuracy: Tensor  # [S]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean contribution of each modality over the data set."""
+        return dict(zip(self.modalities, self.contributions.double().mean(0).tolist(), strict=True))
+
+    def coalition_name(self, coalition: int) -> str:
+        """Return a coalition as its members' names: "audio+image"; the empty one is "none"."""
+        members = [name for m, name in enumerate(self.modalities) if coalition >> m & 1]
+        return "+".join(members) or "none"
+
+    def columns(self) -> dict[str, list]:
+        """Return the table one row a sample: its index, label, and each modality's contribution."""
+        table: dict[str, list] = {"sample": list(range(len(self.labels))), "label": self.labels.tolist()}
+        for m, name in enumerate(self.modalities):
+            table[name] = self.contributions[:, m].tolist()
+        return table
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table as CSV."""
+        import csv
+
+        table = self.columns()
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table)
+            writer.writerows(zip(*table.values(), strict=True))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the table as Parquet."""
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(self.columns()), path)
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture: a histogram of contributions per modality."""
+        from mmfast.report import plot_valuation
+
+        plot_valuation(self, Path(path))
+
+
+def valuate(
+    model: MultimodalModel | Learner,
+    dataset: Any,
+    *,
+    utility: str = "cardinality",
+    batch_size: int = 256,
+    backend: str = "auto",
+) -> Valuation:
+    """Return each modality's contribution to each sample of a data set, exact over all 2^M coalitions.
+
+    A modality outside a coalition has its features set to zero after the encoder. Where a sample lacks a
+    modality, the others play without it and it gets 0. Logits are held for a bounded number of samples at a
+    time.
+
+    Args:
+        model: a MultimodalModel, or a learner as `Trainer.learner`, whose prediction rule is then used.
+        dataset: data set of {<modality>: [...], "label": int} samples, such as ArrayDataset.
+        utility: "cardinality", "correct", "probability", "log_probability" or "margin".
+        batch_size: samples encoded at a time.
+        backend: of the ops underneath.
+
+    Raises:
+        ValueError: unknown utility, empty data set, or a batch without a modality of the model.
+
+    Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
+    """
+    _check(dataset, utility)
+    coalitions = torch.arange(2 ** len(model.modalities))
+    sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
+    found, labels = [], []
+    correct = torch.zeros(len(coalitions), dtype=torch.float64)
+    with evaluating(model):
+        for batch in evaluation_batches(model, dataset, batch_size):
+            features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
+            for part in _parts(len(label), len(coalitions) * model.num_classes):
+                logits = model.coalition_logits([h[part] for h in features], coalitions)  # [n, S, C]
+                right = ops.coalition_utilities(
+                    logits, label[part], utility="correct", backend=backend
+                )  # [n, S]
+                if utility == "correct":
+                    values = right
+                elif utility == "cardinality":
+                    values = right * sizes.to(right)
+                else:
+                    values = ops.coalition_utilities(logits, label[part], utility=utility, backend=backend)
+                if present is not None:
+                    values, right = (_among_present(x, present[:, part]) for x in (values, right))
+                found.append(ops.shapley_values(values, backend=backend).float().cpu())
+                correct += right.double().sum(0).cpu()
+            labels.append(label.cpu())
+    return Valuation(
+        torch.cat(found),
+        torch.cat(labels),
+        tuple(model.modalities),
+        utility,
+        (correct / len(dataset)).float(),
+    )
+
+
+def contributions(
+    model: MultimodalModel | Learner,
+    dataset: Any,
+    *,
+    utility: str = "cardinality",
+    batch_size: int = 256,
+    backend: str = "auto",
+) -> Tensor:  # [N, M]
+    """Return the contributions of `valuate` alone; additive heads never form the coalitions' logits."""
+    _check(dataset, utility)
+    found = []
+    with evaluating(model):
+        for batch in evaluation_batches(model, dataset, batch_size):
+            features, present = model.encode(batch), presence(batch, model.modalities)
+            found.append(
+                batch_contributions(
+                    model, features, batch["label"], present, utility=utility, backend=backend
+                )
+            )
+    return torch.cat(found).float().cpu()
+
+
+def batch_contributions(
+    model: MultimodalModel | Learner,
+    features: Sequence[Tensor],  # M x [N, D]
+    labels: Tensor,  # [N]
+    present: Tensor | None = None,  # bool [M, N]
+    *,
+    utility: str = "cardinality",
+    backend: str = "auto",
+) -> Tensor:  # [N, M]
+    """Return the contributions of one encoded batch."""
+    if model.additive and present is None:
+        partial = model.partial_logits(features)
+        return ops.additive_shapley(partial, labels, model.bias, utility=utility, backend=backend)
+    coalitions = torch.arange(2 ** len(features))
+    values = []
+    for part in _parts(len(labels), len(coalitions) * model.num_classes):
+        logits = model.coalition_logits([h[part] for h in features], coalitions)
+        utilities = ops.coalition_utilities(logits, labels[part], utility=utility, backend=backend)
+        if present is not None:
+            utilities = _among_present(utilities, present[:, part])
+        values.append(ops.shapley_values(utilities, backend=backend))
+    return torch.cat(values) if values else labels.new_zeros(0, len(features), dtype=torch.float32)
+
+
+def _parts(
+    num_samples: int,
+    numbers: int,  # held per sample
+) -> Iterator[slice]:
+    """Yield slices of the samples that keep what is held at a time bounded."""
+    rows = max(1, _CHUNK // numbers)
+    for start in range(0, num_samples, rows):
+        yield slice(start, start + rows)
+
+
+def _among_present(
+    values: Tensor,  # [N, S]
+    present: Tensor,  # bool [M, N]
+) -> Tensor:  # [N, S]
+    """Return the game among the modalities each sample has: v(S) becomes v(S and present)."""
+    bits = 2 ** torch.arange(len(present), device=present.device)
+    mask = (present * bits[:, None]).sum(0)  # [N]
+    coalitions = torch.arange(values.shape[1], device=values.device)
+    return values.gather(1, mask[:, None] & coalitions)
+
+
+def _check(dataset: Any, utility: str) -> None:
+    if utility not in UTILITIES:
+        raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one sample, got none")

@@ -1,0 +1,321 @@
+"""The trainer: reproducible, resumable, selecting on validation data, and plain about what is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmfast
+from mmfast import checkpoint, methods
+from mmfast.data import ArrayDataset, synthetic
+from mmfast.models import build_model
+from mmfast.optimization import PUBLISHED
+
+SPLITS = synthetic(num_samples=240, num_classes=3, dims={"a": 6, "b": 6}, unique={"a": 0.3, "b": 0.1}, seed=0)
+QUICK = {"max_epochs": 4, "batch_size": 32}
+# Settings under which every hook of every method runs within a few epochs.
+SMALL = {
+    "sample-valuation": {"warmup": 1},
+    "modality-valuation": {"warmup": 1},
+    "di-mml": {"e0": 1, "head_epochs": 2},
+    "frozen-unimodal": {"head_epochs": 2},
+    "diagnose-relearn": {"epochs": (1, 2)},
+    "mla": {"reset": "never"},
+}
+
+
+def make_model(seed: int = 0, fusion: str = "concat") -> mmfast.MultimodalModel:
+    torch.manual_seed(seed)
+    return build_model(SPLITS.shapes, SPLITS.num_classes, dim=8, fusion=fusion)
+
+
+def make_trainer(name: str, **options) -> mmfast.Trainer:
+    return mmfast.Trainer(methods.make(name, **SMALL.get(name, {})), **(QUICK | options))
+
+
+def fitted(name: str, *, resume: bool = False, **options):
+    trainer, model = make_trainer(name, **options), make_model()
+    trainer.fit(model, SPLITS.train, SPLITS.val, resume=resume)
+    return trainer, model
+
+
+def without_times(history):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_same_seed_same_result_and_a_cut_run_ends_the_same(name, tmp_path):
+    whole, model = fitted(name, seed=3)
+    torch.manual_seed(99)
+    again, twin = fitted(name, seed=3)
+    assert without_times(whole.history) == without_times(again.history)
+    for key, value in whole.learner.state_dict().items():
+        assert torch.equal(value, again.learner.state_dict()[key]), key
+    assert whole.test(model, SPLITS.test) == again.test(twin, SPLITS.test)
+
+    for cut in range(1, len(whole.history)):
+        out = tmp_path / f"cut{cut}"
+
+        def stop(entry, seen=[]):  # noqa: B006  one list per definition is what counts the calls
+            seen.append(entry)
+            if len(seen) > cut:  # noqa: B023  called within this turn of the loop
+                raise Killed
+
+        with pytest.raises(Killed):
+            fitted(name, seed=3, out_dir=out, on_epoch=stop)
+        resumed, third = fitted(name, seed=3, out_dir=out, resume=True)
+        assert without_times(resumed.history) == without_times(whole.history)
+        assert resumed.test(third, SPLITS.test) == whole.test(model, SPLITS.test)
+
+
+def test_another_seed_gives_another_result():
+    one, two = fitted("joint", seed=0)[0], fitted("joint", seed=1)[0]
+    assert one.history[-1]["loss"] != two.history[-1]["loss"]
+
+
+def test_fit_leaves_the_callers_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    model = make_model()
+    torch.random.set_rng_state(before)
+    make_trainer("joint").fit(model, SPLITS.train, SPLITS.val)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_earliest_best_validation_epoch_is_kept():
+    trainer, model = fitted("joint", max_epochs=12, lr=0.03)
+    best = max(entry["val"]["accuracy"] for entry in trainer.history)
+    assert trainer.test(model, SPLITS.val).accuracy == pytest.approx(best)
+    assert best > trainer.history[0]["val"]["accuracy"]
+
+
+def test_without_validation_the_last_epoch_is_kept():
+    trainer, model = make_trainer("joint"), make_model()
+    trainer.fit(model, SPLITS.train)
+    assert "val" not in trainer.history[0]
+    again, twin = make_trainer("joint"), make_model()
+    again.fit(twin, SPLITS.train)
+    assert again.test(twin, SPLITS.test) == trainer.test(model, SPLITS.test)
+
+
+def test_separate_parts_keep_their_own_best_epoch():
+    trainer, model = fitted("unimodal", max_epochs=8, lr=0.03)
+    alone = trainer.test(model, SPLITS.val).modality_accuracy
+    for name in ("a", "b"):
+        best = max(entry["val"]["modality_accuracy"][name] for entry in trainer.history)
+        assert alone[name] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("fusion", ["sum", "gated", "film", "attention"])
+@pytest.mark.parametrize("name", ["joint", "sample-valuation", "di-mml"])
+def test_every_head_trains(name, fusion):
+    trainer, model = make_trainer(name), make_model(fusion=fusion)
+    trainer.fit(model, SPLITS.train, SPLITS.val)
+    metrics = trainer.test(model, SPLITS.test)
+    assert 0 <= metrics.accuracy <= 1
+    assert set(metrics.contribution) == {"a", "b"}
+
+
+def test_training_learns_and_finds_the_neglected_modality():
+    splits = synthetic(
+        num_samples=1200,
+        num_classes=3,
+        dims={"a": 6, "b": 6},
+        unique={"a": 0.6, "b": 0.1},
+        shared=0.2,
+        seed=1,
+    )
+    torch.manual_seed(0)
+    model = build_model(splits.shapes, 3, dim=16)
+    trainer = mmfast.Trainer("joint", max_epochs=10)
+    trainer.fit(model, splits.train, splits.val)
+    metrics = trainer.test(model, splits.test)
+    assert metrics.accuracy > 0.7
+    assert metrics.contribution["a"] > metrics.contribution["b"] + 0.2
+
+
+def test_samples_may_lack_modalities():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    present = {"b": torch.rand(90, generator=draw) < 0.7}
+    arrays = {name: torch.randn(90, 4, generator=draw) + labels[:, None] for name in ("a", "b")}
+    data = ArrayDataset(arrays, labels, present=present)
+    for name in methods.METHODS:
+        torch.manual_seed(0)
+        model = build_model(data.shapes, 3, dim=8)
+        trainer = make_trainer(name)
+        trainer.fit(model, data, data)
+        assert all(abs(entry["loss"]) < 100 for entry in trainer.history)
+        phi = mmfast.valuate(trainer.learner, data).contributions
+        assert phi[~present["b"], 1].abs().max() < 1e-5
+
+
+def test_restore_gives_the_selected_weights(tmp_path):
+    trainer, model = fitted("di-mml", out_dir=tmp_path)
+    other, twin = make_trainer("di-mml", out_dir=tmp_path), make_model(seed=7)
+    other.restore(twin)
+    assert other.test(twin, SPLITS.test) == trainer.test(model, SPLITS.test)
+
+
+def test_loggers_write(tmp_path):
+    fitted("joint", out_dir=tmp_path, loggers=("csv", "tensorboard"))
+    assert list(tmp_path.glob("csv/*/metrics.csv"))
+    assert list(tmp_path.glob("tensorboard/*/events*"))
+
+
+def test_published_settings():
+    for preset in PUBLISHED:
+        trainer = mmfast.Trainer.published(preset)
+        assert preset.startswith(trainer.method.name)
+    trainer = mmfast.Trainer.published("di-mml/crema-d", max_epochs=3)
+    assert (trainer.method.temperature, trainer.optimization.batch_size) == (50, 16)
+    assert trainer.optimization.max_epochs == 3
+
+
+KILLED_RUN = """
+import sys, torch, mmfast
+sys.path.insert(0, {tests!r})
+import test_trainer as t
+trainer, model = t.make_trainer("sample-valuation", out_dir={out!r}, max_epochs=400), t.make_model()
+trainer.fit(model, t.SPLITS.train, t.SPLITS.val)
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on(tmp_path):
+    script = KILLED_RUN.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = checkpoint.load(tmp_path / "last.ckpt")["epoch"] + 1
+    assert 0 < done < 400
+    epochs = done + 3
+    # The killed run's settings differ in max_epochs alone, which the checkpoint is told.
+    state = checkpoint.load(tmp_path / "last.ckpt")
+    state["optimization"]["max_epochs"] = epochs
+    checkpoint.save(tmp_path / "last.ckpt", {key: value for key, value in state.items() if key != "format"})
+    resumed, model = fitted("sample-valuation", out_dir=tmp_path, max_epochs=epochs, resume=True)
+    whole, twin = fitted("sample-valuation", max_epochs=epochs)
+    assert without_times(resumed.history) == without_times(whole.history)
+    assert resumed.test(model, SPLITS.test) == whole.test(twin, SPLITS.test)
+
+
+def broken(name: str, value) -> ArrayDataset:
+    data = SPLITS.train.subset(range(len(SPLITS.train)))
+    setattr(data, name, value)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("train", "text"),
+    [
+        (SPLITS.train.subset([]), "train must hold at least one sample, got none"),
+        (
+            ArrayDataset({"a": torch.randn(3, 6)}, [0, 1, 2]),
+            "samples of train must have 'b', got 'a', 'label'",
+        ),
+        (
+            broken("labels", SPLITS.train.labels + 1),
+            r"labels of train must lie in \[0, C\) = \[0, 3\), got values",
+        ),
+        (
+            SPLITS.train.subset((SPLITS.train.labels != 1).nonzero().flatten()),
+            r"train must hold every class of C = 3, got no sample of \[1\]",
+        ),
+        (
+            ArrayDataset({"a": torch.randn(3, 5), "b": torch.randn(3, 6)}, [0, 1, 2]),
+            r"a must have shape .*6.*got .*5",
+        ),
+    ],
+    ids=["empty", "missing-modality", "label-range", "absent-class", "feature-size"],
+)
+def test_bad_data_is_named_before_training(train, text):
+    with pytest.raises(ValueError, match=text):
+        make_trainer("joint").fit(make_model(), train, SPLITS.val)
+
+
+def test_a_method_that_needs_validation_says_so():
+    with pytest.raises(ValueError, match="diagnose-relearn needs a validation split, got val=None"):
+        make_trainer("diagnose-relearn").fit(make_model(), SPLITS.train)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: mmfast.Trainer("joint", max_epoch=3),
+            "Trainer has no setting 'max_epoch'; did you mean max_epochs",
+        ),
+        (lambda: mmfast.Trainer("joint", lr=0), "lr must be positive, got 0"),
+        (
+            lambda: mmfast.Trainer("joint", optimizer="sdg"),
+            "optimizer must be one of adam, adamw, sgd, got 'sdg'",
+        ),
+        (
+            lambda: mmfast.Trainer("joint", loggers=["cvs"], out_dir="x"),
+            "loggers must be among csv, tensorboard",
+        ),
+        (lambda: mmfast.Trainer("joint", loggers=["csv"]), "out_dir must be given to log to csv"),
+        (
+            lambda: mmfast.Trainer.published("joint/x"),
+            "preset must be one of sample-valuation/kinetics-sounds",
+        ),
+        (lambda: make_trainer("joint").test(make_model(), SPLITS.test), "call fit or restore first"),
+    ],
+    ids=["setting", "lr", "optimizer", "logger", "logger-dir", "preset", "not-fitted"],
+)
+def test_errors_name_the_argument(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_checkpoints_refuse_what_they_did_not_write(tmp_path):
+    fitted("joint", out_dir=tmp_path)
+    path = tmp_path / "last.ckpt"
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="must be of a run with seed 1, got 0"):
+        fitted("joint", out_dir=tmp_path, seed=1, resume=True)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"last.ckpt is no readable checkpoint \(cut short"):
+        fitted("joint", out_dir=tmp_path, resume=True)
+    torch.save({"format": 99}, path)
+    with pytest.raises(ValueError, match="must have checkpoint format 1, got 99"):
+        fitted("joint", out_dir=tmp_path, resume=True)
+    # What a failed resume found is left as it was.
+    assert checkpoint.load(tmp_path / "model.ckpt")["method"] == "joint"
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def test_checkpoints_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        checkpoint.load(tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"value": 1})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(path, {"value": lambda: None})
+    assert checkpoint.load(path)["value"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
