@@ -1,9 +1,8 @@
-"""One flat training loop for all methods; Lightning Fabric gives devices, precision and loggers."""
+"""Train a model by a method; Lightning Fabric gives devices, precision, data parallelism and loggers."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
 from mmfast import checkpoint, methods
-from mmfast.batches import epoch_shard, loader
 from mmfast.checks import check_data, check_fits
 from mmfast.evaluation import Metrics, evaluate
 from mmfast.methods.base import Learner, Method
 from mmfast.models import MultimodalModel
 from mmfast.names import did_you_mean
 from mmfast.optimization import PUBLISHED, Optimization
-from mmfast.selection import Selection
+from mmfast.training import Run
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
@@ -135,11 +133,26 @@ class Trainer:
             learner = self.method.bind(model, seed=self.seed)
             learner.to(self.fabric.device)
             check_fits(learner, train)
-            try:
-                self._run(learner, train, val, self._resumed() if resume else None)
-            finally:
-                for logger in self.fabric.loggers:
-                    logger.finalize("finished")
+            state = self._resumed() if resume else None
+            self.history = state["history"] if state else []
+            with self._bar(learner) as advance:
+
+                def record(entry: dict[str, Any]) -> None:
+                    self._record(entry)
+                    advance(1)
+
+                advance(len(self.history))
+                Run(
+                    learner,
+                    train,
+                    val,
+                    self.fabric,
+                    self.optimization,
+                    self.num_workers,
+                    on_epoch=record,
+                    on_state=lambda state: self._save(LAST, self._description() | state),
+                    history=self.history,
+                ).go(state)
         learner.eval()
         self.learner = learner
         self._save(
@@ -173,103 +186,7 @@ class Trainer:
         self.learner, self.history = learner, state["history"]
         return learner
 
-    def _run(self, learner: Learner, train: Any, val: Any | None, state: dict[str, Any] | None) -> None:
-        stages = learner.stages(self.optimization.max_epochs)
-        first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
-        self.history = state["history"] if state else []
-        with self._bar(sum(stage.epochs for stage in stages)) as advance:
-            advance(len(self.history))
-            for index in range(first_stage, len(stages)):
-                stage = stages[index]
-                learner.start_stage(stage)
-                if state:
-                    learner.load_state_dict(state["learner"])
-                    learner.load_extra_state(state["extra"])
-                optimizer = self.optimization.make_optimizer(learner.trainable_parameters())
-                scheduler = self.optimization.make_scheduler(optimizer)
-                selection = Selection()
-                if state:
-                    optimizer.load_state_dict(state["optimizer"])
-                    scheduler.load_state_dict(state["scheduler"])
-                    selection = Selection(state["best"])
-                module, optimizer = self.fabric.setup(learner, optimizer)
-                state = None
-                for epoch in range(first_epoch, stage.epochs):
-                    entry = self._epoch(learner, module, optimizer, train, val, index, epoch)
-                    scheduler.step()
-                    if val is not None and epoch >= stage.first_selectable:
-                        own = list(entry["val"]["modality_accuracy"].values())
-                        selection.update(learner, entry["val"]["accuracy"], own, epoch)
-                    entry |= self._end_epoch(learner, optimizer, train, val, epoch)
-                    self._record(entry)
-                    self._save_last(learner, optimizer, scheduler, selection, index, epoch)
-                    advance(1)
-                first_epoch = 0
-                selection.load_best(learner)
-                learner.note_own_accuracy(
-                    evaluate(learner, train if val is None else val, self.fabric).modality_accuracy
-                )
-
-    def _epoch(
-        self,
-        learner: Learner,
-        module: Any,
-        optimizer: Any,
-        train: Any,
-        val: Any | None,
-        stage: int,
-        epoch: int,
-    ) -> dict[str, Any]:
-        """Train one epoch and return its history entry."""
-        fabric = self.fabric
-        # A seed of its own for every epoch: a resumed run needs no random state of the one before.
-        torch.manual_seed(learner.generator(stage, epoch, fabric.global_rank).initial_seed())
-        begun = time.perf_counter()
-        entries = learner.start_epoch(epoch, train)
-        shard = epoch_shard(
-            len(entries),
-            self.optimization.batch_size,
-            learner.generator(stage, epoch),
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
-        module.train()
-        total = torch.zeros((), device=fabric.device)
-        batches = loader(entries, shard.batches, self.num_workers)
-        for b, (batch, scale) in enumerate(zip(batches, shard.scales, strict=True)):
-            batch = fabric.to_device(batch)
-            for step in range(learner.steps_per_batch):
-                optimizer.zero_grad()
-                loss = module(batch, step)
-                fabric.backward(loss * scale)
-                learner.edit_gradients(step, b / len(shard.batches))
-                optimizer.step()
-                total += loss.detach() * scale
-        seconds = time.perf_counter() - begun
-        mean = float(fabric.all_reduce(total, reduce_op="mean")) / len(shard.batches)  # type: ignore[arg-type]
-        entry: dict[str, Any] = {
-            "stage": learner.stage.name,
-            "epoch": epoch,
-            "loss": mean,
-            "seconds": seconds,
-        }
-        if val is not None:
-            entry["val"] = asdict(evaluate(learner, val, fabric))
-            learner.note_own_accuracy(entry["val"]["modality_accuracy"])
-        return entry
-
-    def _end_epoch(
-        self, learner: Learner, optimizer: Any, train: Any, val: Any | None, epoch: int
-    ) -> dict[str, Any]:
-        begun = time.perf_counter()
-        figures = learner.end_epoch(epoch, train, val)
-        if learner.optimizer_reset_due():
-            optimizer.state.clear()
-        return {"method": figures, "method_seconds": time.perf_counter() - begun}
-
     def _record(self, entry: dict[str, Any]) -> None:
-        entry["seconds"] += entry.pop("method_seconds")
-        self.history.append(entry)
         self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
         if self.on_epoch is not None and self.fabric.is_global_zero:
             self.on_epoch(entry)
@@ -288,20 +205,6 @@ class Trainer:
     def _save(self, name: str, state: dict[str, Any]) -> None:
         if self.out_dir is not None and self.fabric.is_global_zero:
             checkpoint.save(self.out_dir / name, state)
-
-    def _save_last(
-        self, learner: Learner, optimizer: Any, scheduler: Any, selection: Selection, stage: int, epoch: int
-    ) -> None:
-        state = {
-            "stage": stage,
-            "epoch": epoch,
-            "learner": learner.state_dict(),
-            "extra": learner.extra_state(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "best": selection.best,
-        }
-        self._save(LAST, self._description() | state)
 
     def _resumed(self) -> dict[str, Any] | None:
         """Return where the run in `out_dir` stands, or None where there is none."""
@@ -334,16 +237,21 @@ class Trainer:
         return TensorBoardLogger(folder, name=kind)
 
     @contextlib.contextmanager
-    def _bar(self, total: int):
-        """Yield a function that moves a progress bar, where one is wanted."""
-        if not (self.progress and self.fabric.is_global_zero):
-            yield lambda steps: None
-            return
-        from rich.progress import Progress
+    def _bar(self, learner: Learner):
+        """Yield a function that moves a progress bar, where one is wanted; close the loggers in the end."""
+        try:
+            if not (self.progress and self.fabric.is_global_zero):
+                yield lambda epochs: None
+                return
+            from rich.progress import Progress
 
-        with Progress() as progress:
-            task = progress.add_task(self.method.title, total=total)
-            yield lambda steps: progress.advance(task, steps)
+            with Progress() as progress:
+                total = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+                task = progress.add_task(self.method.title, total=total)
+                yield lambda epochs: progress.advance(task, epochs)
+        finally:
+            for logger in self.fabric.loggers:
+                logger.finalize("finished")
 
 
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:

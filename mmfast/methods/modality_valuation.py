@@ -56,7 +56,7 @@ class ModalityValuation(Method):
         released: follow the field's benchmark toolkit, which leaves the factor |S| out of v.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024,
-    section 3.3; M >= 3 is our extension.
+    modality-level; M >= 3 is our extension.
     """
 
     name: ClassVar[str] = "modality-valuation"

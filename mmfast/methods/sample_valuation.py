@@ -79,7 +79,7 @@ class SampleValuation(Method):
         released: follow the field's benchmark toolkit, which leaves the factor |S| out of v.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024,
-    section 3.3; M >= 3 is our extension.
+    sample-level; M >= 3 is our extension.
     """
 
     name: ClassVar[str] = "sample-valuation"

@@ -1,0 +1,243 @@
+// What the CPU ops share: vectors as wide as the instruction set, half-precision numbers, and the split of
+// work over threads. Everything lies in a namespace of the instruction set, so builds for several of them can
+// be linked together.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "registry.h"
+
+namespace mmfast {
+inline namespace MMFAST_ISA_NAMESPACE {
+
+#if MMFAST_ISA == 2
+constexpr int kVectorBytes = 64;
+#elif MMFAST_ISA == 1
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The type sums are kept in.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T, int lanes = kLanes<T>>
+struct VecOf {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+};
+// A vector of the instruction set's full width: arithmetic by operators, lanes by [].
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+inline float widen(float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return half;
+#else
+  // Exponent and mantissa are shifted into place and the exponent rebiased by a multiplication, which is
+  // exact and handles subnormal numbers; infinity and NaN are patched.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  const uint32_t magnitude =
+      rest >= 0x7c00 ? 0x7f800000u | (rest & 0x3ff) << 13 : bits_of(float_of(rest << 13) * 0x1p112f);
+  return float_of(sign | magnitude);
+#endif
+}
+
+template <class T>
+inline T narrow(accumulate_t<T> x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    // To nearest, ties to even; a NaN keeps its sign and becomes quiet.
+    const uint32_t bits = bits_of(x);
+    if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, float16>) {
+#if defined(__F16C__)
+    return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(__aarch64__)
+    const __fp16 half = x;
+    float16 result;
+    std::memcpy(&result, &half, sizeof half);
+    return result;
+#else
+    const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+    const uint16_t sign = bits >> 16 & 0x8000;
+    if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x3ff))};
+    if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
+    // Below the smallest normal number the addition of 0.5 rounds the mantissa at the right bit.
+    if (magnitude < 0x38800000)
+      return {static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000))};
+    return {static_cast<uint16_t>(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13))};
+#endif
+  } else {
+    return x;
+  }
+}
+
+// The next kLanes<accumulate_t<T>> numbers, in the type of accumulation.
+template <class T>
+inline Vec<accumulate_t<T>> load(const T* source) {
+  using A = accumulate_t<T>;
+  Vec<A> result;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(&result, source, sizeof result);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    typename VecOf<uint16_t, kLanes<A>>::type halves;
+    std::memcpy(&halves, source, sizeof halves);
+    const auto bits = __builtin_convertvector(halves, Vec<uint32_t>) << 16;
+    std::memcpy(&result, &bits, sizeof result);
+  } else {
+#if MMFAST_ISA == 2
+    result = reinterpret_cast<Vec<A>>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+#elif MMFAST_ISA == 1
+    result =
+        reinterpret_cast<Vec<A>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#elif defined(__aarch64__)
+    result = reinterpret_cast<Vec<A>>(vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(source))));
+#else
+    for (int i = 0; i < kLanes<A>; ++i) result[i] = widen(source[i]);
+#endif
+  }
+  return result;
+}
+
+template <class T>
+inline void store(T* target, Vec<accumulate_t<T>> value) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(target, &value, sizeof value);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    Vec<uint32_t> bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const Vec<uint32_t> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    const auto is_nan = reinterpret_cast<Vec<uint32_t>>(value != value);
+    const auto halves = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan),
+                                                typename VecOf<uint16_t, kLanes<A>>::type);
+    std::memcpy(target, &halves, sizeof halves);
+  } else {
+#if MMFAST_ISA == 2
+    const __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), halves);
+#elif MMFAST_ISA == 1
+    const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
+#elif defined(__aarch64__)
+    vst1_f16(reinterpret_cast<__fp16*>(target), vcvt_f16_f32(reinterpret_cast<float32x4_t>(value)));
+#else
+    for (int i = 0; i < kLanes<A>; ++i) target[i] = narrow<T>(value[i]);
+#endif
+  }
+}
+
+// Lane i of the result is lane index[i] of a followed by b.
+template <int... index, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, typename VecOf<Index, sizeof...(index)>::type{index...});
+#endif
+}
+
+template <class V>
+using lanes_of = std::make_integer_sequence<int, sizeof(V) / sizeof(std::declval<V>()[0])>;
+
+// The even or the odd lanes of a followed by those of b.
+template <bool odd, class V, int... lane>
+inline V unzip(V a, V b, std::integer_sequence<int, lane...>) {
+  return shuffle<(2 * lane + odd)...>(a, b);
+}
+template <bool odd, class V>
+inline V unzip(V a, V b) {
+  return unzip<odd>(a, b, lanes_of<V>{});
+}
+
+// The lower or the upper halves of a and b, their lanes taken in turn: the inverse of unzip.
+template <bool upper, class V, int... lane>
+inline V zip(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return shuffle<(lane / 2 + upper * lanes / 2 + lane % 2 * lanes)...>(a, b);
+}
+template <bool upper, class V>
+inline V zip(V a, V b) {
+  return zip<upper>(a, b, lanes_of<V>{});
+}
+
+// Calls function(pointer to T) for the type behind a dtype code of mmfast/ops/_common.py.
+template <class Function>
+void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
+  switch (dtype) {
+    case 0:
+      return function(static_cast<float*>(nullptr));
+    case 1:
+      return function(static_cast<double*>(nullptr));
+    case 2:
+      return function(static_cast<bfloat16*>(nullptr));
+    case 3:
+      return function(static_cast<float16*>(nullptr));
+    default:
+      throw std::invalid_argument(std::string(op) + ": unknown dtype code " + std::to_string(dtype));
+  }
+}
+
+// Calls function(begin, end) for parts of [0, num_items) of equal size, one per thread; fewer threads where a
+// thread would get less than 64 KB or so to read, since waking one costs a few microseconds.
+template <class Function>
+void parallel_for(int64_t num_items, int64_t bytes_per_item, int64_t num_threads, Function&& function) {
+  constexpr int64_t kMinBytes = 1 << 16;
+  const int64_t useful = std::max<int64_t>(1, num_items * bytes_per_item / kMinBytes);
+  const int64_t threads = std::max<int64_t>(1, std::min({num_threads, useful, num_items}));
+  // One copy of the kernel, called from both places.
+  const auto part = [&](int64_t t) __attribute__((noinline)) {
+    function(num_items * t / threads, num_items * (t + 1) / threads);
+  };
+  if (threads == 1) return part(0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < threads; ++t) part(t);
+}
+
+}  // namespace MMFAST_ISA_NAMESPACE
+}  // namespace mmfast

@@ -1,0 +1,68 @@
+// What the CUDA ops share: dtypes, the device guard and checked calls.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "registry.h"
+
+namespace mmfast {
+
+constexpr int kWarp = 32;
+
+// The type sums are kept in.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Numbers that are loaded or stored by one instruction (two for double).
+template <class T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
+  T values[n];
+};
+
+inline void check_cuda(const char* op, cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+// Makes `device` current for a scope.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, int device) {
+    check_cuda(op, cudaGetDevice(&previous_));
+    if (previous_ == device) previous_ = -1;
+    if (previous_ >= 0) check_cuda(op, cudaSetDevice(device));
+  }
+  ~DeviceGuard() {
+    if (previous_ >= 0) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+// Calls function(pointer to T) for the type behind a dtype code of mmfast/ops/_common.py.
+template <class Function>
+void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
+  switch (dtype) {
+    case 0:
+      return function(static_cast<float*>(nullptr));
+    case 1:
+      return function(static_cast<double*>(nullptr));
+    case 2:
+      return function(static_cast<__nv_bfloat16*>(nullptr));
+    case 3:
+      return function(static_cast<__half*>(nullptr));
+    default:
+      throw std::invalid_argument(std::string(op) + ": unknown dtype code " + std::to_string(dtype));
+  }
+}
+
+}  // namespace mmfast

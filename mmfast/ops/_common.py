@@ -1,0 +1,131 @@
+"""What several ops share: registration with torch.library and the checks of their arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The compiled modules know dtypes by these codes.
+DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOATS)}
+
+
+def register(
+    schema: str,  # "name(Tensor x, str backend) -> Tensor"
+    impl: Callable,
+    fake: Callable,
+) -> None:
+    """Define the raw op `torch.ops.mmfast.<name>`: `impl` runs it on every device, `fake` gives its shapes.
+
+    Raw ops carry no autograd formula: the public function wraps them in an autograd.Function, which costs
+    about half of what `torch.library.register_autograd` does per call.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype sums are kept in: float32 for half precision, else `dtype` itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def shape_text(shape) -> str:
+    """Return a shape as errors print it: [2, 3]."""
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_float(name: str, value: Tensor) -> None:
+    """Raise TypeError unless `value` is a tensor of a floating dtype the ops compute in."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATS:
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, got {got}")
+
+
+def check_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `value` has shape `sizes`, named by `letters` ("N, C"); None fits any."""
+    if value.dim() == len(sizes) and all(
+        want is None or want == got for want, got in zip(sizes, value.shape, strict=True)
+    ):
+        return
+    expected = f"[{letters}]"
+    if any(size is not None for size in sizes):
+        names = [letter.strip() for letter in letters.split(",")]
+        known = [name if size is None else str(size) for name, size in zip(names, sizes, strict=True)]
+        expected += f" = [{', '.join(known)}]"
+    raise ValueError(f"{name} must have shape {expected}, got {shape_text(value.shape)}")
+
+
+def check_labels(name: str, value: Tensor, num_samples: int) -> None:
+    """Raise unless `value` holds one integer label per sample, [N]."""
+    check_tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name} must have an integer dtype, got {str(value.dtype).removeprefix('torch.')}")
+    check_shape(name, value, "N", (num_samples,))
+
+
+def check_label_range(name: str, value: Tensor, num_classes: int) -> None:
+    """Raise ValueError for a label outside [0, C); labels on a GPU are not read, that would wait for it."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    low, high = torch.aminmax(value)
+    if int(low) < 0 or int(high) >= num_classes:
+        raise ValueError(
+            f"{name} must lie in [0, C) = [0, {num_classes}), got values from {int(low)} to {int(high)}"
+        )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors lie on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"tensors must lie on one device, got {found}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a positive finite number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def outside_autocast(impl: Callable) -> Callable:
+    """Return `impl` with autocast off inside: a raw op chose its dtypes, its matrix products keep them."""
+
+    @functools.wraps(impl)
+    def run(*args):
+        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        device_type = tensor.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return impl(*args)
+        with torch.autocast(device_type, enabled=False):
+            return impl(*args)
+
+    return run
+
+
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors in their common dtype, as autocast can hand over a mixture."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return list(tensors)
+    return [tensor.to(functools.reduce(torch.promote_types, dtypes)) for tensor in tensors]

@@ -1,0 +1,279 @@
+"""Utilities of coalitions of modalities, and Shapley values of modalities whose logits add up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    check_choice,
+    check_float,
+    check_label_range,
+    check_labels,
+    check_same_device,
+    check_shape,
+    register,
+    shape_text,
+)
+from mmfast.ops.shapley_values import MAX_PLAYERS
+from mmfast.reference import additive_shapley as _reference
+from mmfast.reference._common import row_chunks
+
+UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
+SMOOTH_UTILITIES = ("probability", "log_probability", "margin")
+
+
+def coalition_utilities(
+    logits: Tensor,  # [N, S, C]
+    labels: Tensor,  # [N]
+    *,
+    utility: str = "cardinality",
+    backend: str = "auto",
+) -> Tensor:  # [N, S]
+    """Return what the logits of every coalition of modalities are worth for the true class.
+
+    Equivalent to, for the default:
+
+        sizes = torch.tensor([s.bit_count() for s in range(S)])
+        values = sizes * (logits.argmax(-1) == labels[:, None])
+
+    Args:
+        logits: [N, S, C] float32, float64, bfloat16 or float16, any strides; S = 2^M, and bit m of the index
+            is set when modality m is present.
+        labels: [N] of an integer dtype, in [0, C).
+        utility: "cardinality", the number of modalities present where the largest logit is the label's, else
+            0; "correct", 1 or 0 alike; "probability", the label's softmax; "log_probability", its logarithm;
+            "margin", the label's logit less the largest of the others. Of equal logits the lowest class
+            counts as largest.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [N, S] in the dtype of `logits`; half precision is computed in float32. Differentiable once with
+        respect to `logits` for the last three utilities; the first two carry no gradient.
+
+    Raises:
+        TypeError: `logits` is no tensor of a floating dtype, or `labels` none of an integer dtype.
+        ValueError: a shape is wrong, S is no power of two or below 2, a label on the CPU lies outside [0, C),
+            "margin" is asked of a single class, or `utility` is unknown.
+
+    Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
+    """
+    check_choice("utility", utility, UTILITIES)
+    check_float("logits", logits)
+    check_shape("logits", logits, "N, S, C", (None, None, None))
+    check_labels("labels", labels, logits.shape[0])
+    check_same_device(logits=logits, labels=labels)
+    num_coalitions = logits.shape[1]
+    if num_coalitions < 2 or num_coalitions & (num_coalitions - 1):
+        raise ValueError(
+            f"logits must hold S = 2^M coalitions, a power of two from 2 on, got {num_coalitions} "
+            f"in {shape_text(logits.shape)}"
+        )
+    _check_classes("logits", logits, utility)
+    _backend.check_name(backend)
+    if utility in SMOOTH_UTILITIES:
+        return _CoalitionUtilities.apply(logits, labels, utility, backend)
+    return torch.ops.mmfast.coalition_utilities_fwd(logits.detach(), labels, utility, backend)
+
+
+def additive_shapley(
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None = None,  # [C]
+    *,
+    utility: str = "cardinality",
+    backend: str = "auto",
+) -> Tensor:  # [N, M]
+    """Return each modality's Shapley value where a coalition's logits are the sum of its modalities' parts.
+
+    Equivalent to, without the [N, S, C] table:
+
+        present = (torch.arange(2**M)[:, None] >> torch.arange(M)) & 1
+        logits = torch.einsum("sm,mnc->nsc", present.to(partial_logits), partial_logits) + bias
+        phi = shapley_values(coalition_utilities(logits, labels, utility=utility))
+
+    Args:
+        partial_logits: [M, N, C] float32, float64, bfloat16 or float16, any strides; M from 1 to 20.
+        labels: [N] of an integer dtype, in [0, C).
+        bias: [C] of any of these dtypes, the logits of the empty coalition; zeros if None.
+        utility: as for `coalition_utilities`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [N, M] in the dtype of `partial_logits`; half precision is computed in float32. Differentiable once
+        with respect to `partial_logits` and `bias` for the smooth utilities "probability", "log_probability",
+        "margin".
+
+    Raises:
+        TypeError: `partial_logits` or `bias` is no tensor of a floating dtype, or `labels` none of an integer
+            dtype.
+        ValueError: a shape is wrong, M is 0 or above 20, a label on the CPU lies outside [0, C), "margin" is
+            asked of a single class, or `utility` is unknown.
+
+    Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
+    """
+    check_choice("utility", utility, UTILITIES)
+    check_float("partial_logits", partial_logits)
+    check_shape("partial_logits", partial_logits, "M, N, C", (None, None, None))
+    num_modalities, num_samples, num_classes = partial_logits.shape
+    if not 1 <= num_modalities <= MAX_PLAYERS:
+        raise ValueError(
+            f"partial_logits must hold M modalities, from 1 to {MAX_PLAYERS}, got {num_modalities} "
+            f"in {shape_text(partial_logits.shape)}"
+        )
+    _check_classes("partial_logits", partial_logits, utility)
+    check_labels("labels", labels, num_samples)
+    check_same_device(partial_logits=partial_logits, labels=labels)
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, "C", (num_classes,))
+        check_same_device(partial_logits=partial_logits, bias=bias)
+    _backend.check_name(backend)
+    if utility in SMOOTH_UTILITIES:
+        return _AdditiveShapley.apply(partial_logits, labels, bias, utility, backend)
+    if bias is not None:
+        bias = bias.detach()
+    return torch.ops.mmfast.additive_shapley_fwd(partial_logits.detach(), labels, bias, utility, backend)
+
+
+def _check_classes(name: str, logits: Tensor, utility: str) -> None:
+    least = 2 if utility == "margin" else 1
+    if logits.shape[-1] < least:
+        raise ValueError(
+            f"{name} must have C >= {least} classes for utility {utility!r}, got {shape_text(logits.shape)}"
+        )
+
+
+class _CoalitionUtilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, utility, backend):
+        ctx.save_for_backward(logits, labels)
+        ctx.utility, ctx.backend = utility, backend
+        return torch.ops.mmfast.coalition_utilities_fwd(logits, labels, utility, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dutilities):
+        logits, labels = ctx.saved_tensors
+        bwd = torch.ops.mmfast.coalition_utilities_bwd
+        return bwd(dutilities, logits, labels, ctx.utility, ctx.backend), None, None, None
+
+
+class _AdditiveShapley(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial_logits, labels, bias, utility, backend):
+        ctx.save_for_backward(partial_logits, labels, bias)
+        ctx.utility, ctx.backend = utility, backend
+        return torch.ops.mmfast.additive_shapley_fwd(partial_logits, labels, bias, utility, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dphi):
+        partial_logits, labels, bias = ctx.saved_tensors
+        bwd = torch.ops.mmfast.additive_shapley_bwd
+        dpartial_logits, dbias = bwd(dphi, partial_logits, labels, bias, ctx.utility, ctx.backend)
+        return dpartial_logits, None, None if bias is None else dbias, None, None
+
+
+def _resolve(tensor: Tensor, backend: str) -> None:
+    # The reference is the only backend so far; a name of another raises here.
+    _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+
+
+def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
+    check_label_range("labels", labels, logits.shape[-1])
+    _resolve(logits, backend)
+    values = logits.new_empty(logits.shape[:2])
+    for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
+        values[rows] = _reference.coalition_utilities(logits[rows], labels[rows], utility=utility)
+    return values
+
+
+def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
+    _resolve(logits, backend)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
+        dlogits[rows] = _reference.coalition_utilities_bwd(
+            dutilities[rows], logits[rows], labels[rows], utility=utility
+        )
+    return dlogits
+
+
+def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str, backend: str) -> Tensor:
+    num_modalities, num_samples, num_classes = partial_logits.shape
+    check_label_range("labels", labels, num_classes)
+    _resolve(partial_logits, backend)
+    phi = partial_logits.new_empty(num_samples, num_modalities)
+    # Samples go in chunks: the table of all coalitions' logits exists for a few at a time.
+    for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
+        phi[rows] = _reference.additive_shapley(partial_logits[:, rows], labels[rows], bias, utility=utility)
+    return phi
+
+
+def _bwd(
+    dphi: Tensor,  # [N, M]
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    utility: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
+    num_modalities, num_samples, num_classes = partial_logits.shape
+    _resolve(partial_logits, backend)
+    dpartial_logits = torch.empty(
+        partial_logits.shape, dtype=partial_logits.dtype, device=partial_logits.device
+    )
+    dbias = None
+    for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
+        dpartial_logits[:, rows], dchunk = _reference.additive_shapley_bwd(
+            dphi[rows], partial_logits[:, rows], labels[rows], bias, utility=utility
+        )
+        dbias = dchunk if dbias is None else dbias + dchunk
+    if bias is None:
+        return dpartial_logits, partial_logits.new_empty(0)
+    return dpartial_logits, torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+
+
+def _utilities_fwd_fake(logits, labels, utility, backend):
+    return logits.new_empty(logits.shape[:2])
+
+
+def _utilities_bwd_fake(dutilities, logits, labels, utility, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _fwd_fake(partial_logits, labels, bias, utility, backend):
+    return partial_logits.new_empty(partial_logits.shape[1], partial_logits.shape[0])
+
+
+def _bwd_fake(dphi, partial_logits, labels, bias, utility, backend):
+    return partial_logits.new_empty(partial_logits.shape), (
+        partial_logits.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    )
+
+
+register(
+    "coalition_utilities_fwd(Tensor logits, Tensor labels, str utility, str backend) -> Tensor",
+    _utilities_fwd,
+    _utilities_fwd_fake,
+)
+register(
+    "coalition_utilities_bwd(Tensor dutilities, Tensor logits, Tensor labels, str utility, str backend)"
+    " -> Tensor",
+    _utilities_bwd,
+    _utilities_bwd_fake,
+)
+register(
+    "additive_shapley_fwd(Tensor partial_logits, Tensor labels, Tensor? bias, str utility, str backend)"
+    " -> Tensor",
+    _fwd,
+    _fwd_fake,
+)
+register(
+    "additive_shapley_bwd(Tensor dphi, Tensor partial_logits, Tensor labels, Tensor? bias, str utility,"
+    " str backend) -> (Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)

@@ -1,0 +1,271 @@
+"""How well single feature dimensions separate classes: moments of classes and nearest-centroid accuracy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    accumulation_dtype,
+    check_float,
+    check_label_range,
+    check_labels,
+    check_same_device,
+    check_shape,
+    register,
+    shape_text,
+)
+from mmfast.reference import class_separability as _reference
+
+
+class ClassMoments(NamedTuple):
+    """Number, mean and population variance of each class's samples; NaN moments where there are none."""
+
+    count: Tensor  # type: ignore[assignment]  # int64 [C]; hides tuple.count
+    mean: Tensor  # [C, D]
+    var: Tensor  # [C, D]
+
+    def merge(self, other: ClassMoments) -> ClassMoments:
+        """Return the moments of both sets of samples together.
+
+        Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+            variances", 1979.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"other must have moments of shape [C, D] = {shape_text(self.mean.shape)}, "
+                f"got {shape_text(other.mean.shape)}"
+            )
+        count = self.count + other.count
+        # The share of the other samples in each class; NaN where neither has any, as its moments are.
+        share = (other.count.to(self.mean.dtype) / count)[:, None]
+        delta = other.mean - self.mean
+        mean = self.mean + delta * share
+        var = self.var + (other.var - self.var) * share + delta.square() * share * (1 - share)
+        for mine, theirs in ((self, other), (other, self)):
+            empty = (mine.count == 0)[:, None]
+            mean, var = torch.where(empty, theirs.mean, mean), torch.where(empty, theirs.var, var)
+        return ClassMoments(count, mean, var)
+
+
+def class_moments(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+    *,
+    backend: str = "auto",
+) -> ClassMoments:  # [C], [C, D], [C, D]
+    """Return the number, mean and population variance of each class's samples.
+
+    Equivalent to, for every class k:
+
+        count[k] = (labels == k).sum()
+        mean[k] = features[labels == k].mean(0)
+        var[k] = features[labels == k].var(0, correction=0)
+
+    Args:
+        features: [N, D] float32, float64, bfloat16 or float16, any strides.
+        labels: [N] of an integer dtype, in [0, C).
+        num_classes: C.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ClassMoments with count int64 [C], and mean and var [C, D] in float32 for half precision, else in the
+        dtype of `features`; NaN for a class without samples. `merge` joins the moments of two sets of
+        samples. mean and var are differentiable once.
+
+    Raises:
+        TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.
+        ValueError: a shape is wrong, a label on the CPU lies outside [0, C), or `num_classes` is below 1.
+    """
+    _check(features, labels, num_classes)
+    _backend.check_name(backend)
+    return ClassMoments(*_ClassMoments.apply(features, labels, num_classes, backend))
+
+
+def dimension_accuracy(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, D]
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [D]
+    """Return, for each dimension alone, the share of samples to which their own class's centroid is nearest.
+
+    Equivalent to, in exact arithmetic:
+
+        distance = (features[:, None] - centroids).abs()
+        accuracy = (distance.nan_to_num(nan=torch.inf).argmin(1) == labels[:, None]).float().mean(0)
+
+    in O(N D) instead of O(N C D). Of equal distances the lowest class is the nearest.
+
+    Args:
+        features: [N, D] float32, float64, bfloat16 or float16, any strides; a sample that is not finite is
+            not right.
+        labels: [N] of an integer dtype, in [0, C).
+        centroids: [C, D] of any of these dtypes; one that is NaN or infinite is never the nearest.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [D] in [0, 1], float64 for float64 features, else float32; NaN for N = 0. No gradient.
+
+    Raises:
+        TypeError: `features` or `centroids` is no tensor of a floating dtype, or `labels` none of an integer
+            dtype.
+        ValueError: a shape is wrong, or, on the CPU, a label lies outside [0, C) or no class has a finite
+            centroid.
+
+    Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
+    """
+    check_float("centroids", centroids)
+    check_shape("centroids", centroids, "C, D", (None, None))
+    _check(features, labels, centroids.shape[0], num_classes_name="the number of centroids")
+    check_shape("centroids", centroids, "C, D", (None, features.shape[1]))
+    check_same_device(features=features, centroids=centroids)
+    _backend.check_name(backend)
+    hits = torch.ops.mmfast.dimension_hits(features.detach(), labels, centroids.detach(), backend)
+    return hits.to(accumulation_dtype(features.dtype)) / features.shape[0]
+
+
+def effective_dimensions(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:  # bool [D]
+    """Return which dimensions tell the classes apart better than the mean dimension does.
+
+    Equivalent to:
+
+        centroids = class_moments(features, labels, num_classes).mean
+        accuracy = dimension_accuracy(features, labels, centroids)
+        effective = accuracy > accuracy.mean()
+
+    Args:
+        features: [N, D] float32, float64, bfloat16 or float16, any strides.
+        labels: [N] of an integer dtype, in [0, C).
+        num_classes: C; classes without samples are left out.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        bool [D], the comparison made in whole numbers.
+
+    Raises:
+        TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.
+        ValueError: a shape is wrong, there is no sample, a label on the CPU lies outside [0, C), or
+            `num_classes` is below 1.
+
+    Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
+    """
+    _check(features, labels, num_classes)
+    if features.shape[0] == 0:
+        raise ValueError(f"features must hold at least one sample, got {shape_text(features.shape)}")
+    _backend.check_name(backend)
+    features = features.detach()
+    _, mean, _ = torch.ops.mmfast.class_moments_fwd(features, labels, num_classes, backend)
+    hits = torch.ops.mmfast.dimension_hits(features, labels, mean, backend)
+    return hits * hits.shape[0] > hits.sum()
+
+
+def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name: str = "num_classes") -> None:
+    check_float("features", features)
+    check_shape("features", features, "N, D", (None, None))
+    check_labels("labels", labels, features.shape[0])
+    check_same_device(features=features, labels=labels)
+    if isinstance(num_classes, bool | float):
+        raise TypeError(f"{num_classes_name} must be an integer, got {num_classes!r}")
+    if num_classes < 1:
+        raise ValueError(f"{num_classes_name} must be at least 1, got {num_classes}")
+
+
+class _ClassMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, labels, num_classes, backend):
+        count, mean, var = torch.ops.mmfast.class_moments_fwd(features, labels, num_classes, backend)
+        ctx.save_for_backward(features, labels, count, mean)
+        ctx.mark_non_differentiable(count)
+        ctx.backend = backend
+        return count, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dcount, dmean, dvar):
+        bwd = torch.ops.mmfast.class_moments_bwd
+        return bwd(dmean, dvar, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+def _moments_fwd(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
+    check_label_range("labels", labels, num_classes)
+    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    return _reference.class_moments(features, labels, num_classes)
+
+
+def _moments_bwd(
+    dmean: Tensor,  # [C, D]
+    dvar: Tensor,  # [C, D]
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    count: Tensor,  # [C]
+    mean: Tensor,  # [C, D]
+    backend: str,
+) -> Tensor:  # [N, D]
+    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    return _reference.class_moments_bwd(dmean, dvar, features, labels, count, mean)
+
+
+def _hits(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, D]
+    backend: str,
+) -> Tensor:  # int64 [D]
+    check_label_range("labels", labels, centroids.shape[0])
+    if centroids.device.type == "cpu" and centroids.numel() and not bool(centroids.isfinite().any()):
+        raise ValueError(
+            f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
+        )
+    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    return _reference.dimension_hits(features, labels, centroids)
+
+
+def _moments_fwd_fake(features, labels, num_classes, backend):
+    shape, dtype = (num_classes, features.shape[1]), accumulation_dtype(features.dtype)
+    count = features.new_empty(num_classes, dtype=torch.int64)
+    return count, features.new_empty(shape, dtype=dtype), features.new_empty(shape, dtype=dtype)
+
+
+def _moments_bwd_fake(dmean, dvar, features, labels, count, mean, backend):
+    return features.new_empty(features.shape)
+
+
+def _hits_fake(features, labels, centroids, backend):
+    return features.new_empty(features.shape[1], dtype=torch.int64)
+
+
+register(
+    "class_moments_fwd(Tensor features, Tensor labels, SymInt num_classes, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _moments_fwd,
+    _moments_fwd_fake,
+)
+register(
+    "class_moments_bwd(Tensor dmean, Tensor dvar, Tensor features, Tensor labels, Tensor count, Tensor mean,"
+    " str backend) -> Tensor",
+    _moments_bwd,
+    _moments_bwd_fake,
+)
+register(
+    "dimension_hits(Tensor features, Tensor labels, Tensor centroids, str backend) -> Tensor",
+    _hits,
+    _hits_fake,
+)

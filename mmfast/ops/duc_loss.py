@@ -1,0 +1,333 @@
+"""The dimension-decoupled unidirectional contrastive loss, with its gradient out of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    accumulation_dtype,
+    check_choice,
+    check_float,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    outside_autocast,
+    promoted,
+    register,
+)
+from mmfast.reference import duc_loss as _reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class DucDims:
+    """The effective dimensions of every modality, with the column lists of all ordered pairs, prepared once.
+
+    Building it reads `effective` on the host; calls of `duc_loss` with it do not.
+
+    Args:
+        effective: bool [M, D], True where a dimension of a modality separates the classes.
+
+    Attributes:
+        effective: as given.
+        columns: int64, on the device of `effective`: the dimensions effective in m and not in n, pair after
+            pair.
+        sizes: M^2 numbers of such dimensions, n running fastest.
+    """
+
+    effective: Tensor  # bool [M, D]
+    columns: Tensor  # int64 [sum of sizes]
+    sizes: tuple[int, ...]  # M^2
+
+    def __init__(self, effective: Tensor) -> None:
+        _check_effective(effective, None, None)
+        self.effective = effective.detach().clone()
+        self.columns, sizes = _reference.split_dims(self.effective)
+        self.sizes = tuple(sizes)
+
+    def dims(self, teacher: int, student: int) -> Tensor:  # int64 [d]
+        """Return the dimensions in which modality `teacher` teaches modality `student`."""
+        return self.columns.split(list(self.sizes))[teacher * len(self.effective) + student]
+
+    def to(self, device: torch.device | str) -> DucDims:
+        """Return the same dimensions on another device."""
+        return DucDims(self.effective.to(device))
+
+    def __repr__(self) -> str:
+        num_modalities, num_dims = self.effective.shape
+        return (
+            f"DucDims(M={num_modalities}, D={num_dims}, sizes={self.sizes}, device={self.effective.device})"
+        )
+
+
+def duc_loss(
+    features: Sequence[Tensor] | Tensor,  # M of [N, D]
+    effective: Tensor | DucDims,  # bool [M, D]
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [] or [N]
+    """Return the loss by which modalities learn from each other where only one of them is effective.
+
+    Equivalent to, summed over all ordered pairs of different modalities (m, n):
+
+        d = effective[m] & ~effective[n]
+        scores = features[n][:, d] @ features[m][:, d].detach().T / temperature
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(N))
+
+    without an N x N matrix kept. A pair without such dimensions adds 0.
+
+    Args:
+        features: M tensors [N, D], or one [M, N, D]; float32, float64, bfloat16 or float16, any strides,
+            mixed dtypes are promoted to a common one.
+        effective: bool [M, D]; on a GPU its column lists are read by the host in every call, so prepare
+            `DucDims(effective)` once.
+        temperature: positive, divides the dot products.
+        reduction: "mean" or "sum" over samples, or "none": [N], each sample's losses summed over pairs.
+        group: a torch.distributed process group: keys are gathered from all its processes (which may hold
+            different N), each reduces over its own rows, and gradients averaged over processes that hold
+            equal N are those of one process with the whole batch. Waits for the host to exchange sizes. None:
+            this process alone.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of the features.
+        The mean of an empty batch is NaN, its sum 0. Differentiable once with respect to the features as
+        queries.
+
+    Raises:
+        TypeError: a feature is no tensor of a floating dtype, or `effective` none of bool.
+        ValueError: there is no feature, a shape differs, or `temperature` or `reduction` is out of range.
+
+    Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024, section on
+    the dimension-decoupled unidirectional contrastive loss.
+    """
+    features = _check_features(features)
+    num_modalities, num_dims = len(features), features[0].shape[1]
+    mask = effective.effective if isinstance(effective, DucDims) else effective
+    _check_effective(mask, num_modalities, num_dims)
+    check_same_device(features=features[0], effective=mask)
+    _check_options(temperature, reduction)
+    _backend.check_name(backend)
+    features = promoted(*features)
+    keys, offset = _gathered(features, group)
+    columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
+    options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction)
+    if not torch.is_grad_enabled() or not any(feature.requires_grad for feature in features):
+        return torch.ops.mmfast.duc_loss_fwd(features, *options, False, backend)[0]
+    return _DucLoss.apply(options, backend, *features)
+
+
+def unidirectional_info_nce(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [N, D]
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [] or [N]
+    """Return the InfoNCE loss that draws each query to its own among all keys, with the keys as constants.
+
+    Equivalent to:
+
+        scores = query @ key.detach().T / temperature
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(N), reduction=reduction)
+
+    Args:
+        query: [N, D] float32, float64, bfloat16 or float16, any strides; not normalised.
+        key: [N, D], row i belongs to row i of `query`; mixed dtypes are promoted to a common one.
+        temperature: positive, divides the dot products.
+        reduction: "mean", "sum" or "none" over samples.
+        group: as for `duc_loss`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of `query`.
+        Differentiable once with respect to `query`; `key` gets no gradient.
+
+    Raises:
+        TypeError: `query` or `key` is no tensor of a floating dtype.
+        ValueError: shapes differ, or `temperature` or `reduction` is out of range.
+
+    Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
+    """
+    check_float("query", query)
+    check_shape("query", query, "N, D", (None, None))
+    check_float("key", key)
+    check_shape("key", key, "N, D", (query.shape[0], query.shape[1]))
+    check_same_device(query=query, key=key)
+    _check_options(temperature, reduction)
+    _backend.check_name(backend)
+    query, key = promoted(query, key.detach())
+    keys, offset = _gathered([key], group)
+    options = (keys[0] if keys else key, float(temperature), offset, reduction)
+    if not torch.is_grad_enabled() or not query.requires_grad:
+        return torch.ops.mmfast.info_nce_fwd(query, *options, False, backend)[0]
+    return _InfoNCE.apply(options, backend, query)
+
+
+def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    if isinstance(features, Tensor):
+        check_shape("features", features, "M, N, D", (None, None, None))
+        features = features.unbind(0)
+    tensors = list(features)
+    if not tensors:
+        raise ValueError("features must hold M >= 1 tensors [N, D], got none")
+    for index, feature in enumerate(tensors):
+        name = f"features[{index}]"
+        check_float(name, feature)
+        check_shape(name, feature, "N, D", (None, None) if index == 0 else tuple(tensors[0].shape))
+        check_same_device(**{"features[0]": tensors[0], name: feature})
+    return tensors
+
+
+def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: int | None) -> None:
+    check_tensor("effective", effective)
+    if effective.dtype != torch.bool:
+        raise TypeError(f"effective must have dtype bool, got {str(effective.dtype).removeprefix('torch.')}")
+    check_shape("effective", effective, "M, D", (num_modalities, num_dims))
+
+
+def _check_options(temperature: float, reduction: str) -> None:
+    check_positive("temperature", temperature)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
+    ""
+    """Return all processes' keys and where this one's begin; no keys where they are the features."""
+    if group is None or dist.get_world_size(group) == 1:
+        return [], 0
+    keys, offset = _reference.gather_keys(torch.stack([feature.detach() for feature in features]), group)
+    return list(keys.unbind(0)), offset
+
+
+def _scale(
+    dloss: Tensor,  # [] or [N]
+    temperature: float,
+    reduction: str,
+    num_samples: int,
+) -> Tensor:  # [] or [N, 1]
+    if reduction == "none":
+        return (dloss / temperature)[:, None]
+    return dloss / (temperature * num_samples) if reduction == "mean" else dloss / temperature
+
+
+class _DucLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, backend, *features):
+        loss, residuals = torch.ops.mmfast.duc_loss_fwd(features, *options, True, backend)
+        ctx.save_for_backward(residuals)
+        ctx.temperature, ctx.reduction = options[4], options[6]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        (residuals,) = ctx.saved_tensors
+        scale = _scale(dloss, ctx.temperature, ctx.reduction, residuals.shape[1])
+        return None, None, *(residuals * scale).to(residuals.dtype).unbind(0)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, backend, query):
+        loss, residual = torch.ops.mmfast.info_nce_fwd(query, *options, True, backend)
+        ctx.save_for_backward(residual)
+        ctx.temperature, ctx.reduction = options[1], options[3]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        (residual,) = ctx.saved_tensors
+        scale = _scale(dloss, ctx.temperature, ctx.reduction, residual.shape[0])
+        return None, None, (residual * scale).to(residual.dtype)
+
+
+@outside_autocast
+def _duc_impl(
+    features: list[Tensor],  # M of [N, D]
+    keys: list[Tensor],  # M of [K, D]; none: the features
+    effective: Tensor,  # bool [M, D]
+    columns: Tensor | None,  # int64 [sum of sizes]; None: not prepared
+    sizes: list[int],  # M^2
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
+    """Return the loss and temperature times the gradient of its sum,"
+    " which stays in range in half precision."""
+    _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype)
+    if columns is None:
+        columns, sizes = _reference.split_dims(effective)
+    return _reference.duc_loss_fwd(
+        features,
+        keys or features,
+        columns,
+        sizes,
+        temperature=temperature,
+        offset=offset,
+        reduction=reduction,
+        with_residual=with_residual,
+    )
+
+
+@outside_autocast
+def _info_nce_impl(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [K, D]
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
+    _backend.resolve("duc_loss", backend, query.device.type, query.dtype)
+    losses, residual = _reference.info_nce_fwd(
+        query, key, temperature=temperature, offset=offset, with_residual=with_residual
+    )
+    loss = _reference.reduced(losses, reduction)
+    return loss, query.new_empty(0) if residual is None else residual.to(query.dtype)
+
+
+def _loss_fake(query: Tensor, reduction: str) -> Tensor:
+    shape = query.shape[:1] if reduction == "none" else ()
+    return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+
+
+def _duc_fake(
+    features, keys, effective, columns, sizes, temperature, offset, reduction, with_residual, backend
+):
+    shape = (len(features), *features[0].shape) if with_residual else (0,)
+    return _loss_fake(features[0], reduction), features[0].new_empty(shape)
+
+
+def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, backend):
+    return _loss_fake(query, reduction), query.new_empty(query.shape if with_residual else (0,))
+
+
+register(
+    "duc_loss_fwd(Tensor[] features, Tensor[] keys, Tensor effective, Tensor? columns, SymInt[] sizes,"
+    " float temperature, SymInt offset, str reduction, bool with_residual, str backend) -> (Tensor, Tensor)",
+    _duc_impl,
+    _duc_fake,
+)
+register(
+    "info_nce_fwd(Tensor query, Tensor key, float temperature, SymInt offset, str reduction,"
+    " bool with_residual, str backend) -> (Tensor, Tensor)",
+    _info_nce_impl,
+    _info_nce_fake,
+)

@@ -1,0 +1,147 @@
+"""Projection of a shared head's gradient off the directions of features it has already learnt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    check_float,
+    check_positive,
+    check_same_device,
+    check_shape,
+    outside_autocast,
+    register,
+    shape_text,
+)
+from mmfast.reference import gradient_projection as _reference
+
+
+@torch.no_grad()
+def update_projector_(
+    projector: Tensor,  # [D, D] changed in place
+    mean_feature: Tensor,  # [D]
+    *,
+    alpha: float,
+    backend: str = "auto",
+) -> None:
+    """Remove the direction of a mean feature from the projector, in place.
+
+    Equivalent to:
+
+        q = projector @ mean_feature / (alpha + mean_feature @ projector @ mean_feature)
+        projector -= torch.outer(q, projector @ mean_feature)
+
+    Args:
+        projector: [D, D] float32 or float64, any strides; symmetric with eigenvalues in [0, 1], begun as the
+            identity. The result is symmetric to the last bit.
+        mean_feature: [D] float32, float64, bfloat16 or float16, the mean of a batch's features.
+        alpha: positive; the smaller against the squared length of `mean_feature`, the more of the direction
+            goes.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        TypeError: `projector` has another dtype than float32 or float64, or `mean_feature` is no floating
+            tensor.
+        ValueError: a shape is wrong, or `alpha` is not positive and finite.
+
+    Source: Zhang et al., "Multimodal representation learning by alternating unimodal adaptation", CVPR 2024,
+    after Zeng et al., "Continual learning of context-dependent processing in neural
+    networks", 2019.
+    """
+    _check_projector(projector)
+    check_float("mean_feature", mean_feature)
+    check_shape("mean_feature", mean_feature, "D", (projector.shape[0],))
+    check_same_device(projector=projector, mean_feature=mean_feature)
+    check_positive("alpha", alpha)
+    _backend.check_name(backend)
+    torch.ops.mmfast.update_projector_(projector, mean_feature, float(alpha), backend)
+
+
+def project_gradient(
+    grad: Tensor,  # [C, D]
+    projector: Tensor,  # [D, D]
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [C, D]
+    """Return the gradient of a linear head's weight with the directions removed from the projector taken out.
+
+    Equivalent to:
+
+        grad @ projector
+
+    Args:
+        grad: [C, D] float32, float64, bfloat16 or float16, any strides.
+        projector: [D, D] float32 or float64, as `update_projector_` leaves it; taken as a constant.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [C, D] in the dtype of `grad`, computed in at least float32; differentiable with respect to `grad`.
+
+    Raises:
+        TypeError: `grad` is no tensor of a floating dtype, or `projector` has another than float32 or
+            float64.
+        ValueError: a shape is wrong.
+
+    Source: Zhang et al., "Multimodal representation learning by alternating unimodal adaptation", CVPR 2024.
+    """
+    check_float("grad", grad)
+    _check_projector(projector)
+    check_shape("grad", grad, "C, D", (None, projector.shape[0]))
+    check_same_device(grad=grad, projector=projector)
+    _backend.check_name(backend)
+    return _ProjectGradient.apply(grad, projector, backend)
+
+
+def _check_projector(projector: Tensor) -> None:
+    check_float("projector", projector)
+    if projector.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"projector must have dtype float32 or float64, got {str(projector.dtype).removeprefix('torch.')}"
+        )
+    if projector.dim() != 2 or projector.shape[0] != projector.shape[1]:
+        raise ValueError(f"projector must have shape [D, D], got {shape_text(projector.shape)}")
+
+
+class _ProjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, projector, backend):
+        ctx.save_for_backward(projector)
+        ctx.backend = backend
+        return torch.ops.mmfast.project_gradient(grad, projector, backend)
+
+    @staticmethod
+    def backward(ctx, dprojected):
+        (projector,) = ctx.saved_tensors
+        return _ProjectGradient.apply(dprojected, projector.T, ctx.backend), None, None
+
+
+@outside_autocast
+def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend: str) -> None:
+    _backend.resolve("gradient_projection", backend, projector.device.type, projector.dtype)
+    _reference.update_projector_(projector, mean_feature, alpha=alpha)
+
+
+@outside_autocast
+def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
+    _backend.resolve("gradient_projection", backend, grad.device.type, grad.dtype)
+    return _reference.project_gradient(grad, projector)
+
+
+def _update_fake(projector, mean_feature, alpha, backend):
+    return None
+
+
+def _project_fake(grad, projector, backend):
+    return grad.new_empty(grad.shape)
+
+
+register(
+    "update_projector_(Tensor(a!) projector, Tensor mean_feature, float alpha, str backend) -> ()",
+    _update_impl,
+    _update_fake,
+)
+register(
+    "project_gradient(Tensor grad, Tensor projector, str backend) -> Tensor", _project_impl, _project_fake
+)

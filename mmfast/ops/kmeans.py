@@ -1,0 +1,201 @@
+"""K-means clustering of features, and how pure its clusters are in class."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    accumulation_dtype,
+    check_choice,
+    check_float,
+    check_labels,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    outside_autocast,
+    register,
+    shape_text,
+)
+from mmfast.reference import kmeans as _reference
+
+
+class KMeans(NamedTuple):
+    """A clustering: centroids, each sample's cluster, sum of squared distances, number of iterations."""
+
+    centroids: Tensor  # [K, D]
+    assignments: Tensor  # int64 [N]
+    inertia: Tensor  # []
+    num_iter: int
+
+
+@torch.no_grad()
+def kmeans(
+    features: Tensor,  # [N, D]
+    num_clusters: int,
+    *,
+    init: str | Tensor = "k-means++",  # or [K, D]
+    num_init: int = 1,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    seed: int = 0,
+    backend: str = "auto",
+) -> KMeans:
+    """Return the clustering of samples around K centroids by Lloyd's iterations, the best of several starts.
+
+    Equivalent to:
+
+        sklearn.cluster.KMeans(K, init=init, n_init=num_init, max_iter=max_iter, tol=tol, random_state=seed)
+
+    up to the random draws. Reads the device once an iteration, to know when to stop.
+
+    Args:
+        features: [N, D] float32, float64, bfloat16 or float16, any strides, finite.
+        num_clusters: K, from 1 to N.
+        init: "k-means++" (each seed the best of 2 + floor(ln K) points drawn by squared distance to the seeds
+            before it), or centroids [K, D] to start from.
+        num_init: starts, of which the one with the lowest inertia is returned; given centroids are started
+            from once.
+        max_iter: most iterations of a start.
+        tol: a start ends when the centroids' summed squared movement falls to `tol` times the mean variance
+            of a dimension, or when no assignment changes.
+        seed: of the draws, which are the same on every device.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        KMeans(centroids [K, D], assignments int64 [N], inertia [], num_iter), floats in float32 for half
+        precision, else in the dtype of `features`. A cluster that loses its last sample takes the one
+        farthest from its centroid.
+
+    Raises:
+        TypeError: `features` or `init` is no tensor of a floating dtype.
+        ValueError: a shape is wrong, K lies outside [1, N], a feature or centroid is not finite, or an option
+            is out of range.
+
+    Source: Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++: the
+    advantages of careful seeding", 2007.
+    """
+    _check(features, num_clusters, init)
+    for name, value in (("num_init", num_init), ("max_iter", max_iter)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= tol < float("inf"):
+        raise ValueError(f"tol must be finite and not negative, got {tol}")
+    _backend.check_name(backend)
+    generator = torch.Generator().manual_seed(seed)
+    best = None
+    for _ in range(1 if isinstance(init, Tensor) else num_init):
+        start = (
+            init if isinstance(init, Tensor) else _reference.seed_centroids(features, num_clusters, generator)
+        )
+        result = torch.ops.mmfast.kmeans_lloyd(features, start, max_iter, float(tol), backend)
+        if best is None or bool(result[2] < best[2]):
+            best = result
+    assert best is not None
+    centroids, assignments, inertia, num_iter = best
+    return KMeans(centroids, assignments, inertia, int(num_iter))
+
+
+def cluster_purity(
+    assignments: Tensor,  # [N]
+    labels: Tensor,  # [N]
+    *,
+    backend: str = "auto",
+) -> float:
+    """Return the share of samples that belong to the commonest class of their cluster.
+
+    Equivalent to:
+
+        table = torch.zeros(K, C).index_put((assignments, labels), torch.ones(N), accumulate=True)
+        purity = float(table.amax(1).sum() / N)
+
+    Args:
+        assignments: [N] of an integer dtype, each sample's cluster, from 0.
+        labels: [N] of an integer dtype, each sample's class, from 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A Python float in (0, 1]; reading it waits for the device.
+
+    Raises:
+        TypeError: `assignments` or `labels` is no tensor of an integer dtype.
+        ValueError: shapes differ, there is no sample, or a number is negative.
+
+    Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024 (purity).
+    """
+    check_tensor("assignments", assignments)
+    check_shape("assignments", assignments, "N", (None,))
+    check_labels("assignments", assignments, assignments.shape[0])
+    check_labels("labels", labels, assignments.shape[0])
+    check_same_device(assignments=assignments, labels=labels)
+    if labels.shape[0] == 0:
+        raise ValueError("labels must hold at least one sample, got shape [0]")
+    for name, value in (("assignments", assignments), ("labels", labels)):
+        if int(value.min()) < 0:
+            raise ValueError(f"{name} must not be negative, got {int(value.min())}")
+    _backend.check_name(backend)
+    return float(torch.ops.mmfast.cluster_purity(assignments, labels, backend))
+
+
+def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
+    check_float("features", features)
+    check_shape("features", features, "N, D", (None, None))
+    if not 1 <= num_clusters <= features.shape[0]:
+        raise ValueError(
+            f"num_clusters must lie in [1, N] = [1, {features.shape[0]}], got {num_clusters} "
+            f"for features {shape_text(features.shape)}"
+        )
+    if isinstance(init, Tensor):
+        check_float("init", init)
+        check_shape("init", init, "K, D", (num_clusters, features.shape[1]))
+        check_same_device(features=features, init=init)
+    else:
+        check_choice("init", init, ("k-means++",))
+    for name, value in (("features", features), ("init", init)):
+        if isinstance(value, Tensor):
+            num_bad = value.numel() - int(value.isfinite().sum())
+            if num_bad:
+                raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
+
+
+@outside_autocast
+def _lloyd(
+    features: Tensor,  # [N, D]
+    start: Tensor,  # [K, D]
+    max_iter: int,
+    tol: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 [] on the CPU
+    _backend.resolve("kmeans", backend, features.device.type, features.dtype)
+    return _reference.lloyd(features, start, max_iter, tol)
+
+
+def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
+    _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
+    return _reference.purity(assignments, labels)
+
+
+def _lloyd_fake(features, start, max_iter, tol, backend):
+    dtype = accumulation_dtype(features.dtype)
+    return (
+        features.new_empty(start.shape, dtype=dtype),
+        features.new_empty(features.shape[0], dtype=torch.int64),
+        features.new_empty((), dtype=dtype),
+        torch.empty((), dtype=torch.int64),
+    )
+
+
+def _purity_fake(assignments, labels, backend):
+    return labels.new_empty((), dtype=torch.float64)
+
+
+register(
+    "kmeans_lloyd(Tensor features, Tensor start, int max_iter, float tol, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _lloyd,
+    _lloyd_fake,
+)
+register("cluster_purity(Tensor assignments, Tensor labels, str backend) -> Tensor", _purity, _purity_fake)

@@ -1,0 +1,175 @@
+"""Fusion of unimodal logits, sample by sample, with more weight to modalities that are surer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast import backend as _backend
+from mmfast.ops._common import (
+    check_float,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    register,
+    shape_text,
+)
+from mmfast.reference import logit_fusion as _reference
+
+
+def entropy_fusion(
+    logits: Tensor,  # [M, N, C]
+    *,
+    present: Tensor | None = None,  # bool [M, N]
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    """Return the sum of the modalities' logits weighted by the softmax of their negative entropies.
+
+    Equivalent to:
+
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        weights = (-entropy).softmax(0)
+        fused = (weights[..., None] * logits).sum(0)
+
+    Args:
+        logits: [M, N, C] float32, float64, bfloat16 or float16, any strides. A logit of -inf excludes its
+            class.
+        present: bool [M, N], False where a sample lacks a modality: its weight is 0 and its logits, whatever
+            they hold, have no influence. A sample without any modality has weights 0 and fused logits 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        fused [N, C] and weights [M, N] in the dtype of `logits`, computed in at least float32; the weights of
+        a sample sum to 1. No sample depends on another. Both are differentiable once.
+
+    Raises:
+        TypeError: `logits` is no tensor of a floating dtype, or `present` none of bool.
+        ValueError: a shape is wrong, or M or C is 0.
+
+    Source: Zhang et al., "Multimodal representation learning by alternating unimodal adaptation", CVPR 2024,
+    with the entropy of each sample.
+    """
+    _check(logits, present)
+    _backend.check_name(backend)
+    return _LogitFusion.apply(logits, present, "entropy", 1.0, backend)
+
+
+def certainty_fusion(
+    logits: Tensor,  # [M, N, C]
+    *,
+    temperature: float = 1.0,
+    present: Tensor | None = None,  # bool [M, N]
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    """Return the sum of the modalities' logits weighted by the softmax of their largest probabilities.
+
+    Equivalent to:
+
+        certainty = logits.softmax(-1).amax(-1)
+        weights = (certainty / temperature).softmax(0)
+        fused = (weights[..., None] * logits).sum(0)
+
+    Args:
+        logits: [M, N, C] float32, float64, bfloat16 or float16, any strides. A logit of -inf excludes its
+            class.
+        temperature: positive; the smaller, the more the surest modality decides alone.
+        present: bool [M, N], False where a sample lacks a modality: its weight is 0 and its logits, whatever
+            they hold, have no influence. A sample without any modality has weights 0 and fused logits 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        fused [N, C] and weights [M, N] in the dtype of `logits`, computed in at least float32; the weights of
+        a sample sum to 1. Both are differentiable once; of equal largest logits the lowest class gets the
+        gradient.
+
+    Raises:
+        TypeError: `logits` is no tensor of a floating dtype, or `present` none of bool.
+        ValueError: a shape is wrong, M or C is 0, or `temperature` is not positive and finite.
+
+    Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
+    """
+    _check(logits, present)
+    check_positive("temperature", temperature)
+    _backend.check_name(backend)
+    return _LogitFusion.apply(logits, present, "certainty", float(temperature), backend)
+
+
+def _check(logits: Tensor, present: Tensor | None) -> None:
+    check_float("logits", logits)
+    check_shape("logits", logits, "M, N, C", (None, None, None))
+    num_modalities, num_samples, num_classes = logits.shape
+    if num_modalities == 0 or num_classes == 0:
+        raise ValueError(
+            f"logits must have M >= 1 modalities and C >= 1 classes, got {shape_text(logits.shape)}"
+        )
+    if present is None:
+        return
+    check_tensor("present", present)
+    if present.dtype != torch.bool:
+        raise TypeError(f"present must have dtype bool, got {str(present.dtype).removeprefix('torch.')}")
+    check_shape("present", present, "M, N", (num_modalities, num_samples))
+    check_same_device(logits=logits, present=present)
+
+
+class _LogitFusion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, present, score, temperature, backend):
+        ctx.save_for_backward(logits, present)
+        ctx.options = (score, temperature, backend)
+        return torch.ops.mmfast.logit_fusion_fwd(logits, present, score, temperature, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dfused, dweights):
+        dlogits = torch.ops.mmfast.logit_fusion_bwd(dfused, dweights, *ctx.saved_tensors, *ctx.options)
+        return dlogits, None, None, None, None
+
+
+def _fwd(
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,  # "entropy" or "certainty"
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
+
+
+def _bwd(
+    dfused: Tensor,  # [N, C]
+    dweights: Tensor,  # [M, N]
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float,
+    backend: str,
+) -> Tensor:  # [M, N, C]
+    _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    return _reference.logit_fusion_bwd(
+        dfused, dweights, logits, present=present, score=score, temperature=temperature
+    )
+
+
+def _fwd_fake(logits, present, score, temperature, backend):
+    return logits.new_empty(logits.shape[1:]), logits.new_empty(logits.shape[:2])
+
+
+def _bwd_fake(dfused, dweights, logits, present, score, temperature, backend):
+    return logits.new_empty(logits.shape)
+
+
+register(
+    "logit_fusion_fwd(Tensor logits, Tensor? present, str score, float temperature, str backend)"
+    " -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+register(
+    "logit_fusion_bwd(Tensor dfused, Tensor dweights, Tensor logits, Tensor? present, str score,"
+    " float temperature, str backend) -> Tensor",
+    _bwd,
+    _bwd_fake,
+)

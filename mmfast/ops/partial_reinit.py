@@ -1,0 +1,118 @@
+"""Soft re-initialisation of a list of parameters towards the values training began with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast import backend as _backend
+from mmfast.ops._common import DTYPE_CODE, check_float, register, shape_text
+from mmfast.reference import partial_reinit as _reference
+
+
+@torch.no_grad()
+def partial_reinit_(
+    params: Sequence[Tensor],  # P tensors of any shape; changed in place
+    init_params: Sequence[Tensor],  # P tensors of the same shapes
+    alpha: float | Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    """Pull every parameter towards its initial value: theta <- (1 - alpha) theta + alpha theta_0, in place.
+
+    Equivalent to, for alpha in (0, 1):
+
+        torch._foreach_lerp_(params, init_params, alpha)
+
+    while alpha = 0 leaves every bit as it was and alpha = 1 copies every bit of `init_params`.
+
+    Args:
+        params: sequence of float32, float64, bfloat16 or float16 tensors, any shapes and strides, dtypes may
+            be mixed.
+        init_params: one tensor per parameter, of the same shape, dtype and device.
+        alpha: strength in [0, 1]; one number, or one per parameter.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        TypeError: an entry is no tensor of a floating dtype, or dtypes of a pair differ.
+        ValueError: lengths, shapes or devices differ, or alpha lies outside [0, 1].
+
+    Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024.
+    """
+    params, init_params = list(params), list(init_params)
+    _check(params, init_params)
+    _backend.check_name(backend)
+    alphas = [float(alpha)] * len(params) if isinstance(alpha, float | int) else [float(a) for a in alpha]
+    if len(alphas) != len(params):
+        raise ValueError(f"alpha must be a number or one per parameter = {len(params)}, got {len(alphas)}")
+    for a in alphas:
+        if not 0 <= a <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {a}")
+    if params:
+        torch.ops.mmfast.partial_reinit_(params, init_params, alphas, backend)
+
+
+def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
+    if len(params) != len(init_params):
+        raise ValueError(
+            f"init_params must hold one tensor per parameter = {len(params)}, got {len(init_params)}"
+        )
+    for index, (theta, theta_0) in enumerate(zip(params, init_params, strict=True)):
+        check_float(f"params[{index}]", theta)
+        check_float(f"init_params[{index}]", theta_0)
+        name = f"init_params[{index}]"
+        if theta.shape != theta_0.shape:
+            raise ValueError(
+                f"{name} must have shape {shape_text(theta.shape)}, got {shape_text(theta_0.shape)}"
+            )
+        if theta.dtype != theta_0.dtype:
+            raise TypeError(f"{name} must have dtype {theta.dtype}, got {theta_0.dtype}")
+        if theta.device != theta_0.device:
+            raise ValueError(f"{name} must lie on {theta.device}, got {theta_0.device}")
+
+
+def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    # A tensor with gaps or in another order goes through a contiguous copy; the others are their own.
+    dense = [theta.contiguous() for theta in params]
+    inits = [theta_0.contiguous() for theta_0 in init_params]
+    pointers = np.array([[t.data_ptr() for t in dense], [t.data_ptr() for t in inits]], dtype=np.int64)
+    sizes = np.array([t.numel() for t in dense], dtype=np.int64)
+    dtypes = np.array([DTYPE_CODE[t.dtype] for t in dense], dtype=np.int64)
+    strengths = np.array(alphas, dtype=np.float64)
+    _backend.extension("cpu").partial_reinit(
+        pointers[0].ctypes.data,
+        pointers[1].ctypes.data,
+        sizes.ctypes.data,
+        strengths.ctypes.data,
+        dtypes.ctypes.data,
+        len(dense),
+        torch.get_num_threads(),
+    )
+    for theta, copy in zip(params, dense, strict=True):
+        if theta is not copy:
+            theta.copy_(copy)
+        elif not theta.is_inference():
+            # The kernel writes behind autograd's back; a backward that saved the old values must notice.
+            torch.autograd.graph.increment_version(theta)
+
+
+def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], backend: str) -> None:
+    chosen = _backend.resolve("partial_reinit", backend, params[0].device.type, params[0].dtype)
+    if chosen == "reference" or len({theta.device for theta in params}) > 1:
+        _reference.partial_reinit_(params, init_params, alphas)
+    elif chosen == "cpu":
+        _run_cpu(params, init_params, alphas)
+
+
+def _fake(params: list[Tensor], init_params: list[Tensor], alphas: list[float], backend: str) -> None:
+    return None
+
+
+register(
+    "partial_reinit_(Tensor(a!)[] params, Tensor[] init_params, float[] alphas, str backend) -> ()",
+    _impl,
+    _fake,
+)

@@ -1,0 +1,132 @@
+"""The dimension-decoupled unidirectional contrastive loss, as its formula is written and in one sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmfast.reference._common import accumulation_dtype, row_chunks
+
+
+def gather_keys(
+    features: Tensor,  # [M, N, D]
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, int]:  # [M, K, D], the position of this process's first sample among the K
+    """Return the features of all processes of `group`, in order of rank; nothing flows back through them."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    num_modalities, num_samples, num_dims = features.shape
+    sizes = features.new_empty(world_size, dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, torch.full_like(sizes[:1], num_samples), group=group)
+    counts = sizes.tolist()
+    # Collectives want equal shapes: shorter batches are padded, and the padding cut off again.
+    mine = features.new_zeros(num_modalities, max(counts), num_dims)
+    mine[:, :num_samples] = features.detach()
+    gathered = mine.new_empty(world_size, *mine.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=group)
+    keys = torch.cat([part[:, :count] for part, count in zip(gathered, counts, strict=True)], dim=1)
+    return keys, sum(counts[:rank])
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Return the mean or the sum of the samples' losses, or the losses themselves."""
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+
+
+def unidirectional_info_nce(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [N, D]
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [] or [N]
+    """Return logsumexp_j(q_i . k_j / temperature) - q_i . k_i / temperature, with the keys as constants."""
+    keys, offset = (key.detach()[None], 0) if group is None else gather_keys(key[None], group)
+    dtype = accumulation_dtype(query.dtype, key.dtype)
+    scores = query.to(dtype) @ keys[0].to(dtype).T / temperature
+    return reduced(scores.logsumexp(1) - scores.diagonal(offset), reduction)
+
+
+def duc_loss(
+    features: Sequence[Tensor] | Tensor,  # M of [N, D]
+    effective: Tensor,  # bool [M, D]
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [] or [N]
+    """Return the sum over ordered pairs (m, n) of InfoNCE of n against m in the columns D^m - D^n."""
+    dtype = accumulation_dtype(*(feature.dtype for feature in features))
+    loss = reduced(torch.stack([0 * feature.to(dtype).sum(1) for feature in features]).sum(0), reduction)
+    for teacher, key in enumerate(features):
+        for student, query in enumerate(features):
+            dims = effective[teacher] & ~effective[student]
+            if dims.any():
+                loss = loss + unidirectional_info_nce(
+                    query[:, dims], key[:, dims], temperature=temperature, reduction=reduction, group=group
+                )
+    return loss
+
+
+def info_nce_fwd(
+    query: Tensor,  # [N, d]
+    key: Tensor,  # [K, d]
+    *,
+    temperature: float,
+    offset: int,  # sample i of the queries is sample offset + i of the keys
+    with_residual: bool,
+) -> tuple[Tensor, Tensor | None]:  # [N], [N, d], both in at least float32
+    """Return each sample's loss and temperature times its gradient, sum_j p_ij k_j - k_i, with no [N, K]."""
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    num_samples = query.shape[0]
+    losses = query.new_empty(num_samples)
+    residual = torch.empty_like(query) if with_residual else None
+    for rows in row_chunks(query, num_samples, key.shape[0]):
+        # log_softmax subtracts the maximum first and the logarithm last: large scores do not cancel.
+        log_p = (query[rows] @ key.T).div_(temperature).log_softmax(1)
+        torch.neg(log_p.diagonal(offset + rows.start), out=losses[rows])
+        if residual is not None:
+            own = key[offset + rows.start : offset + rows.stop]
+            torch.addmm(own, log_p.exp_(), key, beta=-1, out=residual[rows])
+    return losses, residual
+
+
+def split_dims(
+    effective: Tensor,  # bool [M, D]
+) -> tuple[Tensor, list[int]]:
+    """Return the columns of D^m - D^n, pair (m, n) after pair with n fastest, and their M^2 numbers."""
+    exclusive = effective[:, None] & ~effective[None]
+    return exclusive.nonzero()[:, 2].contiguous(), exclusive.sum(-1).flatten().tolist()
+
+
+def duc_loss_fwd(
+    features: Sequence[Tensor],  # M of [N, D]
+    keys: Sequence[Tensor],  # M of [K, D]
+    columns: Tensor,  # [sum of sizes], from split_dims
+    sizes: Sequence[int],  # M^2
+    *,
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor]:  # [] or [N] in at least float32; [M, N, D] in the dtype of the features, or [0]
+    """Return the loss and, per feature, temperature times the gradient of the sum of all samples' losses."""
+    num_modalities, feature = len(features), features[0]
+    losses = feature.new_zeros(feature.shape[0], dtype=accumulation_dtype(feature.dtype))
+    residuals = losses.new_zeros((num_modalities, *feature.shape) if with_residual else 0)
+    for pair, dims in enumerate(columns.split(list(sizes))):
+        if sizes[pair] == 0:
+            continue
+        teacher, student = divmod(pair, num_modalities)
+        query, key = features[student].index_select(1, dims), keys[teacher].index_select(1, dims)
+        loss, residual = info_nce_fwd(
+            query, key, temperature=temperature, offset=offset, with_residual=with_residual
+        )
+        losses += loss
+        if residual is not None:
+            residuals[student].index_add_(1, dims, residual)
+    return reduced(losses, reduction), residuals.to(feature.dtype)

@@ -1,0 +1,49 @@
+"""Shapley values of M players from a table of 2^M utilities, as the formula is written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _weights(num_players: int, like: Tensor) -> Tensor:
+    """Return |R|! (M-|R|-1)! / M! for every coalition R of the other M-1 players, [S / 2]."""
+    by_size = [1 / (num_players * math.comb(num_players - 1, size)) for size in range(num_players)]
+    sizes = torch.zeros(1, dtype=torch.int64, device=like.device)
+    for _ in range(num_players - 1):
+        sizes = torch.cat([sizes, sizes + 1])
+    return torch.tensor(by_size, dtype=like.dtype, device=like.device)[sizes]
+
+
+def shapley_values(
+    utilities: Tensor,  # [..., S]
+) -> Tensor:  # [..., M]
+    """Return the Shapley value of each player: its mean marginal utility over all orders of arrival."""
+    dtype = torch.promote_types(utilities.dtype, torch.float32)
+    num_players = utilities.shape[-1].bit_length() - 1
+    weights = _weights(num_players, utilities.to(dtype))
+    values = []
+    for player in range(num_players):
+        # Bit `player` of the coalition index splits the table into coalitions without and with the player.
+        halves = utilities.to(dtype).unflatten(-1, (-1, 2, 2**player))
+        marginal = (halves[..., 1, :] - halves[..., 0, :]).flatten(-2)
+        values.append((weights * marginal).sum(-1))
+    return torch.stack(values, dim=-1).to(utilities.dtype)
+
+
+def shapley_values_bwd(
+    dphi: Tensor,  # [..., M]
+) -> Tensor:  # [..., S]
+    """Return the gradient with respect to the utilities: the transposed map."""
+    dtype = torch.promote_types(dphi.dtype, torch.float32)
+    num_players = dphi.shape[-1]
+    weights = _weights(num_players, dphi.to(dtype))
+    dutilities = dphi.new_zeros(*dphi.shape[:-1], 2**num_players, dtype=dtype)
+    for player in range(num_players):
+        halves = dutilities.unflatten(-1, (-1, 2, 2**player))
+        share = (weights * dphi[..., player, None].to(dtype)).unflatten(-1, (-1, 2**player))
+        halves[..., 1, :] += share
+        halves[..., 0, :] -= share
+    return dutilities.to(dphi.dtype)

@@ -1,0 +1,257 @@
+"""Builds the compiled modules mmfast._cpu and mmfast._cuda with ninja; the rest is in pyproject.toml.
+
+Sources are found by glob. Environment variables:
+    MMFAST_CPU=0        leave the C++ module out; everything runs through plain torch
+    MMFAST_CUDA=auto    build the CUDA module where nvcc is found (default); 1: fail without nvcc; 0: never
+    MMFAST_SPILLS=error fail if a CUDA kernel does not fit its registers; otherwise it is only said
+    CXX, CXXFLAGS, CUDA_HOME    as usual
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Icsrc"]
+# GCC 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
+CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"]
+CPU_FLAGS += ["-Wno-maybe-uninitialized"]
+# Lowest first: see the order of objects in Build.build_cpu.
+X86_LEVELS = {
+    "baseline": ["-march=x86-64", "-mtune=generic"],
+    "avx2": ["-march=x86-64", "-mtune=haswell", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *["-march=x86-64", "-mtune=skylake-avx512", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    ],
+}
+# Machine code for each, PTX for the last one the compiler knows.
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
+
+
+class BuildError(Exception):
+    """A build that cannot go on; its text is the one sentence the user reads."""
+
+
+def say(text: str) -> None:
+    """Print one line that survives pip's capture of the build's output where -v is given."""
+    print(f"mmfast: {text}", file=sys.stderr, flush=True)
+
+
+def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
+    """Return the environment variable `name`, checked."""
+    value = os.environ.get(name, default).lower()
+    if value not in choices:
+        raise BuildError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def find_cxx() -> str | None:
+    """Return the C++ compiler: $CXX, or the first usual name on the path."""
+    named = os.environ.get("CXX")
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def find_nvcc() -> str | None:
+    """Return nvcc: of $CUDA_HOME, on the path, or where NVIDIA's installer puts it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def wanted_modules() -> list[Extension]:
+    """Return the modules this machine can build, after saying in one line why one is left out."""
+    cpu = switch("MMFAST_CPU", "1", ("0", "1"))
+    cuda = switch("MMFAST_CUDA", "auto", ("auto", "0", "1"))
+    if not sys.platform.startswith("linux"):
+        say(f"no compiled modules on {sys.platform}: the ops run through plain torch")
+        return []
+    if (cpu == "1" or cuda == "1") and find_cxx() is None:
+        raise BuildError(
+            "no C++ compiler found: install g++ or set CXX, "
+            "or set MMFAST_CPU=0 to install mmfast without its C++ kernels"
+        )
+    names = ["mmfast._cpu"] if cpu == "1" else []
+    if cpu == "0":
+        say("MMFAST_CPU=0: the C++ kernels are left out")
+    nvcc = find_nvcc()
+    if cuda == "1" and nvcc is None:
+        raise BuildError("MMFAST_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    if cuda != "0" and nvcc is not None and find_cxx() is not None:
+        names.append("mmfast._cuda")
+        say(f"MMFAST_CUDA={cuda}: building the CUDA kernels with {nvcc}")
+    else:
+        say(
+            f"MMFAST_CUDA={cuda}: the CUDA kernels are left out"
+            + ("" if cuda == "0" else ", nvcc was not found")
+        )
+    return [Extension(name, sources=[]) for name in names]
+
+
+class Build:
+    """Writes one ninja file for all modules and runs it."""
+
+    def __init__(self, folder: Path):
+        import pybind11
+        from ninja import ninja_syntax
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
+        self.cxx = find_cxx()
+        includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+        self.python_includes = [f"-I{path}" for path in dict.fromkeys(includes)]
+        self.cxxflags = [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.file = (self.folder / "build.ninja").open("w")
+        self.ninja = ninja_syntax.Writer(self.file, width=110)
+        self.ninja.rule(
+            "cxx",
+            f"{self.cxx} -MMD -MF $out.d $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="c++ $in $level",
+        )
+        self.ninja.rule("link", f"{self.cxx} -shared $in -o $out $flags", description="link $out")
+
+    def compile(self, source: Path, flags: list[str], level: str = "") -> str:
+        """Add one C++ object and return its path."""
+        stem = "_".join(
+            [*source.relative_to(ROOT / "csrc").with_suffix("").parts, *([level] if level else [])]
+        )
+        out = str(self.folder / f"{stem}.o")
+        variables = {"flags": shlex.join(flags), "level": level}
+        self.ninja.build(out, "cxx", str(source.relative_to(ROOT)), variables=variables)
+        return out
+
+    def build_cpu(self, target: str) -> None:
+        """Add mmfast._cpu: every op once per instruction set, the module itself for the baseline."""
+        levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        module = ROOT / "csrc/cpu/module.cpp"
+        objects = [self.compile(module, [*self.cxxflags, "-Wall", "-Wextra", *self.python_includes])]
+        # A linker keeps the first copy it meets of an inline function that several objects carry, one from
+        # the standard library say. The baseline's comes first, so none with newer instructions is shared.
+        for number, (level, flags) in enumerate(levels.items()):
+            flags = [*self.cxxflags, *CPU_FLAGS, *flags, f"-DMMFAST_ISA={number}"]
+            objects += [self.compile(source, flags, level) for source in sources if source != module]
+        # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
+        self.ninja.build(target, "link", objects, variables={"flags": "-fopenmp -Wl,--as-needed"})
+        self.ninja.default(target)
+
+    def build_cuda(self, target: str) -> None:
+        """Add mmfast._cuda: machine code for every architecture nvcc knows, the CUDA runtime linked in."""
+        nvcc = find_nvcc()
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed.split()]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+        codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
+        flags = [
+            *["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-ccbin", self.cxx],
+            *["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", *codes],
+        ]
+        # Each object's registers and spills, as ptxas states them, lie beside it: $out.ptxas.log.
+        self.ninja.rule(
+            "nvcc",
+            f"{nvcc} $flags -c $in -o $out > $out.ptxas.log 2>&1 || (cat $out.ptxas.log; exit 1)",
+            description="nvcc $in",
+        )
+        self.ninja.rule(
+            "nvlink",
+            f"{nvcc} -shared -cudart static -ccbin {self.cxx} $codes $in -o $out",
+            description="link $out",
+        )
+        module = ROOT / "csrc/cuda/module.cpp"
+        built_for = " ".join(map(str, known)) + f", PTX {known[-1]}"
+        defines = [f'-DMMFAST_CUDA_ARCHITECTURES="{built_for}"']
+        objects = [
+            self.compile(module, [*self.cxxflags, "-Wall", "-Wextra", *self.python_includes, *defines])
+        ]
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            out = str(self.folder / f"cuda_{source.stem}.o")
+            self.ninja.build(
+                out,
+                "nvcc",
+                str(source.relative_to(ROOT)),
+                implicit=[header for header in HEADERS if not header.startswith("csrc/cpu/")],
+                variables={"flags": shlex.join(flags)},
+            )
+            objects.append(out)
+        self.ninja.build(target, "nvlink", objects, variables={"codes": shlex.join(codes)})
+        self.ninja.default(target)
+
+    def run(self) -> None:
+        """Run ninja on all that was added."""
+        import ninja
+
+        self.file.close()
+        program = Path(ninja.BIN_DIR) / "ninja"
+        command = [str(program) if program.exists() else "ninja", "-f", str(self.folder / "build.ninja")]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise BuildError("the compiled modules did not build: the compiler's message is above")
+
+    def report_spills(self) -> None:
+        """Name every CUDA kernel whose registers did not suffice, or fail if MMFAST_SPILLS=error."""
+        spills = []
+        for log in sorted(self.folder.glob("*.ptxas.log")):
+            entries = re.split(r"Compiling entry function ", log.read_text())[1:]
+            for entry in entries:
+                stores = re.search(r"(\d+) bytes spill stores", entry)
+                if stores and int(stores[1]) > 0:
+                    spills.append(" for ".join(re.findall(r"'(\S+)'", entry)[:2]) + f": {stores[1]} bytes")
+        if spills:
+            text = f"{len(spills)} CUDA kernels spill registers: {'; '.join(spills)}"
+            if os.environ.get("MMFAST_SPILLS") == "error":
+                raise BuildError(text)
+            say(text)
+
+
+class NinjaBuildExt(build_ext):
+    """setuptools' build_ext with the work handed to ninja."""
+
+    def finalize_options(self) -> None:
+        self.distribution.ext_modules = wanted_modules()
+        super().finalize_options()
+
+    def build_extensions(self) -> None:
+        names = [extension.name for extension in self.extensions]
+        if "mmfast._cuda" in names and os.environ.get("MMFAST_CUDA", "auto").lower() == "auto":
+            # A toolkit that does not fit this compiler must not stop an install that never asked for it.
+            try:
+                self.build_modules(["mmfast._cuda"], "cuda")
+            except (BuildError, subprocess.CalledProcessError):
+                say("MMFAST_CUDA=auto: the CUDA kernels did not build and are left out")
+                self.extensions = [
+                    extension for extension in self.extensions if extension.name != "mmfast._cuda"
+                ]
+            names.remove("mmfast._cuda")
+        if names:
+            self.build_modules(names, "all" if "mmfast._cuda" in names else "cpu")
+
+    def build_modules(self, names: list[str], folder: str) -> None:
+        build = Build(Path(self.build_temp) / folder)
+        for name in names:
+            target = Path(self.get_ext_fullpath(name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (build.build_cpu if name == "mmfast._cpu" else build.build_cuda)(str(target))
+        build.run()
+        build.report_spills()
+
+
+try:
+    setup(ext_modules=[Extension("mmfast._cpu", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+except BuildError as error:
+    sys.exit(f"mmfast: {error}")

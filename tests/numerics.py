@@ -1,0 +1,42 @@
+"""The one rule of accuracy: an op errs at most twice as far as plain torch, plus a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# One unit in the last place of 1 for half precision, whose results are rounded once from float32; sixteen
+# roundings (1e-6 in float32) for the others, where the order of a sum decides.
+CONSTANTS = {
+    torch.float64: 16 * 2.0**-53,
+    torch.float32: 16 * 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+def error_against(truth: Tensor, value: Tensor) -> float:
+    """Return the largest error of `value`, relative to the largest true magnitude where that exceeds 1."""
+    if truth.numel() == 0:
+        return 0.0
+    truth, value = truth.double().cpu(), value.double().cpu()
+    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1.0)).item()
+
+
+def assert_close_to_truth(
+    actual: Tensor,  # what an op returned, any dtype
+    truth: Tensor,  # the same in float64
+    plain: Tensor,  # what plain torch returns in the dtype of `actual`
+) -> None:
+    """Assert the rule; shapes and dtype must agree, and nothing but what is NaN in truth may be NaN."""
+    assert actual.shape == truth.shape, f"shape {list(actual.shape)}, expected {list(truth.shape)}"
+    assert actual.dtype == plain.dtype, f"{actual.dtype}, expected {plain.dtype}"
+    assert truth.dtype == torch.float64
+    assert torch.equal(actual.isnan().cpu(), truth.isnan().cpu()), (
+        "NaN where there should be none, or the reverse"
+    )
+    constant = CONSTANTS[actual.dtype]
+    truth, actual, plain = (tensor.detach().double().nan_to_num(0.0) for tensor in (truth, actual, plain))
+    limit = 2 * error_against(truth, plain) + constant
+    error = error_against(truth, actual)
+    assert error <= limit, f"error {error:.3e} against float64, at most {limit:.3e} allowed"

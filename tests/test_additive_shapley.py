@@ -1,0 +1,272 @@
+"""Utilities of coalitions and Shapley values of additive heads: values, gradients, laws, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmfast import ops
+from mmfast.ops.additive_shapley import SMOOTH_UTILITIES, UTILITIES
+from mmfast.reference import additive_shapley as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 2), (2, 64, 8), (3, 33, 7), (5, 3, 11), (2, 0, 5)]
+LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(shape, dtype=torch.float64, seed=0):
+    _, num_samples, num_classes = shape
+    generator = torch.Generator().manual_seed(seed)
+    partial_logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(num_classes, (num_samples,), generator=generator)
+    bias = torch.randn(num_classes, generator=generator, dtype=torch.float64).to(dtype)
+    return partial_logits, labels, bias
+
+
+def all_logits(partial_logits, bias):
+    """Return the logits of every coalition, added up one by one."""
+    num_modalities = len(partial_logits)
+    tables = []
+    for coalition in range(2**num_modalities):
+        members = [partial_logits[m] for m in range(num_modalities) if coalition >> m & 1]
+        tables.append(sum(members, torch.zeros_like(partial_logits[0])) + bias)
+    return torch.stack(tables, dim=1)
+
+
+def test_coalition_utilities_by_hand(backend):
+    # Coalitions none, a, b, both; the label is 1. The third row ties classes 0 and 1, the fourth 1 and 2.
+    logits = torch.tensor([[[0.0, -1.0, 0.0], [0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [0.0, 4.0, 4.0]]])
+    labels = torch.tensor([1])
+    expected = {
+        "correct": [0.0, 1.0, 0.0, 1.0],
+        "cardinality": [0.0, 1.0, 0.0, 2.0],
+        "margin": [-1.0, 1, 0, 0],
+    }
+    for utility, values in expected.items():
+        actual = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
+        assert actual.tolist() == [values]
+    probability = ops.coalition_utilities(logits, labels, utility="probability", backend=backend)
+    torch.testing.assert_close(probability, logits.softmax(-1)[..., 1])
+    log_probability = ops.coalition_utilities(logits, labels, utility="log_probability", backend=backend)
+    torch.testing.assert_close(log_probability, logits.log_softmax(-1)[..., 1])
+
+
+# Correctness of (first, second, both) and the published number of copies 2 (1 - phi)_+ per modality.
+COPIES = [("000", 2, 2), ("001", 0, 0), ("010", 3, 1), ("011", 1, 0)]
+COPIES += [("100", 1, 3), ("101", 0, 1), ("110", 2, 2), ("111", 0, 0)]
+
+
+@pytest.mark.parametrize(("correct", "first", "second"), COPIES, ids=[row[0] for row in COPIES])
+def test_cardinality_gives_the_published_copies(correct, first, second, backend):
+    logits = torch.zeros(1, 4, 2)
+    logits[0, 1:, 0] = torch.tensor([1.0 - 2 * int(flag) for flag in correct])
+    values = ops.coalition_utilities(logits, torch.tensor([1]), backend=backend)
+    phi = ops.shapley_values(values)
+    assert (2 * (1 - phi)).clamp_min(0).tolist() == [[first, second]]
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_additive_shapley_close_to_truth(shape, dtype, utility, backend):
+    partial_logits, labels, bias = make(shape, dtype)
+    actual = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
+    assert actual.shape == (shape[1], shape[0])
+    assert actual.dtype == dtype
+    logits = all_logits(partial_logits.double(), bias.double())
+    truth = ops.shapley_values(ops.coalition_utilities(logits, labels, utility=utility, backend="reference"))
+    logits = all_logits(partial_logits, bias)
+    if utility in ("correct", "cardinality"):
+        # Sums in half precision can change the argmax; the op's do not.
+        logits = logits.double()
+    plain = ops.shapley_values(ops.coalition_utilities(logits, labels, utility=utility, backend="reference"))
+    assert_close_to_truth(actual, truth, plain.to(dtype))
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("utility", SMOOTH_UTILITIES)
+def test_gradients(utility, with_bias, backend):
+    partial_logits, labels, bias = make((3, 4, 5))
+    inputs = [partial_logits.requires_grad_(), *([bias.requires_grad_()] if with_bias else [])]
+
+    def values(partial_logits, bias=None):
+        return ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
+
+    def utilities(logits):
+        return ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
+
+    assert torch.autograd.gradcheck(values, inputs)
+    assert torch.autograd.gradcheck(utilities, torch.randn(4, 8, 5, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("utility", SMOOTH_UTILITIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_gradient_close_to_truth(dtype, utility, backend):
+    partial_logits, labels, bias = make((3, 33, 7), dtype)
+    weights = torch.randn(33, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradients(function, dtype):
+        leaves = [
+            partial_logits.detach().to(dtype).requires_grad_(),
+            bias.detach().to(dtype).requires_grad_(),
+        ]
+        values = function(leaves[0], labels, leaves[1], utility=utility)
+        return torch.autograd.grad(values, leaves, weights.to(values.dtype))
+
+    def op(*args, **options):
+        return ops.additive_shapley(*args, **options, backend=backend)
+
+    for actual, truth, plain in zip(
+        gradients(op, dtype),
+        gradients(reference.additive_shapley, torch.float64),
+        gradients(reference.additive_shapley, dtype),
+        strict=True,
+    ):
+        assert actual.dtype == dtype
+        assert_close_to_truth(actual, truth, plain)
+
+
+def test_margin_gradient_goes_to_the_lowest_runner_up(backend):
+    logits = torch.tensor([[[5.0, 2.0, 2.0], [1.0, 2.0, 2.0]]], requires_grad=True)
+    ops.coalition_utilities(logits, torch.tensor([0]), utility="margin", backend=backend).sum().backward()
+    assert logits.grad.tolist() == [[[1, -1, 0], [1, -1, 0]]]
+
+
+@pytest.mark.parametrize("utility", ["cardinality", "correct"])
+def test_counting_utilities_carry_no_gradient(utility, backend):
+    partial_logits, labels, bias = make((2, 4, 3))
+    phi = ops.additive_shapley(
+        partial_logits.requires_grad_(), labels, bias, utility=utility, backend=backend
+    )
+    assert not phi.requires_grad
+
+
+@LAWS
+@given(
+    num_modalities=st.integers(1, 6),
+    num_samples=st.integers(0, 9),
+    num_classes=st.integers(2, 6),
+    seed=st.integers(0, 1000),
+)
+def test_laws(num_modalities, num_samples, num_classes, seed):
+    partial_logits, labels, bias = make((num_modalities, num_samples, num_classes), seed=seed)
+    phi = ops.additive_shapley(partial_logits, labels, bias)
+    correct = (partial_logits.sum(0) + bias).argmax(-1) == labels
+    torch.testing.assert_close(phi.sum(1), num_modalities * correct.double())
+    low, high = -(num_modalities - 1) / 2, (num_modalities + 1) / 2
+    assert bool(((phi >= low - 1e-9) & (phi <= high + 1e-9)).all())
+    for utility in SMOOTH_UTILITIES:
+        partial_logits[0] = 0
+        phi = ops.additive_shapley(partial_logits, labels, bias, utility=utility)
+        torch.testing.assert_close(phi[:, 0], torch.zeros(num_samples, dtype=phi.dtype))
+
+
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
+    monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
+    partial_logits, labels, bias = make((3, 33, 7))
+    leaves = [partial_logits.requires_grad_(), bias.requires_grad_()]
+    phi = ops.additive_shapley(partial_logits, labels, bias, utility="margin", backend=backend)
+    expected = reference.additive_shapley(partial_logits, labels, bias, utility="margin")
+    torch.testing.assert_close(phi, expected)
+    actual = torch.autograd.grad(phi.square().sum(), leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected.square().sum(), leaves))
+
+
+def test_layouts_and_label_dtypes(backend):
+    partial_logits, labels, bias = make((3, 33, 7))
+    expected = ops.additive_shapley(partial_logits, labels, bias, backend=backend)
+    strided = partial_logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not strided.is_contiguous()
+    spread = torch.stack([bias, bias], dim=1)[:, 0]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        actual = ops.additive_shapley(strided, labels.to(dtype), spread, backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_masked_classes_stay_masked(backend):
+    partial_logits, labels, bias = make((2, 8, 4))
+    partial_logits[:, :, 3] = -torch.inf
+    for utility in UTILITIES:
+        phi = ops.additive_shapley(partial_logits, labels % 3, bias, utility=utility, backend=backend)
+        assert bool(phi.isfinite().all())
+
+
+def test_many_modalities_in_bounded_memory(backend):
+    partial_logits, labels, _ = make((12, 20, 6), torch.float32)
+    phi = ops.additive_shapley(partial_logits, labels, backend=backend)
+    correct = partial_logits.sum(0).argmax(-1) == labels
+    torch.testing.assert_close(phi.sum(1), 12.0 * correct, rtol=0, atol=1e-4)
+
+
+def test_autocast_and_mixed_bias(backend):
+    partial_logits, labels, bias = make((2, 16, 5), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        phi = ops.additive_shapley(partial_logits, labels, bias.float(), backend=backend)
+    expected = ops.additive_shapley(partial_logits.double(), labels, bias.double(), backend=backend)
+    assert phi.dtype == torch.bfloat16
+    torch.testing.assert_close(phi.double(), expected)
+
+
+def test_compiles(backend):
+    partial_logits, labels, bias = make((3, 16, 5))
+
+    def loss(partial_logits, bias):
+        phi = ops.additive_shapley(2 * partial_logits, labels, bias, utility="margin", backend=backend)
+        return phi.square().sum() + ops.additive_shapley(partial_logits, labels, bias, backend=backend).sum()
+
+    leaves = [partial_logits.requires_grad_(), bias.requires_grad_()]
+    expected, actual = loss(*leaves), torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_opcheck(with_bias):
+    partial_logits, labels, bias = make((2, 3, 4))
+    bias = bias if with_bias else None
+    logits, dphi = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    raw = torch.ops.mmfast
+    torch.library.opcheck(raw.coalition_utilities_fwd, (logits, labels, "cardinality", "auto"))
+    torch.library.opcheck(raw.coalition_utilities_bwd, (logits[..., 0], logits, labels, "margin", "auto"))
+    torch.library.opcheck(raw.additive_shapley_fwd, (partial_logits, labels, bias, "correct", "auto"))
+    torch.library.opcheck(raw.additive_shapley_bwd, (dphi, partial_logits, labels, bias, "margin", "auto"))
+
+
+BAD = {
+    "rank": (lambda p, y, b: (p[0], y, b), {}, "partial_logits must have shape [M, N, C], got [4, 3]"),
+    "no modality": (lambda p, y, b: (p[:0], y, b), {}, "must hold M modalities, from 1 to 20, got 0"),
+    "labels": (lambda p, y, b: (p, y[:, None], b), {}, "labels must have shape [N] = [4], got [4, 1]"),
+    "label range": (lambda p, y, b: (p, y + 3, b), {}, "labels must lie in [0, C) = [0, 3)"),
+    "bias": (lambda p, y, b: (p, y, b[:2]), {}, "bias must have shape [C] = [3], got [2]"),
+    "utility": (lambda p, y, b: (p, y, b), {"utility": "loss"}, "utility must be one of 'cardinality'"),
+    "one class": (
+        lambda p, y, b: (p[..., :1], y * 0, b[:1]),
+        {"utility": "margin"},
+        "must have C >= 2 classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, options, message = BAD[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        ops.additive_shapley(*change(*make((2, 4, 3))), **options)
+    assert message in str(error.value)
+
+
+def test_bad_types_and_tables():
+    partial_logits, labels, _ = make((2, 4, 3))
+    with pytest.raises(TypeError, match="labels must have an integer dtype, got float64"):
+        ops.additive_shapley(partial_logits, labels.double())
+    with pytest.raises(TypeError, match="logits must have dtype float32"):
+        ops.coalition_utilities(torch.zeros(4, 4, 3, dtype=torch.int64), labels)
+    with pytest.raises(ValueError, match="a power of two from 2 on, got 3"):
+        ops.coalition_utilities(torch.zeros(4, 3, 3), labels)
+    with pytest.raises(ValueError, match="a power of two from 2 on, got 0"):
+        ops.coalition_utilities(torch.zeros(4, 0, 3), labels)

@@ -1,0 +1,294 @@
+"""Class moments, accuracy per dimension and effective dimensions: values, ties, laws, bad input."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmfast import ops
+from mmfast.reference import class_separability as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (64, 16, 8), (333, 33, 7), (5, 130, 31)]
+LAWS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(shape, dtype=torch.float64, seed=0, label_dtype=torch.int64):
+    num_samples, num_dims, num_classes = shape
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num_samples,), generator=generator)
+    centres = torch.randn(num_classes, num_dims, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_samples, num_dims, generator=generator, dtype=torch.float64)
+    return (centres[labels] + noise).to(dtype), labels.to(label_dtype), num_classes
+
+
+def plain_moments(features, labels, num_classes):
+    rows = [features[labels == k] for k in range(num_classes)]
+    empty = features.new_full(features.shape[1:], torch.nan)
+    mean = torch.stack([row.mean(0) if len(row) else empty for row in rows])
+    var = torch.stack([row.var(0, correction=0) if len(row) else empty for row in rows])
+    return torch.tensor([len(row) for row in rows]), mean, var
+
+
+def brute_force(features, labels, centroids):
+    """Return the accuracy from all N C D distances, in float64."""
+    distance = (features.double()[:, None] - centroids.double()).abs()
+    nearest = distance.nan_to_num(nan=torch.inf).argmin(1)
+    return (nearest == labels[:, None]).double().mean(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5, 3)], ids=str)
+def test_moments_close_to_truth(shape, dtype, backend):
+    features, labels, num_classes = make(shape, dtype)
+    actual = ops.class_moments(features, labels, num_classes, backend=backend)
+    wide = torch.promote_types(dtype, torch.float32)
+    count, *truths = plain_moments(features.double(), labels, num_classes)
+    assert torch.equal(actual.count, count)
+    for mine, truth, plain in zip(
+        actual[1:], truths, plain_moments(features.to(wide), labels, num_classes)[1:], strict=True
+    ):
+        assert_close_to_truth(mine, truth, plain)
+
+
+def test_moments_by_hand(backend):
+    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [7.0, 2.0]])
+    count, mean, var = ops.class_moments(features, torch.tensor([0, 0, 2]), 3, backend=backend)
+    assert count.tolist() == [2, 0, 1]
+    assert mean[[0, 2]].tolist() == [[2, 0], [7, 2]]
+    assert var[[0, 2]].tolist() == [[1, 0], [0, 0]]
+    assert bool(mean[1].isnan().all())
+    assert bool(var[1].isnan().all())
+
+
+@LAWS
+@given(
+    first=st.integers(0, 20),
+    second=st.integers(0, 20),
+    num_classes=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_merged_moments_are_those_of_all_samples(first, second, num_classes, seed):
+    features, labels, _ = make((first + second, 3, num_classes), seed=seed)
+    parts = [
+        ops.class_moments(features[rows], labels[rows], num_classes)
+        for rows in (slice(first), slice(first, None))
+    ]
+    merged, whole = parts[0].merge(parts[1]), ops.class_moments(features, labels, num_classes)
+    torch.testing.assert_close(tuple(merged), tuple(whole), equal_nan=True)
+
+
+def test_moments_survive_a_large_mean(backend):
+    features, labels, num_classes = make((333, 4, 3), torch.float32)
+    _, _, var = ops.class_moments(features + 1e4, labels, num_classes, backend=backend)
+    truth = plain_moments((features + 1e4).double(), labels, num_classes)[2]
+    torch.testing.assert_close(var.double(), truth, rtol=1e-4, atol=0)
+
+
+def test_moments_gradient(backend):
+    features, labels, num_classes = make((12, 3, 3))
+    features[3:5] *= 2
+
+    def moments(features):
+        return ops.class_moments(features, labels, num_classes, backend=backend)[1:]
+
+    assert torch.autograd.gradcheck(moments, features.requires_grad_())
+
+
+@pytest.mark.parametrize("centroid_dtype", DTYPES, ids=lambda dtype: "centroids-" + str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend):
+    features, labels, num_classes = make(shape, dtype)
+    # Half the centroids are samples themselves: equal and midway distances come up in half precision.
+    generator = torch.Generator().manual_seed(1)
+    centroids = torch.randn(num_classes, shape[1], generator=generator).to(centroid_dtype)
+    rows = torch.arange(0, num_classes, 2)
+    centroids[rows] = features[rows % len(features)].to(centroid_dtype)
+    actual = ops.dimension_accuracy(features, labels, centroids, backend=backend)
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(actual.double(), brute_force(features, labels, centroids), rtol=1e-6, atol=0)
+
+
+@LAWS
+@given(
+    samples=st.lists(st.integers(-6, 6), min_size=1, max_size=20),
+    centroids=st.lists(st.none() | st.integers(-6, 6), min_size=1, max_size=6),
+    scale=st.sampled_from([1.0, 0.25, 1e-3, 3e5]),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_ties_go_to_the_lowest_class(samples, centroids, scale, dtype, data):
+    """Small whole numbers tie often; None is a class without samples."""
+    if all(c is None for c in centroids):
+        centroids[0] = 0
+    labels = data.draw(
+        st.lists(st.integers(0, len(centroids) - 1), min_size=len(samples), max_size=len(samples))
+    )
+    scale = min(scale, 1e3) if dtype == torch.float16 else scale
+    x = (scale * torch.tensor(samples, dtype=torch.float64)).to(dtype)
+    c = (scale * torch.tensor([torch.nan if c is None else c for c in centroids])).to(dtype)
+    actual = ops.dimension_accuracy(x[:, None], torch.tensor(labels), c[:, None])
+    exact = [(k, Fraction(float(value))) for k, value in enumerate(c) if not value.isnan()]
+    hits = 0
+    for value, label in zip(x, labels, strict=True):
+        nearest = min(exact, key=lambda pair: (abs(Fraction(float(value)) - pair[1]), pair[0]))[0]
+        hits += nearest == label
+    assert round(float(actual) * len(samples)) == hits
+
+
+@LAWS
+@given(
+    a=st.floats(-(2.0**99), 2.0**99, width=32),
+    gap=st.integers(1, 9),
+    nudge=st.integers(-2, 2),
+    swap=st.booleans(),
+)
+def test_midpoints_that_round_are_decided_exactly(a, gap, nudge, swap):
+    """Floats next to each other have a midpoint between them, which rounds to either."""
+    for dtype in (torch.float32, torch.float64):
+        up = torch.tensor(torch.inf, dtype=dtype)
+        low = torch.tensor(a, dtype=dtype)
+        high = low
+        for _ in range(gap):
+            high = high.nextafter(up)
+        x = ((low.double() + high.double()) / 2).to(dtype)
+        for _ in range(abs(nudge)):
+            x = x.nextafter(up if nudge > 0 else -up)
+        centroids = [high, low] if swap else [low, high]
+        distance = [abs(Fraction(float(x)) - Fraction(float(c))) for c in centroids]
+        label = distance.index(min(distance))
+        accuracy = ops.dimension_accuracy(
+            x.view(1, 1), torch.tensor([label]), torch.stack(centroids)[:, None]
+        )
+        assert accuracy.item() == 1
+
+
+def test_far_apart_centroids_are_decided_exactly(backend):
+    # 1 + 2^-60 is no float64: x = 1/2 lies nearer to 2^-60 only in exact arithmetic.
+    x, centroids = torch.tensor([[0.5]]), torch.tensor([[1.0], [2.0**-60]])
+    accuracy = ops.dimension_accuracy(x, torch.tensor([1]), centroids, backend=backend)
+    assert accuracy.item() == 1
+
+
+def test_not_finite(backend):
+    features = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [1.0]])
+    centroids = torch.tensor([[0.0], [torch.inf], [torch.nan]])
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert ops.dimension_accuracy(features, labels, centroids, backend=backend).item() == 0.25
+    assert ops.dimension_accuracy(features, labels + 1, centroids, backend=backend).item() == 0
+
+
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
+    features, labels, num_classes = make((333, 8, 5))
+    moments = ops.class_moments(features, labels, num_classes, backend=backend)
+    accuracy = ops.dimension_accuracy(features, labels, moments.mean, backend=backend)
+    monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
+    again = ops.class_moments(features, labels, num_classes, backend=backend)
+    torch.testing.assert_close(tuple(again), tuple(moments))
+    again = ops.dimension_accuracy(features, labels, moments.mean, backend=backend)
+    assert torch.equal(again, accuracy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_effective_dimensions(dtype, backend):
+    features, labels, num_classes = make((400, 12, 4), dtype)
+    features[:, :6] = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    features[:, 6:] += 2 * labels[:, None].to(dtype)
+    effective = ops.effective_dimensions(features, labels, num_classes, backend=backend)
+    assert effective.tolist() == [False] * 6 + [True] * 6
+    mean = reference.class_moments(features, labels, num_classes)[1]
+    accuracy = brute_force(features, labels, mean)
+    assert torch.equal(effective, accuracy > accuracy.mean())
+
+
+def test_equal_dimensions_are_not_above_their_mean(backend):
+    # 1/3 of the samples are right in each of 7 dimensions, a mean that float32 rounds.
+    features = torch.zeros(3, 7)
+    effective = ops.effective_dimensions(features, torch.tensor([0, 1, 2]), 3, backend=backend)
+    assert not effective.any()
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.uint8], ids=lambda d: str(d)[6:])
+def test_layouts_and_label_dtypes(label_dtype, backend):
+    features, labels, num_classes = make((64, 9, 5), label_dtype=label_dtype)
+    strided = features.T.contiguous().T
+    spread = torch.stack([labels, labels], 1)[:, 0]
+    expected = ops.class_moments(features, labels.long(), num_classes, backend=backend)
+    actual = ops.class_moments(strided, spread, num_classes, backend=backend)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    centroids = expected.mean.T.contiguous().T
+    accuracy = ops.dimension_accuracy(strided, spread, centroids, backend=backend)
+    assert torch.equal(accuracy, ops.dimension_accuracy(features, labels, expected.mean, backend=backend))
+
+
+def test_autocast(backend):
+    features, labels, num_classes = make((64, 9, 5), torch.float32)
+    expected = ops.class_moments(features, labels, num_classes, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = ops.class_moments(features, labels, num_classes, backend=backend)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
+
+
+def test_compiles(backend):
+    features, labels, num_classes = make((64, 9, 5))
+
+    def everything(features):
+        moments = ops.class_moments(2 * features, labels, num_classes, backend=backend)
+        accuracy = ops.dimension_accuracy(features, labels, moments.mean, backend=backend)
+        effective = ops.effective_dimensions(features, labels, num_classes, backend=backend)
+        return moments.mean.square().sum() + moments.var.sum(), accuracy, effective
+
+    features.requires_grad_()
+    expected = everything(features)
+    actual = torch.compile(everything, fullgraph=True, backend="aot_eager")(features)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(result[0], features) for result in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_opcheck():
+    features, labels, num_classes = make((6, 3, 2), torch.bfloat16)
+    raw = torch.ops.mmfast
+    count, mean, var = raw.class_moments_fwd(features, labels, num_classes, "auto")
+    torch.library.opcheck(raw.class_moments_fwd, (features, labels, num_classes, "auto"))
+    torch.library.opcheck(raw.class_moments_bwd, (mean, var, features, labels, count, mean, "auto"))
+    torch.library.opcheck(raw.dimension_hits, (features, labels, mean, "auto"))
+
+
+def test_empty_batch(backend):
+    features, labels = torch.randn(0, 3), torch.zeros(0, dtype=torch.int64)
+    accuracy = ops.dimension_accuracy(features, labels, torch.randn(2, 3), backend=backend)
+    assert bool(accuracy.isnan().all())
+    with pytest.raises(ValueError, match=r"features must hold at least one sample, got \[0, 3\]"):
+        ops.effective_dimensions(features, labels, 2, backend=backend)
+
+
+def test_bad_input():
+    features, labels, num_classes = make((6, 3, 2))
+    with pytest.raises(ValueError, match=r"features must have shape \[N, D\], got \[3\]"):
+        ops.class_moments(features[0], labels, num_classes)
+    with pytest.raises(ValueError, match=r"labels must have shape \[N\] = \[6\], got \[5\]"):
+        ops.class_moments(features, labels[:5], num_classes)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, C\) = \[0, 2\), got values from 2"):
+        ops.effective_dimensions(features, labels * 0 + 2, num_classes)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        ops.class_moments(features, labels, 0)
+    with pytest.raises(TypeError, match=r"num_classes must be an integer, got 2\.0"):
+        ops.class_moments(features, labels, 2.0)
+    with pytest.raises(ValueError, match=r"centroids must have shape \[C, D\] = \[C, 3\], got \[2, 4\]"):
+        ops.dimension_accuracy(features, labels, torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"centroids must hold a class with samples, got none finite"):
+        ops.dimension_accuracy(features, labels, torch.full((2, 3), torch.nan))
+    moments = ops.class_moments(features, labels, num_classes)
+    with pytest.raises(
+        ValueError, match=r"other must have moments of shape \[C, D\] = \[2, 3\], got \[4, 3\]"
+    ):
+        moments.merge(ops.class_moments(features, labels, 4))

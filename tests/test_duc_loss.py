@@ -1,0 +1,317 @@
+"""duc_loss and unidirectional_info_nce: values, one-pass gradients, large logits, laws, bad input."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from mmfast import ops
+from mmfast.reference import duc_loss as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(2, 1, 1), (2, 64, 64), (3, 33, 17), (4, 7, 130)]
+LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return features, torch.rand(shape[0], shape[2], generator=generator) > 0.5
+
+
+def masked_cross_entropy(features, effective, temperature=1.0, reduction="mean"):
+    """Return the loss as cross-entropy of logits from features with all other dimensions set to zero."""
+    target = torch.arange(features[0].shape[0])
+    loss = sum(0 * feature.sum() for feature in features)
+    for m, key in enumerate(features):
+        for n, query in enumerate(features):
+            d = effective[m] & ~effective[n]
+            if d.any():
+                scores = (query * d) @ (key.detach() * d).T / temperature
+                loss = loss + cross_entropy(scores, target, reduction=reduction)
+    return loss
+
+
+def value_and_gradient(function, features, dtype, **options):
+    leaves = [feature.detach().to(dtype).requires_grad_() for feature in features]
+    loss = function(leaves, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_close_to_truth(shape, dtype, reduction, backend):
+    features, effective = make(shape, dtype)
+    options = {"effective": effective, "temperature": 2.0, "reduction": reduction}
+    op = functools.partial(ops.duc_loss, backend=backend)
+    loss, gradients = value_and_gradient(op, features, dtype, **options)
+    truth, true_gradients = value_and_gradient(reference.duc_loss, features, torch.float64, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    plain, plain_gradients = value_and_gradient(reference.duc_loss, features, wide, **options)
+    assert_close_to_truth(loss, truth, plain)
+    for mine, true, simple in zip(gradients, true_gradients, plain_gradients, strict=True):
+        assert_close_to_truth(mine, true, simple.to(dtype))
+
+
+@LAWS
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    temperature=st.floats(0.1, 10),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 1000),
+)
+def test_law_equals_cross_entropy_of_masked_logits(shape, temperature, reduction, seed):
+    features, effective = make(shape, seed=seed)
+    options = {"effective": effective, "temperature": temperature, "reduction": reduction}
+    loss, gradients = value_and_gradient(ops.duc_loss, features, torch.float64, **options)
+    expected, expected_gradients = value_and_gradient(
+        masked_cross_entropy, features, torch.float64, **options
+    )
+    torch.testing.assert_close(loss, expected.expand_as(loss))
+    torch.testing.assert_close(gradients, expected_gradients)
+    for student, gradient in enumerate(gradients):
+        others = torch.stack([*effective[:student], *effective[student + 1 :]]) if shape[0] > 1 else None
+        taught = torch.zeros_like(effective[0]) if others is None else others.any(0) & ~effective[student]
+        assert bool((gradient[:, ~taught] == 0).all())
+
+
+def test_teacher_gets_no_gradient(backend):
+    features = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
+    effective = torch.tensor([[True] * 6, [False] * 6])
+    ops.duc_loss(features, effective, backend=backend).backward()
+    assert bool((features.grad[0] == 0).all())
+    assert bool((features.grad[1] != 0).any())
+
+
+def test_by_hand(backend):
+    # One shared dimension less: d = {0} from 0 to 1. Scores q k^T = [[1, 2], [2, 4]].
+    first, second = torch.tensor([[1.0, 5.0], [2.0, 5.0]]), torch.tensor([[1.0, 7.0], [2.0, 7.0]])
+    effective = torch.tensor([[True, True], [False, True]])
+    losses = ops.duc_loss([first, second], effective, reduction="none", backend=backend)
+    expected = torch.tensor([1 + torch.e, 1 + torch.e**-2]).log()
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_large_logits_do_not_cancel(dtype, temperature, backend):
+    features, effective = make((2, 33, 40), torch.float64)
+    features = (100 * features).to(dtype)
+    options = {"effective": effective, "temperature": temperature}
+    op = functools.partial(ops.duc_loss, backend=backend)
+    loss, gradients = value_and_gradient(op, features, dtype, **options)
+    truth, true_gradients = value_and_gradient(reference.duc_loss, features, torch.float64, **options)
+    assert bool(loss.isfinite())
+    wide = torch.promote_types(dtype, torch.float32)
+    rtol = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(loss, truth.to(loss.dtype), rtol=rtol, atol=1e-5)
+    plain_gradients = value_and_gradient(masked_cross_entropy, features, wide, **options)[1]
+    for mine, true, simple in zip(gradients, true_gradients, plain_gradients, strict=True):
+        if dtype == torch.float16 and temperature == 1e-3:
+            # The gradient itself reaches 1e5 here, beyond what float16 holds.
+            continue
+        assert_close_to_truth(mine, true, simple.to(dtype))
+
+
+def test_equal_large_scores(backend):
+    # All scores are 1e8: the loss is log N exactly, which their float32 logarithm of a sum cannot show.
+    query = torch.full((16, 1), 1e4)
+    loss = ops.unidirectional_info_nce(query, query, backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(16.0).log())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(reduction, backend):
+    features, effective = make((3, 5, 6))
+
+    def losses(*queries):
+        # Keys are constants: difference quotients must not move them.
+        return sum(
+            ops.unidirectional_info_nce(
+                queries[n][:, d], features[m][:, d], temperature=2.0, reduction=reduction, backend=backend
+            )
+            for m in range(3)
+            for n in range(3)
+            if (d := effective[m] & ~effective[n]).any()
+        )
+
+    leaves = [feature.clone().requires_grad_() for feature in features]
+    assert torch.autograd.gradcheck(losses, leaves)
+    loss = ops.duc_loss(leaves, effective, temperature=2.0, reduction=reduction, backend=backend)
+    torch.testing.assert_close(loss, losses(*leaves))
+    actual = torch.autograd.grad(loss.square().sum(), leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(losses(*leaves).square().sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_info_nce_close_to_truth(dtype, backend):
+    query, key = make((2, 33, 17), dtype)[0]
+
+    def loss(leaves, function, dtype):
+        return function(leaves[0], key.to(dtype), temperature=3.0)
+
+    op = functools.partial(ops.unidirectional_info_nce, backend=backend)
+    wide = torch.promote_types(dtype, torch.float32)
+    oracle = reference.unidirectional_info_nce
+    results = [
+        value_and_gradient(functools.partial(loss, function=function, dtype=kind), [query], kind)
+        for function, kind in ((op, dtype), (oracle, torch.float64), (oracle, wide))
+    ]
+    assert_close_to_truth(*(loss for loss, _ in results))
+    mine, true, simple = (gradient for _, (gradient,) in results)
+    assert_close_to_truth(mine, true, simple.to(dtype))
+
+
+def test_key_of_info_nce_gets_no_gradient(backend):
+    query, key = torch.randn(2, 8, 4, requires_grad=True).unbind()
+    loss = ops.unidirectional_info_nce(query.detach(), key, backend=backend)
+    assert not loss.requires_grad
+
+
+def test_prepared_dims_and_stacked_features_agree(backend):
+    features, effective = make((3, 9, 11))
+    expected = ops.duc_loss(features, effective, backend=backend)
+    dims = ops.DucDims(effective)
+    for same in (features, list(features), tuple(features)):
+        torch.testing.assert_close(ops.duc_loss(same, dims, backend=backend), expected, rtol=0, atol=0)
+    assert dims.dims(0, 2).tolist() == (effective[0] & ~effective[2]).nonzero().squeeze(1).tolist()
+    assert dims.dims(1, 1).tolist() == []
+    assert sum(dims.sizes) == len(dims.columns)
+    assert "M=3, D=11" in repr(dims)
+    effective.fill_(False)
+    assert bool(dims.to("cpu").effective.any())
+
+
+def test_layouts(backend):
+    features, effective = make((2, 9, 11))
+    expected = value_and_gradient(
+        functools.partial(ops.duc_loss, backend=backend), features, torch.float64, effective=effective
+    )
+    strided = [feature.T.contiguous().T.requires_grad_() for feature in features]
+    loss = ops.duc_loss(strided, effective.T.contiguous().T, backend=backend)
+    torch.testing.assert_close((loss.detach(), torch.autograd.grad(loss, strided)), expected)
+
+
+def test_chunks_of_queries_give_the_whole(monkeypatch, backend):
+    features, effective = make((2, 33, 12))
+    op = functools.partial(ops.duc_loss, effective=effective, backend=backend)
+    expected = value_and_gradient(op, features, torch.float64)
+    monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 33 * 5)
+    torch.testing.assert_close(value_and_gradient(op, features, torch.float64), expected)
+
+
+def test_nothing_to_teach_is_zero_with_zero_gradient(backend):
+    for num_modalities, effective in ((1, torch.ones(1, 4)), (3, torch.ones(3, 4)), (2, torch.zeros(2, 4))):
+        features = torch.randn(num_modalities, 5, 4, requires_grad=True)
+        loss = ops.duc_loss(features, effective.bool(), backend=backend)
+        assert loss.item() == 0
+        loss.backward()
+        assert bool((features.grad == 0).all())
+
+
+def test_empty_batch_is_as_in_cross_entropy(backend):
+    features, effective = torch.randn(2, 0, 4, requires_grad=True), torch.eye(2, 4).bool()
+    loss = functools.partial(ops.duc_loss, features, effective, backend=backend)
+    assert bool(loss(reduction="mean").isnan())
+    assert loss(reduction="sum").item() == 0
+    assert loss(reduction="none").shape == (0,)
+    loss(reduction="sum").backward()
+    assert features.grad.shape == (2, 0, 4)
+
+
+def test_mixed_dtypes_are_promoted(backend):
+    features, effective = make((2, 9, 11), torch.float32)
+    mixed = [features[0].bfloat16().requires_grad_(), features[1].clone().requires_grad_()]
+    loss = ops.duc_loss(mixed, effective, backend=backend)
+    expected = ops.duc_loss([mixed[0].float(), mixed[1]], effective, backend=backend)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert [leaf.grad.dtype for leaf in mixed] == [torch.bfloat16, torch.float32]
+
+
+def test_autocast_does_not_lower_precision(backend):
+    features, effective = make((2, 33, 20), torch.float32)
+    expected = value_and_gradient(
+        functools.partial(ops.duc_loss, backend=backend), features, torch.float32, effective=effective
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = value_and_gradient(
+            functools.partial(ops.duc_loss, backend=backend), features, torch.float32, effective=effective
+        )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend):
+    features, effective = make((2, 64, 16), torch.float16)
+    op = functools.partial(ops.duc_loss, effective=effective, temperature=1e4, backend=backend)
+    leaves = [feature.clone().requires_grad_() for feature in features]
+    scaled = torch.autograd.grad(op(leaves) * 2.0**16, leaves)
+    truth = value_and_gradient(
+        functools.partial(reference.duc_loss, effective=effective, temperature=1e4), features, torch.float64
+    )[1]
+    for mine, true in zip(scaled, truth, strict=True):
+        torch.testing.assert_close(mine.double() / 2**16, true, rtol=3e-3, atol=1e-10)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["mask", "prepared"])
+def test_compiles(prepared, backend):
+    features, effective = make((2, 16, 8))
+    dims = ops.DucDims(effective) if prepared else effective
+
+    def loss(first, second):
+        value = ops.duc_loss([2 * first, second], dims, temperature=3.0, backend=backend)
+        return value + ops.unidirectional_info_nce(first, second, backend=backend)
+
+    leaves = [feature.clone().requires_grad_() for feature in features]
+    expected, actual = loss(*leaves), torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "loss-and-gradient"])
+def test_opcheck(with_residual):
+    features, effective = make((2, 5, 6))
+    dims = ops.DucDims(effective)
+    raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, "auto")
+    torch.library.opcheck(raw.duc_loss_fwd, (list(features), [], effective, None, [], *rest))
+    keys = [torch.cat([feature, feature]) for feature in features]
+    prepared = (effective, dims.columns, list(dims.sizes), 2.0, 5, "none", with_residual, "auto")
+    torch.library.opcheck(raw.duc_loss_fwd, (list(features), keys, *prepared))
+    torch.library.opcheck(raw.info_nce_fwd, (features[0], features[1], *rest))
+
+
+BAD = {
+    "no features": (ValueError, lambda x, e: ([], e), {}, "M >= 1 tensors [N, D], got none"),
+    "unequal D": (ValueError, lambda x, e: ([x[0], x[1][:, :3]], e), {}, "[N, D] = [4, 5], got [4, 3]"),
+    "unequal N": (ValueError, lambda x, e: ([x[0], x[1][:2]], e), {}, "features[1] must have shape"),
+    "stack rank": (ValueError, lambda x, e: (x[0], e), {}, "features must have shape [M, N, D], got [4, 5]"),
+    "integers": (TypeError, lambda x, e: (x.long(), e), {}, "features[0] must have dtype float32"),
+    "effective shape": (ValueError, lambda x, e: (x, e.T), {}, "effective must have shape [M, D] = [2, 5]"),
+    "effective dtype": (TypeError, lambda x, e: (x, e.float()), {}, "effective must have dtype bool"),
+    "prepared shape": (ValueError, lambda x, e: (x, ops.DucDims(e[:1])), {}, "got [1, 5]"),
+    "temperature": (ValueError, lambda x, e: (x, e), {"temperature": 0.0}, "temperature must be positive"),
+    "reduction": (ValueError, lambda x, e: (x, e), {"reduction": "max"}, "reduction must be one of 'mean'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    error, change, options, message = BAD[case]
+    with pytest.raises(error) as raised:
+        ops.duc_loss(*change(*make((2, 4, 5))), **options)
+    assert message in str(raised.value)
+
+
+def test_bad_pair():
+    with pytest.raises(ValueError, match=r"key must have shape \[N, D\] = \[4, 5\], got \[4, 6\]"):
+        ops.unidirectional_info_nce(torch.randn(4, 5), torch.randn(4, 6))

@@ -1,0 +1,166 @@
+"""The projector of a shared head's gradient: its laws, values, gradients, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmfast import ops
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def projector_after(features, alpha, dtype=torch.float64, backend="auto"):
+    projector = torch.eye(features.shape[1], dtype=dtype)
+    for feature in features:
+        ops.update_projector_(projector, feature, alpha=alpha, backend=backend)
+    return projector
+
+
+def test_by_hand(backend):
+    # P = I - h h^T / (alpha + |h|^2) with h = (3, 4): |h|^2 = 25.
+    projector = torch.eye(2)
+    assert ops.update_projector_(projector, torch.tensor([3.0, 4.0]), alpha=5.0, backend=backend) is None
+    torch.testing.assert_close(projector, torch.tensor([[0.7, -0.4], [-0.4, 14 / 30]]))
+
+
+@pytest.mark.parametrize("size", [1, 8, 33])
+@pytest.mark.parametrize("feature_dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_update_close_to_truth(dtype, feature_dtype, size, backend):
+    features = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(feature_dtype)
+    actual = projector_after(features, 0.1, dtype, backend)
+
+    def formula(dtype):
+        p = torch.eye(size, dtype=dtype)
+        for h in features.to(dtype):
+            q = p @ h / (0.1 + h @ p @ h)
+            p = p - torch.outer(q, p @ h)
+        return p
+
+    assert_close_to_truth(actual, formula(torch.float64), formula(dtype))
+
+
+@LAWS
+@given(
+    size=st.integers(1, 20),
+    num_updates=st.integers(1, 40),
+    alpha=st.floats(1e-4, 10),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    dtype=st.sampled_from(DTYPES[:2]),
+    seed=st.integers(0, 1000),
+)
+def test_laws(size, num_updates, alpha, scale, dtype, seed):
+    features = scale * torch.randn(
+        num_updates, size, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
+    projector = projector_after(features, alpha, dtype)
+    assert torch.equal(projector, projector.T)
+    values = torch.linalg.eigvalsh(projector.double())
+    slack = 1e-9 if dtype == torch.float64 else 1e-4
+    assert values.min() >= -slack
+    assert values.max() <= 1 + slack
+    last = features[-1]
+    unit = last / last.norm()
+    # Of the direction just removed at most alpha / (alpha + h^T P h) times what was there remains.
+    assert float(unit @ projector @ unit) <= alpha / float(last @ last) + slack
+
+
+def test_removed_direction_does_not_pass(backend):
+    feature = torch.randn(16, dtype=torch.float64)
+    projector = projector_after(feature[None], 1e-9, backend=backend)
+    grad = torch.outer(torch.randn(5, dtype=torch.float64), feature)
+    projected = ops.project_gradient(grad, projector, backend=backend)
+    assert float(projected.abs().max()) < 1e-8
+    orthogonal = torch.randn(16, dtype=torch.float64)
+    orthogonal -= feature * (feature @ orthogonal) / (feature @ feature)
+    passed = ops.project_gradient(orthogonal[None], projector, backend=backend)
+    torch.testing.assert_close(passed[0], orthogonal)
+
+
+@pytest.mark.parametrize("projector_dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 64), (7, 33), (0, 5)], ids=str)
+def test_project_close_to_truth(shape, dtype, projector_dtype, backend):
+    grad = torch.randn(shape).to(dtype)
+    projector = projector_after(torch.randn(3, shape[1]), 0.1, projector_dtype)
+    actual = ops.project_gradient(grad, projector, backend=backend)
+    assert actual.dtype == dtype
+    assert_close_to_truth(actual, grad.double() @ projector.double(), grad @ projector.to(dtype))
+
+
+def test_gradients(backend):
+    grad = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    # A projector that is not symmetric shows that backward takes its transpose.
+    projector = torch.randn(5, 5, dtype=torch.float64)
+
+    def project(grad):
+        return ops.project_gradient(grad, projector, backend=backend)
+
+    assert torch.autograd.gradcheck(project, grad)
+    assert torch.autograd.gradgradcheck(project, grad)
+
+
+def test_layouts(backend):
+    feature, grad = torch.randn(7), torch.randn(4, 7)
+    projector = projector_after(torch.randn(2, 7), 0.1, torch.float32)
+    padded = torch.zeros(7, 9)
+    padded[:, 1:8] = projector
+    ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
+    view = padded[:, 1:8]
+    ops.update_projector_(view, torch.stack([feature, feature], 1)[:, 0], alpha=0.1, backend=backend)
+    torch.testing.assert_close(view, projector)
+    assert bool((padded[:, [0, 8]] == 0).all())
+    projected = ops.project_gradient(grad.T.contiguous().T, view, backend=backend)
+    torch.testing.assert_close(projected, grad @ projector)
+
+
+def test_autocast_does_not_lower_precision(backend):
+    feature, grad = torch.randn(33), torch.randn(4, 33)
+    expected = projector_after(feature[None], 0.1, torch.float32, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = projector_after(feature[None], 0.1, torch.float32, backend)
+        projected = ops.project_gradient(grad, actual, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(projected, grad @ expected)
+
+
+def test_compiles(backend):
+    feature = torch.randn(6)
+
+    def step(grad):
+        projector = torch.eye(6)
+        ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
+        return ops.project_gradient(2 * grad, projector, backend=backend).square().sum()
+
+    grad = torch.randn(3, 6, requires_grad=True)
+    expected, actual = step(grad), torch.compile(step, fullgraph=True, backend="aot_eager")(grad)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, grad), torch.autograd.grad(expected, grad))
+
+
+def test_opcheck():
+    projector, feature = torch.eye(4), torch.randn(4)
+    torch.library.opcheck(torch.ops.mmfast.update_projector_, (projector, feature, 0.1, "auto"))
+    torch.library.opcheck(torch.ops.mmfast.project_gradient, (torch.randn(3, 4), projector, "auto"))
+
+
+def test_bad_input():
+    projector, feature = torch.eye(4), torch.randn(4)
+    with pytest.raises(TypeError, match="projector must have dtype float32 or float64, got bfloat16"):
+        ops.update_projector_(projector.bfloat16(), feature, alpha=0.1)
+    with pytest.raises(ValueError, match=r"projector must have shape \[D, D\], got \[3, 4\]"):
+        ops.update_projector_(projector[:3], feature, alpha=0.1)
+    with pytest.raises(ValueError, match=r"mean_feature must have shape \[D\] = \[4\], got \[3\]"):
+        ops.update_projector_(projector, feature[:3], alpha=0.1)
+    with pytest.raises(ValueError, match="alpha must be positive and finite, got -1"):
+        ops.update_projector_(projector, feature, alpha=-1)
+    with pytest.raises(ValueError, match=r"grad must have shape \[C, D\] = \[C, 4\], got \[2, 3\]"):
+        ops.project_gradient(torch.randn(2, 3), projector)
+    assert torch.equal(projector, torch.eye(4))

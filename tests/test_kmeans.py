@@ -1,0 +1,199 @@
+"""K-means and cluster purity: against scikit-learn, restarts, empty clusters, determinism, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmfast import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(num_samples, num_dims, num_clusters, dtype=torch.float32, spread=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = 4 * torch.randn(num_clusters, num_dims, generator=generator)
+    labels = torch.randint(num_clusters, (num_samples,), generator=generator)
+    noise = spread * torch.randn(num_samples, num_dims, generator=generator)
+    return (centres[labels] + noise).to(dtype), labels
+
+
+def inertia_of(features, result):
+    return (features.double() - result.centroids.double()[result.assignments]).square().sum()
+
+
+@pytest.mark.parametrize("max_iter", [1, 5, 300])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(50, 1, 3), (500, 16, 8), (333, 7, 20), (20, 5, 20)], ids=str)
+def test_same_as_scikit_learn_from_the_same_start(shape, dtype, max_iter, backend):
+    cluster = pytest.importorskip("sklearn.cluster")
+    features, _ = make(*shape, dtype, spread=2.0)
+    start = features[torch.randperm(shape[0], generator=torch.Generator().manual_seed(1))[: shape[2]]].clone()
+    actual = ops.kmeans(features, shape[2], init=start, max_iter=max_iter, backend=backend)
+    theirs = cluster.KMeans(shape[2], init=start.numpy(), n_init=1, max_iter=max_iter, algorithm="lloyd")
+    theirs.fit(features.numpy())
+    np.testing.assert_allclose(actual.inertia.item(), theirs.inertia_, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual.centroids.numpy(), theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
+    assert actual.num_iter == theirs.n_iter_
+    assert np.array_equal(actual.assignments.numpy(), theirs.labels_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_finds_separate_clusters(dtype, backend):
+    features, labels = make(400, 8, 5, dtype, spread=0.1)
+    result = ops.kmeans(features, 5, num_init=3, backend=backend)
+    assert result.centroids.dtype == torch.promote_types(dtype, torch.float32)
+    assert result.assignments.dtype == torch.int64
+    assert result.inertia.shape == ()
+    assert type(result.num_iter) is int
+    assert ops.cluster_purity(result.assignments, labels) == 1
+    torch.testing.assert_close(result.inertia.double(), inertia_of(features, result), rtol=1e-5, atol=0)
+
+
+@LAWS
+@given(
+    num_samples=st.integers(1, 40),
+    num_dims=st.integers(1, 5),
+    fraction=st.floats(0, 1),
+    levels=st.sampled_from([2, 5, 1000]),
+    seed=st.integers(0, 999),
+)
+def test_laws(num_samples, num_dims, fraction, levels, seed):
+    """Few levels make samples coincide, up to fewer different samples than clusters."""
+    num_clusters = 1 + int(fraction * (num_samples - 1))
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randint(levels, (num_samples, num_dims), generator=generator).double()
+    result = ops.kmeans(features, num_clusters, seed=seed)
+    assert bool(result.centroids.isfinite().all())
+    assert result.num_iter <= 300
+    torch.testing.assert_close(result.inertia, inertia_of(features, result))
+    distance = torch.cdist(features, result.centroids)
+    chosen = distance.gather(1, result.assignments[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distance.amin(1))
+    assert result.inertia <= (features - features.mean(0)).square().sum() + 1e-9
+    if len(features.unique(dim=0)) >= num_clusters:
+        assert len(result.assignments.unique()) == num_clusters
+
+
+def test_empty_clusters_take_the_farthest_samples(backend):
+    features = torch.tensor([[0.0], [0.1], [10.0], [10.1], [50.0]])
+    start = torch.tensor([[5.0], [1000.0], [2000.0]])
+    result = ops.kmeans(features, 3, init=start, backend=backend)
+    assert sorted(result.centroids.flatten().tolist()) == pytest.approx([0.05, 10.05, 50], rel=1e-4)
+
+
+def test_restarts_keep_the_lowest_inertia(backend):
+    features, _ = make(300, 2, 12, spread=0.5)
+    one = [ops.kmeans(features, 12, seed=seed, backend=backend).inertia for seed in range(4)]
+    many = ops.kmeans(features, 12, num_init=8, seed=0, backend=backend).inertia
+    assert many <= one[0]
+    assert many <= max(one)
+
+
+def test_a_seed_decides(backend):
+    features, _ = make(300, 6, 12, spread=2.0)
+    torch.manual_seed(0)
+    first = ops.kmeans(features, 12, seed=3, max_iter=2, backend=backend)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    again = ops.kmeans(features, 12, seed=3, max_iter=2, backend=backend)
+    assert torch.equal(first.centroids, again.centroids)
+    assert torch.equal(first.assignments, again.assignments)
+    other = ops.kmeans(features, 12, seed=4, max_iter=2, backend=backend)
+    assert not torch.equal(first.assignments, other.assignments)
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_far_from_the_origin(backend):
+    features, labels = make(400, 4, 5, spread=0.1)
+    result = ops.kmeans(features + 1000, 5, num_init=3, backend=backend)
+    assert ops.cluster_purity(result.assignments, labels) == 1
+
+
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
+    features, _ = make(333, 5, 7, torch.float64, spread=2.0)
+    expected = ops.kmeans(features, 7, backend=backend)
+    monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
+    actual = ops.kmeans(features, 7, backend=backend)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+
+
+def test_layouts_autocast_and_gradients(backend):
+    features, _ = make(100, 5, 4)
+    expected = ops.kmeans(features, 4, backend=backend)
+    strided = features.T.contiguous().T.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = ops.kmeans(strided, 4, backend=backend)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    assert not actual.centroids.requires_grad
+
+
+def test_opcheck():
+    features, _ = make(10, 3, 2)
+    torch.library.opcheck(torch.ops.mmfast.kmeans_lloyd, (features, features[:2].clone(), 10, 1e-4, "auto"))
+    labels = torch.tensor([0, 1, 1])
+    torch.library.opcheck(torch.ops.mmfast.cluster_purity, (labels, labels.int(), "auto"))
+
+
+def test_purity_by_hand(backend):
+    # Cluster 0 holds classes 2, 2, 0; cluster 3 holds 1; clusters 1 and 2 hold nothing.
+    assignments, labels = torch.tensor([0, 0, 0, 3]), torch.tensor([2, 2, 0, 1])
+    purity = ops.cluster_purity(assignments, labels.int(), backend=backend)
+    assert type(purity) is float
+    assert purity == 0.75
+
+
+@LAWS
+@given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
+def test_purity_law(pairs):
+    assignments, labels = torch.tensor(pairs).unbind(1)
+    largest = {}
+    for cluster, label in pairs:
+        largest.setdefault(cluster, []).append(label)
+    hits = sum(max(members.count(label) for label in members) for members in largest.values())
+    assert math.isclose(ops.cluster_purity(assignments, labels), hits / len(pairs))
+
+
+BAD = {
+    "K above N": (lambda x: (x, 11), {}, "num_clusters must lie in [1, N] = [1, 10], got 11"),
+    "K of 0": (lambda x: (x, 0), {}, "num_clusters must lie in [1, N] = [1, 10], got 0"),
+    "no samples": (lambda x: (x[:0], 1), {}, "got 1 for features [0, 3]"),
+    "rank": (lambda x: (x[0], 1), {}, "features must have shape [N, D], got [3]"),
+    "not finite": (lambda x: (x / 0, 2), {}, "features must be finite, got 30 NaN or infinite values"),
+    "init": (lambda x: (x, 2), {"init": "random"}, "init must be one of 'k-means++', got 'random'"),
+    "init shape": (lambda x: (x, 2), {"init": torch.zeros(3, 3)}, "init must have shape [K, D] = [2, 3]"),
+    "init value": (lambda x: (x, 1), {"init": torch.full((1, 3), torch.nan)}, "init must be finite, got 3"),
+    "restarts": (lambda x: (x, 2), {"num_init": 0}, "num_init must be at least 1, got 0"),
+    "iterations": (lambda x: (x, 2), {"max_iter": 0}, "max_iter must be at least 1, got 0"),
+    "tolerance": (lambda x: (x, 2), {"tol": -1}, "tol must be finite and not negative, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, options, message = BAD[case]
+    features, _ = make(10, 3, 2)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        ops.kmeans(*change(features), **options)
+    assert message in str(error.value)
+
+
+def test_bad_purity():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"labels must have shape \[N\] = \[2\], got \[1\]"):
+        ops.cluster_purity(labels, labels[:1])
+    with pytest.raises(ValueError, match="labels must hold at least one sample"):
+        ops.cluster_purity(labels[:0], labels[:0])
+    with pytest.raises(ValueError, match="assignments must not be negative, got -1"):
+        ops.cluster_purity(labels - 1, labels)
+    with pytest.raises(TypeError, match="assignments must have an integer dtype, got float32"):
+        ops.cluster_purity(labels.float(), labels)

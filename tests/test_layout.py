@@ -1,0 +1,95 @@
+"""One op, one stem: every folder names its files alike, and the README's table says which files there are."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEMS = {
+    "additive_shapley",
+    "class_separability",
+    "duc_loss",
+    "gradient_projection",
+    "kmeans",
+    "logit_fusion",
+    "partial_reinit",
+    "shapley_values",
+}
+# Folder of each backend, pattern of its ops' files.
+FOLDERS = {
+    "reference": ("mmfast/reference", "[!_]*.py"),
+    "cpu": ("csrc/cpu", "*.cpp"),
+    "triton": ("kernels", "[!_]*.py"),
+    "cuda": ("csrc/cuda", "*.cu"),
+}
+
+
+def stems_of(backend: str) -> set[str]:
+    folder, pattern = FOLDERS[backend]
+    return {path.stem for path in (ROOT / folder).glob(pattern)} - {"module"}
+
+
+@pytest.mark.parametrize("backend", FOLDERS)
+def test_every_kernel_file_is_an_op(backend):
+    assert stems_of(backend) <= STEMS
+
+
+def test_every_op_has_its_public_function_its_reference_and_its_test():
+    assert {path.stem for path in (ROOT / "mmfast/ops").glob("[!_]*.py")} == STEMS
+    assert stems_of("reference") == STEMS
+    assert {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")} >= STEMS
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_every_kernel_file_is_called_by_its_op(backend):
+    # A kernel nobody calls would leave the reference running under its name.
+    for stem in stems_of(backend):
+        assert f'"{backend}"' in (ROOT / f"mmfast/ops/{stem}.py").read_text(), stem
+
+
+def test_every_bench_is_an_op():
+    assert {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} <= STEMS
+
+
+def backend_table() -> dict[str, dict[str, str]]:
+    """Return README's table of ops and backends: {op: {backend: "yes" or "-"}}."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| op |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("`") for cell in line.strip().strip("|").split("|")])
+    header, _, *body = rows
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in body}
+
+
+def test_readme_table_agrees_with_the_files():
+    table = backend_table()
+    assert set(table) == STEMS
+    for op, cells in table.items():
+        assert set(cells) == set(FOLDERS)
+        for backend, cell in cells.items():
+            expected = "yes" if op in stems_of(backend) else "-"
+            assert cell == expected, f"README says {cell!r} for {op} on {backend}, the files say {expected!r}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_only_torch_and_triton(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    assert names - sys.stdlib_module_names <= {"torch", "triton"}
+
+
+@pytest.mark.parametrize("path", ["csrc/cpu/module.cpp", "csrc/cuda/module.cpp", "csrc/bind.h", "setup.py"])
+def test_no_op_is_named_where_all_are_built(path):
+    text = (ROOT / path).read_text()
+    assert [stem for stem in STEMS if stem in text] == []

@@ -1,0 +1,218 @@
+"""Entropy and certainty fusion: values, gradients, absent modalities, laws, bad input."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmfast import ops
+from mmfast.reference import logit_fusion as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (2, 64, 8), (3, 33, 7), (4, 5, 101), (2, 0, 5)]
+RULES = {
+    "entropy": (ops.entropy_fusion, reference.entropy_fusion),
+    "certainty": (
+        functools.partial(ops.certainty_fusion, temperature=0.3),
+        functools.partial(reference.certainty_fusion, temperature=0.3),
+    ),
+}
+LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), torch.rand(shape[:2], generator=generator) > 0.4
+
+
+def plain(rule, logits, present):
+    """Return fused logits and weights by a loop over samples."""
+    num_modalities, num_samples, num_classes = logits.shape
+    fused, weights = logits.new_zeros(num_samples, num_classes), logits.new_zeros(num_modalities, num_samples)
+    for i in range(num_samples):
+        here = [m for m in range(num_modalities) if present is None or bool(present[m, i])]
+        if not here:
+            continue
+        p = logits[here, i].softmax(-1)
+        score = (p * p.log()).sum(-1) if rule == "entropy" else p.amax(-1) / 0.3
+        weights[here, i] = score.softmax(0)
+        fused[i] = (weights[here, i, None] * logits[here, i]).sum(0)
+    return fused, weights
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_close_to_truth(rule, shape, dtype, masked, backend):
+    logits, present = make(shape, dtype)
+    present = present if masked else None
+    actual = RULES[rule][0](logits, present=present, backend=backend)
+    for mine, truth, simple in zip(
+        actual, plain(rule, logits.double(), present), plain(rule, logits, present), strict=True
+    ):
+        assert mine.dtype == dtype
+        assert_close_to_truth(mine, truth, simple)
+
+
+def test_by_hand(backend):
+    # Uniform over two classes: entropy log 2, certainty 1/2; the sure modality: entropy 0, certainty 1.
+    logits = torch.tensor([[[0.0, 0.0]], [[1000.0, 0.0]]])
+    fused, weights = ops.entropy_fusion(logits, backend=backend)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3], [2 / 3]]))
+    torch.testing.assert_close(fused, torch.tensor([[2000 / 3, 0.0]]))
+    _, weights = ops.certainty_fusion(logits, temperature=0.5, backend=backend)
+    torch.testing.assert_close(weights[1], torch.tensor([1.0]).sigmoid())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients(rule, masked, backend):
+    logits, present = make((3, 6, 4))
+    fuse = functools.partial(RULES[rule][0], present=present if masked else None, backend=backend)
+    assert torch.autograd.gradcheck(fuse, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradient_close_to_truth(rule, dtype, backend):
+    logits, present = make((3, 33, 7), dtype)
+    dfused, dweights = torch.randn(33, 7).double(), torch.randn(3, 33).double()
+
+    def gradient(function, dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        fused, weights = function(leaf, present=present)
+        return torch.autograd.grad((fused, weights), leaf, (dfused.to(dtype), dweights.to(dtype)))[0]
+
+    mine, oracle = RULES[rule]
+    actual = gradient(functools.partial(mine, backend=backend), dtype)
+    assert_close_to_truth(actual, gradient(oracle, torch.float64), gradient(oracle, dtype))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_absent_modalities_have_no_influence(rule, backend):
+    logits, present = make((3, 20, 4))
+    present[:, 0] = False
+    fuse = RULES[rule][0]
+    expected = fuse(logits, present=present, backend=backend)
+    garbage = logits.masked_fill(~present[..., None], torch.nan).requires_grad_()
+    fused, weights = fuse(garbage, present=present, backend=backend)
+    torch.testing.assert_close((fused, weights), expected, rtol=0, atol=0)
+    assert bool((weights[~present] == 0).all())
+    assert bool((fused[0] == 0).all())
+    torch.testing.assert_close(weights.sum(0)[1:], present.any(0)[1:].double())
+    (dlogits,) = torch.autograd.grad(fused.square().sum() + weights.square().sum(), garbage)
+    assert bool((dlogits[~present] == 0).all())
+    assert bool(dlogits.isfinite().all())
+
+
+@LAWS
+@given(
+    rule=st.sampled_from(sorted(RULES)),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6)),
+    seed=st.integers(0, 1000),
+)
+def test_laws(rule, shape, seed):
+    logits, _ = make(shape, seed=seed)
+    fuse = RULES[rule][0]
+    fused, weights = fuse(logits)
+    torch.testing.assert_close(weights.sum(0), torch.ones(shape[1], dtype=weights.dtype))
+    # A sample's result depends neither on its batch companions nor on the order of the modalities.
+    alone, alone_weights = fuse(logits[:, :1])
+    torch.testing.assert_close((alone, alone_weights), (fused[:1], weights[:, :1]), rtol=0, atol=1e-15)
+    flipped, flipped_weights = fuse(logits.flip(0))
+    torch.testing.assert_close((flipped, flipped_weights.flip(0)), (fused, weights))
+    # Weights do not change when a modality's logits move together.
+    torch.testing.assert_close(fuse(logits + 3)[1], weights)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_excluded_classes(rule, backend):
+    logits, _ = make((2, 8, 4))
+    expected = RULES[rule][0](logits[..., :3].contiguous(), backend=backend)
+    logits[..., 3] = -torch.inf
+    logits.requires_grad_()
+    fused, weights = RULES[rule][0](logits, backend=backend)
+    torch.testing.assert_close((fused[:, :3], weights), expected)
+    assert bool((fused[:, 3] == -torch.inf).all())
+    torch.nn.functional.cross_entropy(fused, torch.arange(8) % 3).backward()
+    assert bool(logits.grad.isfinite().all())
+    assert bool((logits.grad[..., 3] == 0).all())
+
+
+def test_a_low_temperature_picks_the_surest(backend):
+    logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 1.0, -torch.inf]]])
+    fused, weights = ops.certainty_fusion(logits, temperature=1e-4, backend=backend)
+    assert weights.tolist() == [[1], [0]]
+    assert fused.tolist() == [[9, 0, 0]]
+
+
+def test_equal_logits_give_the_gradient_to_the_lowest_class(backend):
+    logits = torch.tensor([[[1.0, 1.0]], [[0.0, 3.0]]], requires_grad=True)
+    ops.certainty_fusion(logits, backend=backend)[1][0].sum().backward()
+    assert logits.grad[0, 0, 0] > 0
+    assert logits.grad[0, 0, 1] < 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_layouts(rule, backend):
+    logits, present = make((3, 33, 7))
+    strided = logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert not strided.is_contiguous()
+    fuse = functools.partial(RULES[rule][0], present=present.T.contiguous().T, backend=backend)
+    torch.testing.assert_close(fuse(strided), fuse(logits), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast(rule, backend):
+    logits, present = make((2, 16, 5), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = RULES[rule][0](logits, present=present, backend=backend)
+    torch.testing.assert_close(
+        inside, RULES[rule][0](logits, present=present, backend=backend), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_compiles(rule, backend):
+    logits, present = make((3, 16, 5))
+
+    def loss(logits):
+        fused, weights = RULES[rule][0](2 * logits, present=present, backend=backend)
+        return fused.square().sum() + weights.square().sum()
+
+    logits.requires_grad_()
+    expected, actual = loss(logits), torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_opcheck(masked):
+    logits, present = make((2, 3, 4))
+    options = (present if masked else None, "certainty", 0.5, "auto")
+    torch.library.opcheck(torch.ops.mmfast.logit_fusion_fwd, (logits, *options))
+    dfused, dweights = logits[0].clone(), logits[..., 0].clone()
+    torch.library.opcheck(torch.ops.mmfast.logit_fusion_bwd, (dfused, dweights, logits, *options))
+
+
+def test_bad_input():
+    logits, present = make((2, 4, 3))
+    with pytest.raises(ValueError, match=r"logits must have shape \[M, N, C\], got \[4, 3\]"):
+        ops.entropy_fusion(logits[0])
+    with pytest.raises(ValueError, match=r"M >= 1 modalities and C >= 1 classes, got \[0, 4, 3\]"):
+        ops.entropy_fusion(logits[:0])
+    with pytest.raises(ValueError, match=r"present must have shape \[M, N\] = \[2, 4\], got \[4, 2\]"):
+        ops.entropy_fusion(logits, present=present.T)
+    with pytest.raises(TypeError, match="present must have dtype bool, got int64"):
+        ops.certainty_fusion(logits, present=present.long())
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        ops.certainty_fusion(logits, temperature=0)

@@ -1,0 +1,210 @@
+"""partial_reinit_: every backend against float64, exactness at both ends, torch.library and errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfast import backend as _backend
+from mmfast import ops
+from mmfast.reference import partial_reinit as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SIZES = (0, 1, 15, 16, 64, 1001)
+LAYOUTS = ("contiguous", "transposed", "every-second", "unaligned")
+
+
+def make(size: int, dtype=torch.float32, device="cpu", layout: str = "contiguous", seed: int = 0) -> Tensor:
+    """Return `size` normal numbers, as [size] or, "transposed", [size, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "transposed":
+        return torch.randn(3, size, generator=generator).to(device, dtype).t()
+    if layout == "every-second":
+        return torch.randn(2 * size, generator=generator).to(device, dtype)[::2]
+    if layout == "unaligned":
+        return torch.randn(size + 1, generator=generator).to(device, dtype)[1:]
+    return torch.randn(size, generator=generator).to(device, dtype)
+
+
+def check(backend: str, params: list[Tensor], init_params: list[Tensor], alpha: float | list[float]) -> None:
+    truth = [theta.double() for theta in params]
+    plain = [theta.clone() for theta in params]
+    reference.partial_reinit_(truth, [theta_0.double() for theta_0 in init_params], alpha)
+    reference.partial_reinit_(plain, init_params, alpha)
+    before = [theta_0.clone() for theta_0 in init_params]
+    ops.partial_reinit_(params, init_params, alpha, backend=backend)
+    for theta, true, expected in zip(params, truth, plain, strict=True):
+        assert_close_to_truth(theta, true, expected)
+    for theta_0, unchanged in zip(init_params, before, strict=True):
+        assert torch.equal(theta_0, unchanged)
+
+
+def check_all(backend: str) -> None:
+    """Every dtype, layout, size and number of threads, for a process started for one instruction set."""
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for layout in LAYOUTS:
+            sizes = [*SIZES, 100_003]
+            params = [make(size, dtype, layout=layout) for dtype in DTYPES.values() for size in sizes]
+            inits = [make(size, dtype, layout=layout, seed=1) for dtype in DTYPES.values() for size in sizes]
+            check(backend, params, inits, [index % 5 / 4 for index in range(len(params))])
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.999, 1.0], ids="alpha={}".format)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_dtypes(backend, device, dtype, alpha):
+    params = [make(size, dtype, device) for size in SIZES]
+    check(backend, params, [make(size, dtype, device, seed=1) for size in SIZES], alpha)
+
+
+@pytest.mark.parametrize("size", SIZES, ids="size={}".format)
+def test_sizes(backend, device, size):
+    check(backend, [make(size, device=device)], [make(size, device=device, seed=1)], 0.3)
+
+
+@pytest.mark.parametrize("init_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(backend, device, layout, init_layout):
+    params = [make(21, device=device, layout=layout)]
+    init = make(21, device=device, layout=init_layout, seed=1)
+    init = init if init.shape == params[0].shape else make(21, device=device, layout=layout, seed=1)
+    check(backend, params, [init], 0.3)
+
+
+def test_one_strength_per_tensor_and_mixed_dtypes(backend, device):
+    dtypes = list(DTYPES.values())
+    params = [make(50, dtype, device) for dtype in dtypes]
+    check(backend, params, [make(50, dtype, device, seed=1) for dtype in dtypes], [0.0, 0.1, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_zero_changes_no_bit(backend, device, dtype):
+    theta = torch.tensor([float("nan"), -0.0, float("inf"), 1.5] * 20, dtype=dtype, device=device)
+    before = theta.clone()
+    ops.partial_reinit_([theta], [torch.zeros_like(theta)], 0.0, backend=backend)
+    assert torch.equal(bits(theta), bits(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_one_restores_every_bit(backend, device, dtype):
+    theta_0 = torch.tensor([float("nan"), -0.0, float("inf"), 1.5] * 20, dtype=dtype, device=device)
+    theta = torch.full_like(theta_0, float("nan"))
+    ops.partial_reinit_([theta], [theta_0], 1.0, backend=backend)
+    assert torch.equal(bits(theta), bits(theta_0))
+
+
+def test_nan_stays_nan_in_between(backend, device):
+    theta = torch.tensor([float("nan"), 1.0, 2.0], device=device)
+    ops.partial_reinit_(
+        [theta], [torch.tensor([0.0, float("nan"), 4.0], device=device)], 0.5, backend=backend
+    )
+    assert theta.isnan().tolist() == [True, True, False]
+    assert theta[2] == 3
+
+
+def test_by_hand(backend, device):
+    theta = torch.tensor([1.0, 2.0, -4.0], device=device)
+    ops.partial_reinit_([theta], [torch.tensor([5.0, 2.0, 0.0], device=device)], 0.25, backend=backend)
+    assert theta.tolist() == [2.0, 2.0, -3.0]
+
+
+def test_many_small_tensors(backend, device):
+    params = [make(64, device=device, seed=index) for index in range(500)]
+    check(backend, params, [make(64, device=device, seed=1000 + index) for index in range(500)], 0.7)
+
+
+def test_no_tensors(backend):
+    ops.partial_reinit_([], [], 0.5, backend=backend)
+
+
+def test_parameters_of_a_module(backend, device):
+    layer = torch.nn.Linear(5, 3, device=device)
+    init = [theta.detach().clone() for theta in layer.parameters()]
+    version = layer.weight._version
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    ops.partial_reinit_(list(layer.parameters()), init, 1.0, backend=backend)
+    assert all(torch.equal(theta, theta_0) for theta, theta_0 in zip(layer.parameters(), init, strict=True))
+    assert layer.weight.requires_grad
+    # Autograd must notice a weight changed between forward and backward.
+    assert layer.weight._version >= version + 2
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_partial_reinit
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_partial_reinit.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+def test_opcheck(backend, device):
+    arguments = ([make(7, device=device)], [make(7, device=device, seed=1)], [0.3], backend)
+    torch.library.opcheck(torch.ops.mmfast.partial_reinit_.default, arguments)
+
+
+def test_compiles_to_one_graph(backend, device):
+    init = [make(7, device=device, seed=1)]
+    expected, got = [make(7, device=device)], [make(7, device=device)]
+    ops.partial_reinit_(expected, init, 0.3, backend=backend)
+    torch.compile(lambda params: ops.partial_reinit_(params, init, 0.3, backend=backend), fullgraph=True)(got)
+    torch.testing.assert_close(got[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("params", "init_params", "alpha", "error", "text"),
+    [
+        ([torch.zeros(2)], [], 0.5, ValueError, "init_params must hold one tensor per parameter = 1, got 0"),
+        (
+            [torch.zeros(2)],
+            [torch.zeros(3)],
+            0.5,
+            ValueError,
+            r"init_params\[0\] must have shape \[2\], got \[3\]",
+        ),
+        ([torch.zeros(2)], [torch.zeros(2).double()], 0.5, TypeError, r"init_params\[0\] must have dtype"),
+        ([torch.zeros(2).int()], [torch.zeros(2).int()], 0.5, TypeError, r"params\[0\] must have dtype"),
+        ([None], [torch.zeros(2)], 0.5, TypeError, r"params\[0\] must be a torch.Tensor, got NoneType"),
+        ([torch.zeros(2)], [torch.zeros(2)], 1.5, ValueError, r"alpha must lie in \[0, 1\], got 1.5"),
+        ([torch.zeros(2)], [torch.zeros(2)], float("nan"), ValueError, "alpha must lie in"),
+        ([torch.zeros(2)], [torch.zeros(2)], [0.5, 0.5], ValueError, "one per parameter = 1, got 2"),
+    ],
+    ids=[
+        "too-few",
+        "shape",
+        "dtype",
+        "integers",
+        "no-tensor",
+        "alpha-above-1",
+        "alpha-nan",
+        "too-many-alphas",
+    ],
+)
+def test_errors_name_the_argument(params, init_params, alpha, error, text):
+    with pytest.raises(error, match=text):
+        ops.partial_reinit_(params, init_params, alpha)

@@ -1,0 +1,246 @@
+"""shapley_values: every backend against float64, its laws, its gradient, torch.library and errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmfast import backend as _backend
+from mmfast import ops
+from mmfast.reference import shapley_values as reference
+from numerics import assert_close_to_truth
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+LAYOUTS = ("contiguous", "transposed", "every-second", "leading-dims", "expanded", "unaligned")
+LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make(num_rows: int, size: int, dtype=torch.float32, device="cpu", layout: str = "contiguous") -> Tensor:
+    """Return [num_rows, size] numbers in [0, 1) ("leading-dims": [1, num_rows, size]) laid out as named."""
+    generator = torch.Generator().manual_seed(num_rows * 1000 + size)
+    x = torch.rand(num_rows, size, generator=generator).to(device, dtype)
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    if layout == "every-second":
+        return x.repeat_interleave(2, dim=-1)[:, ::2]
+    if layout == "leading-dims":
+        return x[None].transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "expanded":
+        return x[:1].expand(num_rows, -1)
+    if layout == "unaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(num_rows, size)
+    return x
+
+
+def check_forward(backend: str, utilities: Tensor) -> None:
+    truth = reference.shapley_values(utilities.double())
+    plain = reference.shapley_values(utilities)
+    assert_close_to_truth(ops.shapley_values(utilities, backend=backend), truth, plain)
+
+
+def check_backward(backend: str, dphi: Tensor, num_players: int) -> None:
+    utilities = dphi.new_zeros(*dphi.shape[:-1], 2**num_players).requires_grad_()
+    ops.shapley_values(utilities, backend=backend).backward(dphi)
+    assert utilities.grad is not None
+    truth = reference.shapley_values_bwd(dphi.double())
+    assert_close_to_truth(utilities.grad, truth, reference.shapley_values_bwd(dphi))
+
+
+def check_all(backend: str) -> None:
+    """Every dtype, layout and number of players, for a process that was started for one instruction set."""
+    for dtype in DTYPES.values():
+        for num_players in (1, 2, 3, 4, 5, 6, 8, 13):
+            for num_rows in (1, 2) if num_players == 13 else (1, 37):
+                for layout in LAYOUTS:
+                    check_forward(backend, make(num_rows, 2**num_players, dtype, layout=layout))
+                    check_backward(backend, make(num_rows, num_players, dtype, layout=layout), num_players)
+
+
+def require_dtype(backend: str, dtype: torch.dtype) -> None:
+    if not _backend.supports(backend, "shapley_values", dtype):
+        pytest.skip(f"{backend} does not compute in {dtype} here")
+
+
+@pytest.mark.parametrize("num_players", range(1, 13), ids="M={}".format)
+def test_every_number_of_players(backend, device, num_players):
+    check_forward(backend, make(5, 2**num_players, device=device))
+    check_backward(backend, make(5, num_players, device=device), num_players)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 37], ids="rows={}".format)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_dtypes_and_sizes(backend, device, dtype, num_rows):
+    require_dtype(backend, dtype)
+    for num_players in (3, 6):
+        check_forward(backend, make(num_rows, 2**num_players, dtype, device))
+        check_backward(backend, make(num_rows, num_players, dtype, device), num_players)
+
+
+@pytest.mark.parametrize("num_players", [2, 5, 8], ids="M={}".format)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(backend, device, layout, num_players):
+    check_forward(backend, make(19, 2**num_players, device=device, layout=layout))
+    check_backward(backend, make(19, num_players, device=device, layout=layout), num_players)
+
+
+def test_twenty_players(backend, device):
+    if backend == "triton" and _backend.interpreting():
+        pytest.skip("2^20 coalitions take minutes in Triton's interpreter")
+    check_forward(backend, make(1, 2**20, device=device))
+    check_backward(backend, make(1, 20, device=device), 20)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_shapley_values
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_shapley_values.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize(("num_players", "num_rows"), [(2, 20_001), (4, 5_003), (8, 401), (14, 3)])
+def test_number_of_threads_changes_no_bit(num_players, num_rows):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    utilities, dphi = make(num_rows, 2**num_players), make(num_rows, num_players)
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        forward = torch.ops.mmfast.shapley_values_fwd(utilities, "cpu")
+        results.append((forward, torch.ops.mmfast.shapley_values_bwd(dphi, "cpu")))
+    for forward, backward in results[1:]:
+        assert torch.equal(forward, results[0][0])
+        assert torch.equal(backward, results[0][1])
+
+
+def test_two_players_by_hand(backend, device):
+    utilities = torch.tensor([[0.0, 1.0, 2.0, 5.0]], device=device)
+    expected = torch.tensor([[2.0, 3.0]], device=device)
+    assert torch.equal(ops.shapley_values(utilities, backend=backend), expected)
+
+
+def test_glove_game(backend, device):
+    # One left glove (player 0) and two right gloves: a pair is worth 1. Known values 2/3, 1/6, 1/6.
+    worth = [float(bool(s & 1) and bool(s & 6)) for s in range(8)]
+    values = ops.shapley_values(torch.tensor(worth, device=device), backend=backend)
+    torch.testing.assert_close(values.cpu(), torch.tensor([2 / 3, 1 / 6, 1 / 6]))
+
+
+@LAWS
+@given(num_players=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_values_add_up_to_the_whole(num_players, seed):
+    torch.manual_seed(seed)
+    utilities = torch.randn(3, 2**num_players, dtype=torch.float64)
+    total = ops.shapley_values(utilities).sum(-1)
+    torch.testing.assert_close(total, utilities[:, -1] - utilities[:, 0])
+
+
+@LAWS
+@given(data=st.data(), num_players=st.integers(2, 8))
+def test_exchanged_players_exchange_values(data, num_players):
+    order = torch.tensor(data.draw(st.permutations(range(num_players))))
+    torch.manual_seed(0)
+    utilities = torch.randn(2**num_players, dtype=torch.float64)
+    coalitions = torch.arange(2**num_players)
+    # Player m of the new game is player order[m] of the old one.
+    renamed = sum((coalitions >> m & 1) << order[m] for m in range(num_players))
+    torch.testing.assert_close(ops.shapley_values(utilities[renamed]), ops.shapley_values(utilities)[order])
+
+
+@LAWS
+@given(num_players=st.integers(1, 8), data=st.data())
+def test_dummy_player_gets_nothing(num_players, data):
+    dummy = data.draw(st.integers(0, num_players - 1))
+    torch.manual_seed(0)
+    utilities = torch.randn(2**num_players, dtype=torch.float64)
+    without = torch.arange(2**num_players) & ~(1 << dummy)
+    value = ops.shapley_values(utilities[without])[dummy]
+    torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-14, rtol=0)
+
+
+@LAWS
+@given(num_players=st.integers(1, 8), scale=st.floats(-10, 10))
+def test_linear_in_the_game(num_players, scale):
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 2**num_players, dtype=torch.float64)
+    expected = ops.shapley_values(first) + scale * ops.shapley_values(second)
+    torch.testing.assert_close(ops.shapley_values(first + scale * second), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_players", [1, 3, 5], ids="M={}".format)
+def test_gradcheck(backend, device, num_players):
+    utilities = make(3, 2**num_players, torch.float64, device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)
+    assert torch.autograd.gradgradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3)], ids=str)
+def test_opcheck(backend, device, shape):
+    num_rows, num_players = shape
+    utilities, dphi = (
+        make(num_rows, 2**num_players, device=device),
+        make(num_rows, num_players, device=device),
+    )
+    torch.library.opcheck(torch.ops.mmfast.shapley_values_fwd.default, (utilities, backend))
+    torch.library.opcheck(torch.ops.mmfast.shapley_values_bwd.default, (dphi, backend))
+
+
+def test_compiles_to_one_graph(backend, device):
+    utilities = make(4, 8, device=device)
+    expected, got = utilities.clone().requires_grad_(), utilities.clone().requires_grad_()
+    ops.shapley_values(expected, backend=backend).square().sum().backward()
+    compiled = torch.compile(lambda u: ops.shapley_values(u, backend=backend).square().sum(), fullgraph=True)
+    compiled(got).backward()
+    torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_autocast_keeps_the_dtype(backend, device):
+    utilities = make(4, 8, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert ops.shapley_values(utilities, backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("utilities", "error", "text"),
+    [
+        ([0.0, 1.0], TypeError, "utilities must be a torch.Tensor, got list"),
+        (torch.zeros(4, dtype=torch.int64), TypeError, "utilities must have dtype float32.*got int64"),
+        (torch.zeros(()), ValueError, r"utilities must have shape \[..., S\]"),
+        (torch.zeros(3, 0), ValueError, r"got \[3, 0\]"),
+        (torch.zeros(2, 6), ValueError, r"a power of two.* got 6 in \[2, 6\]"),
+        (torch.zeros(2, 1), ValueError, "M from 1 to 20, got S = 1 "),
+        (torch.zeros(1).expand(2**21), ValueError, "M from 1 to 20, got S = 2097152 "),
+    ],
+    ids=["list", "integers", "scalar", "no-coalition", "not-a-power-of-two", "one-coalition", "too-many"],
+)
+def test_errors_name_the_argument(utilities, error, text):
+    with pytest.raises(error, match=text):
+        ops.shapley_values(utilities)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.shapley_values(torch.zeros(4), backend="fast")
