@@ -118,6 +118,8 @@ class Build:
         self.cxxflags = [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         self.file = (self.folder / "build.ninja").open("w")
         self.ninja = ninja_syntax.Writer(self.file, width=110)
+        # The log of what is built lies beside what is built, not in the checkout.
+        self.ninja.variable("builddir", str(self.folder))
         self.ninja.rule(
             "cxx",
             f"{self.cxx} -MMD -MF $out.d $flags -c $in -o $out",
