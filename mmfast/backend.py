@@ -58,6 +58,8 @@ def interpreting() -> bool:
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if importlib.util.find_spec("mmfast.kernels") is None:
+        return "mmfast.kernels is missing: this mmfast is a bare checkout, install it (pip install -e .)"
     if not interpreting() and not torch.cuda.is_available():
         return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return None

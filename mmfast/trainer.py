@@ -86,7 +86,7 @@ class Trainer:
         self.num_workers = num_workers
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
-        if strategy in ("auto", "ddp") and devices not in (1, "1", "auto"):
+        if strategy in ("auto", "ddp") and devices not in (1, "1"):
             # A method's step may leave parts of the learner out, such as the other modalities' encoders.
             strategy = DDPStrategy(find_unused_parameters=True)
         self.fabric = Fabric(
@@ -212,7 +212,7 @@ class Trainer:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        self._check_same(state, "method", "config", "optimization", "seed")
+        self._check_same(state, "method", "config", "optimization", "seed", "metadata")
         return state
 
     def _check_same(self, state: dict[str, Any], *keys: str) -> None:

@@ -22,33 +22,31 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ptxas() -> str | None:
-    """Return the assembler that comes with triton, if it is where triton looks for it."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    return str(path) if path.exists() else None
+def assemble(source: Path, target: str) -> str:
+    """Return what the first of triton's assemblers that takes this PTX says of it; raise if none does."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    complaints = []
+    for assembler in (folder / "ptxas", folder / "ptxas-blackwell"):
+        if assembler.exists():
+            command = [str(assembler), "-v", f"-arch={target}", str(source), "-o", "/dev/null"]
+            log = subprocess.run(command, capture_output=True, text=True)
+            if log.returncode == 0:
+                return log.stderr
+            complaints.append(log.stderr.strip())
+    raise RuntimeError(f"no assembler takes the PTX: {'; '.join(complaints) or f'none in {folder}'}")
 
 
-def spilled_bytes(ptx: str, capability: int) -> int:
-    """Return the bytes of registers that ptxas stores to memory for one kernel."""
-    assembler = ptxas()
-    if assembler is None:
-        return 0
+def spilled_bytes(ptx: str) -> int:
+    """Return the bytes of registers that ptxas stores to memory for one kernel; raise if it cannot tell."""
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        arch = re.search(r"\.target (sm_\w+)", ptx)
-        command = [
-            assembler,
-            "-v",
-            f"-arch={arch[1] if arch else f'sm_{capability}'}",
-            str(source),
-            "-o",
-            "/dev/null",
-        ]
-        log = subprocess.run(command, capture_output=True, text=True)
-    if log.returncode != 0:
-        return 0
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", log.stderr)))
+        log = assemble(source, target[1])
+    stores = re.findall(r"(\d+) bytes spill stores", log)
+    assert stores, f"no count of spills in what ptxas says: {log}"
+    return sum(map(int, stores))
 
 
 def compile_one(configuration: tuple, capability: int) -> str | None:
@@ -62,9 +60,9 @@ def compile_one(configuration: tuple, capability: int) -> str | None:
             target=GPUTarget("cuda", capability, 32),
             options=dict(options),
         )
+        spilled = spilled_bytes(compiled.asm["ptx"])
     except Exception as error:
         return f"{named}: {error}"
-    spilled = spilled_bytes(compiled.asm["ptx"], capability)
     return f"{named}: spills {spilled} bytes" if spilled else None
 
 

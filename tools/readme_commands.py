@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def commands(text: str) -> list[str]:
-    """Return the command lines of all fenced blocks marked `sh`, comments left out, continued lines joined."""
+    """Return the command lines of all fenced blocks marked `sh`, without comments, continued lines joined."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -1,0 +1,29 @@
+"""The console command `mmfast`, which tells what is missing where the extra [train] is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+# What the command line itself is made of.
+_NEEDED = ("typer", "rich")
+
+
+def main() -> int | None:
+    """Run `mmfast` with the arguments of this process."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if not missing:
+        from mmfast.commands import app
+
+        return app()
+    if sys.argv[1:] == ["info"]:
+        from mmfast import info
+
+        print(info.text())
+        return 0
+    print(
+        f"mmfast: the command line needs {' and '.join(missing)}, which the core package does not bring: "
+        'pip install "mmfast[train]" (mmfast info works without).',
+        file=sys.stderr,
+    )
+    return 2

@@ -1,0 +1,304 @@
+"""The commands of `mmfast`: their options, and what they print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mmfast.flags import (
+    Accelerator,
+    BatchSize,
+    Data,
+    Devices,
+    Dim,
+    Epochs,
+    Fusion,
+    LearningRate,
+    LrGamma,
+    LrStep,
+    Momentum,
+    OptimizerName,
+    Overwrite,
+    Precision,
+    Probe,
+    Seeds,
+    Set,
+    SetOfOne,
+    SplitSeed,
+    Traceback,
+    WeightDecay,
+    app,
+    make_console,
+    method_help,
+    plain_errors,
+)
+
+if TYPE_CHECKING:
+    from mmfast.compare import Comparison, Run
+
+# The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
+
+
+@app.command(epilog=method_help())
+def compare(
+    data: Data = "htad",
+    methods: Annotated[
+        str, typer.Option(help='"all", or names separated by commas, such as joint,unimodal,di-mml.')
+    ] = "all",
+    seeds: Seeds = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.json, pictures and checkpoints; mmfast-compare/DATA by default.",
+            show_default=False,
+        ),
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    optimizer: OptimizerName = None,
+    lr: LearningRate = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    lr_step: LrStep = None,
+    lr_gamma: LrGamma = None,
+    dim: Dim = 64,
+    fusion: Fusion = "concat",
+    settings: Set = None,
+    split_seed: SplitSeed = 0,
+    probe: Probe = False,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    precision: Precision = "32-true",
+    overwrite: Overwrite = False,
+    traceback: Traceback = False,
+) -> None:
+    """Train methods with several seeds on the same data, and print what each modality contributes to each.
+
+    An interrupted comparison goes on where it stopped when the same command is given again.
+    """
+    with plain_errors(traceback):
+        from mmfast.compare import RESULTS, Comparison
+        from mmfast.optimization import Optimization
+        from mmfast.options import make_methods, make_setup, set_given
+        from mmfast.plots import plot_comparison
+        from mmfast.report import show
+        from mmfast.summary import summarize
+
+        chosen = make_methods(methods, settings or ())
+        optimization = set_given(
+            Optimization(),
+            max_epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            lr_step=lr_step,
+            lr_gamma=lr_gamma,
+        )
+        setup = make_setup(
+            data,
+            split_seed,
+            optimization,
+            devices,
+            dim=dim,
+            fusion=fusion,
+            accelerator=accelerator,
+            precision=precision,
+            probe=probe,
+        )
+        out = out or Path("mmfast-compare") / setup.splits.name
+        comparison = Comparison(setup, chosen, seeds, out)
+        left = comparison.prepare(overwrite=overwrite)
+        console = make_console()
+        total = len(chosen) * seeds
+        if len(left) < total:
+            console.print(
+                f"{total - len(left)} of {total} runs are already in {out / RESULTS}.", soft_wrap=True
+            )
+        try:
+            _make_runs(console, comparison, left, total)
+        except KeyboardInterrupt:
+            known = sum(len(s.runs) for s in summarize(comparison.results["runs"]))
+            counted = f"{known} run{'s' * (known != 1)} in {out / RESULTS}"
+            print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        summaries = summarize(comparison.results["runs"], [method.name for method in chosen], seeds)
+        files = [RESULTS, *plot_comparison(summaries, out)]
+        console.print()
+        show(console, summaries, data=setup.splits.description, out=out, files=files)
+
+
+def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:
+    from mmfast.progress import RunProgress
+
+    with RunProgress(console, total, len(left)) as progress:
+        for item in left:
+            progress.begin(item)
+            progress.end(item, comparison.make(item, progress.epoch))
+
+
+@app.command(epilog=method_help())
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, checkpoints and logs.")],
+    data: Data = "htad",
+    method: Annotated[
+        str | None, typer.Option(help="Method to train by; joint by default.", show_default=False)
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A paper's method and settings, such as di-mml/crema-d; other options change them.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; start one where there is none.")
+    ] = False,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    optimizer: OptimizerName = None,
+    lr: LearningRate = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    lr_step: LrStep = None,
+    lr_gamma: LrGamma = None,
+    dim: Dim = 64,
+    fusion: Fusion = "concat",
+    settings: SetOfOne = None,
+    split_seed: SplitSeed = 0,
+    probe: Probe = False,
+    logger: Annotated[
+        str | None,
+        typer.Option(help="csv, tensorboard or both, separated by a comma; in --out.", show_default=False),
+    ] = None,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    precision: Precision = "32-true",
+    overwrite: Overwrite = False,
+    traceback: Traceback = False,
+) -> None:
+    """Train a model by one method, and print its test figures."""
+    with plain_errors(traceback):
+        from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+        from mmfast.compare import METRICS, clear_run, has_run
+        from mmfast.files import write_json
+        from mmfast.options import make_setup, method_and_optimization, set_given
+        from mmfast.report import show_run
+        from mmfast.runs import run
+
+        chosen, base = method_and_optimization(method, preset, settings or ())
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other, got both")
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        if has_run(out) and not resume and first:
+            if not overwrite:
+                raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
+            clear_run(out)
+        optimization = set_given(
+            base,
+            max_epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            lr_step=lr_step,
+            lr_gamma=lr_gamma,
+        )
+        setup = make_setup(
+            data,
+            split_seed,
+            optimization,
+            devices,
+            dim=dim,
+            fusion=fusion,
+            accelerator=accelerator,
+            precision=precision,
+            probe=probe,
+        )
+        setup.check(chosen)
+        kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
+        console = make_console()
+        try:
+            entry = run(
+                setup, chosen, seed, out, resume=resume, loggers=kinds, progress=console.is_terminal and first
+            )
+        except KeyboardInterrupt:
+            if first:
+                print(f"\nmmfast: stopped; the same command with --resume goes on in {out}.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if first:
+            write_json(out / METRICS, entry)
+            show_run(console, entry, chosen.title)
+            console.print(
+                f"\nData: {setup.splits.description}.\nWritten to {out}: {METRICS}, model.ckpt, last.ckpt.",
+                soft_wrap=True,
+            )
+
+
+@app.command()
+def valuate(
+    model: Annotated[Path, typer.Option(help="Folder of a finished run, or its model.ckpt.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help='"htad", FILE.npz or FOLDER; by default what the model was trained on.', show_default=False
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    utility: Annotated[
+        str,
+        typer.Option(
+            help="Value of a coalition: cardinality (its size where it is right), correct, probability, "
+            "log_probability or margin."
+        ),
+    ] = "cardinality",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for valuation.csv, valuation.parquet, contributions.png and coalitions.json. "
+            "By default valuation-SPLIT beside the model.",
+            show_default=False,
+        ),
+    ] = None,
+    accelerator: Accelerator = "auto",
+    traceback: Traceback = False,
+) -> None:
+    """Print what each modality contributes to a trained model, exactly, over all coalitions of modalities."""
+    with plain_errors(traceback):
+        from mmfast.data.splits import PARTS
+        from mmfast.report import save_valuation, show_valuation
+        from mmfast.runs import restore
+        from mmfast.valuation import UTILITIES, valuate
+
+        for name, value, known in (("split", split, PARTS), ("utility", utility, UTILITIES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        learner, splits, state = restore(model, data, accelerator=accelerator)
+        valuation = valuate(learner, getattr(splits, split), utility=utility)
+        beside = model if model.is_dir() else model.parent
+        out = out or beside / f"valuation-{split}"
+        facts = {key: state[key] for key in ("method", "seed")} | {"data": splits.description, "split": split}
+        files = save_valuation(valuation, out, facts)
+        console = make_console()
+        console.print(
+            f"{facts['method']}, seed {facts['seed']}, on {len(valuation.labels):,} samples of {split}\n"
+        )
+        show_valuation(console, valuation)
+        console.print(f"\nData: {splits.description}.")
+        console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the CPU's instruction set, and what each backend offers or why it cannot run."""
+    from mmfast import info
+
+    print(info.text(make_console().width))

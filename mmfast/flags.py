@@ -1,0 +1,146 @@
+"""The application, options that several commands share, and how errors are shown."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmfast import __version__, backend
+
+app = typer.Typer(
+    help="Train multimodal models that neglect no modality, and show which one a model neglects.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MENDABLE = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def plain_errors(traceback: bool) -> Iterator[None]:
+    """Print what the user can mend as one sentence, and leave with code 2."""
+    try:
+        yield
+    except MENDABLE as error:
+        if traceback:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            text = f'this command needs {package}, which is not installed: pip install "mmfast[train]"'
+        print(f"mmfast: {text}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def make_console() -> Console:
+    """Return the console of stdout; names with brackets are printed as they are."""
+    return Console(markup=False, highlight=False)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as --set takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(format_value, value))
+    return "none" if value is None else str(value)
+
+
+def method_help() -> str:
+    """Return the paragraph of --help that lists the options of all methods with their defaults."""
+    from mmfast.methods import METHODS
+
+    lines = []
+    for name, method in METHODS.items():
+        options = ", ".join(f"{field.name}={format_value(field.default)}" for field in fields(method))
+        lines.append(f"{name}: {options}" if options else name)
+    return "Methods, and what --set changes:\n\n" + "\n\n".join(lines)
+
+
+Data = Annotated[
+    str, typer.Option(help='"htad" (embedded), FILE.npz or a FOLDER of raw media.', show_default=True)
+]
+SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where the data bring none.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Epochs of a method's first stage; 50 by default.", show_default=False),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Samples of a batch, over all devices; 64 by default.", show_default=False),
+]
+OptimizerName = Annotated[
+    str | None, typer.Option(help="adam, adamw or sgd; adam by default.", show_default=False)
+]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Learning rate; 0.001 by default.", show_default=False)
+]
+Momentum = Annotated[float | None, typer.Option(help="Momentum of sgd; 0.9 by default.", show_default=False)]
+WeightDecay = Annotated[
+    float | None, typer.Option(help="Weight decay; 0.0001 by default.", show_default=False)
+]
+LrStep = Annotated[
+    int | None,
+    typer.Option(
+        help="Epochs after which the learning rate falls by --lr-gamma; 0, the default, keeps it.",
+        show_default=False,
+    ),
+]
+LrGamma = Annotated[
+    float | None, typer.Option(help="Factor of such a step; 0.1 by default.", show_default=False)
+]
+Dim = Annotated[int, typer.Option(min=1, help="Feature dimensions D of every encoder.")]
+Fusion = Annotated[str, typer.Option(help="Fusion head: concat, sum, gated, film or attention.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="METHOD.OPTION=VALUE",
+        help="Set an option of a method, such as di-mml.temperature=50; may be given several times.",
+        show_default=False,
+    ),
+]
+SetOfOne = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="OPTION=VALUE",
+        help="Set an option of the method, such as temperature=50; may be given several times.",
+        show_default=False,
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds 0, 1, ...")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Devices = Annotated[str, typer.Option(help="Number of devices a run trains on, or auto.")]
+Precision = Annotated[
+    str, typer.Option(help="32-true, bf16-mixed, 16-mixed or another of Lightning Fabric's.")
+]
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe", help="Measure each modality by a logistic regression on its frozen features, too."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Drop what --out holds and start anew.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]

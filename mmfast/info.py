@@ -1,0 +1,121 @@
+"""What is installed and which backend can run: plain text, from the core package alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import mmfast
+from mmfast import backend
+
+# What `pip install "mmfast[train]"` brings; a test holds it to pyproject.toml.
+TRAIN_EXTRA = (
+    "lightning-fabric",
+    "matplotlib",
+    "multiviewstacking",
+    "pandas",
+    "pyarrow",
+    "rich",
+    "scikit-learn",
+    "tensorboard",
+    "torchmetrics",
+    "typer",
+)
+
+
+def text(width: int = 80) -> str:
+    """Return the report of `mmfast info`."""
+    sections = {
+        "versions": _versions(),
+        "extra [train]": _extra(),
+        "machine": _machine(),
+        "backends": _backends(width),
+    }
+    blocks = []
+    for title, lines in sections.items():
+        longest = max(len(name) for name, _ in lines)
+        rows = [f"  {name:<{longest}}  {value}" for name, value in lines]
+        blocks.append("\n".join([title, *rows]))
+    return "\n\n".join(blocks)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> list[tuple[str, str]]:
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return [
+        ("mmfast", f"{mmfast.__version__} in {Path(mmfast.__file__).parent}"),
+        ("python", f"{platform.python_version()} at {sys.executable}"),
+        ("torch", torch.__version__ + cuda),
+        ("triton", _version("triton")),
+        ("numpy", _version("numpy")),
+    ]
+
+
+def _extra() -> list[tuple[str, str]]:
+    found = [(package, _version(package)) for package in TRAIN_EXTRA]
+    if any(version == "not installed" for _, version in found):
+        found.append(("to install", 'pip install "mmfast[train]"'))
+    return found
+
+
+def _machine() -> list[tuple[str, str]]:
+    try:
+        instructions = backend.extension("cpu").isa()
+    except backend.BackendUnavailableError:
+        instructions = "unknown: mmfast's cpu module tells"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        ("platform", platform.platform()),
+        ("processor", _processor()),
+        ("instruction set", instructions),
+        ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads changes it)"),
+        ("GPUs", ", ".join(gpus) or "none that torch can use"),
+    ]
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({platform.machine()})"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def ops() -> list[str]:
+    """Return the stems of all ops."""
+    from mmfast import ops as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name[:1] != "_")
+
+
+def _backends(width: int) -> list[tuple[str, str]]:
+    stems, lines = ops(), []
+    for name in backend.BACKENDS:
+        reason = backend.why_not(name)
+        if reason is not None:
+            lines.append((name, f"not available: {reason}"))
+            continue
+        have = [op for op in stems if backend.implements(name, op)]
+        listed = "all ops" if have == stems else ", ".join(have) or "no op yet"
+        indent = "\n" + " " * 13
+        lines.append((name, f"available: {_wrap(listed, width - 24, indent)}"))
+    return lines
+
+
+def _wrap(text: str, width: int, indent: str) -> str:
+    import textwrap
+
+    return indent.join(textwrap.wrap(text, max(width, 30)))

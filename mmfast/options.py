@@ -1,0 +1,154 @@
+"""From the words of a command line to methods, settings and data."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from mmfast import data, methods
+from mmfast.methods import METHODS, Method
+from mmfast.names import did_you_mean
+from mmfast.optimization import PUBLISHED, Optimization
+from mmfast.runs import Setup
+
+
+def parse_methods(text: str) -> list[str]:
+    """Return the names in "all" or "a,b,c", each once.
+
+    Raises:
+        ValueError: an unknown name, with the nearest ones, or none at all.
+    """
+    if text.strip() == "all":
+        return list(METHODS)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f'methods must be "all" or names separated by commas, got {text!r}')
+    for name in names:
+        methods.make(name)
+    return names
+
+
+def parse_settings(assignments: Iterable[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return {method: {option: value}} from texts METHOD.OPTION=VALUE.
+
+    With a single method in `names`, OPTION=VALUE is enough.
+
+    Raises:
+        ValueError: no such form, a method that is not among `names`, an unknown method or option, or a value
+            that is not of the option's type.
+    """
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in assignments:
+        left, equals, value = text.partition("=")
+        method, dot, option = left.strip().rpartition(".")
+        if not dot and len(names) == 1:
+            method = names[0]
+        if not (equals and method and option):
+            raise ValueError(f"set must have the form METHOD.OPTION=VALUE, got {text!r}")
+        if method in METHODS and method not in settings:
+            raise ValueError(f"set must name one of the methods that run, {', '.join(names)}, got {method!r}")
+        hints = typing.get_type_hints(METHODS[method]) if method in METHODS else {}
+        if method not in METHODS or option not in {field.name for field in fields(METHODS[method])}:
+            # Raises, with the nearest names.
+            methods.make(method, **{option: None})
+        settings[method][option] = parse_value(f"{method}.{option}", value.strip(), hints[option])
+    return settings
+
+
+def make_methods(text: str, assignments: Iterable[str] = ()) -> list[Method]:
+    """Return the methods named in `text` with the options of `assignments`."""
+    names = parse_methods(text)
+    settings = parse_settings(assignments, names)
+    return [methods.make(name, **settings[name]) for name in names]
+
+
+def parse_value(name: str, text: str, hint: Any) -> Any:
+    """Return `text` as a value of type `hint`: bool, int, float, str, a tuple of them, or None where allowed.
+
+    Raises:
+        ValueError: the text is no such value; the message names the expected type.
+    """
+    try:
+        return _parse(text, hint)
+    except ValueError:
+        raise ValueError(f"{name} must be {_describe(hint)}, got {text!r}") from None
+
+
+def _parse(text: str, hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = typing.get_args(hint)
+        if type(None) in kinds and text.lower() == "none":
+            return None
+        return _parse(text, next(kind for kind in kinds if kind is not type(None)))
+    if typing.get_origin(hint) is tuple:
+        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        return tuple(_parse(part, typing.get_args(hint)[0]) for part in parts if part)
+    if hint is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
+            raise ValueError(text)
+        return known[text.lower()]
+    value = hint(text)
+    if hint is float and not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(
+            "none" if kind is type(None) else _describe(kind) for kind in typing.get_args(hint)
+        )
+    if typing.get_origin(hint) is tuple:
+        return f"{_PLURAL[typing.get_args(hint)[0]]} separated by commas"
+    return _SINGULAR[hint]
+
+
+_SINGULAR = {bool: "true or false", int: "an integer", float: "a finite number", str: "a word"}
+_PLURAL = {int: "integers", float: "finite numbers", str: "words", bool: "true or false"}
+
+
+def make_setup(
+    source: str,
+    split_seed: int,
+    optimization: Optimization,
+    devices: str,
+    **settings: Any,
+) -> Setup:
+    """Return the setup of a command, its data loaded; `settings` are further fields of Setup."""
+    return Setup(
+        source=source,
+        splits=data.load(source, seed=split_seed),
+        optimization=optimization,
+        devices=int(devices) if devices.isdigit() else devices,
+        **settings,
+    )
+
+
+def set_given(base: Optimization, **settings: Any) -> Optimization:
+    """Return `base` with the settings that are not None."""
+    return replace(base, **{name: value for name, value in settings.items() if value is not None})
+
+
+def method_and_optimization(
+    name: str | None, preset: str | None, assignments: Iterable[str]
+) -> tuple[Method, Optimization]:
+    """Return the method and base settings of one run, by a name, "joint" where None, or a key of PUBLISHED.
+
+    Raises:
+        ValueError: an unknown name, or one that is not the preset's.
+    """
+    if preset is None:
+        chosen, base = methods.make(name or "joint"), Optimization()
+    elif preset not in PUBLISHED:
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"preset must be one of {known}, got {preset!r}{did_you_mean(preset, PUBLISHED)}")
+    else:
+        chosen, base = PUBLISHED[preset]
+        if name not in (None, chosen.name):
+            raise ValueError(f"method must be {chosen.name} with preset {preset}, got {name!r}")
+    return replace(chosen, **parse_settings(assignments, [chosen.name])[chosen.name]), base

@@ -1,0 +1,70 @@
+"""Progress of a comparison: bars on a terminal, a line a run elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmfast.compare import Run
+
+
+class RunProgress:
+    """Shows how many runs are made, and how far the current one is.
+
+    Args:
+        console: where to.
+        total: runs of the comparison.
+        left: runs still to make.
+    """
+
+    def __init__(self, console: Console, total: int, left: int) -> None:
+        self.console = console
+        self.total = total
+        self.made = total - left
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or left == 0,
+        )
+        self.runs = self.bars.add_task("Runs", total=total, completed=self.made)
+        self.epochs = self.bars.add_task("Epochs", total=None)
+
+    def __enter__(self) -> RunProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bars.stop()
+
+    def begin(self, item: Run) -> None:
+        """Note that a run begins."""
+        self.bars.update(
+            self.epochs,
+            description=f"{item.method.title}, seed {item.seed}",
+            total=item.epochs,
+            completed=0,
+        )
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        """Note that the current run has made an epoch, as `Trainer` calls `on_epoch`."""
+        self.bars.advance(self.epochs)
+
+    def end(self, item: Run, entry: dict[str, Any]) -> None:
+        """Note that a run is made; `entry` is what results.json holds of it."""
+        self.made += 1
+        self.bars.advance(self.runs)
+        if not self.console.is_terminal:
+            width = len(str(self.total))
+            self.console.print(
+                f"{self.made:{width}}/{self.total} {item.method.name} seed {item.seed}: "
+                f"accuracy {100 * entry['metrics']['accuracy']:.1f}%, "
+                f"{entry['epochs']} epochs in {entry['seconds']:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -1,0 +1,291 @@
+"""Tables of results for a terminal of any width, and the pictures that go with them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmfast.files import write_json
+from mmfast.summary import Summary, idle_sentence, mean_std, neglect_sentence, ranking_sentence
+
+if TYPE_CHECKING:
+    from mmfast.valuation import Valuation
+
+# Blanks between columns, and the width at which modality names go over to another line; from wide to narrow.
+_LAYOUTS = ((2, None), (2, 9), (1, 9))
+_Layout = tuple[int, int | None]
+_SHOWN_COALITIONS = 16
+
+
+def show(
+    console: Console,
+    summaries: Sequence[Summary],
+    *,
+    data: str,
+    out: Path | None = None,
+    files: Sequence[str] = (),
+) -> None:
+    """Print the table of a comparison, what it says, and where its files are.
+
+    Args:
+        console: where to; the layout follows its width.
+        summaries: one a method.
+        data: description of the data set and its split.
+        out: folder of the files.
+        files: names of what was written to `out`.
+    """
+    for number, table in enumerate(tables(summaries, console.width)):
+        if number:
+            console.print()
+        console.print(table)
+    seeds = max(len(summary.accuracy) for summary in summaries)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+    note = (
+        f"Test set, {spread}; accuracy, macro-F1 and each modality alone in %. Alone by masked: the others' "
+        "features are zero; own-head: by a head of its own. Contribution: mean Shapley value under "
+        "|S| · [correct]."
+    )
+    if any(summary.probe for summary in summaries):
+        note += " Probe: logistic regression on frozen features."
+    console.print()
+    console.print(Text(note, style="dim"))
+    console.print()
+    for sentence in (neglect_sentence(summaries), ranking_sentence(summaries), idle_sentence(summaries)):
+        if sentence:
+            console.print(Text(sentence))
+    console.print(Text(f"Data: {data}."))
+    if out is not None:
+        # A path is never broken over lines: it is there to be copied.
+        console.print(Text(f"Written to {out}: {', '.join(files)}."), soft_wrap=True)
+
+
+def tables(summaries: Sequence[Summary], width: int) -> list[Table]:
+    """Return the results as tables that fit `width`: one, a second for the modalities, or one per figure."""
+    modalities = list(summaries[0].alone)
+    if len(modalities) <= 4:
+        for layout in _LAYOUTS:
+            whole = _whole_table(summaries, modalities, layout)
+            if _fits(whole, width):
+                return [whole]
+        for layout in _LAYOUTS:
+            split = _modality_table(summaries, modalities, layout)
+            if _fits(split, width):
+                return [_main_table(summaries), split]
+    return [_main_table(summaries, numbered=True), *_by_modality(summaries, modalities, width)]
+
+
+def _fits(table: Table, width: int) -> bool:
+    return Console(width=10_000).measure(table).maximum <= width
+
+
+def _table(*, gap: int = 2) -> Table:
+    return Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
+
+
+def _main_columns(
+    summaries: Sequence[Summary], table: Table, *, numbered: bool = False
+) -> list[list[str | Text]]:
+    """Add the columns of what is no modality's, and return the rows' cells."""
+    if numbered:
+        table.add_column("", justify="right", vertical="bottom")
+    table.add_column("Method", no_wrap=True, vertical="bottom")
+    for name in ("Accuracy", "Macro-F1"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    best = max(round(summary.mean_accuracy, 6) for summary in summaries)
+    rows: list[list[str | Text]] = []
+    for number, summary in enumerate(summaries, 1):
+        style = "bold" if round(summary.mean_accuracy, 6) == best else ""
+        row: list[str | Text] = [str(number)] if numbered else []
+        row += [Text(summary.title, style), Text(mean_std(summary.accuracy), style)]
+        rows.append([*row, mean_std(summary.macro_f1)])
+    return rows
+
+
+def _main_table(summaries: Sequence[Summary], *, numbered: bool = False) -> Table:
+    table = _table()
+    rows = _main_columns(summaries, table, numbered=numbered)
+    table.add_column("s/epoch", justify="right", vertical="bottom")
+    if numbered:
+        table.add_column("alone by", no_wrap=True)
+    for row, summary in zip(rows, summaries, strict=True):
+        protocol = [summary.protocol] if numbered else []
+        table.add_row(*row, _seconds(summary.seconds_per_epoch), *protocol)
+    return table
+
+
+def _whole_table(summaries: Sequence[Summary], modalities: Sequence[str], layout: _Layout) -> Table:
+    table = _table(gap=layout[0])
+    rows = _main_columns(summaries, table)
+    figures = _modality_columns(summaries, table, modalities, layout[1])
+    table.add_column("s/epoch", justify="right", vertical="bottom")
+    for row, cells, summary in zip(rows, figures, summaries, strict=True):
+        table.add_row(*row, *cells, _seconds(summary.seconds_per_epoch))
+    return table
+
+
+def _modality_table(summaries: Sequence[Summary], modalities: Sequence[str], layout: _Layout) -> Table:
+    table = _table(gap=layout[0])
+    table.add_column("Method", no_wrap=True, vertical="bottom")
+    figures = _modality_columns(summaries, table, modalities, layout[1])
+    for summary, cells in zip(summaries, figures, strict=True):
+        table.add_row(summary.title, *cells)
+    return table
+
+
+def _modality_columns(
+    summaries: Sequence[Summary], table: Table, modalities: Sequence[str], wrap: int | None
+) -> list[list[str]]:
+    """Add a column per modality and figure, and return the rows' cells."""
+    kinds = ["alone", *(["probe"] if any(s.probe for s in summaries) else []), "contrib."]
+    for kind in kinds:
+        for name in modalities:
+            table.add_column(f"{hyphenate(name, wrap)}\n{kind}", justify="right", vertical="bottom")
+        if kind == "alone":
+            table.add_column("by", no_wrap=True, vertical="bottom")
+    rows = []
+    for summary in summaries:
+        cells = [*(_share(summary.alone[m]) for m in modalities), summary.protocol]
+        if "probe" in kinds:
+            cells += [_share(summary.probe.get(m)) for m in modalities]
+        rows.append([*cells, *(_number(summary.contribution[m]) for m in modalities)])
+    return rows
+
+
+def _by_modality(summaries: Sequence[Summary], modalities: Sequence[str], width: int) -> list[Table]:
+    """Return a table per figure: rows are modalities, columns methods, by number where room is short."""
+    figures = [
+        ("Each modality alone", [[_share(s.alone[m]) for s in summaries] for m in modalities]),
+        ("Contribution", [[_number(s.contribution[m]) for s in summaries] for m in modalities]),
+    ]
+    if any(summary.probe for summary in summaries):
+        probed = [[_share(s.probe.get(m)) for s in summaries] for m in modalities]
+        figures.insert(1, ("Each modality by probe", probed))
+    found = []
+    for title, rows in figures:
+        for headers in ([s.name for s in summaries], [str(n) for n in range(1, len(summaries) + 1)]):
+            table = _table()
+            table.add_column(title)
+            for header in headers:
+                table.add_column(header, justify="right", no_wrap=True)
+            for name, cells in zip(modalities, rows, strict=True):
+                table.add_row(name, *cells)
+            if _fits(table, width):
+                break
+        found.append(table)
+    return found
+
+
+def hyphenate(name: str, width: int | None) -> str:
+    """Return a name on lines of at most `width` characters, broken at its own separators where it has any."""
+    lines = [""]
+    for part in name.replace("_", "_\0").replace("-", "-\0").replace(" ", " \0").split("\0"):
+        if lines[-1] and width is not None and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        while width is not None and len(part) > width:
+            lines[-1:] = [part[: width - 1] + "-", ""]
+            part = part[width - 1 :]
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def show_run(console: Console, entry: dict[str, Any], title: str) -> None:
+    """Print the test figures of a single run."""
+    metrics = entry["metrics"]
+    console.print(
+        Text(
+            f"{title}, seed {entry['seed']}, {entry['epochs']} epochs of {entry['seconds_per_epoch']:.2f} s",
+            "bold",
+        )
+    )
+    console.print(
+        f"test accuracy {_share(metrics['accuracy'])}%, macro-F1 {_share(metrics['macro_f1'])}%, "
+        f"loss {_loss(metrics['loss'])}"
+    )
+    console.print()
+    table = _table()
+    table.add_column("Modality")
+    table.add_column(f"Alone, {entry['protocol']} (%)", justify="right")
+    if "probe" in entry:
+        table.add_column("Alone, probe (%)", justify="right")
+    table.add_column("Contribution", justify="right")
+    for name, alone in metrics["modality_accuracy"].items():
+        probed = [_share(entry["probe"][name])] if "probe" in entry else []
+        table.add_row(name, _share(alone), *probed, _number(metrics["contribution"][name]))
+    console.print(table)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_valuation(console: Console, valuation: Valuation) -> None:
+    """Print mean contributions and the accuracies of the coalitions, the best ones where there are many."""
+    phi = valuation.contributions.double()
+    table = _table()
+    for header in ("Modality", "Mean contribution", "± std over samples", "Negative on"):
+        table.add_column(header, justify="left" if header == "Modality" else "right")
+    for m, name in enumerate(valuation.modalities):
+        column = phi[:, m].tolist()
+        spread = statistics.stdev(column) if len(column) > 1 else 0.0
+        below = sum(value < 0 for value in column) / len(column)
+        table.add_row(name, f"{statistics.fmean(column):.3f}", f"{spread:.3f}", f"{100 * below:.1f}%")
+    console.print(table)
+    console.print()
+    accuracy = valuation.coalition_accuracy.tolist()
+    ranked = sorted(range(len(accuracy)), key=lambda s: (-accuracy[s], s.bit_count(), s))
+    best = ranked if len(ranked) <= _SHOWN_COALITIONS else ranked[:10]
+    everyone = len(ranked) - 1
+    shown = [*best, *(s for s in ranked if s not in best and (s == everyone or s.bit_count() == 1))]
+    coalitions = _table()
+    coalitions.add_column("Coalition")
+    coalitions.add_column("Accuracy (%)", justify="right", no_wrap=True)
+    for s in shown:
+        name = "all modalities" if s == everyone else valuation.coalition_name(s)
+        coalitions.add_row(name.replace("+", " + "), _share(accuracy[s]))
+    console.print(coalitions)
+    if len(ranked) > len(shown):
+        note = f"The best {len(best)} of {len(ranked):,} coalitions, all modalities, and each alone."
+        console.print(Text(note, style="dim"))
+
+
+def save_valuation(valuation: Valuation, folder: Path, facts: dict[str, Any]) -> list[str]:
+    """Write a valuation as tables, a picture and its means with `facts`, and return the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    valuation.to_csv(folder / "valuation.csv")
+    valuation.to_parquet(folder / "valuation.parquet")
+    valuation.plot(folder / "contributions.png")
+    accuracy = valuation.coalition_accuracy.tolist()
+    figures = {
+        "samples": len(valuation.labels),
+        "utility": valuation.utility,
+        "modalities": valuation.modalities,
+        "mean_contribution": valuation.means,
+        "coalition_accuracy": {valuation.coalition_name(s): value for s, value in enumerate(accuracy)},
+    }
+    write_json(folder / "coalitions.json", facts | figures)
+    return ["valuation.csv", "valuation.parquet", "contributions.png", "coalitions.json"]
+
+
+def plot_valuation(valuation: Valuation, path: Path) -> None:
+    """Write a picture: a histogram of contributions per modality."""
+    from mmfast import plots
+
+    plots.plot_valuation(valuation, path)

@@ -1,0 +1,229 @@
+"""One run of one method: from data and settings to test figures, and back from a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mmfast
+from mmfast import checkpoint, data, methods, models
+from mmfast.checks import check_data, check_fits
+from mmfast.data import Splits
+from mmfast.evaluation import probe
+from mmfast.files import plain
+from mmfast.methods import Method
+from mmfast.methods.base import Learner
+from mmfast.models import MultimodalModel
+from mmfast.optimization import Optimization
+from mmfast.trainer import LAST, MODEL, Trainer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the runs of a comparison share.
+
+    Attributes:
+        source: where `splits` come from: "htad", FILE.npz or FOLDER.
+        splits: the data.
+        optimization: optimizer, schedule, batch and epochs.
+        dim: D of every encoder.
+        fusion: name of the fusion head.
+        accelerator, devices, precision: as Lightning Fabric takes them.
+        probe: measure every modality by a logistic regression on its frozen features, too.
+    """
+
+    source: str
+    splits: Splits
+    optimization: Optimization = field(default_factory=Optimization)
+    dim: int = 64
+    fusion: str = "concat"
+    accelerator: str = "auto"
+    devices: int | str = 1
+    precision: str = "32-true"
+    probe: bool = False
+
+    def model(self, seed: int) -> MultimodalModel:
+        """Return the untrained model of a seed, the same for every method."""
+        torch.manual_seed(seed)
+        return models.build_model(
+            self.splits.shapes, self.splits.num_classes, dim=self.dim, fusion=self.fusion
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the plain values that `restore` rebuilds model and data from."""
+        path = Path(self.source)
+        return {
+            "source": str(path.resolve()) if path.exists() else self.source,
+            "split_seed": self.splits.split_seed,
+            "shapes": {name: list(shape) for name, shape in self.splits.shapes.items()},
+            "classes": list(self.splits.class_names),
+            "dim": self.dim,
+            "fusion": self.fusion,
+        }
+
+    def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
+        """Return the trainer of a run.
+
+        Raises:
+            ValueError: also where the machine lacks the accelerator asked for.
+        """
+        try:
+            return Trainer(
+                method,
+                optimization=self.optimization,
+                seed=seed,
+                accelerator=self.accelerator,
+                devices=self.devices,
+                precision=self.precision,
+                out_dir=out_dir,
+                metadata=self.metadata(),
+                **options,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"accelerator {self.accelerator!r} cannot be used: {error}") from error
+
+    def check(self, method: Method) -> int:
+        """Return the number of epochs of a run of `method`, or raise ValueError for what would stop one."""
+        model = self.model(0)
+        check_data(model, "train", self.splits.train, whole=True)
+        for name in ("val", "test"):
+            check_data(model, name, getattr(self.splits, name))
+        learner = method.bind(model)
+        check_fits(learner, self.splits.train)
+        return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+
+
+def run(
+    setup: Setup,
+    method: Method,
+    seed: int,
+    out_dir: Path,
+    *,
+    resume: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a method with a seed, or finish what is in `out_dir`, test it once, return its entry for results.
+
+    Args:
+        setup: data, model and settings.
+        method: what to train by.
+        seed: of the model, the order of samples and the method's draws.
+        out_dir: folder of the checkpoints.
+        resume: go on from the checkpoint in `out_dir`, if there is one.
+        options: of `Trainer`, such as `on_epoch`, `loggers` and `progress`.
+    """
+    begun = time.perf_counter()
+    trainer = setup.trainer(method, seed, out_dir, **options)
+    model, splits = setup.model(seed), setup.splits
+    learner = trainer.fit(model, splits.train, splits.val, resume=resume)
+    metrics = trainer.test(model, splits.test)
+    seconds = sum(entry["seconds"] for entry in trainer.history)
+    entry = {
+        "method": method.name,
+        "seed": seed,
+        "config": method.config(),
+        "metrics": asdict(metrics),
+        "protocol": learner.protocol,
+        "epochs": len(trainer.history),
+        # Training alone, in all processes that worked on the run; wall_seconds is all the last one took.
+        "seconds": seconds,
+        "seconds_per_epoch": seconds / len(trainer.history),
+        "versions": versions(),
+        "history": trainer.history,
+    }
+    if setup.probe:
+        entry["probe"] = probe(learner, splits.train, splits.test)
+    return plain(entry | {"wall_seconds": time.perf_counter() - begun})
+
+
+def restore(
+    path: Path,
+    source: str | None = None,
+    *,
+    accelerator: str = "auto",
+) -> tuple[Learner, Splits, dict[str, Any]]:
+    """Return the trained learner of a checkpoint, its data, and what the checkpoint says about the run.
+
+    Args:
+        path: `model.ckpt`, or the folder it lies in.
+        source: other data than the model was trained on, of the same modalities and classes.
+        accelerator: as Lightning Fabric takes it.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
+    """
+    file = path / MODEL if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / LAST).exists():
+        raise FileNotFoundError(f"{path} holds an unfinished run: finish it with mmfast train --resume")
+    state = checkpoint.load(file)
+    facts = state["metadata"]
+    missing = [key for key in ("source", "shapes", "classes", "dim", "fusion") if key not in facts]
+    if missing or "learner" not in state:
+        raise ValueError(
+            f"{file} must be the {MODEL} of mmfast train or compare, got one without "
+            f"{', '.join(missing) or 'selected weights'}"
+        )
+    splits = data.load(source or facts["source"], seed=facts["split_seed"] or 0)
+    expected = {name: tuple(shape) for name, shape in facts["shapes"].items()}
+    if splits.shapes != expected:
+        raise ValueError(f"data must have modalities {_shapes(expected)}, got {_shapes(splits.shapes)}")
+    if list(splits.class_names) != facts["classes"]:
+        raise ValueError(
+            f"data must have classes {', '.join(facts['classes'])}, got {', '.join(splits.class_names)}"
+        )
+    config = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()
+    }
+    setup = Setup(
+        source or facts["source"],
+        splits,
+        Optimization(**state["optimization"]),
+        facts["dim"],
+        facts["fusion"],
+        accelerator,
+    )
+    trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
+    return trainer.restore(setup.model(state["seed"]), file), splits, state
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+
+
+def fingerprint(splits: Splits) -> str:
+    """Return a digest of all samples and of how they are split."""
+    digest = hashlib.sha256()
+    for part in (splits.train, splits.val, splits.test):
+        tensors = {
+            "label": part.labels,
+            **part.arrays,
+            **{f"{k} present": v for k, v in part.present.items()},
+        }
+        for name, tensor in tensors.items():
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    return {"mmfast": mmfast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the runs of this process are made on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
