@@ -66,8 +66,7 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
 
 
 def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
-    """Return each modality's test accuracy by a logistic regression on its frozen features (protocol
-    `probe`).
+    """Return each modality's test accuracy by a logistic regression on its frozen features (`probe`).
 
     Features are standardised by the training part. Samples that lack the modality are left out of both parts.
     """

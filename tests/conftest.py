@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
 
 from mmfast import backend as _backend
 
-
 ROOT = Path(__file__).resolve().parent.parent
 # Where an op's file stands for each backend; test_layout.py holds the folders to it.
 FILES = {

@@ -21,8 +21,8 @@ trainer.fit(model, t.SPLITS.train, t.SPLITS.val)
 metrics = trainer.test(model, t.SPLITS.test)
 if trainer.fabric.is_global_zero:
     with open({out!r}, "w") as file:
-        json.dump([[entry["loss"] for entry in trainer.history], metrics.loss, metrics.accuracy, metrics.macro_f1,
-                   *metrics.contribution.values(), *metrics.modality_accuracy.values()], file)
+        figures = [metrics.loss, metrics.accuracy, metrics.macro_f1, *metrics.contribution.values()]
+        json.dump([[entry["loss"] for entry in trainer.history], *figures], file)
 """
 
 

@@ -114,18 +114,16 @@ class _DIMMLLearner(FrozenEncodersLearner):
 
 @dataclass(frozen=True)
 class DIMML(Method):
-    """Train encoders apart, with a shared head and the dimension-decoupled contrastive loss between them;
-    then fuse.
+    """Train encoders apart, joined by a shared head and the dimension-decoupled contrastive loss; then fuse.
 
     First stage, D equal for all encoders: sum_m CE(g_m(h^m)) + lam sum_m CE(psi(h^m)) + [epoch >= e0] L_DUC.
-    Second
-    stage: encoders and own heads frozen, psi dropped, the fusion head trained. Inference: own and fused
+    Second stage: encoders and own heads frozen, psi dropped, the fusion head trained. Inference: own and fused
     logits weighted by softmax of their certainties over `fusion_temperature`.
 
     Attributes:
         lam: lambda, weight of the shared head's losses.
-        e0: epoch, from 0, at which effective dimensions are found and L_DUC sets in. Published: 20 of 150; small
-            data are memorised by then, and what is selected after it generalises worse.
+        e0: epoch, from 0, at which effective dimensions are found and L_DUC sets in. Published: 20 of 150;
+            small data are memorised by then, and what is selected after it generalises worse.
         temperature: tau of L_DUC.
         fusion_temperature: T of the certainty weights.
         head_epochs: epochs of the second stage.

@@ -86,8 +86,7 @@ class _MLALearner(LateFusionLearner):
 
 @dataclass(frozen=True)
 class MLA(Method):
-    """Train one modality after the other in every batch, each by its own cross-entropy through one shared
-    head.
+    """Train modality after modality in every batch, each by its own cross-entropy through one shared head.
 
     Before each step the gradient of the shared head V is multiplied by the projector P, from which the mean
     feature of the step before has been removed. Predictions weight the modalities by softmax(-entropy) per
@@ -95,8 +94,7 @@ class MLA(Method):
 
     Attributes:
         alpha: a of the projector's update at the start of an epoch; it falls to a tenth by the end.
-        reset: when P is set back to I: "never" (published; no other did better on validation data), "epoch" or
-            "step".
+        reset: when P is set back to I: "never" (published, and no worse on validation data), "epoch" or "step".
         weights: fixed fusion weights, one per modality, in place of the entropies.
         released: follow the public code, in which the projector is never applied.
 

@@ -41,8 +41,7 @@ class _ModalityValuationLearner(_SampleValuationLearner):
 
 @dataclass(frozen=True)
 class ModalityValuation(Method):
-    """Train on every sample plus random samples that show only the modality of the smallest mean
-    contribution.
+    """Train on every sample plus random samples that show only the modality of least mean contribution.
 
     After `warmup` epochs, and after every epoch from then on, mean contributions phibar^m are taken on
     int(fraction N) training samples drawn with replacement; the next epoch adds int(p N) samples drawn with
