@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.batches import evaluating, evaluation_batches, presence
-from mmfast.methods.base import Method, Stage, own_losses
+from mmfast.methods.base import Method, Stage
 from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
+from mmfast.methods.late_fusion import own_losses
 
 
 class _DIMMLLearner(FrozenEncodersLearner):
@@ -117,8 +118,8 @@ class DIMML(Method):
     """Train encoders apart, joined by a shared head and the dimension-decoupled contrastive loss; then fuse.
 
     First stage, D equal for all encoders: sum_m CE(g_m(h^m)) + lam sum_m CE(psi(h^m)) + [epoch >= e0] L_DUC.
-    Second stage: encoders and own heads frozen, psi dropped, the fusion head trained. Inference: own and fused
-    logits weighted by softmax of their certainties over `fusion_temperature`.
+    Second stage: encoders and own heads frozen, psi dropped, the fusion head trained. Inference: own and
+    fused logits weighted by softmax of their certainties over `fusion_temperature`.
 
     Attributes:
         lam: lambda, weight of the shared head's losses.

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from mmfast.batches import presence
-from mmfast.methods.base import LateFusionLearner, Method, OwnHeads, Stage, average_probabilities, own_losses
+from mmfast.methods.base import Method, Stage
+from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, average_probabilities, own_losses
 
 
 class FrozenEncodersLearner(LateFusionLearner):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.batches import presence
-from mmfast.methods.base import LateFusionLearner, Method, own_losses
+from mmfast.methods.base import Method
+from mmfast.methods.late_fusion import LateFusionLearner, own_losses
 
 RESETS = ("never", "epoch", "step")
 
@@ -94,7 +95,8 @@ class MLA(Method):
 
     Attributes:
         alpha: a of the projector's update at the start of an epoch; it falls to a tenth by the end.
-        reset: when P is set back to I: "never" (published, and no worse on validation data), "epoch" or "step".
+        reset: when P is set back to I: "never" (published, and no worse on validation data), "epoch" or
+            "step".
         weights: fixed fusion weights, one per modality, in place of the entropies.
         released: follow the public code, in which the projector is never applied.
 

@@ -11,7 +11,7 @@ import torch
 
 from mmfast.batches import Entries
 from mmfast.methods.base import Method
-from mmfast.methods.sample_valuation import _SampleValuationLearner
+from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -21,7 +21,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-class _ModalityValuationLearner(_SampleValuationLearner):
+class _ModalityValuationLearner(CopiesLearner):
     def end_epoch(self, epoch, train, val):
         method = self.method
         if epoch + 1 < method.warmup:
@@ -35,8 +35,7 @@ class _ModalityValuationLearner(_SampleValuationLearner):
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw)
         self.coalitions = torch.full_like(self.indices, 1 << int(phi.argmin()))
-        shares = {f"phi_{name}": value for name, value in zip(self.modalities, phi.tolist(), strict=True)}
-        return {"copies": float(len(self.indices)), **shares}
+        return self.figures(phi)
 
 
 @dataclass(frozen=True)

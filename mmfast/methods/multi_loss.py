@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from mmfast.batches import presence
-from mmfast.methods.base import Learner, Method, OwnHeads, own_losses
+from mmfast.methods.base import Learner, Method
+from mmfast.methods.late_fusion import OwnHeads, own_losses
 
 
 class _MultiLossLearner(Learner):

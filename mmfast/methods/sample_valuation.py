@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.batches import Entries
-from mmfast.methods.base import Learner, Method
+from mmfast.methods.base import Method
+from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import contributions
 
 
@@ -31,18 +31,7 @@ def copy_counts(
     return (whole + (torch.rand(phi.shape, generator=generator, dtype=torch.float64) < chance)).long()
 
 
-class _SampleValuationLearner(Learner):
-    def build(self) -> None:
-        self.indices = torch.zeros(0, dtype=torch.int64)  # [E] sample of each copy
-        self.coalitions = torch.zeros(0, dtype=torch.int64)  # [E] the modality it shows, as a coalition
-
-    def start_epoch(self, epoch, train):
-        if len(self.indices) == 0:
-            return train
-        full = torch.full((len(train),), 2 ** len(self.modalities) - 1)
-        indices = torch.cat([torch.arange(len(train)), self.indices])
-        return Entries(train, indices, torch.cat([full, self.coalitions]))
-
+class _SampleValuationLearner(CopiesLearner):
     def end_epoch(self, epoch, train, val):
         if epoch + 1 < self.method.warmup:
             return {}
@@ -53,16 +42,7 @@ class _SampleValuationLearner(Learner):
         repeats = counts[sample, modality]
         self.indices = sample.repeat_interleave(repeats)
         self.coalitions = (1 << modality).repeat_interleave(repeats)
-        shares = {
-            f"phi_{name}": value for name, value in zip(self.modalities, phi.mean(0).tolist(), strict=True)
-        }
-        return {"copies": float(len(self.indices)), **shares}
-
-    def extra_state(self):
-        return {"indices": self.indices, "coalitions": self.coalitions}
-
-    def load_extra_state(self, state):
-        self.indices, self.coalitions = state["indices"], state["coalitions"]
+        return self.figures(phi.mean(0))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.batches import presence
-from mmfast.methods.base import LateFusionLearner, Method, OwnHeads, own_losses
+from mmfast.methods.base import Method
+from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, own_losses
 
 
 class SeparateLearner(LateFusionLearner):

@@ -1,0 +1,38 @@
+"""Epochs that add copies of samples showing one modality only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfast.batches import Entries
+from mmfast.methods.base import Learner
+
+
+class CopiesLearner(Learner):
+    """A learner whose `end_epoch` chooses the copies that the next epoch trains on besides all samples."""
+
+    def build(self) -> None:
+        self.indices = torch.zeros(0, dtype=torch.int64)  # [E] sample of each copy
+        self.coalitions = torch.zeros(0, dtype=torch.int64)  # [E] the modality it shows, as a coalition
+
+    def start_epoch(self, epoch, train):
+        if len(self.indices) == 0:
+            return train
+        full = torch.full((len(train),), 2 ** len(self.modalities) - 1)
+        indices = torch.cat([torch.arange(len(train)), self.indices])
+        return Entries(train, indices, torch.cat([full, self.coalitions]))
+
+    def figures(
+        self,
+        phi: Tensor,  # [M] mean contributions
+    ) -> dict[str, float]:
+        """Return what a valuation says in the log."""
+        shares = {f"phi_{name}": value for name, value in zip(self.modalities, phi.tolist(), strict=True)}
+        return {"copies": float(len(self.indices)), **shares}
+
+    def extra_state(self):
+        return {"indices": self.indices, "coalitions": self.coalitions}
+
+    def load_extra_state(self, state):
+        self.indices, self.coalitions = state["indices"], state["coalitions"]

@@ -1,0 +1,44 @@
+"""DI-MML: effective dimensions, the terms of its loss, its fusion."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from learners import NUM_CLASSES, bind, make_data
+from mmfast import methods, ops
+
+
+def test_di_mml_effective_dimensions_are_those_of_the_whole_set():
+    learner, data = bind(methods.DIMML(e0=0)), make_data(300)
+    learner.start_epoch(0, data)
+    learner.eval()
+    for m, h in enumerate(learner.encode(data[:])):
+        expected = ops.effective_dimensions(h.detach(), data.labels, NUM_CLASSES)
+        assert torch.equal(learner.effective[m], expected)
+        assert 0 < expected.sum() < 8
+
+
+def test_di_mml_loss_is_the_sum_of_its_terms():
+    learner, data = bind(methods.DIMML(e0=1, lam=0.5, temperature=2.0)), make_data(12)
+    learner.start_epoch(0, data)
+    features = learner.encode(data[:])
+    own = sum(
+        F.cross_entropy(head(h), data.labels) for head, h in zip(learner.own_heads, features, strict=True)
+    )
+    shared = sum(F.cross_entropy(learner.shared_head(h), data.labels) for h in features)
+    torch.testing.assert_close(learner(data[:]), own + 0.5 * shared)
+    learner.start_epoch(1, data)
+    duc = ops.duc_loss(features, learner.effective, temperature=2.0)
+    assert duc > 0
+    torch.testing.assert_close(learner(data[:]), own + 0.5 * shared + duc)
+
+
+def test_di_mml_fuses_by_certainty():
+    learner, data = bind(methods.DIMML(fusion_temperature=3.0)), make_data(5)
+    learner.start_stage(learner.stages(2)[1])
+    features = learner.encode(data[:])
+    logits = torch.cat([learner.own_logits(features), learner.model.fuse(features)[None]])
+    certainty = logits.softmax(-1).amax(-1)
+    weights = (certainty / 3.0).softmax(0)
+    torch.testing.assert_close(learner.fuse(features), (weights[..., None] * logits).sum(0))
