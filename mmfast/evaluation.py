@@ -75,19 +75,15 @@ def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
     from sklearn.preprocessing import StandardScaler
 
     parts = []
-    with evaluating(learner):
-        for dataset in (train, test):
-            features: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
-            labels: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
-            for batch in iterate(getattr(dataset, "evaluation", dataset), 256, learner.device):
-                present = presence(batch, learner.modalities)
-                for m, h in enumerate(learner.encode(batch)):
-                    keep = slice(None) if present is None else present[m]
-                    features[m].append(h[keep].float().cpu())
-                    labels[m].append(batch["label"][keep].cpu())
-            parts.append(
-                [(torch.cat(h).numpy(), torch.cat(y).numpy()) for h, y in zip(features, labels, strict=True)]
-            )
+    for dataset in (train, test):
+        features: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
+        labels: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
+        for m, h, y in learner.modality_features(dataset):
+            features[m].append(h.cpu())
+            labels[m].append(y.cpu())
+        parts.append(
+            [(torch.cat(h).numpy(), torch.cat(y).numpy()) for h, y in zip(features, labels, strict=True)]
+        )
     accuracy = {}
     for name, fitted, asked in zip(learner.modalities, *parts, strict=True):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*fitted)

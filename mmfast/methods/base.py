@@ -20,7 +20,7 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.batches import presence
+from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.models import MultimodalModel
 
 
@@ -167,6 +167,19 @@ class Learner(nn.Module):
     ) -> Tensor:  # [N, C]
         """Return the method's prediction from the features of the modalities that are present."""
         return self.model.fuse(features, coalition=coalition, present=present)
+
+    def modality_features(self, dataset: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (m, features [n, D] in float32, labels [n]) batch by batch, in eval mode without gradients.
+
+        Samples that lack modality m are left out of its part.
+        """
+        for batch in evaluation_batches(self, dataset):
+            with evaluating(self):
+                present, features = presence(batch, self.modalities), self.encode(batch)
+            for m, h in enumerate(features):
+                keep = slice(None) if present is None else present[m]
+                if len(batch["label"][keep]):
+                    yield m, h[keep].float(), batch["label"][keep]
 
     def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
         """Return the logits of every modality alone, by this learner's `protocol`."""

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.methods.base import Method, Stage
 from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
 from mmfast.methods.late_fusion import own_losses
@@ -46,26 +45,16 @@ class _DIMMLLearner(FrozenEncodersLearner):
         """Return D^m for every modality over the training set, which is read twice and never held."""
         right = torch.zeros(self.effective.shape, device=self.device)  # [M, D]
         moments: list[ops.ClassMoments | None] = [None] * len(self.modalities)
-        with evaluating(self):
-            for m, h, labels in self._present_features(train):
-                part = ops.class_moments(h, labels, self.num_classes)
-                known = moments[m]
-                moments[m] = part if known is None else known.merge(part)
-            for m, h, labels in self._present_features(train):
-                found = moments[m]
-                assert found is not None
-                right[m] += len(labels) * ops.dimension_accuracy(h, labels, found.mean)
+        for m, h, labels in self.modality_features(train):
+            part = ops.class_moments(h, labels, self.num_classes)
+            known = moments[m]
+            moments[m] = part if known is None else known.merge(part)
+        for m, h, labels in self.modality_features(train):
+            found = moments[m]
+            assert found is not None
+            right[m] += len(labels) * ops.dimension_accuracy(h, labels, found.mean)
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
         return right > right.mean(1, keepdim=True)
-
-    def _present_features(self, dataset):
-        """Yield (m, features [n, D], labels [n]) batch by batch, samples that lack modality m left out."""
-        for batch in evaluation_batches(self, dataset):
-            present = presence(batch, self.modalities)
-            for m, h in enumerate(self.encode(batch)):
-                keep = slice(None) if present is None else present[m]
-                if len(batch["label"][keep]):
-                    yield m, h[keep].float(), batch["label"][keep]
 
     def encoder_loss(self, features, labels, present):
         loss = own_losses(self.own_logits(features), labels, present)

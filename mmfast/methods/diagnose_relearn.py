@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.methods.base import Learner, Method
 
 
@@ -51,13 +50,9 @@ class _DiagnoseRelearnLearner(Learner):
         """Return the purity of the clusters of each modality's features, P^m."""
         features: list[list[Tensor]] = [[] for _ in self.modalities]
         labels: list[list[Tensor]] = [[] for _ in self.modalities]
-        with evaluating(self):
-            for batch in evaluation_batches(self, dataset):
-                present = presence(batch, self.modalities)
-                for m, h in enumerate(self.encode(batch)):
-                    keep = slice(None) if present is None else present[m]
-                    features[m].append(h[keep].float())
-                    labels[m].append(batch["label"][keep])
+        for m, h, y in self.modality_features(dataset):
+            features[m].append(h)
+            labels[m].append(y)
         purities = []
         for m in range(len(self.modalities)):
             h, y = scale_to_unit(torch.cat(features[m])), torch.cat(labels[m])
