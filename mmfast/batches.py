@@ -112,6 +112,7 @@ def iterate(
     batch_size: int,
     device: torch.device,
     *,
+    dtype: torch.dtype | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
@@ -119,16 +120,28 @@ def iterate(
     order = range(rank, len(dataset), world_size)
     batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     for batch in loader(dataset, batches):
-        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        yield {
+            key: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            for key, value in batch.items()
+        }
 
 
-def evaluation_batches(module: nn.Module, dataset: Any, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
-    """Yield a data set's batches in order on the module's device, as valuation and diagnosis read them.
+def evaluation_batches(
+    module: nn.Module, dataset: Any, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """Yield a data set's batches in order, on the device and in the dtype of the module.
 
     A data set whose samples are augmented gives its plain form as its attribute `evaluation`.
     """
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    yield from iterate(getattr(dataset, "evaluation", dataset), batch_size, device)
+    example = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    yield from iterate(
+        getattr(dataset, "evaluation", dataset),
+        batch_size,
+        example.device,
+        dtype=example.dtype,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 class evaluating:

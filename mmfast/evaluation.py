@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from mmfast.batches import evaluating, iterate, presence
+from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.methods.base import Learner
 from mmfast.valuation import batch_contributions
 
@@ -40,8 +40,8 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
     contribution = [MeanMetric().to(learner.device) for _ in names]
     loss = MeanMetric().to(learner.device)
     with evaluating(learner), fabric.autocast():
-        for batch in iterate(
-            dataset, batch_size, learner.device, rank=fabric.global_rank, world_size=fabric.world_size
+        for batch in evaluation_batches(
+            learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size
         ):
             labels, present = batch["label"], presence(batch, names)
             features = learner.encode(batch)

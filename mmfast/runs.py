@@ -66,6 +66,8 @@ class Setup:
             "classes": list(self.splits.class_names),
             "dim": self.dim,
             "fusion": self.fusion,
+            "scaling": plain(self.splits.scaling),
+            "data": fingerprint(self.splits),
         }
 
     def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
@@ -165,13 +167,13 @@ def restore(
         raise FileNotFoundError(f"{path} holds an unfinished run: finish it with mmfast train --resume")
     state = checkpoint.load(file)
     facts = state["metadata"]
-    missing = [key for key in ("source", "shapes", "classes", "dim", "fusion") if key not in facts]
+    missing = [key for key in ("source", "shapes", "classes", "dim", "fusion", "scaling") if key not in facts]
     if missing or "learner" not in state:
         raise ValueError(
             f"{file} must be the {MODEL} of mmfast train or compare, got one without "
             f"{', '.join(missing) or 'selected weights'}"
         )
-    splits = data.load(source or facts["source"], seed=facts["split_seed"] or 0)
+    splits = data.load(source or facts["source"], seed=facts["split_seed"] or 0, standardize=False)
     expected = {name: tuple(shape) for name, shape in facts["shapes"].items()}
     if splits.shapes != expected:
         raise ValueError(f"data must have modalities {_shapes(expected)}, got {_shapes(splits.shapes)}")
@@ -179,6 +181,8 @@ def restore(
         raise ValueError(
             f"data must have classes {', '.join(facts['classes'])}, got {', '.join(splits.class_names)}"
         )
+    if facts["scaling"] is not None:
+        splits = splits.standardize(facts["scaling"])
     config = {
         key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()
     }

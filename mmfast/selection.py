@@ -12,10 +12,11 @@ class Selection:
     """The best weights so far, whole or part by part where the learner selects its parts separately.
 
     Attributes:
-        best: part -> {"score", "epoch", "weights"}; the earliest epoch of the highest score.
+        best: by the prefixes of a part's entries in the state dict, its {"score", "epoch", "weights"} at the
+            earliest epoch of the highest score.
     """
 
-    def __init__(self, best: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(self, best: dict[tuple[str, ...], dict[str, Any]] | None = None) -> None:
         self.best = best or {}
 
     def update(self, learner: Learner, accuracy: float, own_accuracy: Sequence[float], epoch: int) -> None:
@@ -23,11 +24,10 @@ class Selection:
         for part, score in learner.selection_scores(accuracy, own_accuracy).items():
             if part in self.best and score <= self.best[part]["score"]:
                 continue
-            prefixes = tuple(part.split(","))
             weights = {
                 key: value.detach().clone()
                 for key, value in learner.state_dict().items()
-                if key.startswith(prefixes)
+                if key.startswith(part)
             }
             self.best[part] = {"score": score, "epoch": epoch, "weights": weights}
 

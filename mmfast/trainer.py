@@ -128,6 +128,11 @@ class Trainer:
             raise ValueError(f"{self.method.name} needs a validation split, got val=None")
         if not self.fabric._launched:
             self.fabric.launch()
+        if self.optimization.batch_size < self.fabric.world_size:
+            raise ValueError(
+                f"batch_size must be at least the number of devices = {self.fabric.world_size}, "
+                f"got {self.optimization.batch_size}"
+            )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed)
@@ -153,6 +158,7 @@ class Trainer:
                     on_state=lambda state: self._save(LAST, self._description() | state),
                     history=self.history,
                 ).go(state)
+        learner.release()
         learner.eval()
         self.learner = learner
         self._save(
@@ -179,8 +185,12 @@ class Trainer:
         self._check_same(state, "method", "config")
         learner = self.method.bind(model, seed=self.seed)
         learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
-        learner.load_state_dict(state["learner"])
+        try:
+            learner.load_state_dict(state["learner"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint does not fit the model: {error}") from error
         learner.load_extra_state(state["extra"])
+        learner.release()
         learner.to(self.fabric.device)
         learner.eval()
         self.learner, self.history = learner, state["history"]
@@ -218,8 +228,15 @@ class Trainer:
     def _check_same(self, state: dict[str, Any], *keys: str) -> None:
         mine = self._description()
         for key in keys:
-            if state[key] != mine[key]:
-                raise ValueError(f"the checkpoint must be of a run with {key} {mine[key]}, got {state[key]}")
+            theirs, ours = state.get(key), mine[key]
+            if theirs == ours:
+                continue
+            if isinstance(theirs, dict) and isinstance(ours, dict):
+                differing = [name for name in ours if theirs.get(name) != ours[name]]
+                # Statistics of the data would fill pages; their name says enough.
+                ours = {name: ours[name] for name in differing if len(str(ours[name])) < 80} or differing
+                theirs = {name: theirs.get(name) for name in ours}
+            raise ValueError(f"the checkpoint must be of a run with {key} {ours}, got {theirs}")
 
     def _out(self, purpose: str) -> Path:
         if self.out_dir is None:

@@ -122,3 +122,27 @@ def test_equal_dimensions_are_demanded(name):
 def test_errors_name_the_argument(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: methods.DIMML(temperature=0), "temperature of di-mml must be positive, got 0"),
+        (lambda: methods.DIMML(e0=-1), "e0 of di-mml must be at least 0, got -1"),
+        (
+            lambda: methods.FrozenUnimodal(head_epochs=0),
+            "head_epochs of frozen-unimodal must be at least 1",
+        ),
+        (lambda: methods.SampleValuation(kappa=-2), "kappa of sample-valuation must be at least 0, got -2"),
+        (
+            lambda: methods.ModalityValuation(fraction=2),
+            r"fraction of modality-valuation must be in \[0, 1\]",
+        ),
+        (lambda: methods.DiagnoseRelearn(lam=-1), "lam of diagnose-relearn must be at least 0, got -1"),
+        (lambda: methods.MLA(alpha=0), "alpha of mla must be positive, got 0"),
+    ],
+    ids=["temperature", "e0", "head_epochs", "kappa", "fraction", "lam", "alpha"],
+)
+def test_options_out_of_range_are_named(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

@@ -8,6 +8,7 @@ import torch
 from learners import bind, make_data
 from mmfast import methods, ops
 from mmfast.batches import Entries, presence
+from mmfast.data import ArrayDataset
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.valuation import contributions
 
@@ -71,3 +72,24 @@ def test_a_hidden_modality_gives_its_encoder_no_gradient():
     learner(only_first[list(range(10))]).backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in learner.model.encoders["m1"].parameters())
     assert any(p.grad.abs().max() > 0 for p in learner.model.encoders["m0"].parameters())
+
+
+def test_no_copy_shows_a_modality_its_sample_lacks():
+    full = make_data(90)
+    data = ArrayDataset(full.arrays, full.labels, present={"m1": torch.arange(90) % 2 == 0})
+    for method in (methods.SampleValuation(warmup=1), methods.ModalityValuation(warmup=1, alpha=5.0)):
+        learner = bind(method)
+        learner.end_epoch(0, data, None)
+        entries = learner.start_epoch(1, data)
+        if len(entries) > 90:
+            assert presence(entries[list(range(len(entries)))], learner.modalities).any(0).all()
+    assert bind(methods.SampleValuation(warmup=1)).end_epoch(0, data, None)["copies"] > 0
+
+
+def test_valuation_in_training_is_taken_in_eval_mode():
+    learner, data = bind(methods.SampleValuation(warmup=1)), make_data()
+    encoders = learner.model.encoders
+    encoders["m0"] = torch.nn.Sequential(encoders["m0"], torch.nn.Dropout(0.9))
+    learner.train()
+    assert torch.equal(contributions(learner, data), contributions(learner, data))
+    assert encoders["m0"].training

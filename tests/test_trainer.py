@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -319,3 +320,47 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
         checkpoint.save(path, {"value": lambda: None})
     assert checkpoint.load(path)["value"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("name", ["joint", "mla", "di-mml", "diagnose-relearn"])
+def test_precisions(name, precision):
+    trainer, model = fitted(name, precision=precision, accelerator="cpu")
+    metrics = trainer.test(model, SPLITS.test)
+    assert metrics.accuracy > 0.35
+    if name == "mla":
+        assert trainer.learner.projector.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_what_the_user_froze_stays_frozen_and_the_rest_is_free_again(name):
+    trainer, model = make_trainer(name), make_model()
+    model.encoders["a"].requires_grad_(False)
+    before = [p.clone() for p in model.encoders["a"].parameters()]
+    trainer.fit(model, SPLITS.train, SPLITS.val)
+    assert all(torch.equal(x, y) for x, y in zip(before, model.encoders["a"].parameters(), strict=True))
+    assert not any(p.requires_grad for p in model.encoders["a"].parameters())
+    assert all(p.requires_grad for p in [*model.encoders["b"].parameters(), *model.head.parameters()])
+
+
+def test_a_frozen_stage_leaves_batch_norm_alone():
+    encoders = {
+        name: torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8)) for name in ("a", "b")
+    }
+    model = mmfast.MultimodalModel(encoders, dim=8, num_classes=3)
+    statistics = []
+
+    def remember(entry):
+        statistics.append((entry["stage"], encoders["a"][1].running_mean.clone()))
+
+    make_trainer("di-mml", on_epoch=remember).fit(model, SPLITS.train)
+    moved = [not torch.equal(x[1], y[1]) for x, y in itertools.pairwise(statistics)]
+    stages = [stage for stage, _ in statistics[1:]]
+    assert moved == [stage == "encoders" for stage in stages]
+    assert "head" in stages
+
+
+def test_another_data_set_is_no_continuation(tmp_path):
+    fitted("joint", out_dir=tmp_path, metadata={"data": "one", "scaling": list(range(999))})
+    with pytest.raises(ValueError, match="metadata {'data': 'two'}, got {'data': 'one'}"):
+        fitted("joint", out_dir=tmp_path, metadata={"data": "two", "scaling": list(range(998))}, resume=True)

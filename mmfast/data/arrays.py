@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 LABEL = "label"
 PRESENT_SUFFIX = "__present"
-_RESERVED = (LABEL, "split", "group")
+_RESERVED = (LABEL, "split", "group", "coalition")
 _RANKS = "[N, D], [N, T, F], [N, C, H, W] or [N, T, C, H, W]"
 # Samples looked at together where a whole-array temporary would double the memory.
 CHUNK = 4096

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mmfast.data.arrays import ArrayDataset
-from mmfast.data.standardize import standardize_parts
+from mmfast.data.standardize import Scaling, scale, scaling_of
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.15
@@ -22,6 +22,7 @@ class Splits:
     """The three parts of a data set: fit on `train`, select on `val`, report `test` once.
 
     `split_seed` is the seed of the split where one was drawn, and None where it was given or made by block.
+    `scaling` is what the features were standardised by, None where they were not.
     """
 
     train: ArrayDataset
@@ -32,6 +33,7 @@ class Splits:
     name: str
     split_seed: int | None
     description: str
+    scaling: Scaling | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -102,14 +104,16 @@ class Splits:
         )
         return splits.standardize() if standardize else splits
 
-    def standardize(self) -> Splits:
+    def standardize(self, scaling: Scaling | None = None) -> Splits:
         """Return these splits with features scaled to mean 0 and standard deviation 1 over the training part.
 
         Per feature for vectors and sequences, per channel for images and video. What is constant in training
-        becomes 0 everywhere; absent samples stay 0 and do not count.
+        becomes 0 everywhere; absent samples stay 0 and do not count. `scaling` of other splits may be given,
+        as a model that was trained on those needs it.
         """
-        train, val, test = standardize_parts(self.train, self.val, self.test)
-        return replace(self, train=train, val=val, test=test)
+        scaling = scaling_of(self.train) if scaling is None else scaling
+        train, val, test = (scale(part, scaling) for part in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test, scaling=scaling)
 
 
 def stratified_split(

@@ -13,24 +13,28 @@ _CHANNEL_AXIS = {2: 1, 3: 2, 4: 1, 5: 2}
 _CONSTANT = 1e-6
 
 
-def standardize_parts(train: ArrayDataset, *others: ArrayDataset) -> tuple[ArrayDataset, ...]:
-    """Scale all parts by the mean and standard deviation of the samples of `train` that have the modality."""
-    moments = {name: _moments(array, train.present.get(name)) for name, array in train.arrays.items()}
-    return tuple(
-        part._with(
-            arrays={
-                name: _scale(array, *moments[name], part.present.get(name))
-                for name, array in part.arrays.items()
-            }
-        )
-        for part in (train, *others)
+# Per modality the mean and the inverse standard deviation of every channel, as plain lists.
+Scaling = dict[str, tuple[list[float], list[float]]]
+
+
+def scaling_of(train: ArrayDataset) -> Scaling:
+    """Return the statistics of the samples of `train` that have the modality."""
+    return {name: _moments(array, train.present.get(name)) for name, array in train.arrays.items()}
+
+
+def scale(part: ArrayDataset, scaling: Scaling) -> ArrayDataset:
+    """Return the data set with every channel shifted by its mean and divided by its standard deviation."""
+    return part._with(
+        arrays={
+            name: _scale(array, *scaling[name], part.present.get(name)) for name, array in part.arrays.items()
+        }
     )
 
 
 def _moments(
     array: Tensor,  # [N, ...]
     mask: Tensor | None,  # [N]
-) -> tuple[Tensor, Tensor]:  # twice [1, ..., channels, ..., 1]
+) -> tuple[list[float], list[float]]:  # twice [channels]
     """Return the mean and the inverse standard deviation per channel, 0 for a constant one."""
     rows = torch.arange(len(array)) if mask is None else mask.nonzero().view(-1)
     axis = _CHANNEL_AXIS[array.ndim]
@@ -44,11 +48,18 @@ def _moments(
         square = square + (array[chunk].double() - mean).square().sum(dims, keepdim=True)
     std = (square / count).sqrt()
     inverse = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
-    return mean.float(), inverse.float()
+    return mean.view(-1).tolist(), inverse.view(-1).tolist()
 
 
-def _scale(array: Tensor, mean: Tensor, inverse: Tensor, mask: Tensor | None) -> Tensor:
-    scaled = (array - mean) * inverse
+def _scale(
+    array: Tensor,  # [N, ...]
+    mean: list[float],
+    inverse: list[float],
+    mask: Tensor | None,  # bool [N]
+) -> Tensor:  # [N, ...]
+    shape = [1] * array.ndim
+    shape[_CHANNEL_AXIS[array.ndim]] = -1
+    scaled = (array - torch.tensor(mean).view(shape)) * torch.tensor(inverse).view(shape)
     if mask is not None:
         scaled[~mask] = 0
     return scaled

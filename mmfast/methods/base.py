@@ -15,11 +15,13 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
                     learner.edit_gradients(step, progress=b / len(batches))
                     optimizer.step()
             learner.end_epoch(epoch, train, val)
-    logits = learner.predict(batch)
+    learner.release()
+    logits = learner.eval().predict(batch)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -69,6 +71,16 @@ class Method:
         return asdict(self)
 
 
+def check_numbers(method: Method, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError unless each of the method's fields lies in its range, both ends included."""
+    for field, (low, high) in ranges.items():
+        value = getattr(method, field)
+        if not low <= value <= high:
+            least = "positive" if low == math.ulp(0.0) else f"at least {low}"
+            span = least if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{field} of {method.name} must be {span}, got {value}")
+
+
 class Learner(nn.Module):
     """A model with what its method adds (heads, projectors, counters), and the hooks that training calls.
 
@@ -86,6 +98,8 @@ class Learner(nn.Module):
         self.seed = seed
         self.stage = Stage("train", 0)
         self.build()
+        # What the user froze stays frozen; what a stage freezes is free again after it.
+        self._wanted = [p.requires_grad for p in self.parameters()]
 
     def build(self) -> None:
         """Create what the method adds to the model."""
@@ -96,9 +110,22 @@ class Learner(nn.Module):
         """Return the stages of a run whose first stage has `max_epochs` epochs."""
         return [Stage("train", max_epochs)]
 
+    def frozen(self) -> Sequence[nn.Module]:
+        """Return the modules that the current stage does not train."""
+        return ()
+
     def start_stage(self, stage: Stage) -> None:
-        """Enter a stage: set which parameters train."""
+        """Enter a stage: set which parameters train, and training mode."""
         self.stage = stage
+        self.release()
+        for module in self.frozen():
+            module.requires_grad_(False)
+        self.train()
+
+    def release(self) -> None:
+        """Give back what stages froze, when training is over."""
+        for p, wanted in zip(self.parameters(), self._wanted, strict=True):
+            p.requires_grad_(wanted)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the current stage trains."""
@@ -197,13 +224,14 @@ class Learner(nn.Module):
         """Return the logits the method predicts with."""
         return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
 
-    def selection_scores(self, accuracy: float, own_accuracy: Sequence[float]) -> dict[str, float]:
-        """Return what model selection maximises: {"": score of all}, or one score per separately selected
-        part.
+    def selection_scores(
+        self, accuracy: float, own_accuracy: Sequence[float]
+    ) -> dict[tuple[str, ...], float]:
+        """Return what model selection maximises: one score for all, or one per separately selected part.
 
-        A part is named by the prefix of its entries in the state dict, parts separated by commas.
+        A part is named by the prefixes of its entries in the state dict; ("",) is the whole.
         """
-        return {"": accuracy}
+        return {("",): accuracy}
 
     # State
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mmfast.batches import Entries
+from mmfast.batches import Entries, iterate, presence
+from mmfast.data.arrays import PRESENT_SUFFIX
 from mmfast.methods.base import Learner
 
 
@@ -22,6 +25,16 @@ class CopiesLearner(Learner):
         full = torch.full((len(train),), 2 ** len(self.modalities) - 1)
         indices = torch.cat([torch.arange(len(train)), self.indices])
         return Entries(train, indices, torch.cat([full, self.coalitions]))
+
+    def keep_shown(self, train: Any) -> None:
+        """Drop copies that would show nothing, because their sample lacks the modality."""
+        if not any(key.endswith(PRESENT_SUFFIX) for key in train[0]):
+            return
+        entries = Entries(getattr(train, "evaluation", train), self.indices, self.coalitions)
+        batches = iterate(entries, 4096, torch.device("cpu"))
+        shown = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
+        keep = torch.cat([torch.zeros(0, dtype=torch.bool), *shown])
+        self.indices, self.coalitions = self.indices[keep], self.coalitions[keep]
 
     def figures(
         self,

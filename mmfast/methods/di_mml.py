@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.methods.base import Method, Stage
+from mmfast.methods.base import Method, Stage, check_numbers
 from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
-from mmfast.methods.late_fusion import own_losses
+from mmfast.methods.late_fusion import own_losses, repeat_for
 
 
 class _DIMMLLearner(FrozenEncodersLearner):
@@ -84,11 +85,11 @@ class _DIMMLLearner(FrozenEncodersLearner):
         present = self.mask_of(own, coalition, present)
         return self._with_fused(own, self.model.fuse(features, present=present), present)
 
-    def coalition_logits(self, features, coalitions):
+    def under(self, logits, features, coalitions):
         if not self.in_head_stage:
-            return super().coalition_logits(features, coalitions)
+            return super().under(logits, features, coalitions)
         fused = self.model.coalition_logits(features, coalitions)  # [N, L, C]
-        own, member = self.repeat_for(features, coalitions)
+        own, member = repeat_for(logits, coalitions)
         return self._with_fused(own, fused.flatten(0, 1), member).unflatten(0, fused.shape[:2])
 
     def _with_fused(self, own, fused, present):
@@ -99,7 +100,7 @@ class _DIMMLLearner(FrozenEncodersLearner):
         return ops.certainty_fusion(logits, temperature=self.method.fusion_temperature, present=present)[0]
 
     def selection_scores(self, accuracy, own_accuracy):
-        return {"": accuracy if self.in_head_stage else sum(own_accuracy) / len(own_accuracy)}
+        return {("",): accuracy if self.in_head_stage else sum(own_accuracy) / len(own_accuracy)}
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,8 @@ class DIMML(Method):
     temperature: float = 10.0
     fusion_temperature: float = 1.0
     head_epochs: int = 20
+
+    def __post_init__(self) -> None:
+        tiny = math.ulp(0.0)
+        check_numbers(self, temperature=(tiny, math.inf), fusion_temperature=(tiny, math.inf))
+        check_numbers(self, lam=(0, math.inf), e0=(0, math.inf), head_epochs=(1, math.inf))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.methods.base import Learner, Method
+from mmfast.methods.base import Learner, Method, check_numbers
 
 
 def scale_to_unit(
@@ -40,8 +40,7 @@ class _DiagnoseRelearnLearner(Learner):
         for m, name in enumerate(self.modalities):
             gap = abs(purity["train"][m] - purity["val"][m])
             alpha = math.tanh(self.method.lam * gap)
-            prefix = f"encoders.{name}."
-            self._relearn([n for n, _ in self.model.named_parameters() if n.startswith(prefix)], alpha)
+            self._relearn(f"encoders.{name}.", alpha)
             figures |= {f"gap_{name}": gap, f"alpha_{name}": alpha}
         self._reset_options()
         return figures
@@ -53,6 +52,11 @@ class _DiagnoseRelearnLearner(Learner):
         for m, h, y in self.modality_features(dataset):
             features[m].append(h)
             labels[m].append(y)
+        for name, found in zip(self.modalities, features, strict=True):
+            if not found:
+                raise ValueError(
+                    f"diagnose-relearn needs samples with {name} in training and validation, got none"
+                )
         purities = []
         for m in range(len(self.modalities)):
             h, y = scale_to_unit(torch.cat(features[m])), torch.cat(labels[m])
@@ -62,16 +66,15 @@ class _DiagnoseRelearnLearner(Learner):
             purities.append(ops.cluster_purity(clusters.assignments, y))
         return purities
 
-    def _relearn(self, names: list[str], alpha: float) -> None:
-        parameters = dict(self.model.named_parameters())
-        device = self.device
-        ops.partial_reinit_(
-            [parameters[n].detach() for n in names], [self.theta_0[n].to(device) for n in names], alpha
-        )
+    def _relearn(self, prefix: str, alpha: float) -> None:
+        # What the user froze never moved, and keeps its bits.
+        moved = {n: p for n, p in self.model.named_parameters() if n.startswith(prefix) and p.requires_grad}
+        inits = [self.theta_0[name].to(p) for name, p in moved.items()]
+        ops.partial_reinit_([p.detach() for p in moved.values()], inits, alpha)
 
     def _reset_options(self) -> None:
         if self.method.reset_head:
-            self._relearn([n for n, _ in self.model.named_parameters() if n.startswith("head.")], 1.0)
+            self._relearn("head.", 1.0)
         if self.method.reset_running_stats:
             for name, buffer in self.model.encoders.named_buffers():
                 buffer.copy_(self.buffers_0[name])
@@ -121,3 +124,6 @@ class DiagnoseRelearn(Method):
     reset_head: bool = False
     reset_running_stats: bool = False
     reset_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, lam=(0, math.inf), max_times=(0, math.inf), num_init=(1, math.inf))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
 
 from mmfast.batches import presence
-from mmfast.methods.base import Method, Stage
-from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, average_probabilities, own_losses
+from mmfast.methods.base import Method, Stage, check_numbers
+from mmfast.methods.late_fusion import (
+    LateFusionLearner,
+    OwnHeads,
+    average_probabilities,
+    own_losses,
+    separate_scores,
+)
 
 
 class FrozenEncodersLearner(LateFusionLearner):
@@ -29,10 +36,10 @@ class FrozenEncodersLearner(LateFusionLearner):
     def stages(self, max_epochs):
         return [Stage("encoders", max_epochs), Stage("head", self.method.head_epochs)]
 
-    def start_stage(self, stage):
-        super().start_stage(stage)
-        self.requires_grad_(not self.in_head_stage)
-        self.model.head.requires_grad_(self.in_head_stage)
+    def frozen(self):
+        if not self.in_head_stage:
+            return (self.model.head,)
+        return tuple(module for module in (self.model.encoders, *self.children()) if module is not self.model)
 
     def train(self, mode=True):
         super().train(mode)
@@ -77,11 +84,8 @@ class _FrozenUnimodalLearner(FrozenEncodersLearner):
 
     def selection_scores(self, accuracy, own_accuracy):
         if self.in_head_stage:
-            return {"": accuracy}
-        return {
-            f"model.encoders.{name}.,own_heads.{m}.": own_accuracy[m]
-            for m, name in enumerate(self.modalities)
-        }
+            return super().selection_scores(accuracy, own_accuracy)
+        return separate_scores(self.modalities, own_accuracy)
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,6 @@ class FrozenUnimodal(Method):
     learner = _FrozenUnimodalLearner
 
     head_epochs: int = 20
+
+    def __post_init__(self) -> None:
+        check_numbers(self, head_epochs=(1, math.inf))

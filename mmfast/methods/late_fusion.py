@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 
+# Numbers held at a time where logits are repeated for coalitions (16 MB in float32).
+_CHUNK = 2**22
+
 
 class OwnHeads(nn.ModuleList):
     """One linear classifier per modality on its own features: g_m of the papers."""
@@ -54,20 +57,38 @@ class LateFusionLearner(Learner):
         return (coalition >> bits & 1).bool()[:, None].expand(logits.shape[:2])
 
     def coalition_logits(self, features, coalitions):
-        logits, member = self.repeat_for(features, coalitions)
-        return self.combine(logits, member).unflatten(0, (-1, len(coalitions)))
+        logits = self.own_logits(features)
+        # Every coalition repeats the logits of all modalities; so many at a time that memory stays bounded.
+        parts = coalitions.split(max(1, _CHUNK // max(1, logits.numel())))
+        return torch.cat([self.under(logits, features, part) for part in parts], dim=1)
 
-    def repeat_for(
+    def under(
         self,
+        logits: Tensor,  # [M, N, C]
         features: Sequence[Tensor],  # M x [N, D]
         coalitions: Tensor,  # [L] int64
-    ) -> tuple[Tensor, Tensor]:  # [M, N L, C], bool [M, N L]
-        """Return own logits repeated for every coalition, and which modalities each repetition shows."""
-        logits = self.own_logits(features)
-        bits = torch.arange(len(logits), device=logits.device)
-        member = (coalitions.to(logits.device) >> bits[:, None] & 1).bool()  # [M, L]
-        repeated = logits[:, :, None].expand(-1, -1, len(coalitions), -1).flatten(1, 2)
-        return repeated, member.repeat(1, logits.shape[1])
+    ) -> Tensor:  # [N, L, C]
+        """Return the prediction under each coalition, all at once."""
+        repeated, member = repeat_for(logits, coalitions)
+        return self.combine(repeated, member).unflatten(0, (-1, len(coalitions)))
+
+
+def separate_scores(modalities: Sequence[str], own_accuracy: Sequence[float]) -> dict[tuple[str, ...], float]:
+    """Return scores that let each modality's encoder and own head keep the best epoch of their own."""
+    return {
+        (f"model.encoders.{name}.", f"own_heads.{m}."): own_accuracy[m] for m, name in enumerate(modalities)
+    }
+
+
+def repeat_for(
+    logits: Tensor,  # [M, N, C]
+    coalitions: Tensor,  # [L] int64
+) -> tuple[Tensor, Tensor]:  # [M, N L, C], bool [M, N L]
+    """Return logits repeated for every coalition, and which modalities each repetition shows."""
+    bits = torch.arange(len(logits), device=logits.device)
+    member = (coalitions.to(logits.device) >> bits[:, None] & 1).bool()  # [M, L]
+    repeated = logits[:, :, None].expand(-1, -1, len(coalitions), -1).flatten(1, 2)
+    return repeated, member.repeat(1, logits.shape[1])
 
 
 def average_probabilities(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.batches import presence
-from mmfast.methods.base import Method
+from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.late_fusion import LateFusionLearner, own_losses
 
 RESETS = ("never", "epoch", "step")
@@ -25,7 +26,6 @@ class _MLALearner(LateFusionLearner):
     def build(self) -> None:
         dim = self.model.dims[0]
         self.shared_head = nn.Linear(dim, self.num_classes)  # V, c
-        self.model.head.requires_grad_(False)
         self.steps_per_batch = len(self.modalities)
         self.register_buffer("projector", torch.eye(dim))  # P
         # Mean features of the previous step and of this one; zero removes nothing, so the first step is
@@ -33,10 +33,15 @@ class _MLALearner(LateFusionLearner):
         self.register_buffer("previous", torch.zeros(dim))
         self.register_buffer("current", torch.zeros(dim))
 
+    def frozen(self):
+        return (self.model.head,)
+
     def own_logits(self, features):
         return torch.stack([self.shared_head(h) for h in features])
 
     def start_epoch(self, epoch, train):
+        # A precision that turns the whole module to half keeps too few digits for P.
+        self.projector, self.previous = self.projector.float(), self.previous.float()
         if self.method.reset == "epoch":
             self._reset_projector()
             self.previous.zero_()
@@ -115,5 +120,6 @@ class MLA(Method):
     released: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self, alpha=(math.ulp(0.0), math.inf))
         if self.reset not in RESETS:
             raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}")

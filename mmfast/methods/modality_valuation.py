@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from mmfast.batches import Entries
-from mmfast.methods.base import Method
+from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import contributions
 
@@ -35,6 +35,7 @@ class _ModalityValuationLearner(CopiesLearner):
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw)
         self.coalitions = torch.full_like(self.indices, 1 << int(phi.argmin()))
+        self.keep_shown(train)
         return self.figures(phi)
 
 
@@ -68,5 +69,6 @@ class ModalityValuation(Method):
     released: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self, alpha=(0, math.inf), fraction=(0, 1), warmup=(0, math.inf))
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
 
 from mmfast.batches import presence
-from mmfast.methods.base import Learner, Method
+from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.methods.late_fusion import OwnHeads, own_losses
 
 
@@ -40,3 +41,6 @@ class MultiLoss(Method):
     learner = _MultiLossLearner
 
     lam: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, lam=(0, math.inf))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mmfast.methods.base import Method
+from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import contributions
 
@@ -42,6 +43,7 @@ class _SampleValuationLearner(CopiesLearner):
         repeats = counts[sample, modality]
         self.indices = sample.repeat_interleave(repeats)
         self.coalitions = (1 << modality).repeat_interleave(repeats)
+        self.keep_shown(train)
         return self.figures(phi.mean(0))
 
 
@@ -69,3 +71,6 @@ class SampleValuation(Method):
     kappa: float = 2.0
     warmup: int = 5
     released: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, kappa=(0, math.inf), warmup=(0, math.inf))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast.batches import presence
 from mmfast.methods.base import Method
-from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, own_losses
+from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, own_losses, separate_scores
 
 
 class SeparateLearner(LateFusionLearner):
@@ -19,7 +19,9 @@ class SeparateLearner(LateFusionLearner):
 
     def build(self) -> None:
         self.own_heads = OwnHeads(self.model)
-        self.model.head.requires_grad_(False)
+
+    def frozen(self):
+        return (self.model.head,)
 
     def forward(self, batch, step=0):
         logits = self.own_logits(self.encode(batch))
@@ -29,11 +31,7 @@ class SeparateLearner(LateFusionLearner):
         return self.own_heads(features)
 
     def selection_scores(self, accuracy, own_accuracy):
-        # Each modality is a run of its own, so each keeps its own best epoch.
-        return {
-            f"model.encoders.{name}.,own_heads.{m}.": own_accuracy[m]
-            for m, name in enumerate(self.modalities)
-        }
+        return separate_scores(self.modalities, own_accuracy)
 
 
 class _UnimodalLearner(SeparateLearner):

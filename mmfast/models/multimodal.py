@@ -320,7 +320,7 @@ def _check_modality_name(name: object) -> None:
     """Raise unless `name` can be a key of a batch, of a ModuleDict and of a state dict."""
     if not isinstance(name, str):
         raise TypeError(f"modality names must be str, got {type(name).__name__}")
-    if name in ("", "label", "group", "split") or "." in name or name.endswith("__present"):
+    if name in ("", "coalition", "label", "group", "split") or "." in name or name.endswith("__present"):
         raise ValueError(
             "modality names must not be empty, 'label', 'group' or 'split', contain '.' or end in "
             f"'__present', got {name!r}"
