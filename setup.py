@@ -110,6 +110,9 @@ class Build:
         import pybind11
         from ninja import ninja_syntax
 
+        # A folder's name may hold spaces.
+        self.escape = ninja_syntax.escape_path
+
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
         self.cxx = find_cxx()
@@ -152,7 +155,7 @@ class Build:
             objects += [self.compile(source, flags, level) for source in sources if source != module]
         # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
         self.ninja.build(target, "link", objects, variables={"flags": "-fopenmp -Wl,--as-needed"})
-        self.ninja.default(target)
+        self.ninja.default(self.escape(target))
 
     def build_cuda(self, target: str) -> None:
         """Add mmfast._cuda: machine code for every architecture nvcc knows, the CUDA runtime linked in."""
@@ -193,7 +196,7 @@ class Build:
             )
             objects.append(out)
         self.ninja.build(target, "nvlink", objects, variables={"codes": shlex.join(codes)})
-        self.ninja.default(target)
+        self.ninja.default(self.escape(target))
 
     def run(self) -> None:
         """Run ninja on all that was added."""

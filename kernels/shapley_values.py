@@ -44,13 +44,15 @@ def _shapley_values_fwd_kernel(
     mask_n = offs_n < N
     offs_m = tl.arange(0, BLOCK_M)
     values = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+    # A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+    origin = tl.load(v_ptr + offs_n * stride_vn, mask=mask_n, other=0.0).to(ACC)
     for start in range(0, 1 << M, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         size = _popcount(offs_s)
         a = tl.load(weights_ptr + size)
         b = tl.load(weights_ptr + M + 1 + size)
         v_ptrs = v_ptr + offs_n[:, None] * stride_vn + offs_s.to(tl.int64)[None, :] * stride_vs
-        v = tl.load(v_ptrs, mask=mask_n[:, None], other=0.0).to(ACC)
+        v = tl.load(v_ptrs, mask=mask_n[:, None], other=0.0).to(ACC) - origin[:, None]
         contains = ((offs_s[:, None] >> offs_m[None, :]) & 1) != 0
         pattern = tl.where(contains, (a - b)[:, None], -b[:, None])
         values += tl.sum(v[:, :, None] * pattern[None, :, :], axis=1)

@@ -33,6 +33,9 @@ def _load_extension(name: str) -> ModuleType | str:
         switch = f"MMFAST_{name.upper()}"
         return f"mmfast was installed without its {name} module (see {switch} in the README)"
     except ImportError as error:
+        if "MMFAST_CPU_ISA" in os.environ and name == "cpu":
+            # What was asked for and cannot be had must not turn into plain torch without a word.
+            raise
         return f"the {name} module does not load: {error}"
 
 

@@ -270,3 +270,9 @@ def test_bad_types_and_tables():
         ops.coalition_utilities(torch.zeros(4, 3, 3), labels)
     with pytest.raises(ValueError, match="a power of two from 2 on, got 0"):
         ops.coalition_utilities(torch.zeros(4, 0, 3), labels)
+
+
+def test_margin_over_excluded_classes_is_infinite():
+    logits = torch.tensor([[[3.0, -torch.inf], [3.0, 1.0]]])
+    found = ops.coalition_utilities(logits, torch.tensor([0]), utility="margin")
+    assert found.tolist() == [[float("inf"), 2.0]]

@@ -292,3 +292,11 @@ def test_bad_input():
         ValueError, match=r"other must have moments of shape \[C, D\] = \[2, 3\], got \[4, 3\]"
     ):
         moments.merge(ops.class_moments(features, labels, 4))
+
+
+def test_a_million_samples_far_from_zero_keep_their_moments(backend):
+    features = 1000 + torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0))
+    moments = ops.class_moments(features, torch.zeros(1_000_000, dtype=torch.int64), 1, backend=backend)
+    truth = features.double()
+    assert abs(moments.mean.item() - truth.mean().item()) < 1e-4
+    assert abs(moments.var.item() - truth.var(unbiased=False).item()) < 1e-5

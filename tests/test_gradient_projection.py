@@ -164,3 +164,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"grad must have shape \[C, D\] = \[C, 4\], got \[2, 3\]"):
         ops.project_gradient(torch.randn(2, 3), projector)
     assert torch.equal(projector, torch.eye(4))
+
+
+@pytest.mark.parametrize(("size", "scale"), [(15, 1e3), (64, 100.0), (256, 30.0)])
+def test_thousands_of_updates_leave_a_projector(backend, size, scale):
+    draw = torch.Generator().manual_seed(0)
+    projector = torch.eye(size)
+    for step in range(1000):
+        h = scale * torch.randn(size, generator=draw).relu()
+        ops.update_projector_(projector, h, alpha=0.1 ** (1 + step % 50 / 50), backend=backend)
+    eigenvalues = torch.linalg.eigvalsh(projector.double())
+    assert eigenvalues.min() > -1e-5
+    assert eigenvalues.max() < 1 + 1e-5

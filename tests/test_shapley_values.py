@@ -244,3 +244,31 @@ def test_errors_name_the_argument(utilities, error, text):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend must be"):
         ops.shapley_values(torch.zeros(4), backend="fast")
+
+
+@pytest.mark.parametrize("num_players", [1, 3, 5, 8, 13])
+@pytest.mark.parametrize("offset", [20.0, 1e4])
+def test_a_common_offset_costs_no_digits(backend, device, num_players, offset):
+    utilities = (torch.rand(9, 2**num_players) - offset).to(device)
+    truth = reference.shapley_values(utilities.double().cpu())
+    values = ops.shapley_values(utilities, backend=backend)
+    assert_close_to_truth(values, truth, reference.shapley_values(utilities))
+
+
+@pytest.mark.parametrize("num_players", [1, 2, 5, 7, 13])
+@pytest.mark.parametrize("infinity", [float("inf"), -float("inf")])
+def test_an_infinite_whole_is_shared_by_all(backend, device, num_players, infinity):
+    utilities = torch.rand(3, 2**num_players, device=device)
+    utilities[1, -1] = infinity
+    values = ops.shapley_values(utilities, backend=backend)
+    assert (values[1] == infinity).all()
+    assert values[[0, 2]].isfinite().all()
+
+
+def test_one_graph_serves_another_batch_size(backend, device):
+    if backend == "triton":
+        pytest.skip("the interpreter's kernels are not compiled")
+    compiled = torch.compile(lambda u: ops.shapley_values(u, backend=backend).sum(), fullgraph=True)
+    for size in (64, 17, 5):
+        utilities = torch.rand(size, 8, device=device)
+        torch.testing.assert_close(compiled(utilities), ops.shapley_values(utilities).sum())

@@ -362,5 +362,5 @@ def test_a_frozen_stage_leaves_batch_norm_alone():
 
 def test_another_data_set_is_no_continuation(tmp_path):
     fitted("joint", out_dir=tmp_path, metadata={"data": "one", "scaling": list(range(999))})
-    with pytest.raises(ValueError, match="metadata {'data': 'two'}, got {'data': 'one'}"):
+    with pytest.raises(ValueError, match=r"metadata \{'data': 'two'\}, got \{'data': 'one'\}"):
         fitted("joint", out_dir=tmp_path, metadata={"data": "two", "scaling": list(range(998))}, resume=True)

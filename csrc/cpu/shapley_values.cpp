@@ -17,6 +17,8 @@
 //   / torch.mm   9.2  8.8  2.0  2.2  2.8  5.6  6.7  7.3  4.2  3.3  3.7    dphi @ W^T
 // Tried and slower: one row at a time at M = 5 (45 ns a row instead of 10), loops left rolled (twice the time
 // to M = 7).
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "vec.h"
@@ -159,11 +161,15 @@ struct SmallRows {
     MMFAST_UNROLL
     for (int i = 0; i < S; ++i) x[i] = load(v + i * L);
     unzip_rows<S>(x);
+    // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+    const V origin = x[0];
     MMFAST_UNROLL
     for (int i = 0; i < S; ++i) {
       const int size = count_bits(i);
-      shared += b[size] * x[i];
-      x[i] = a[size] * x[i];
+      const V utility = x[i] - origin;
+      // b is 0 for all players together, whose utility may be infinite.
+      if (i != S - 1) shared += b[size] * utility;
+      x[i] = a[size] * utility;
     }
     // Bits are reversed: player m is bit M-1-m of i, and the top bit is folded first.
     MMFAST_UNROLL
@@ -231,8 +237,8 @@ struct Partial {
 // Folds 2^bits coalitions, 2^block_bits vectors at a time in registers. `a` and `b` are the weights at the
 // chunk's number of players above `bits`.
 template <class T, int block_bits>
-void fold_chunk(const T* v, int bits, const Vec<accumulate_t<T>>* a, const Vec<accumulate_t<T>>* b,
-                Partial<accumulate_t<T>>& out) {
+void fold_chunk(const T* v, accumulate_t<T> origin, int bits, const Vec<accumulate_t<T>>* a,
+                const Vec<accumulate_t<T>>* b, Partial<accumulate_t<T>>& out) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   constexpr int L = kLanes<A>, block = 1 << block_bits;
@@ -244,7 +250,7 @@ void fold_chunk(const T* v, int bits, const Vec<accumulate_t<T>>* a, const Vec<a
     V x[block];
     MMFAST_UNROLL
     for (int i = 0; i < block; ++i) {
-      const V utility = load(source + i * L);
+      const V utility = load(source + i * L) - origin;
       const int size = players + count_bits(i);
       shared[i % 4] += b[size] * utility;
       x[i] = a[size] * utility;
@@ -308,18 +314,38 @@ struct LargeRow {
     const int players = __builtin_popcountll(chunk);
     const T* source = v + (chunk << bits) * stride;
     T gathered[1 << kChunkBits];
-    if (stride != 1) {
-      gather(source, stride, int64_t{1} << bits, gathered);
+    // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+    const A origin = widen(*v);
+    const int64_t last = (int64_t{1} << bits) - 1;
+    // The utility of all players together may be infinite, and infinity times its b, 0, is no number.
+    const A whole = chunk == num_chunks - 1 ? widen(source[last * stride]) - origin : A(0);
+    const bool is_apart = !(std::abs(whole) <= std::numeric_limits<A>::max());
+    if (stride != 1 || is_apart) {
+      gather(source, stride, last + 1, gathered);
+      if (is_apart) gathered[last] = *v;
       source = gathered;
     }
+    fold_all(source, origin, players, out);
+    if (is_apart) {
+      V share = {};
+      share[L - 1] = a_of_all() * whole;
+      out.total += share;
+      for (int bit = 0; bit < bits - lane_bits; ++bit) out.half_sums[bit] += share;
+    }
+  }
+
+  // The weight of all players together, 1 / M.
+  A a_of_all() const { return A(1) / num_players; }
+
+  void fold_all(const T* source, A origin, int players, Partial<A>& out) const {
     const V *a = weights.a + players, *b = weights.b + players;
     switch (std::min(3, bits - lane_bits)) {
       case 1:
-        return fold_chunk<T, 1>(source, bits, a, b, out);
+        return fold_chunk<T, 1>(source, origin, bits, a, b, out);
       case 2:
-        return fold_chunk<T, 2>(source, bits, a, b, out);
+        return fold_chunk<T, 2>(source, origin, bits, a, b, out);
       default:
-        return fold_chunk<T, 3>(source, bits, a, b, out);
+        return fold_chunk<T, 3>(source, origin, bits, a, b, out);
     }
   }
 

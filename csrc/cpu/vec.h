@@ -3,8 +3,6 @@
 // be linked together.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

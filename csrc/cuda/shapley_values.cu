@@ -91,6 +91,8 @@ __global__ void __launch_bounds__(kBlock)
   // A thread without a row works on the last one, since all lanes take part in the exchange.
   const int64_t row = wanted < num_rows ? wanted : num_rows - 1;
   const T* source = v + row * stride_row;
+  // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+  const A origin = static_cast<A>(source[0]);
 
   A sums[padded] = {}, total = 0, shared = 0;
   const int turns = P::is_exact ? 1 : 1 << (num_players - P::turn_bit);
@@ -107,9 +109,10 @@ __global__ void __launch_bounds__(kBlock)
     A x[P::vector];
 #pragma unroll
     for (int i = 0; i < P::vector; ++i) {
-      const A utility = static_cast<A>(loaded.values[i]);
+      const A utility = static_cast<A>(loaded.values[i]) - origin;
       const int more = (i & 1) + (i >> 1);
-      shared += b[size + more] * utility;
+      // b is 0 for all players together, whose utility may be infinite.
+      if (size + more < num_players) shared += b[size + more] * utility;
       x[i] = a[size + more] * utility;
     }
     A folded = x[0] + x[1];

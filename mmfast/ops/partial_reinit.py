@@ -45,14 +45,22 @@ def partial_reinit_(
     params, init_params = list(params), list(init_params)
     _check(params, init_params)
     _backend.check_name(backend)
-    alphas = [float(alpha)] * len(params) if isinstance(alpha, float | int) else [float(a) for a in alpha]
-    if len(alphas) != len(params):
-        raise ValueError(f"alpha must be a number or one per parameter = {len(params)}, got {len(alphas)}")
+    alphas = _alphas(alpha, len(params))
+    if params:
+        torch.ops.mmfast.partial_reinit_(params, init_params, alphas, backend)
+
+
+def _alphas(alpha: float | Sequence[float], count: int) -> list[float]:
+    if isinstance(alpha, str):
+        raise TypeError(f"alpha must be a number or one per parameter, got {alpha!r}")
+    # float() takes what NumPy and torch call a number, too.
+    alphas = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)] * count
+    if len(alphas) != count:
+        raise ValueError(f"alpha must be a number or one per parameter = {count}, got {len(alphas)}")
     for a in alphas:
         if not 0 <= a <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {a}")
-    if params:
-        torch.ops.mmfast.partial_reinit_(params, init_params, alphas, backend)
+    return alphas
 
 
 def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
@@ -61,9 +69,9 @@ def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
             f"init_params must hold one tensor per parameter = {len(params)}, got {len(init_params)}"
         )
     for index, (theta, theta_0) in enumerate(zip(params, init_params, strict=True)):
-        check_float(f"params[{index}]", theta)
-        check_float(f"init_params[{index}]", theta_0)
         name = f"init_params[{index}]"
+        check_float(f"params[{index}]", theta)
+        check_float(name, theta_0)
         if theta.shape != theta_0.shape:
             raise ValueError(
                 f"{name} must have shape {shape_text(theta.shape)}, got {shape_text(theta_0.shape)}"
@@ -72,6 +80,8 @@ def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
             raise TypeError(f"{name} must have dtype {theta.dtype}, got {theta_0.dtype}")
         if theta.device != theta_0.device:
             raise ValueError(f"{name} must lie on {theta.device}, got {theta_0.device}")
+    if len({id(theta) for theta in params}) < len(params):
+        raise ValueError("params must hold every tensor once, got one twice")
 
 
 def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
@@ -94,17 +104,18 @@ def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float
     for theta, copy in zip(params, dense, strict=True):
         if theta is not copy:
             theta.copy_(copy)
-        elif not theta.is_inference():
-            # The kernel writes behind autograd's back; a backward that saved the old values must notice.
-            torch.autograd.graph.increment_version(theta)
+    # The kernel writes behind autograd's back; a backward that saved the old values must notice.
+    torch.autograd.graph.increment_version([theta for theta in params if not theta.is_inference()])
 
 
 def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], backend: str) -> None:
-    chosen = _backend.resolve("partial_reinit", backend, params[0].device.type, params[0].dtype)
-    if chosen == "reference" or len({theta.device for theta in params}) > 1:
-        _reference.partial_reinit_(params, init_params, alphas)
-    elif chosen == "cpu":
+    kinds = {(theta.device.type, theta.dtype) for theta in params}
+    chosen = {_backend.resolve("partial_reinit", backend, *kind) for kind in kinds}
+    if chosen == {"cpu"}:
         _run_cpu(params, init_params, alphas)
+    else:
+        # Also for a list over several devices, whose kernels would each see a part of it.
+        _reference.partial_reinit_(params, init_params, alphas)
 
 
 def _fake(params: list[Tensor], init_params: list[Tensor], alphas: list[float], backend: str) -> None:

@@ -50,14 +50,18 @@ def _check(utilities: Tensor) -> None:
     check_float("utilities", utilities)
     if utilities.dim() == 0:
         raise ValueError("utilities must have shape [..., S], got a scalar")
-    size, shape = utilities.shape[-1], shape_text(utilities.shape)
+    size = utilities.shape[-1]
     if size == 0:
-        raise ValueError(f"utilities must hold the coalitions of at least one player, got {shape}")
+        raise ValueError(
+            f"utilities must hold the coalitions of at least one player, got {shape_text(utilities.shape)}"
+        )
     if size & (size - 1):
+        shape = shape_text(utilities.shape)
         raise ValueError(
             f"utilities must have S = 2^M, a power of two, as last dimension, got {size} in {shape}"
         )
     if not 2 <= size <= 2**MAX_PLAYERS:
+        shape = shape_text(utilities.shape)
         raise ValueError(
             f"utilities must have S = 2^M with M from 1 to {MAX_PLAYERS}, got S = {size} in {shape}"
         )

@@ -45,7 +45,8 @@ def coalition_utilities(
     elif utility == "log_probability":
         values = z.log_softmax(-1).gather(-1, own).squeeze(-1)
     else:
-        values = (z.gather(-1, own) - z.gather(-1, _runner_up(z, own))).squeeze(-1)
+        # Not what the runner-up's index holds: where all others are -inf that index is the label's.
+        values = z.gather(-1, own).squeeze(-1) - z.scatter(-1, own, -torch.inf).amax(-1)
     return values.to(logits.dtype)
 
 

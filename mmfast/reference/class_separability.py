@@ -18,16 +18,17 @@ def class_moments(
     dtype = accumulation_dtype(features.dtype)
     labels = labels.long()
     count = labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
-    total = features.new_zeros(num_classes, num_dims, dtype=dtype)
+    # Millions of numbers are added one after the other: in float32 the last ones would count for nothing.
+    total = features.new_zeros(num_classes, num_dims, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for rows in row_chunks(features, num_samples, num_dims):
-        total = total.index_add(0, labels[rows], features[rows].to(dtype))
+        total = total.index_add(0, labels[rows], features[rows].double())
     # Zero divided by zero: the NaN of a class without samples.
     mean = total / count[:, None]
     for rows in row_chunks(features, num_samples, num_dims):
-        deviation = features[rows].to(dtype) - mean.index_select(0, labels[rows])
+        deviation = features[rows].double() - mean.index_select(0, labels[rows])
         squares = squares.index_add(0, labels[rows], deviation.square())
-    return count, mean, squares / count[:, None]
+    return count, mean.to(dtype), (squares / count[:, None]).to(dtype)
 
 
 def class_moments_bwd(

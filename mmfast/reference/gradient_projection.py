@@ -17,8 +17,10 @@ def update_projector_(
     """Set P to P - P h (P h)^T / (alpha + h^T P h), made symmetric."""
     h = mean_feature.to(projector.dtype)
     ph = projector @ h
-    # Rounding can leave P an eigenvalue just below 0; the denominator never falls below alpha.
-    denominator = alpha + (h @ ph).clamp_min(0)
+    # Once P has next to nothing left along h, h^T P h is rounding, of either sign and far above a small
+    # alpha: dividing by less than its size would feed an eigenvalue just below 0 until P overflows.
+    rounding = len(h) * torch.finfo(h.dtype).eps * (h @ h)
+    denominator = rounding.clamp_min(alpha) + (h @ ph).clamp_min(0)
     # The root on both sides makes the outer product symmetric to the last bit.
     u = ph / denominator.sqrt()
     updated = projector - torch.outer(u, u)
