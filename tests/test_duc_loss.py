@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
 from numerics import assert_close_to_truth
@@ -60,6 +65,98 @@ def test_close_to_truth(shape, dtype, reduction, backend):
     assert_close_to_truth(loss, truth, plain)
     for mine, true, simple in zip(gradients, true_gradients, plain_gradients, strict=True):
         assert_close_to_truth(mine, true, simple.to(dtype))
+
+
+# Around the tiles of the kernels: lanes, panels of keys, tiles of keys, blocks of queries, slices of
+# dimensions.
+EDGES = [(2, 16, 24), (2, 17, 513), (2, 32, 2), (2, 95, 12), (2, 97, 13), (3, 193, 70), (2, 300, 600)]
+
+
+def check_edges(shape, dtype, backend):
+    """Loss and gradient of one shape against float64, with logits of moderate size."""
+    features, effective = make(shape, torch.float64, seed=3)
+    features = (features * 2 / shape[2] ** 0.5).to(dtype)
+    for with_gradient in (True, False):
+        results = []
+        wide = torch.promote_types(dtype, torch.float32)
+        for kind, name in ((dtype, backend), (torch.float64, "reference"), (wide, "reference")):
+            leaves = [feature.to(kind).requires_grad_(with_gradient) for feature in features]
+            loss = ops.duc_loss(leaves, effective, reduction="none", backend=name)
+            results.append(
+                [loss.detach(), *(torch.autograd.grad(loss.sum(), leaves) if with_gradient else ())]
+            )
+        for mine, true, simple in zip(*results, strict=True):
+            assert_close_to_truth(mine, true, simple.to(mine.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_tiles(shape, dtype, backend):
+    check_edges(shape, dtype, backend)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_duc_loss as test
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+for dtype in test.DTYPES:
+    for shape in test.EDGES:
+        test.check_edges(shape, dtype, "cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 64, 64), (3, 201, 40), (2, 515, 130)], ids=str)
+def test_number_of_threads_changes_no_bit(shape, dtype):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    features, effective = make(shape, dtype)
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        options = ([], effective, None, [], 2.0, 0, "mean", True, "cpu")
+        results.append(torch.ops.mmfast.duc_loss_fwd(list(features), *options))
+    for loss, residuals in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(residuals, results[0][1])
+
+
+def test_not_a_number_stays_in_its_row(backend):
+    query, key = torch.randn(2, 40, 20)
+    query[7, 3] = float("nan")
+    query.requires_grad_()
+    losses = ops.unidirectional_info_nce(query, key, reduction="none", backend=backend)
+    losses.sum().backward()
+    for values in (losses, query.grad.sum(1)):
+        assert values.isnan().nonzero().flatten().tolist() == [7]
+
+
+@LAWS
+@given(
+    num_samples=st.integers(2, 40),
+    num_dims=st.integers(1, 30),
+    padding=st.integers(0, 9),
+    seed=st.integers(0, 1000),
+)
+def test_law_order_of_the_batch_and_zero_dimensions(num_samples, num_dims, padding, seed):
+    features, effective = make((2, num_samples, num_dims), torch.float64, seed)
+    # Without a dimension to teach a pair adds 0, with one that is zero throughout log N.
+    effective[:, 0] = torch.tensor([True, False])
+    losses = ops.duc_loss(features, effective, reduction="none")
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(ops.duc_loss(features[:, order], effective, reduction="none"), losses[order])
+    wide = torch.nn.functional.pad(features, (0, padding))
+    mask = torch.nn.functional.pad(effective, (0, padding), value=False)
+    mask[0, num_dims:] = True
+    torch.testing.assert_close(ops.duc_loss(wide, mask, reduction="none"), losses)
 
 
 @LAWS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
     accumulation_dtype,
     check_choice,
     check_float,
@@ -204,7 +206,6 @@ def _check_options(temperature: float, reduction: str) -> None:
 
 
 def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
-    ""
     """Return all processes' keys and where this one's begin; no keys where they are the features."""
     if group is None or dist.get_world_size(group) == 1:
         return [], 0
@@ -255,6 +256,41 @@ class _InfoNCE(torch.autograd.Function):
         return None, None, (residual * scale).to(residual.dtype)
 
 
+def _run_cpu(
+    features: list[Tensor],  # M of [N, D]
+    keys: list[Tensor],  # M of [K, D]
+    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
+    query = features[0]
+    num_samples, num_dims = query.shape
+    loss = _loss_fake(query, reduction)
+    residuals = query.new_empty((len(features), num_samples, num_dims) if with_residual else 0)
+    views = array("q")
+    for feature, key in zip(features, keys, strict=True):
+        views.extend((feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()))
+    mask = None if effective is None else effective.contiguous()
+    _backend.extension("cpu").duc_loss_fwd(
+        views.buffer_info()[0],
+        0 if mask is None else mask.data_ptr(),
+        loss.data_ptr(),
+        residuals.data_ptr() if with_residual else 0,
+        len(features),
+        num_samples,
+        keys[0].shape[0],
+        num_dims,
+        temperature,
+        offset,
+        REDUCTIONS.index(reduction),
+        DTYPE_CODE[query.dtype],
+        torch.get_num_threads(),
+    )
+    return loss, residuals
+
+
 @outside_autocast
 def _duc_impl(
     features: list[Tensor],  # M of [N, D]
@@ -268,9 +304,9 @@ def _duc_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    """Return the loss and temperature times the gradient of its sum,"
-    " which stays in range in half precision."""
-    _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype)
+    """Return the loss and temperature times the gradient of its sum, in range even in half precision."""
+    if _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype) == "cpu":
+        return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
     if columns is None:
         columns, sizes = _reference.split_dims(effective)
     return _reference.duc_loss_fwd(
@@ -295,7 +331,9 @@ def _info_nce_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
-    _backend.resolve("duc_loss", backend, query.device.type, query.dtype)
+    if _backend.resolve("duc_loss", backend, query.device.type, query.dtype) == "cpu":
+        loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
+        return loss, residuals[0] if with_residual else residuals
     losses, residual = _reference.info_nce_fwd(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )

@@ -1,0 +1,347 @@
+// The dimension-decoupled unidirectional contrastive loss: loss and gradient of every ordered pair (m, n) in
+// one sweep over the keys, as attention with values = keys.
+//
+//   s_ij = q_i . k_j / temperature,  loss_i = log sum_j exp(s_ij) - s_ii
+//   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s)
+//
+// Queries lie across the lanes, so both products read the keys by broadcast, from one copy gathered and
+// packed once per pair, and the softmax over keys needs no sum across lanes. A thread takes a block of
+// queries of one student through all its teachers; nothing it computes depends on how blocks are dealt out,
+// so no bit depends on the number of threads. Memory beyond inputs and outputs: the packed keys, K d numbers
+// a pair, and the tiles of each thread.
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "exp.h"
+#include "gemm_tile.h"
+
+namespace mmfast {
+namespace {
+
+// Keys of a tile, dimensions summed in one go (a second sum adds them up), vectors of queries side by side.
+constexpr int kKeys = 96;
+constexpr int64_t kSlice = 256;
+constexpr int kVectors = 2;
+// Query tiles of a block, which meet one key tile after the other: so many that fit the second cache.
+constexpr int64_t kMaxTiles = 4;
+constexpr int64_t kBlockBytes = 1 << 19;
+// Waking threads takes longer than so many operations.
+constexpr int64_t kMinOperations = 1 << 19;
+
+enum Reduction { kMean, kSum, kNone };
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride_row, stride_dim;
+
+  const T* row(int64_t i) const { return data + i * stride_row; }
+};
+
+// Modality `teacher` teaching modality `student`.
+template <class A>
+struct Pair {
+  int64_t teacher, student;
+  std::vector<int64_t> dims;
+  int64_t padded_dims;
+  A* panels;  // [ceil(K / kPanel), padded_dims, kPanel]
+
+  int64_t num_dims() const { return static_cast<int64_t>(dims.size()); }
+};
+
+// Up to nv vectors of queries on their way through the keys of one pair.
+template <class A, int nv>
+struct QueryTile {
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>, W = nv * L;
+  A* query;    // [d, W]
+  A* product;  // [d, W], sum_j exp(s_ij - top_i) k_j so far
+  A* top;      // [W], the largest score so far
+  A* sum;      // [W], sum_j exp(s_ij - top_i) so far
+  A* own;      // [W], s_ii
+
+  static constexpr int64_t size(int64_t padded_dims) { return (2 * padded_dims + 3) * W; }
+  QueryTile(A* memory, int64_t padded_dims)
+      : query(memory),
+        product(memory + padded_dims * W),
+        top(memory + 2 * padded_dims * W),
+        sum(top + W),
+        own(sum + W) {}
+
+  template <class T>
+  void start(const Matrix<T>& queries, const std::vector<int64_t>& dims, int64_t first, int64_t count) {
+    for (int i = 0; i < W; ++i) {
+      const T* row = queries.row(first + i);
+      for (size_t c = 0; c < dims.size(); ++c)
+        query[c * W + i] = i < count ? widen(row[dims[c] * queries.stride_dim]) : 0;
+      top[i] = -INFINITY, sum[i] = 0, own[i] = 0;
+    }
+  }
+
+  // p[j, i] = scale * query_i . key_j
+  void score(const Pair<A>& pair, const A* panels, int64_t num_keys, A scale, A* p) const {
+    const int64_t num_dims = pair.num_dims();
+    for (int64_t first = 0; first < num_dims; first += kSlice) {
+      const int64_t steps = std::min(kSlice, num_dims - first);
+      const bool is_last = first + steps == num_dims;
+      for_panels(num_keys, [&](int64_t row, auto rows) {
+        constexpr int num_rows = decltype(rows)::value;
+        V sums[num_rows][nv] = {};
+        const A* a = panels + row * pair.padded_dims + first * kPanel;
+        multiply_tile<1, kPanel>(sums, a, query + first * W, steps);
+#pragma GCC unroll 12
+        for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll 2
+          for (int v = 0; v < nv; ++v) {
+            A* target = p + (row + r) * W + v * L;
+            const V total = first == 0 ? sums[r][v] : load(target) + sums[r][v];
+            store(target, is_last ? total * scale : total);
+          }
+        }
+      });
+    }
+  }
+
+  // From scores to exp(s_ij - top_i) in place, tops and sums brought up to date; `decay` is what all sums so
+  // far are multiplied by.
+  void exponentiate(A* p, int64_t num_keys, V (&decay)[nv]) const {
+#pragma GCC unroll 2
+    for (int v = 0; v < nv; ++v) {
+      A* column = p + v * L;
+      const V last = load(top + v * L);
+      V highest = last, total = {};
+      for (int64_t j = 0; j < num_keys; ++j) {
+        const V score = load(column + j * W);
+        highest = score > highest ? score : highest;
+      }
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < num_keys; ++j) {
+        const V weight = exp_nonpositive<A>(load(column + j * W) - highest);
+        total += weight;
+        store(column + j * W, weight);
+      }
+      decay[v] = exp_nonpositive<A>(last - highest);
+      store(top + v * L, highest);
+      store(sum + v * L, load(sum + v * L) * decay[v] + total);
+    }
+  }
+
+  // product = decay * product + sum_j p_ij key_j
+  void accumulate(const Pair<A>& pair, const A* panels, int64_t num_keys, const A* p, bool is_first,
+                  const V (&decay)[nv]) const {
+    for_panels(pair.num_dims(), [&](int64_t dim, auto rows) {
+      constexpr int num_rows = decltype(rows)::value;
+      V sums[num_rows][nv] = {};
+      const A* a = panels + dim * kPanel;
+      int64_t j = 0;
+      for (; j + kPanel <= num_keys; j += kPanel)
+        multiply_tile<kPanel, 1>(sums, a + j * pair.padded_dims, p + j * W, kPanel);
+      multiply_tile<kPanel, 1>(sums, a + j * pair.padded_dims, p + j * W, num_keys - j);
+#pragma GCC unroll 12
+      for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; ++v) {
+          A* target = product + (dim + r) * W + v * L;
+          store(target, is_first ? sums[r][v] : load(target) * decay[v] + sums[r][v]);
+        }
+      }
+    });
+  }
+};
+
+template <class T>
+class DucLoss {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr int kTile = kVectors * kLanes<A>;
+
+  std::vector<Matrix<T>> queries, keys;  // [N, D], [K, D] per modality
+  std::vector<Pair<A>> pairs;
+  int64_t num_samples, num_keys, num_dims, offset;
+  A scale;
+  T* residual;  // [M, N, D] or null
+
+  // Writes the residual and returns losses [M, N].
+  const A* run(int64_t num_threads) {
+    const int64_t num_students = static_cast<int64_t>(queries.size());
+    const int64_t num_panels = (num_keys + kPanel - 1) / kPanel;
+    int64_t sum_dims = 0, max_dims = kPanel;
+    for (const Pair<A>& pair : pairs) {
+      sum_dims += pair.padded_dims;
+      max_dims = std::max(max_dims, pair.padded_dims);
+    }
+    const int64_t operations = 4 * num_samples * num_keys * sum_dims;
+    num_threads = std::max<int64_t>(1, std::min(num_threads, operations / kMinOperations));
+    // Blocks enough for all threads to end at about the same time.
+    tile_size_ = QueryTile<A, kVectors>::size(max_dims);
+    num_tiles_ = std::min(kMaxTiles, kBlockBytes / (tile_size_ * static_cast<int64_t>(sizeof(A))));
+    num_tiles_ = std::min(num_tiles_, num_samples * num_students / (kTile * num_threads * 4));
+    num_tiles_ = std::max<int64_t>(1, num_tiles_);
+    const int64_t block = num_tiles_ * kTile, num_blocks = (num_samples + block - 1) / block;
+    const int64_t row_size = std::is_same_v<T, A> || residual == nullptr ? 0 : block * num_dims;
+    const int64_t thread_size = round_up(num_tiles_ * tile_size_ + kKeys * kTile + row_size, 64);
+    const int64_t panels_size = round_up(num_panels * kPanel * sum_dims, 64);
+    memory_.reset(static_cast<A*>(std::aligned_alloc(
+        64,
+        sizeof(A) * (panels_size + num_threads * thread_size + round_up(num_students * num_samples, 64)))));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    A* panels = memory_.get();
+    for (Pair<A>& pair : pairs) {
+      pair.panels = panels;
+      panels += num_panels * kPanel * pair.padded_dims;
+    }
+    A* const tiles = memory_.get() + panels_size;
+    A* const losses = tiles + num_threads * thread_size;
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < num_panels * static_cast<int64_t>(pairs.size()); ++i)
+        pack(pairs[i / num_panels], i % num_panels);
+      A* const mine = tiles + omp_get_thread_num() * thread_size;
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < num_students * num_blocks; ++i) {
+        const int64_t first = i % num_blocks * block;
+        run_block(i / num_blocks, first, std::min(block, num_samples - first), mine, losses);
+      }
+    }
+    return losses;
+  }
+
+ private:
+  struct Free {
+    void operator()(A* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<A, Free> memory_;
+  int64_t tile_size_ = 0, num_tiles_ = 0;
+
+  void pack(const Pair<A>& pair, int64_t index) const {
+    const Matrix<T>& source = keys[pair.teacher];
+    A* panel = pair.panels + index * kPanel * pair.padded_dims;
+    for (int r = 0; r < kPanel; ++r) {
+      const int64_t row = index * kPanel + r;
+      const int64_t count = row < num_keys ? pair.num_dims() : 0;
+      for (int64_t c = 0; c < count; ++c)
+        panel[c * kPanel + r] = widen(source.row(row)[pair.dims[c] * source.stride_dim]);
+      for (int64_t c = count; c < pair.padded_dims; ++c) panel[c * kPanel + r] = 0;
+    }
+  }
+
+  // Samples first .. first + count - 1 of a student with all its teachers.
+  void run_block(int64_t student, int64_t first, int64_t count, A* memory, A* losses) const {
+    losses += student * num_samples + first;
+    std::fill_n(losses, count, A{0});
+    T* const target = residual == nullptr ? nullptr : residual + (student * num_samples + first) * num_dims;
+    A* rows = nullptr;
+    if constexpr (std::is_same_v<T, A>) {
+      rows = target;
+    } else if (target != nullptr) {
+      rows = memory + num_tiles_ * tile_size_ + kKeys * kTile;
+    }
+    if (rows != nullptr) std::fill_n(rows, count * num_dims, A{0});
+    for (const Pair<A>& pair : pairs) {
+      if (pair.student == student) run_pair(pair, first, count, memory, losses, rows);
+    }
+    if constexpr (!std::is_same_v<T, A>) {
+      if (rows == nullptr) return;
+      for (int64_t i = 0; i < count * num_dims; ++i) target[i] = narrow<T>(rows[i]);
+    }
+  }
+
+  // Calls function(tile, its first sample within the block, its number of samples).
+  template <class Function>
+  void for_tiles(const Pair<A>& pair, int64_t count, A* memory, Function&& function) const {
+    for (int64_t i = 0; i < count; i += kTile, memory += tile_size_) {
+      if (count - i > kTile / 2) {
+        function(QueryTile<A, kVectors>(memory, pair.padded_dims), i, std::min<int64_t>(kTile, count - i));
+      } else {
+        function(QueryTile<A, kVectors / 2>(memory, pair.padded_dims), i, count - i);
+      }
+    }
+  }
+
+  void run_pair(const Pair<A>& pair, int64_t first, int64_t count, A* memory, A* losses, A* rows) const {
+    A* const p = memory + num_tiles_ * tile_size_;
+    for_tiles(pair, count, memory, [&](auto tile, int64_t i, int64_t tile_count) {
+      tile.start(queries[pair.student], pair.dims, first + i, tile_count);
+    });
+    for (int64_t key = 0; key < num_keys; key += kKeys) {
+      const A* panels = pair.panels + key * pair.padded_dims;
+      const int64_t tile_keys = std::min<int64_t>(kKeys, num_keys - key);
+      for_tiles(pair, count, memory, [&](auto tile, int64_t i, int64_t tile_count) {
+        tile.score(pair, panels, tile_keys, scale, p);
+        const int64_t own = offset + first + i - key;
+        for (int64_t lane = std::max<int64_t>(0, -own); lane < std::min(tile_count, tile_keys - own); ++lane)
+          tile.own[lane] = p[(own + lane) * tile.W + lane];
+        typename decltype(tile)::V decay[tile.W / kLanes<A>];
+        tile.exponentiate(p, tile_keys, decay);
+        if (rows != nullptr) tile.accumulate(pair, panels, tile_keys, p, key == 0, decay);
+      });
+    }
+    for_tiles(pair, count, memory, [&](auto tile, int64_t i, int64_t tile_count) {
+      for (int64_t lane = 0; lane < tile_count; ++lane) {
+        // The difference first: where scores are large, a logarithm added to one of them would be lost.
+        losses[i + lane] += std::log(tile.sum[lane]) + (tile.top[lane] - tile.own[lane]);
+        if (rows == nullptr) continue;
+        const Matrix<T>& source = keys[pair.teacher];
+        const T* key = source.row(offset + first + i + lane);
+        A* row = rows + (i + lane) * num_dims;
+        const A share = 1 / tile.sum[lane];
+        for (int64_t c = 0; c < pair.num_dims(); ++c) {
+          const int64_t dim = pair.dims[c];
+          row[dim] += tile.product[c * tile.W + lane] * share - widen(key[dim * source.stride_dim]);
+        }
+      }
+    });
+  }
+};
+
+// Writes the loss: the losses [M, N] summed over students, then reduced over samples.
+template <class A>
+void reduce(const A* losses, int64_t num_students, int64_t num_samples, int64_t reduction, A* loss) {
+  double total = 0;
+  for (int64_t i = 0; i < num_samples; ++i) {
+    A sum = 0;
+    for (int64_t m = 0; m < num_students; ++m) sum += losses[m * num_samples + i];
+    if (reduction == kNone) loss[i] = sum;
+    total += sum;
+  }
+  if (reduction != kNone) *loss = static_cast<A>(reduction == kMean ? total / num_samples : total);
+}
+
+void duc_loss_fwd(const int64_t* views,      // [M, 2, 3]: address and strides of queries [N, D], keys [K, D]
+                  const uint8_t* effective,  // [M, D]; null: the keys teach the queries in all dimensions
+                  void* loss,                // [] or [N]
+                  void* residual,            // [M, N, D]; null: not wanted
+                  int64_t num_modalities, int64_t num_samples, int64_t num_keys, int64_t num_dims,
+                  double temperature, int64_t offset, int64_t reduction, int64_t dtype, int64_t num_threads) {
+  dispatch_dtype("duc_loss", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    DucLoss<T> op;
+    op.num_samples = num_samples, op.num_keys = num_keys, op.num_dims = num_dims, op.offset = offset;
+    op.scale = static_cast<A>(1 / temperature);
+    op.residual = static_cast<T*>(residual);
+    for (int64_t m = 0; m < num_modalities; ++m) {
+      const int64_t* view = views + 6 * m;
+      op.queries.push_back({reinterpret_cast<const T*>(view[0]), view[1], view[2]});
+      op.keys.push_back({reinterpret_cast<const T*>(view[3]), view[4], view[5]});
+      for (int64_t n = 0; n < num_modalities; ++n) {
+        Pair<A> pair{m, n, {}, 0, nullptr};
+        for (int64_t c = 0; c < num_dims; ++c) {
+          if (effective == nullptr || (effective[m * num_dims + c] && !effective[n * num_dims + c]))
+            pair.dims.push_back(c);
+        }
+        pair.padded_dims = round_up(pair.num_dims(), kPanelPart);
+        if (pair.num_dims() > 0) op.pairs.push_back(std::move(pair));
+      }
+    }
+    reduce(op.run(num_threads), num_modalities, num_samples, reduction, static_cast<A*>(loss));
+  });
+}
+
+MMFAST_REGISTER(duc_loss_fwd)
+
+}  // namespace
+}  // namespace mmfast

@@ -1,0 +1,57 @@
+// The inner loops of a matrix product whose small operand is packed in panels.
+//
+// A panel holds kPanel rows of a matrix, column by column: element (row, column) of panel p lies at
+// (p * columns + column) * kPanel + row. Both products with the matrix, x K^T and y K, then read it by
+// broadcasts at constant distances, so one packed copy serves both; the other operand lies as vectors.
+// kPanel x 2 sums fill the registers: 24 of 32 with AVX-512, 12 of 16 below.
+#pragma once
+
+#include "vec.h"
+
+namespace mmfast {
+inline namespace MMFAST_ISA_NAMESPACE {
+
+#if MMFAST_ISA == 2 || defined(__aarch64__)
+constexpr int kPanel = 12;
+#else
+constexpr int kPanel = 6;
+#endif
+// Fewer rows than a panel are done in steps of this many.
+constexpr int kPanelPart = kPanel / 3;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// sums[r][v] += sum over s < steps of a[r * row_stride + s * step_stride] * (vector v of step s of b).
+template <int row_stride, int step_stride, class A, int rows, int nv>
+inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    Vec<A> x[nv];
+#pragma GCC unroll 2
+    for (int v = 0; v < nv; ++v) x[v] = load(b + (s * nv + v) * kLanes<A>);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      const A factor = a[r * row_stride + s * step_stride];
+#pragma GCC unroll 2
+      for (int v = 0; v < nv; ++v) sums[r][v] += factor * x[v];
+    }
+  }
+}
+
+// Calls function(first row, number of rows as a constant) for rows [0, count) in panels, the last one cut to
+// the parts it needs; up to kPanelPart - 1 rows past the end are visited.
+template <class Function>
+inline void for_panels(int64_t count, Function&& function) {
+  int64_t row = 0;
+  for (; row + kPanel <= count; row += kPanel) function(row, std::integral_constant<int, kPanel>{});
+  const int64_t rest = count - row;
+  if (rest > 2 * kPanelPart) {
+    function(row, std::integral_constant<int, kPanel>{});
+  } else if (rest > kPanelPart) {
+    function(row, std::integral_constant<int, 2 * kPanelPart>{});
+  } else if (rest > 0) {
+    function(row, std::integral_constant<int, kPanelPart>{});
+  }
+}
+
+}  // namespace MMFAST_ISA_NAMESPACE
+}  // namespace mmfast
