@@ -51,12 +51,24 @@ struct Pair {
   int64_t num_dims() const { return static_cast<int64_t>(dims.size()); }
 };
 
-// Up to nv vectors of queries on their way through the keys of one pair.
-template <class A, int nv>
+// Two numbers as bfloat16 in the place of one float, the first in the lower half.
+inline float pair_up(bfloat16 first, bfloat16 second) {
+  return float_of(uint32_t{second.bits} << 16 | first.bits);
+}
+// The same for vectors of float that are not negative, rounded to nearest.
+inline Vec<float> pair_up(Vec<float> first, Vec<float> second) {
+  const auto low = (reinterpret_cast<Vec<uint32_t>>(first) + 0x8000) >> 16;
+  const auto high = (reinterpret_cast<Vec<uint32_t>>(second) + 0x8000) & 0xffff0000;
+  return reinterpret_cast<Vec<float>>(low | high);
+}
+
+// Up to nv vectors of queries on their way through the keys of one pair. With `pairs`, queries hold two
+// dimensions and weights two keys in each float, as bfloat16.
+template <class A, int nv, bool pairs>
 struct QueryTile {
   using V = Vec<A>;
-  static constexpr int L = kLanes<A>, W = nv * L;
-  A* query;    // [d, W]
+  static constexpr int L = kLanes<A>, W = nv * L, kGroup = pairs ? 2 : 1;
+  A* query;    // [d / kGroup, W]
   A* product;  // [d, W], sum_j exp(s_ij - top_i) k_j so far
   A* top;      // [W], the largest score so far
   A* sum;      // [W], sum_j exp(s_ij - top_i) so far
@@ -74,8 +86,18 @@ struct QueryTile {
   void start(const Matrix<T>& queries, const std::vector<int64_t>& dims, int64_t first, int64_t count) {
     for (int i = 0; i < W; ++i) {
       const T* row = queries.row(first + i);
-      for (size_t c = 0; c < dims.size(); ++c)
-        query[c * W + i] = i < count ? widen(row[dims[c] * queries.stride_dim]) : 0;
+      for (size_t c = 0; c < dims.size(); c += kGroup) {
+        A& target = query[c / kGroup * W + i];
+        if (i >= count) {
+          target = 0;
+        } else if constexpr (pairs) {
+          const bool is_last = c + 1 == dims.size();
+          target = pair_up(row[dims[c] * queries.stride_dim],
+                           is_last ? T{0} : row[dims[c + 1] * queries.stride_dim]);
+        } else {
+          target = widen(row[dims[c] * queries.stride_dim]);
+        }
+      }
       top[i] = -INFINITY, sum[i] = 0, own[i] = 0;
     }
   }
@@ -84,13 +106,13 @@ struct QueryTile {
   void score(const Pair<A>& pair, const A* panels, int64_t num_keys, A scale, A* p) const {
     const int64_t num_dims = pair.num_dims();
     for (int64_t first = 0; first < num_dims; first += kSlice) {
-      const int64_t steps = std::min(kSlice, num_dims - first);
-      const bool is_last = first + steps == num_dims;
+      const bool is_last = first + kSlice >= num_dims;
+      const int64_t steps = (std::min(kSlice, num_dims - first) + kGroup - 1) / kGroup;
       for_panels(num_keys, [&](int64_t row, auto rows) {
         constexpr int num_rows = decltype(rows)::value;
         V sums[num_rows][nv] = {};
-        const A* a = panels + row * pair.padded_dims + first * kPanel;
-        multiply_tile<1, kPanel>(sums, a, query + first * W, steps);
+        const A* a = panels + row * pair.padded_dims + first / kGroup * kPanel;
+        multiply_tile<1, kPanel, pairs>(sums, a, query + first / kGroup * W, steps);
 #pragma GCC unroll 12
         for (int r = 0; r < num_rows; ++r) {
 #pragma GCC unroll 2
@@ -117,10 +139,17 @@ struct QueryTile {
         highest = score > highest ? score : highest;
       }
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < num_keys; ++j) {
+      for (int64_t j = 0; j < num_keys; j += kGroup) {
         const V weight = exp_nonpositive<A>(load(column + j * W) - highest);
         total += weight;
-        store(column + j * W, weight);
+        if constexpr (pairs) {
+          V second = {};
+          if (j + 1 < num_keys) second = exp_nonpositive<A>(load(column + (j + 1) * W) - highest);
+          total += second;
+          store(column + j / 2 * W, pair_up(weight, second));
+        } else {
+          store(column + j * W, weight);
+        }
       }
       decay[v] = exp_nonpositive<A>(last - highest);
       store(top + v * L, highest);
@@ -134,11 +163,13 @@ struct QueryTile {
     for_panels(pair.num_dims(), [&](int64_t dim, auto rows) {
       constexpr int num_rows = decltype(rows)::value;
       V sums[num_rows][nv] = {};
-      const A* a = panels + dim * kPanel;
+      constexpr int kSteps = kPanel / kGroup;
+      const A* a = panels + (pairs ? pair.padded_dims * kSteps : 0) + dim * kSteps;
       int64_t j = 0;
       for (; j + kPanel <= num_keys; j += kPanel)
-        multiply_tile<kPanel, 1>(sums, a + j * pair.padded_dims, p + j * W, kPanel);
-      multiply_tile<kPanel, 1>(sums, a + j * pair.padded_dims, p + j * W, num_keys - j);
+        multiply_tile<kSteps, 1, pairs>(sums, a + j * pair.padded_dims, p + j / kGroup * W, kSteps);
+      multiply_tile<kSteps, 1, pairs>(sums, a + j * pair.padded_dims, p + j / kGroup * W,
+                                      (num_keys - j + kGroup - 1) / kGroup);
 #pragma GCC unroll 12
       for (int r = 0; r < num_rows; ++r) {
 #pragma GCC unroll 2
@@ -151,14 +182,16 @@ struct QueryTile {
   }
 };
 
-template <class T>
+template <class T, bool pairs>
 class DucLoss {
  public:
   using A = accumulate_t<T>;
+  template <int nv>
+  using Tile = QueryTile<A, nv, pairs>;
   static constexpr int kTile = kVectors * kLanes<A>;
 
   std::vector<Matrix<T>> queries, keys;  // [N, D], [K, D] per modality
-  std::vector<Pair<A>> pairs;
+  std::vector<Pair<A>> all_pairs;
   int64_t num_samples, num_keys, num_dims, offset;
   A scale;
   T* residual;  // [M, N, D] or null
@@ -168,14 +201,14 @@ class DucLoss {
     const int64_t num_students = static_cast<int64_t>(queries.size());
     const int64_t num_panels = (num_keys + kPanel - 1) / kPanel;
     int64_t sum_dims = 0, max_dims = kPanel;
-    for (const Pair<A>& pair : pairs) {
+    for (const Pair<A>& pair : all_pairs) {
       sum_dims += pair.padded_dims;
       max_dims = std::max(max_dims, pair.padded_dims);
     }
     const int64_t operations = 4 * num_samples * num_keys * sum_dims;
     num_threads = std::max<int64_t>(1, std::min(num_threads, operations / kMinOperations));
     // Blocks enough for all threads to end at about the same time.
-    tile_size_ = QueryTile<A, kVectors>::size(max_dims);
+    tile_size_ = Tile<kVectors>::size(max_dims);
     num_tiles_ = std::min(kMaxTiles, kBlockBytes / (tile_size_ * static_cast<int64_t>(sizeof(A))));
     num_tiles_ = std::min(num_tiles_, num_samples * num_students / (kTile * num_threads * 4));
     num_tiles_ = std::max<int64_t>(1, num_tiles_);
@@ -188,7 +221,7 @@ class DucLoss {
         sizeof(A) * (panels_size + num_threads * thread_size + round_up(num_students * num_samples, 64)))));
     if (memory_ == nullptr) throw std::bad_alloc();
     A* panels = memory_.get();
-    for (Pair<A>& pair : pairs) {
+    for (Pair<A>& pair : all_pairs) {
       pair.panels = panels;
       panels += num_panels * kPanel * pair.padded_dims;
     }
@@ -197,8 +230,8 @@ class DucLoss {
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < num_panels * static_cast<int64_t>(pairs.size()); ++i)
-        pack(pairs[i / num_panels], i % num_panels);
+      for (int64_t i = 0; i < num_panels * static_cast<int64_t>(all_pairs.size()); ++i)
+        pack(all_pairs[i / num_panels], i % num_panels);
       A* const mine = tiles + omp_get_thread_num() * thread_size;
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < num_students * num_blocks; ++i) {
@@ -219,12 +252,27 @@ class DucLoss {
   void pack(const Pair<A>& pair, int64_t index) const {
     const Matrix<T>& source = keys[pair.teacher];
     A* panel = pair.panels + index * kPanel * pair.padded_dims;
-    for (int r = 0; r < kPanel; ++r) {
+    const auto key = [&](int64_t r, int64_t c) {
       const int64_t row = index * kPanel + r;
-      const int64_t count = row < num_keys ? pair.num_dims() : 0;
-      for (int64_t c = 0; c < count; ++c)
-        panel[c * kPanel + r] = widen(source.row(row)[pair.dims[c] * source.stride_dim]);
-      for (int64_t c = count; c < pair.padded_dims; ++c) panel[c * kPanel + r] = 0;
+      const bool is_inside = row < num_keys && c < pair.num_dims();
+      return is_inside ? source.row(row)[pair.dims[c] * source.stride_dim] : T{};
+    };
+    if constexpr (pairs) {
+      // One half with pairs of dimensions for the scores, the other with pairs of keys.
+      A* const second = panel + kPanel / 2 * pair.padded_dims;
+      for (int r = 0; r < kPanel; r += 2) {
+        for (int64_t c = 0; c < pair.padded_dims; c += 2) {
+          const T block[] = {key(r, c), key(r, c + 1), key(r + 1, c), key(r + 1, c + 1)};
+          panel[c / 2 * kPanel + r] = pair_up(block[0], block[1]);
+          panel[c / 2 * kPanel + r + 1] = pair_up(block[2], block[3]);
+          second[(c * kPanel + r) / 2] = pair_up(block[0], block[2]);
+          second[((c + 1) * kPanel + r) / 2] = pair_up(block[1], block[3]);
+        }
+      }
+    } else {
+      for (int r = 0; r < kPanel; ++r) {
+        for (int64_t c = 0; c < pair.padded_dims; ++c) panel[c * kPanel + r] = widen(key(r, c));
+      }
     }
   }
 
@@ -240,7 +288,7 @@ class DucLoss {
       rows = memory + num_tiles_ * tile_size_ + kKeys * kTile;
     }
     if (rows != nullptr) std::fill_n(rows, count * num_dims, A{0});
-    for (const Pair<A>& pair : pairs) {
+    for (const Pair<A>& pair : all_pairs) {
       if (pair.student == student) run_pair(pair, first, count, memory, losses, rows);
     }
     if constexpr (!std::is_same_v<T, A>) {
@@ -254,9 +302,9 @@ class DucLoss {
   void for_tiles(const Pair<A>& pair, int64_t count, A* memory, Function&& function) const {
     for (int64_t i = 0; i < count; i += kTile, memory += tile_size_) {
       if (count - i > kTile / 2) {
-        function(QueryTile<A, kVectors>(memory, pair.padded_dims), i, std::min<int64_t>(kTile, count - i));
+        function(Tile<kVectors>(memory, pair.padded_dims), i, std::min<int64_t>(kTile, count - i));
       } else {
-        function(QueryTile<A, kVectors / 2>(memory, pair.padded_dims), i, count - i);
+        function(Tile<kVectors / 2>(memory, pair.padded_dims), i, count - i);
       }
     }
   }
@@ -310,6 +358,32 @@ void reduce(const A* losses, int64_t num_students, int64_t num_samples, int64_t 
   if (reduction != kNone) *loss = static_cast<A>(reduction == kMean ? total / num_samples : total);
 }
 
+template <class T, bool pairs>
+void run_op(const int64_t* views, const uint8_t* effective, void* loss, void* residual,
+            int64_t num_modalities, int64_t num_samples, int64_t num_keys, int64_t num_dims,
+            double temperature, int64_t offset, int64_t reduction, int64_t num_threads) {
+  using A = accumulate_t<T>;
+  DucLoss<T, pairs> op;
+  op.num_samples = num_samples, op.num_keys = num_keys, op.num_dims = num_dims, op.offset = offset;
+  op.scale = static_cast<A>(1 / temperature);
+  op.residual = static_cast<T*>(residual);
+  for (int64_t m = 0; m < num_modalities; ++m) {
+    const int64_t* view = views + 6 * m;
+    op.queries.push_back({reinterpret_cast<const T*>(view[0]), view[1], view[2]});
+    op.keys.push_back({reinterpret_cast<const T*>(view[3]), view[4], view[5]});
+    for (int64_t n = 0; n < num_modalities; ++n) {
+      Pair<A> pair{m, n, {}, 0, nullptr};
+      for (int64_t c = 0; c < num_dims; ++c) {
+        if (effective == nullptr || (effective[m * num_dims + c] && !effective[n * num_dims + c]))
+          pair.dims.push_back(c);
+      }
+      pair.padded_dims = round_up(pair.num_dims(), kPanelPart);
+      if (pair.num_dims() > 0) op.all_pairs.push_back(std::move(pair));
+    }
+  }
+  reduce(op.run(num_threads), num_modalities, num_samples, reduction, static_cast<A*>(loss));
+}
+
 void duc_loss_fwd(const int64_t* views,      // [M, 2, 3]: address and strides of queries [N, D], keys [K, D]
                   const uint8_t* effective,  // [M, D]; null: the keys teach the queries in all dimensions
                   void* loss,                // [] or [N]
@@ -318,26 +392,12 @@ void duc_loss_fwd(const int64_t* views,      // [M, 2, 3]: address and strides o
                   double temperature, int64_t offset, int64_t reduction, int64_t dtype, int64_t num_threads) {
   dispatch_dtype("duc_loss", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = accumulate_t<T>;
-    DucLoss<T> op;
-    op.num_samples = num_samples, op.num_keys = num_keys, op.num_dims = num_dims, op.offset = offset;
-    op.scale = static_cast<A>(1 / temperature);
-    op.residual = static_cast<T*>(residual);
-    for (int64_t m = 0; m < num_modalities; ++m) {
-      const int64_t* view = views + 6 * m;
-      op.queries.push_back({reinterpret_cast<const T*>(view[0]), view[1], view[2]});
-      op.keys.push_back({reinterpret_cast<const T*>(view[3]), view[4], view[5]});
-      for (int64_t n = 0; n < num_modalities; ++n) {
-        Pair<A> pair{m, n, {}, 0, nullptr};
-        for (int64_t c = 0; c < num_dims; ++c) {
-          if (effective == nullptr || (effective[m * num_dims + c] && !effective[n * num_dims + c]))
-            pair.dims.push_back(c);
-        }
-        pair.padded_dims = round_up(pair.num_dims(), kPanelPart);
-        if (pair.num_dims() > 0) op.pairs.push_back(std::move(pair));
-      }
+    auto* run = &run_op<T, false>;
+    if constexpr (std::is_same_v<T, bfloat16> && MMFAST_ISA == 2) {
+      if (has_bfloat16_pairs()) run = &run_op<T, true>;
     }
-    reduce(op.run(num_threads), num_modalities, num_samples, reduction, static_cast<A*>(loss));
+    run(views, effective, loss, residual, num_modalities, num_samples, num_keys, num_dims, temperature,
+        offset, reduction, num_threads);
   });
 }
 

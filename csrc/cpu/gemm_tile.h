@@ -22,7 +22,9 @@ constexpr int kPanelPart = kPanel / 3;
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // sums[r][v] += sum over s < steps of a[r * row_stride + s * step_stride] * (vector v of step s of b).
-template <int row_stride, int step_stride, class A, int rows, int nv>
+// With `pairs` the numbers of a and b are two bfloat16 each, whose products are both added, at twice the
+// rate.
+template <int row_stride, int step_stride, bool pairs, class A, int rows, int nv>
 inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int64_t steps) {
   for (int64_t s = 0; s < steps; ++s) {
     Vec<A> x[nv];
@@ -30,11 +32,35 @@ inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int6
     for (int v = 0; v < nv; ++v) x[v] = load(b + (s * nv + v) * kLanes<A>);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      const A factor = a[r * row_stride + s * step_stride];
+      const A* factor = a + r * row_stride + s * step_stride;
+      if constexpr (pairs) {
+#if MMFAST_ISA == 2
+        const __m512 factors = _mm512_set1_ps(*factor);
+        // As text, since no build is for processors with AVX512-BF16 alone.
 #pragma GCC unroll 2
-      for (int v = 0; v < nv; ++v) sums[r][v] += factor * x[v];
+        for (int v = 0; v < nv; ++v) {
+          // Through a variable of its own: an array's element would stay in memory.
+          Vec<A> sum = sums[r][v];
+          const Vec<A> vector = x[v];
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(factors), "v"(vector));
+          sums[r][v] = sum;
+        }
+#endif
+      } else {
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; ++v) sums[r][v] += *factor * x[v];
+      }
     }
   }
+}
+
+// Whether multiply_tile can be called with pairs of bfloat16.
+inline bool has_bfloat16_pairs() {
+#if MMFAST_ISA == 2
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 // Calls function(first row, number of rows as a constant) for rows [0, count) in panels, the last one cut to
