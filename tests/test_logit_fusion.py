@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import logit_fusion as reference
 from numerics import assert_close_to_truth
@@ -48,6 +53,56 @@ def plain(rule, logits, present):
     return fused, weights
 
 
+def gradient(fuse, logits, present, dtype):
+    """Return the gradient of fixed random sums of both results."""
+    leaf = logits.to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    results = fuse(leaf, present=present)
+    sums = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in results]
+    return torch.autograd.grad(results, leaf, sums)[0]
+
+
+def check_all(backend):
+    """Every dtype, size and number of threads, for a process started for one instruction set."""
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for shape in [*SHAPES, (2, 2000, 17)]:
+            for dtype in DTYPES:
+                logits, present = make(shape, dtype)
+                if dtype != torch.float64:
+                    # Float64 is its own truth: sums of large numbers would differ by their order alone.
+                    logits[:, : shape[1] // 2] *= 100
+                for fuse, _ in RULES.values():
+                    mine = functools.partial(fuse, backend=backend)
+                    # Autograd through the formula has NaN where a probability is 0.
+                    oracle = functools.partial(fuse, backend="reference")
+                    for actual, truth, simple in zip(
+                        (*mine(logits, present=present), gradient(mine, logits, present, dtype)),
+                        (
+                            *oracle(logits.double(), present=present),
+                            gradient(oracle, logits, present, torch.float64),
+                        ),
+                        (*oracle(logits, present=present), gradient(oracle, logits, present, dtype)),
+                        strict=True,
+                    ):
+                        assert_close_to_truth(actual, truth, simple)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_logit_fusion
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_logit_fusion.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -85,16 +140,10 @@ def test_gradients(rule, masked, backend):
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_close_to_truth(rule, dtype, backend):
     logits, present = make((3, 33, 7), dtype)
-    dfused, dweights = torch.randn(33, 7).double(), torch.randn(3, 33).double()
-
-    def gradient(function, dtype):
-        leaf = logits.to(dtype).requires_grad_()
-        fused, weights = function(leaf, present=present)
-        return torch.autograd.grad((fused, weights), leaf, (dfused.to(dtype), dweights.to(dtype)))[0]
-
     mine, oracle = RULES[rule]
-    actual = gradient(functools.partial(mine, backend=backend), dtype)
-    assert_close_to_truth(actual, gradient(oracle, torch.float64), gradient(oracle, dtype))
+    actual = gradient(functools.partial(mine, backend=backend), logits, present, dtype)
+    truth, simple = (gradient(oracle, logits, present, precision) for precision in (torch.float64, dtype))
+    assert_close_to_truth(actual, truth, simple)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -162,6 +211,19 @@ def test_equal_logits_give_the_gradient_to_the_lowest_class(backend):
     assert logits.grad[0, 0, 1] < 0
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_no_number_shows_in_its_own_sample(rule, value, backend):
+    logits, _ = make((2, 20, 5), torch.float32)
+    logits[1, 3, 2] = value
+    logits[0, 4] = -torch.inf
+    fused, weights = RULES[rule][0](logits, backend=backend)
+    bad = (torch.arange(20) == 3) | (torch.arange(20) == 4)
+    assert torch.equal(fused.isnan().any(1), bad)
+    assert torch.equal(weights.isnan().all(0), bad)
+    assert torch.equal(weights.isnan().any(0), bad)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_layouts(rule, backend):
     logits, present = make((3, 33, 7))
@@ -196,9 +258,9 @@ def test_compiles(rule, backend):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_opcheck(masked):
+def test_opcheck(masked, backend):
     logits, present = make((2, 3, 4))
-    options = (present if masked else None, "certainty", 0.5, "auto")
+    options = (present if masked else None, "certainty", 0.5, backend)
     torch.library.opcheck(torch.ops.mmfast.logit_fusion_fwd, (logits, *options))
     dfused, dweights = logits[0].clone(), logits[..., 0].clone()
     torch.library.opcheck(torch.ops.mmfast.logit_fusion_bwd, (dfused, dweights, logits, *options))

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
     check_float,
     check_positive,
     check_same_device,
@@ -17,6 +18,9 @@ from mmfast.ops._common import (
     shape_text,
 )
 from mmfast.reference import logit_fusion as _reference
+
+# The C++ kernel knows the scores by their places here.
+SCORES = ("entropy", "certainty")
 
 
 def entropy_fusion(
@@ -127,6 +131,33 @@ class _LogitFusion(torch.autograd.Function):
         return dlogits, None, None, None, None
 
 
+def _run_cpu(
+    entry: str,  # "logit_fusion_fwd" or "logit_fusion_bwd"
+    gradients: tuple[Tensor, ...],  # of backward: dfused [N, C], dweights [M, N]
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    outputs: tuple[Tensor, ...],  # contiguous, in the dtype of `logits`
+    score: str,
+    temperature: float,
+) -> None:
+    if logits.numel() == 0:
+        return
+    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
+    mask = None if present is None else present.contiguous()
+    getattr(_backend.extension("cpu"), entry)(
+        *(gradient.data_ptr() for gradient in gradients),
+        logits.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        *(output.data_ptr() for output in outputs),
+        *logits.shape,
+        *logits.stride(),
+        SCORES.index(score),
+        temperature,
+        DTYPE_CODE[logits.dtype],
+        torch.get_num_threads(),
+    )
+
+
 def _fwd(
     logits: Tensor,  # [M, N, C]
     present: Tensor | None,  # bool [M, N]
@@ -134,8 +165,12 @@ def _fwd(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
-    _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
-    return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
+    chosen = _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    if chosen == "reference":
+        return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
+    outputs = _fwd_fake(logits, present, score, temperature, backend)
+    _run_cpu("logit_fusion_fwd", (), logits, present, outputs, score, temperature)
+    return outputs
 
 
 def _bwd(
@@ -147,10 +182,15 @@ def _bwd(
     temperature: float,
     backend: str,
 ) -> Tensor:  # [M, N, C]
-    _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
-    return _reference.logit_fusion_bwd(
-        dfused, dweights, logits, present=present, score=score, temperature=temperature
-    )
+    chosen = _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    if chosen == "reference":
+        return _reference.logit_fusion_bwd(
+            dfused, dweights, logits, present=present, score=score, temperature=temperature
+        )
+    dlogits = logits.new_empty(logits.shape)
+    gradients = (dfused, dweights)
+    _run_cpu("logit_fusion_bwd", gradients, logits, present, (dlogits,), score, temperature)
+    return dlogits
 
 
 def _fwd_fake(logits, present, score, temperature, backend):

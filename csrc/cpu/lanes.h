@@ -1,0 +1,96 @@
+// Blocks of rows turned on their side: row l of kLanes rows becomes lane l of one vector per number, so that
+// sums and maxima within a row are plain vector operations whatever its length.
+#pragma once
+
+#include "vec.h"
+
+namespace mmfast {
+inline namespace MMFAST_ISA_NAMESPACE {
+
+// Transposes a square of vectors: every stage interleaves its two halves.
+template <class V>
+inline void transpose(V* x) {
+  constexpr int L = sizeof(V) / sizeof(x[0][0]);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    V next[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = zip<false>(x[i], x[L / 2 + i]);
+      next[2 * i + 1] = zip<true>(x[i], x[L / 2 + i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) x[i] = next[i];
+  }
+}
+
+// Reads L rows of `count` numbers `stride` apart into lanes[0] .. lanes[count - 1]. What lies between a row's
+// end and `end`, the end of the memory that may be read, is read and left out. The rows `ahead` numbers
+// further are fetched into the cache: no hardware prefetcher follows as many rows as there are lanes.
+template <class T>
+void load_lanes(const T* const* rows,  // [L]
+                int64_t stride, int64_t count, const T* end, int64_t ahead,
+                Vec<accumulate_t<T>>* lanes) {  // [count]
+  constexpr int L = kLanes<accumulate_t<T>>;
+  if (stride != 1) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int l = 0; l < L; ++l) lanes[c][l] = widen(rows[l][c * stride]);
+    return;
+  }
+  for (int64_t next = 0; next < count; next += L) {
+    // The last square overlaps the one before it.
+    const int64_t c = std::max<int64_t>(0, std::min(next, count - L));
+    Vec<accumulate_t<T>> x[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      __builtin_prefetch(rows[l] + c + ahead);
+      if (__builtin_expect(end - rows[l] < L, 0)) {
+        T padded[L] = {};
+        std::memcpy(padded, rows[l], count * sizeof(T));
+        x[l] = load(padded);
+      } else {
+        x[l] = load(rows[l] + c);
+      }
+    }
+    transpose(x);
+    if (count - c >= L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) lanes[c + l] = x[l];
+    } else {
+      for (int l = 0; l < count; ++l) lanes[l] = x[l];
+    }
+  }
+}
+
+// Writes the first `num_rows` lanes back as rows of `count` numbers, one behind the other.
+template <class T>
+void store_lanes(const Vec<accumulate_t<T>>* lanes,  // [count]
+                 int64_t count, int num_rows,
+                 T* rows) {  // [num_rows, count]
+  constexpr int L = kLanes<accumulate_t<T>>;
+  Vec<accumulate_t<T>> x[L];
+  if (count < L) {
+    for (int l = 0; l < L; ++l) x[l] = l < count ? lanes[l] : Vec<accumulate_t<T>>{};
+    transpose(x);
+    // Each row's surplus is overwritten by the next; the last one's must not reach the neighbour's rows.
+    T padded[L * L];
+    for (int l = 0; l < L; ++l) store(padded + l * count, x[l]);
+    std::memcpy(rows, padded, num_rows * count * sizeof(T));
+    return;
+  }
+  for (int64_t next = 0; next < count; next += L) {
+    const int64_t c = std::min(next, count - L);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) x[l] = lanes[c + l];
+    transpose(x);
+    if (num_rows == L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) store(rows + l * count + c, x[l]);
+    } else {
+      for (int l = 0; l < num_rows; ++l) store(rows + l * count + c, x[l]);
+    }
+  }
+}
+
+}  // namespace MMFAST_ISA_NAMESPACE
+}  // namespace mmfast
