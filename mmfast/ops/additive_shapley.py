@@ -8,6 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
+    accumulation_dtype,
     check_choice,
     check_float,
     check_label_range,
@@ -23,6 +25,8 @@ from mmfast.reference._common import row_chunks
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 SMOOTH_UTILITIES = ("probability", "log_probability", "margin")
+# As in csrc/cpu/additive_shapley.cpp, which knows the utilities by their places, too.
+_SAMPLES_PER_CHUNK = 256
 
 
 def coalition_utilities(
@@ -177,23 +181,65 @@ class _AdditiveShapley(torch.autograd.Function):
         return dpartial_logits, None, None if bias is None else dbias, None, None
 
 
-def _resolve(tensor: Tensor, backend: str) -> None:
-    # The reference is the only backend so far; a name of another raises here.
-    _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+def _resolve(tensor: Tensor, backend: str) -> str:
+    return _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+
+
+def _run_cpu(
+    entry: str,  # "coalition_utilities_fwd" and the like
+    gradients: tuple[Tensor, ...],  # of backward: that of the result
+    logits: Tensor,  # [N, S, C] or [M, N, C]
+    labels: Tensor,  # [N]
+    bias: tuple[Tensor | None, ...],  # of additive_shapley: [C] in the dtype of accumulation
+    outputs: tuple[Tensor, ...],  # contiguous
+    utility: str,
+) -> None:
+    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
+    labels = labels.long().contiguous()
+    getattr(_backend.extension("cpu"), entry)(
+        *(gradient.data_ptr() for gradient in gradients),
+        logits.data_ptr(),
+        labels.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*bias, *outputs)),
+        *logits.shape,
+        *logits.stride(),
+        UTILITIES.index(utility),
+        DTYPE_CODE[logits.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def _cpu_operands(
+    partial_logits: Tensor,  # [M, N, C]
+    bias: Tensor | None,  # [C]
+) -> tuple[Tensor, Tensor | None]:
+    """Return both as the C++ kernel takes them: a float64 bias widens all, otherwise it follows."""
+    if bias is None:
+        return partial_logits, None
+    dtype = accumulation_dtype(partial_logits.dtype)
+    if torch.promote_types(dtype, bias.dtype) != dtype:
+        partial_logits, dtype = partial_logits.double(), torch.float64
+    return partial_logits, bias.to(dtype).contiguous()
 
 
 def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
     check_label_range("labels", labels, logits.shape[-1])
-    _resolve(logits, backend)
     values = logits.new_empty(logits.shape[:2])
+    if _resolve(logits, backend) == "cpu":
+        if values.numel() > 0:
+            _run_cpu("coalition_utilities_fwd", (), logits, labels, (), (values,), utility)
+        return values
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         values[rows] = _reference.coalition_utilities(logits[rows], labels[rows], utility=utility)
     return values
 
 
 def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
-    _resolve(logits, backend)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if _resolve(logits, backend) == "cpu":
+        if dlogits.numel() > 0:
+            _run_cpu("coalition_utilities_bwd", (dutilities,), logits, labels, (), (dlogits,), utility)
+        return dlogits
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         dlogits[rows] = _reference.coalition_utilities_bwd(
             dutilities[rows], logits[rows], labels[rows], utility=utility
@@ -204,8 +250,13 @@ def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: 
 def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str, backend: str) -> Tensor:
     num_modalities, num_samples, num_classes = partial_logits.shape
     check_label_range("labels", labels, num_classes)
-    _resolve(partial_logits, backend)
     phi = partial_logits.new_empty(num_samples, num_modalities)
+    if _resolve(partial_logits, backend) == "cpu":
+        operand, wide_bias = _cpu_operands(partial_logits, bias)
+        wide_phi = phi.to(operand.dtype)
+        if phi.numel() > 0:
+            _run_cpu("additive_shapley_fwd", (), operand, labels, (wide_bias,), (wide_phi,), utility)
+        return wide_phi.to(phi.dtype)
     # Samples go in chunks: the table of all coalitions' logits exists for a few at a time.
     for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
         phi[rows] = _reference.additive_shapley(partial_logits[:, rows], labels[rows], bias, utility=utility)
@@ -221,10 +272,11 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
     num_modalities, num_samples, num_classes = partial_logits.shape
-    _resolve(partial_logits, backend)
     dpartial_logits = torch.empty(
         partial_logits.shape, dtype=partial_logits.dtype, device=partial_logits.device
     )
+    if _resolve(partial_logits, backend) == "cpu":
+        return _bwd_cpu(dphi, partial_logits, labels, bias, dpartial_logits, utility)
     dbias = None
     for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
         dpartial_logits[:, rows], dchunk = _reference.additive_shapley_bwd(
@@ -234,6 +286,26 @@ def _bwd(
     if bias is None:
         return dpartial_logits, partial_logits.new_empty(0)
     return dpartial_logits, torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+
+
+def _bwd_cpu(
+    dphi: Tensor,  # [N, M]
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    dpartial_logits: Tensor,  # [M, N, C] to be filled
+    utility: str,
+) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
+    operand, wide_bias = _cpu_operands(partial_logits, bias)
+    wide_gradient = dpartial_logits.to(operand.dtype)
+    # The kernel sums the bias's gradient within chunks of samples, one row each.
+    num_chunks = -(-operand.shape[1] // _SAMPLES_PER_CHUNK)
+    chunks = operand.new_empty(num_chunks, operand.shape[2], dtype=accumulation_dtype(operand.dtype))
+    if operand.numel() > 0:
+        outputs = (wide_gradient, chunks)
+        _run_cpu("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility)
+    dbias = partial_logits.new_empty(0) if bias is None else chunks.sum(0).to(bias.dtype)
+    return wide_gradient.to(dpartial_logits.dtype), dbias
 
 
 def _utilities_fwd_fake(logits, labels, utility, backend):

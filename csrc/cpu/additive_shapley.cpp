@@ -1,0 +1,565 @@
+// Shapley values of modalities whose partial logits add up, and the utilities of given coalitions' logits.
+//
+//   z_s = bias + sum_{m in s} z^m,  u_s = utility(z_s, y),  phi = shapley_values(u)
+//
+// kLanes samples at a time, one in each SIMD lane, their partial logits transposed once into the cache. The
+// coalitions are walked depth first, modality 0 decided first: a level's logits are those of the level above,
+// or those plus one partial, so that a coalition costs one addition a class as in Gray-code order. Nothing is
+// ever subtracted: no rounding accumulates, every z_s is the sum in order of m, to the last bit, and -inf
+// survives. The last three levels are eight sums in registers. Utilities fold into Shapley values on the way
+// back up. Backward walks again and adds up gradients on the way back.
+//
+// The label's class is kept apart, -inf stands in its place: the maximum is then that of the others, and one
+// comparison decides. A tie is looked into class by class, for of equal logits the lowest class counts.
+#include <vector>
+
+#include "lanes.h"
+#include "vec_math.h"
+
+namespace mmfast {
+namespace {
+
+#define MMFAST_UNROLL _Pragma("GCC unroll 8")
+
+constexpr int kMaxPlayers = 20;
+// Samples whose share of the bias's gradient is summed in one place, whatever the number of threads.
+constexpr int64_t kChunk = 256;
+
+enum Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
+
+// The last K modalities' 2^K coalitions, given the logits z of the modalities before them.
+template <class A, int K>
+struct Leaves {
+  using V = Vec<A>;
+  using Mask = Vec<Bits<A>>;
+  static constexpr int J = 1 << K;
+
+  const V* partials;  // [K, C]
+  const V* own;       // [K] the label's
+  int64_t C;
+  Utility utility;
+  Mask labels;
+  bool is_tame;  // neither NaN nor +inf
+
+  // All sums x[j] of the K numbers `terms`, `stride` apart, and `first`.
+  static void spread(V first, const V* terms, int64_t stride, V* x) {
+    x[0] = first;
+    MMFAST_UNROLL
+    for (int i = 0; i < K; ++i) {
+      const V term = terms[i * stride];
+      MMFAST_UNROLL
+      for (int j = 0; j < 1 << i; ++j) x[(1 << i) + j] = x[j] + term;
+    }
+  }
+
+  // The folds of x: sums over the halves of j with bit i set, and the total in x[0].
+  static void fold(V* x, V* halves) {
+    MMFAST_UNROLL
+    for (int i = K - 1; i >= 0; --i) {
+      V sum = x[1 << i];
+      MMFAST_UNROLL
+      for (int j = 1; j < 1 << i; ++j) sum += x[(1 << i) + j];
+      MMFAST_UNROLL
+      for (int j = 0; j < 1 << i; ++j) x[j] += x[(1 << i) + j];
+      halves[i] = sum;
+    }
+  }
+
+  void find_maxima(const V* z, V* maxima) const {
+    V top[J], x[J];
+    MMFAST_UNROLL
+    for (int j = 0; j < J; ++j) top[j] = V{} - kInfinity<A>;
+    for (int64_t c = 0; c < C; ++c) {
+      spread(z[c], partials + c, C, x);
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) top[j] = larger<A>(x[j], top[j]);
+    }
+    MMFAST_UNROLL
+    for (int j = 0; j < J; ++j) maxima[j] = top[j];
+  }
+
+  // 1 where the first of the largest logits is the label's; a NaN counts as largest, as torch has it.
+  void find_argmax(const V* z, const V* y, V* u) const {
+    V best[J], x[J];
+    Mask arg[J] = {};
+    for (int j = 0; j < J; ++j) best[j] = V{} - kInfinity<A>;
+    for (int64_t c = 0; c < C; ++c) {
+      spread(z[c], partials + c, C, x);
+      const Mask is_label = labels == static_cast<Bits<A>>(c);
+      for (int j = 0; j < J; ++j) {
+        const V value = is_label ? y[j] : x[j];
+        const Mask is_more = (value > best[j]) | ((value != value) & (best[j] == best[j]));
+        best[j] = is_more ? value : best[j];
+        arg[j] = is_more ? Mask{} + static_cast<Bits<A>>(c) : arg[j];
+      }
+    }
+    for (int j = 0; j < J; ++j) u[j] = arg[j] == labels ? V{} + 1 : V{};
+  }
+
+  // The utility of each coalition, for "cardinality" as for "correct".
+  void utilities(const V* z, V z_own, V* u) const {
+    V y[J], maxima[J], x[J];
+    spread(z_own, own, 1, y);
+    find_maxima(z, maxima);
+    if (utility == kMargin) {
+      for (int j = 0; j < J; ++j) u[j] = y[j] - maxima[j];
+      // The maximum passes over a NaN.
+      for (int64_t c = 0; c < C && !is_tame; ++c) {
+        spread(z[c], partials + c, C, x);
+        for (int j = 0; j < J; ++j) u[j] = x[j] != x[j] ? x[j] : u[j];
+      }
+    } else if (utility == kCorrect || utility == kCardinality) {
+      Mask is_tie = {};
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        u[j] = y[j] > maxima[j] ? V{} + 1 : V{};
+        is_tie |= y[j] == maxima[j];
+      }
+      if (!is_tame || any(is_tie)) find_argmax(z, y, u);
+    } else {
+      V sums[J];
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        maxima[j] = larger<A>(y[j], maxima[j]);
+        y[j] -= maxima[j];
+        sums[j] = exp_nonpositive<A>(y[j]);
+        u[j] = sums[j];
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        spread(z[c], partials + c, C, x);
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) sums[j] += exp_nonpositive<A>(x[j] - maxima[j]);
+      }
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j)
+        u[j] = utility == kProbability ? u[j] / sums[j] : y[j] - log_positive<A>(sums[j]);
+    }
+  }
+
+  // Adds the gradients of sum_j du[j] u[j] with respect to z and to the partials, the label's apart.
+  void gradients(const V* z, V z_own, const V* du,
+                 V* e,  // [C, J] for what is computed on the way
+                 V* dz, V* dz_own, V* dpartials, V* down) const {
+    V y[J], maxima[J], scale[J], own_gradient[J], x[J], halves[K + 1];
+    Mask is_open[J];
+    spread(z_own, own, 1, y);
+    find_maxima(z, maxima);
+    if (utility == kMargin) {
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) is_open[j] = ~Mask{}, own_gradient[j] = du[j];
+    } else {
+      V sums[J];
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        maxima[j] = larger<A>(y[j], maxima[j]);
+        sums[j] = y[j] = exp_nonpositive<A>(y[j] - maxima[j]);
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        spread(z[c], partials + c, C, x);
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) {
+          e[c * J + j] = exp_nonpositive<A>(x[j] - maxima[j]);
+          sums[j] += e[c * J + j];
+        }
+      }
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const V p = y[j] / sums[j], weight = utility == kProbability ? du[j] * p : du[j];
+        scale[j] = weight / sums[j];
+        own_gradient[j] = weight - weight * p;
+      }
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      if (utility == kMargin) {
+        spread(z[c], partials + c, C, x);
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) {
+          // The lowest class of the largest logit of the others.
+          const Mask is_top = is_open[j] & (x[j] == maxima[j]);
+          is_open[j] &= ~is_top;
+          x[j] = is_top ? -du[j] : V{};
+        }
+      } else {
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) x[j] = -scale[j] * e[c * J + j];
+      }
+      fold(x, halves);
+      dz[c] += x[0];
+      MMFAST_UNROLL
+      for (int i = 0; i < K; ++i) dpartials[i * C + c] += halves[i];
+    }
+    fold(own_gradient, halves);
+    *dz_own += own_gradient[0];
+    MMFAST_UNROLL
+    for (int i = 0; i < K; ++i) down[i] += halves[i];
+  }
+};
+
+// Utilities weighted and summed below a node of the walk: phi_m = halves[m] - shared at its root.
+template <class A>
+struct Sums {
+  Vec<A> total, shared, halves[kMaxPlayers];
+};
+
+// One block of samples. K is the number of modalities decided in registers.
+template <class A, int K>
+struct Walk {
+  using V = Vec<A>;
+  static constexpr int J = 1 << K;
+
+  int M, depth;
+  int64_t C;
+  A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
+  std::vector<V> base, partials, levels, dpartials, dlevels, root, e;
+  V own_base, own[kMaxPlayers], down[kMaxPlayers], dphi[kMaxPlayers], dphi_sum;
+  Leaves<A, K> leaves;
+
+  Walk(int M, int64_t C, Utility utility, bool is_backward)
+      : M(M), depth(M - K), C(C), base(C), partials(M * C), levels(depth * C) {
+    // The weights of shapley_values.cpp, those of "cardinality" times the size of the coalition.
+    double last = 0, next = 1.0 / M;
+    for (int k = 0; k <= M; ++k) {
+      const int factor = utility == kCardinality ? k : 1;
+      a[k] = static_cast<A>((last + next) * factor), b[k] = static_cast<A>(next * factor);
+      last = next;
+      next = k + 1 < M ? next * (k + 1) / (M - 1 - k) : 0;
+    }
+    if (is_backward) {
+      dpartials.resize(M * C), dlevels.resize(depth * C), root.resize(C);
+      if (utility != kMargin) e.resize(C * J);
+    }
+    leaves = Leaves<A, K>{partials.data() + depth * C, own + depth, C, utility, {}, true};
+  }
+
+  void descend(int level, const V* z, V* next) const {
+    const V* partial = partials.data() + level * C;
+    for (int64_t c = 0; c < C; ++c) next[c] = z[c] + partial[c];
+  }
+
+  void fwd(int level, const V* z, V z_own, int size, Sums<A>& out) {
+    if (level == depth) {
+      V u[J];
+      leaves.utilities(z, z_own, u);
+      out.shared = V{};
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const int players = size + __builtin_popcount(j);
+        out.shared += b[players] * u[j];
+        u[j] *= a[players];
+      }
+      Leaves<A, K>::fold(u, out.halves + depth);
+      out.total = u[0];
+      return;
+    }
+    fwd(level + 1, z, z_own, size, out);
+    V* next = levels.data() + level * C;
+    descend(level, z, next);
+    Sums<A> with;
+    fwd(level + 1, next, z_own + own[level], size + 1, with);
+    out.total += with.total;
+    out.shared += with.shared;
+    out.halves[level] = with.total;
+    for (int m = level + 1; m < M; ++m) out.halves[m] += with.halves[m];
+  }
+
+  // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
+  void bwd(int level, const V* z, V z_own, int size, V dphi_here, V* dz, V& dz_own) {
+    if (level == depth) {
+      V du[J];
+      Leaves<A, K>::spread(dphi_here, dphi + depth, 1, du);
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const int players = size + __builtin_popcount(j);
+        du[j] = a[players] * du[j] - b[players] * dphi_sum;
+      }
+      leaves.gradients(z, z_own, du, e.data(), dz, &dz_own, dpartials.data() + depth * C, down + depth);
+      return;
+    }
+    bwd(level + 1, z, z_own, size, dphi_here, dz, dz_own);
+    V *next = levels.data() + level * C, *dnext = dlevels.data() + level * C;
+    V dnext_own = {};
+    descend(level, z, next);
+    std::fill_n(dnext, C, V{});
+    bwd(level + 1, next, z_own + own[level], size + 1, dphi_here + dphi[level], dnext, dnext_own);
+    for (int64_t c = 0; c < C; ++c) {
+      dpartials[level * C + c] += dnext[c];
+      dz[c] += dnext[c];
+    }
+    down[level] += dnext_own;
+    dz_own += dnext_own;
+  }
+};
+
+template <class T>
+struct Shapley {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+
+  const T* partial_logits;  // [M, N, C]
+  const int64_t* labels;    // [N]
+  const A* bias;            // [C] or null
+  int64_t M, N, C, stride_m, stride_n, stride_c;
+  Utility utility;
+
+  int64_t label(int64_t n) const { return labels[std::min(n, N - 1)]; }
+  int rows(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, N - first)); }
+
+  template <int K>
+  void load_block(int64_t first, Walk<A, K>& walk) const {
+    const T* end = partial_logits + (M - 1) * stride_m + (N - 1) * stride_n + (C - 1) * stride_c + 1;
+    auto is_tame = ~Vec<Bits<A>>{};
+    for (int64_t c = 0; c < C; ++c) walk.base[c] = V{} + (bias == nullptr ? A{} : bias[c]);
+    for (int64_t c = 0; c < C && bias != nullptr; ++c) is_tame &= walk.base[c] < kInfinity<A>;
+    for (int64_t m = 0; m < M; ++m) {
+      V* tile = walk.partials.data() + m * C;
+      const T* rows[L];
+      for (int l = 0; l < L; ++l)
+        rows[l] = partial_logits + m * stride_m + std::min(first + l, N - 1) * stride_n;
+      load_lanes(rows, stride_c, C, end, L * stride_n, tile);
+      for (int64_t c = 0; c < C; ++c) is_tame &= tile[c] < kInfinity<A>;
+      for (int l = 0; l < L; ++l) {
+        A& own = reinterpret_cast<A*>(tile)[label(first + l) * L + l];
+        walk.own[m][l] = own;
+        own = 0;
+      }
+    }
+    for (int l = 0; l < L; ++l) {
+      const int64_t y = label(first + l);
+      walk.leaves.labels[l] = static_cast<Bits<A>>(y);
+      walk.own_base[l] = bias == nullptr ? A{} : bias[y];
+      reinterpret_cast<A*>(walk.base.data())[y * L + l] = -kInfinity<A>;
+    }
+    walk.leaves.is_tame = !any(~is_tame);
+  }
+
+  // Calls function(K) with the number of modalities whose coalitions fit into registers, as a type.
+  template <class Function>
+  void with_leaves(Function&& function) const {
+    switch (M) {
+      case 1:
+        return function(std::integral_constant<int, 1>{});
+      case 2:
+        return function(std::integral_constant<int, 2>{});
+      default:
+        return function(std::integral_constant<int, 3>{});
+    }
+  }
+
+  // What a block costs, as bytes read from memory in the same time.
+  int64_t block_bytes() const {
+    const int64_t per_class = utility == kProbability || utility == kLogProbability ? 64 : 8;
+    return L * M * C * sizeof(T) + (per_class * C << M);
+  }
+
+  void fwd(T* phi, int64_t num_threads) const {
+    with_leaves([&](auto leaf_bits) {
+      parallel_for((N + L - 1) / L, block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+        Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
+        Sums<A> sums;
+        for (int64_t first = begin * L; first < std::min(end * L, N); first += L) {
+          load_block(first, walk);
+          walk.fwd(0, walk.base.data(), walk.own_base, 0, sums);
+          for (int m = 0; m < M; ++m) sums.halves[m] -= sums.shared;
+          store_lanes(sums.halves, M, rows(first), phi + first * M);
+        }
+      });
+    });
+  }
+
+  void bwd(const T* dphi, T* dpartial_logits, A* dbias, int64_t num_threads) const {
+    with_leaves([&](auto leaf_bits) {
+      parallel_for((N + kChunk - 1) / kChunk, 3 * kChunk / L * block_bytes(), num_threads,
+                   [&](int64_t begin, int64_t end) {
+                     Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
+                     for (int64_t chunk = begin; chunk < end; ++chunk) {
+                       std::fill(walk.root.begin(), walk.root.end(), V{});
+                       const int64_t last = std::min(N, (chunk + 1) * kChunk);
+                       for (int64_t first = chunk * kChunk; first < last; first += L)
+                         bwd_block(first, dphi, dpartial_logits, walk);
+                       for (int64_t c = 0; c < C; ++c) dbias[chunk * C + c] = sum_lanes(walk.root[c]);
+                     }
+                   });
+    });
+  }
+
+  template <int K>
+  void bwd_block(int64_t first, const T* dphi, T* dpartial_logits, Walk<A, K>& walk) const {
+    load_block(first, walk);
+    walk.dphi_sum = V{};
+    for (int m = 0; m < M; ++m) {
+      // Lanes without a sample add nothing to the bias's gradient.
+      for (int l = 0; l < L; ++l)
+        walk.dphi[m][l] = first + l < N ? widen(dphi[(first + l) * M + m]) : A{};
+      walk.dphi_sum += walk.dphi[m];
+      walk.down[m] = V{};
+    }
+    std::fill(walk.dpartials.begin(), walk.dpartials.end(), V{});
+    V root_own = {};
+    walk.bwd(0, walk.base.data(), walk.own_base, 0, V{}, walk.root.data(), root_own);
+    for (int l = 0; l < L; ++l) {
+      const int64_t own = label(first + l) * L + l;
+      for (int64_t m = 0; m < M; ++m)
+        reinterpret_cast<A*>(walk.dpartials.data() + m * C)[own] += walk.down[m][l];
+      reinterpret_cast<A*>(walk.root.data())[own] += root_own[l];
+    }
+    for (int64_t m = 0; m < M; ++m)
+      store_lanes(walk.dpartials.data() + m * C, C, rows(first), dpartial_logits + (m * N + first) * C);
+  }
+
+  static A sum_lanes(V x) {
+    A sums[L];
+    std::memcpy(sums, &x, sizeof x);
+    for (int half = L / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+    return sums[0];
+  }
+};
+
+// The rows of a [N, S, C] table, each a coalition of its own.
+template <class T>
+struct Table {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+
+  const T* logits;        // [N, S, C]
+  const int64_t* labels;  // [N]
+  int64_t N, S, C, stride_n, stride_s, stride_c;
+  Utility utility;
+
+  // Calls function(first row, number of rows, leaf, logits, the label's logits) for blocks of L rows.
+  template <class Function>
+  void for_blocks(int64_t num_threads, Function&& function) const {
+    const T* last = logits + (N - 1) * stride_n + (S - 1) * stride_s + (C - 1) * stride_c + 1;
+    const int64_t num_rows = N * S;
+    parallel_for((num_rows + L - 1) / L, 2 * L * C * sizeof(A), num_threads, [&](int64_t begin, int64_t end) {
+      std::vector<V> z(C);
+      Leaves<A, 0> leaf{z.data(), nullptr, C, utility, {}, true};
+      for (int64_t first = begin * L; first < std::min(end * L, num_rows); first += L) {
+        const T* rows[L];
+        for (int l = 0; l < L; ++l) {
+          const int64_t row = std::min(first + l, num_rows - 1);
+          rows[l] = logits + row / S * stride_n + row % S * stride_s;
+          leaf.labels[l] = static_cast<Bits<A>>(labels[row / S]);
+        }
+        load_lanes(rows, stride_c, C, last, L * stride_s, z.data());
+        auto is_tame = ~Vec<Bits<A>>{};
+        for (int64_t c = 0; c < C; ++c) is_tame &= z[c] < kInfinity<A>;
+        leaf.is_tame = !any(~is_tame);
+        V own;
+        for (int l = 0; l < L; ++l) {
+          A& entry = reinterpret_cast<A*>(z.data())[static_cast<int64_t>(leaf.labels[l]) * L + l];
+          own[l] = entry;
+          entry = -kInfinity<A>;
+        }
+        function(first, static_cast<int>(std::min<int64_t>(L, num_rows - first)), leaf, z.data(), own);
+      }
+    });
+  }
+
+  void fwd(T* values, int64_t num_threads) const {
+    for_blocks(num_threads, [&](int64_t first, int count, const auto& leaf, const V* z, V own) {
+      V u;
+      leaf.utilities(z, own, &u);
+      for (int l = 0; l < count; ++l) {
+        const int size = utility == kCardinality ? __builtin_popcountll((first + l) % S) : 1;
+        values[first + l] = narrow<T>(u[l] * size);
+      }
+    });
+  }
+
+  void bwd(const T* dvalues, T* dlogits, int64_t num_threads) const {
+    for_blocks(num_threads, [&](int64_t first, int count, const auto& leaf, V* z, V own) {
+      std::vector<V> dz(2 * C);
+      V du, down = {};
+      for (int l = 0; l < L; ++l) du[l] = widen(dvalues[first + std::min(l, count - 1)]);
+      leaf.gradients(z, own, &du, dz.data() + C, dz.data(), &down, nullptr, nullptr);
+      for (int l = 0; l < L; ++l)
+        reinterpret_cast<A*>(dz.data())[static_cast<int64_t>(leaf.labels[l]) * L + l] += down[l];
+      store_lanes(dz.data(), C, count, dlogits + first * C);
+    });
+  }
+};
+
+void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements
+                             const int64_t* labels,  // [N] contiguous, in [0, C)
+                             void* values,           // [N, S] contiguous
+                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
+                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  dispatch_dtype("coalition_utilities_fwd", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Table<T> table = {static_cast<const T*>(logits), labels,   N,       S, C, stride_n, stride_s,
+                            stride_c, static_cast<Utility>(utility)};
+    table.fwd(static_cast<T*>(values), num_threads);
+  });
+}
+
+void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
+                             const void* logits,     // [N, S, C], strides in elements
+                             const int64_t* labels,  // [N] contiguous, in [0, C)
+                             void* dlogits,          // [N, S, C] contiguous
+                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
+                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  dispatch_dtype("coalition_utilities_bwd", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Table<T> table = {static_cast<const T*>(logits), labels,   N,       S, C, stride_n, stride_s,
+                            stride_c, static_cast<Utility>(utility)};
+    table.bwd(static_cast<const T*>(dvalues), static_cast<T*>(dlogits), num_threads);
+  });
+}
+
+void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
+                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const void* bias,            // [C] in the type of accumulation, or null
+                          void* phi,                   // [N, M] contiguous
+                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
+                          int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  dispatch_dtype("additive_shapley_fwd", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Shapley<T> shapley = {static_cast<const T*>(partial_logits),
+                                labels,
+                                static_cast<const accumulate_t<T>*>(bias),
+                                M,
+                                N,
+                                C,
+                                stride_m,
+                                stride_n,
+                                stride_c,
+                                static_cast<Utility>(utility)};
+    shapley.fwd(static_cast<T*>(phi), num_threads);
+  });
+}
+
+void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
+                          const void* partial_logits,  // [M, N, C], strides in elements
+                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const void* bias,            // [C] in the type of accumulation, or null
+                          void* dpartial_logits,       // [M, N, C] contiguous
+                          void* dbias,  // [ceil(N / 256), C] sums within chunks of samples, in that type too
+                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
+                          int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  dispatch_dtype("additive_shapley_bwd", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Shapley<T> shapley = {static_cast<const T*>(partial_logits),
+                                labels,
+                                static_cast<const accumulate_t<T>*>(bias),
+                                M,
+                                N,
+                                C,
+                                stride_m,
+                                stride_n,
+                                stride_c,
+                                static_cast<Utility>(utility)};
+    shapley.bwd(static_cast<const T*>(dphi), static_cast<T*>(dpartial_logits),
+                static_cast<accumulate_t<T>*>(dbias), num_threads);
+  });
+}
+
+MMFAST_REGISTER(coalition_utilities_fwd)
+MMFAST_REGISTER(coalition_utilities_bwd)
+MMFAST_REGISTER(additive_shapley_fwd)
+MMFAST_REGISTER(additive_shapley_bwd)
+
+}  // namespace
+}  // namespace mmfast
