@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
     accumulation_dtype,
     check_float,
     check_label_range,
@@ -206,8 +207,37 @@ def _moments_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     check_label_range("labels", labels, num_classes)
-    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    if chosen == "cpu":
+        return _moments_fwd_cpu(features, labels, num_classes)
     return _reference.class_moments(features, labels, num_classes)
+
+
+def _rows(features: Tensor) -> Tensor:
+    # Kernels take rows any distance apart, but a row in one piece.
+    return features if features.stride(1) == 1 else features.contiguous()
+
+
+def _moments_fwd_cpu(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
+    count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
+    features, labels = _rows(features), labels.long().contiguous()
+    _backend.extension("cpu").class_separability_moments_fwd(
+        features.data_ptr(),
+        labels.data_ptr(),
+        count.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        *features.shape,
+        num_classes,
+        features.stride(0),
+        DTYPE_CODE[features.dtype],
+        torch.get_num_threads(),
+    )
+    return count, mean, var
 
 
 def _moments_bwd(
@@ -219,8 +249,39 @@ def _moments_bwd(
     mean: Tensor,  # [C, D]
     backend: str,
 ) -> Tensor:  # [N, D]
-    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    if chosen == "cpu":
+        return _moments_bwd_cpu(dmean, dvar, features, labels, count, mean)
     return _reference.class_moments_bwd(dmean, dvar, features, labels, count, mean)
+
+
+def _moments_bwd_cpu(
+    dmean: Tensor,  # [C, D]
+    dvar: Tensor,  # [C, D]
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    count: Tensor,  # [C]
+    mean: Tensor,  # [C, D]
+) -> Tensor:  # [N, D]
+    dfeatures = features.new_empty(features.shape)
+    features, labels = _rows(features), labels.long().contiguous()
+    dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
+    count, mean = count.contiguous(), mean.contiguous()
+    _backend.extension("cpu").class_separability_moments_bwd(
+        dmean.data_ptr(),
+        dvar.data_ptr(),
+        features.data_ptr(),
+        labels.data_ptr(),
+        count.data_ptr(),
+        mean.data_ptr(),
+        dfeatures.data_ptr(),
+        *features.shape,
+        mean.shape[0],
+        features.stride(0),
+        DTYPE_CODE[features.dtype],
+        torch.get_num_threads(),
+    )
+    return dfeatures
 
 
 def _hits(
@@ -234,8 +295,33 @@ def _hits(
         raise ValueError(
             f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
         )
-    _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    if chosen == "cpu":
+        return _hits_cpu(features, labels, centroids)
     return _reference.dimension_hits(features, labels, centroids)
+
+
+def _hits_cpu(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, D]
+) -> Tensor:  # int64 [D]
+    hits = features.new_zeros(features.shape[1], dtype=torch.int64)
+    features, labels = _rows(features), labels.long().contiguous()
+    centroids = centroids.to(accumulation_dtype(centroids.dtype)).contiguous()
+    _backend.extension("cpu").class_separability_hits(
+        features.data_ptr(),
+        labels.data_ptr(),
+        centroids.data_ptr(),
+        hits.data_ptr(),
+        *features.shape,
+        centroids.shape[0],
+        features.stride(0),
+        DTYPE_CODE[features.dtype],
+        DTYPE_CODE[centroids.dtype],
+        torch.get_num_threads(),
+    )
+    return hits
 
 
 def _moments_fwd_fake(features, labels, num_classes, backend):
