@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import class_separability as reference
 from numerics import assert_close_to_truth
@@ -44,18 +49,110 @@ def brute_force(features, labels, centroids):
     return (nearest == labels[:, None]).double().mean(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 5, 3)], ids=str)
-def test_moments_close_to_truth(shape, dtype, backend):
-    features, labels, num_classes = make(shape, dtype)
+def check_moments(features, labels, num_classes, backend):
     actual = ops.class_moments(features, labels, num_classes, backend=backend)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(features.dtype, torch.float32)
     count, *truths = plain_moments(features.double(), labels, num_classes)
     assert torch.equal(actual.count, count)
     for mine, truth, plain in zip(
         actual[1:], truths, plain_moments(features.to(wide), labels, num_classes)[1:], strict=True
     ):
         assert_close_to_truth(mine, truth, plain)
+
+
+def check_gradient(features, labels, num_classes, backend):
+    """Half precision is rounded once, from float32."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    count, mean, _ = reference.class_moments(features, labels, num_classes)
+    generator = torch.Generator().manual_seed(2)
+    dmean, dvar = torch.randn(2, *mean.shape, generator=generator, dtype=torch.float64)
+    results = [
+        raw(dmean.to(dtype), dvar.to(dtype), features.to(kept), labels, count, mean.to(dtype))
+        for raw, dtype, kept in (
+            (lambda *args: torch.ops.mmfast.class_moments_bwd(*args, backend), wide, features.dtype),
+            (reference.class_moments_bwd, torch.float64, torch.float64),
+            (reference.class_moments_bwd, wide, features.dtype),
+        )
+    ]
+    assert_close_to_truth(*results)
+
+
+def check_all(backend):
+    """Every dtype, layout, width of a tile and number of threads, for one instruction set."""
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for dtype in DTYPES:
+            for shape in ((0, 5, 3), (1, 1, 1), (37, 16, 50), (1100, 131, 7)):
+                features, labels, num_classes = make(shape, dtype)
+                wider = torch.cat([features, features, features.new_zeros(len(features), 1)], 1)
+                for x in (features, features.T.contiguous().T, wider[:, shape[1] : -1]):
+                    check_moments(x, labels, num_classes, backend)
+                    check_gradient(x, labels, num_classes, backend)
+                    for centroids in (features[:num_classes], make((num_classes, shape[1], 2))[0]):
+                        if len(centroids) == num_classes:
+                            hits = torch.ops.mmfast.dimension_hits(x, labels, centroids, backend)
+                            assert torch.equal(hits, reference.dimension_hits(x, labels, centroids))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_class_separability
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_class_separability.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("shape", [(20_001, 40, 3), (4_001, 65, 200), (100_003, 3, 2)], ids=str)
+def test_number_of_threads_changes_no_bit(shape):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    features, labels, num_classes = make(shape, torch.float32)
+    raw, results = torch.ops.mmfast, []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        count, mean, var = raw.class_moments_fwd(features, labels, num_classes, "cpu")
+        dfeatures = raw.class_moments_bwd(mean, var, features, labels, count, mean, "cpu")
+        results.append((count, mean, var, dfeatures, raw.dimension_hits(features, labels, mean, "cpu")))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5, 3)], ids=str)
+def test_moments_close_to_truth(shape, dtype, backend):
+    features, labels, num_classes = make(shape, dtype)
+    check_moments(features, labels, num_classes, backend)
+    check_gradient(features, labels, num_classes, backend)
+
+
+@pytest.mark.parametrize("order", ["drift", "outlier first", "outlier last"])
+def test_moments_do_not_cancel(order, backend):
+    """The first samples, or those before, are far from the mean of all."""
+    x = 1e4 + torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    if order == "drift":
+        x += torch.arange(3000)[:, None]
+    else:
+        x[0 if order == "outlier first" else -1] = -1e6
+    labels = torch.zeros(3000, dtype=torch.int64)
+    _, mean, var = ops.class_moments(x, labels, 1, backend=backend)
+    torch.testing.assert_close(mean[0].double(), x.double().mean(0), rtol=4e-6, atol=0)
+    torch.testing.assert_close(var[0].double(), x.double().var(0, correction=0), rtol=1e-4, atol=0)
+
+
+def test_infinite_samples(backend):
+    x = torch.zeros(200, 2)
+    x[150, 0] = torch.inf
+    _, mean, var = ops.class_moments(x, torch.zeros(200, dtype=torch.int64), 1, backend=backend)
+    assert mean.tolist() == [[torch.inf, 0]]
+    assert bool(var[0, 0].isnan())
 
 
 def test_moments_by_hand(backend):
