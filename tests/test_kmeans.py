@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfast import backend as _backend
 from mmfast import ops
+from mmfast.reference import kmeans as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -28,6 +34,65 @@ def make(num_samples, num_dims, num_clusters, dtype=torch.float32, spread=1.0, s
 
 def inertia_of(features, result):
     return (features.double() - result.centroids.double()[result.assignments]).square().sum()
+
+
+def check_lloyd(features, num_clusters, backend, max_iter=7):
+    """Assignments may differ where two centroids are as near as rounding lets tell."""
+    start = features[:num_clusters].clone()
+    actual = torch.ops.mmfast.kmeans_lloyd(features, start, max_iter, 0.0, backend)
+    centroids, assignments, inertia, num_iter = reference.lloyd(
+        features.double(), start.double(), max_iter, 0.0
+    )
+    wide = torch.promote_types(features.dtype, torch.float32)
+    rtol = 1e-11 if wide == torch.float64 else 1e-4
+    assert actual[0].dtype == actual[2].dtype == wide
+    torch.testing.assert_close(actual[2].double(), inertia, rtol=rtol, atol=1e-9)
+    torch.testing.assert_close(actual[0].double(), centroids, rtol=rtol, atol=100 * rtol)
+    assert (actual[1] == assignments).double().mean() > 0.99
+    assert actual[3] == num_iter or wide != torch.float64
+
+
+def check_all(backend):
+    """Every dtype, layout, number of threads, and counts around a tile's, for one instruction set."""
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for dtype in DTYPES:
+            for num_samples, num_dims, num_clusters in ((1, 1, 1), (49, 3, 9), (1100, 17, 10), (640, 150, 4)):
+                features, _ = make(num_samples, num_dims, max(1, num_clusters - 1), dtype, spread=0.5)
+                wider = torch.cat([features, features, features.new_zeros(num_samples, 1)], 1)
+                for x in (features, features.T.contiguous().T, wider[:, num_dims:-1]):
+                    check_lloyd(x, num_clusters, backend)
+                    check_lloyd(torch.cat([x[:1], x]), min(num_clusters + 1, num_samples), backend, 1)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_kmeans
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_kmeans.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("shape", [(5001, 20, 13), (30_000, 3, 2), (700, 300, 40)], ids=str)
+def test_number_of_threads_changes_no_bit(shape):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    features, _ = make(*shape, spread=3.0)
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        start = features[: shape[2]].clone()
+        results.append(torch.ops.mmfast.kmeans_lloyd(features, start, 9, 0.0, "cpu"))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.parametrize("max_iter", [1, 5, 300])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
     accumulation_dtype,
     check_choice,
     check_float,
@@ -169,12 +170,54 @@ def _lloyd(
     tol: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 [] on the CPU
-    _backend.resolve("kmeans", backend, features.device.type, features.dtype)
+    chosen = _backend.resolve("kmeans", backend, features.device.type, features.dtype)
+    if chosen == "cpu":
+        return _lloyd_cpu(features, start, max_iter, tol)
     return _reference.lloyd(features, start, max_iter, tol)
 
 
+def _lloyd_cpu(
+    features: Tensor,  # [N, D]
+    start: Tensor,  # [K, D]
+    max_iter: int,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 []
+    centroids, assignments, inertia, num_iter = _lloyd_fake(features, start, max_iter, tol, "cpu")
+    # The kernel takes rows any distance apart, but a row in one piece.
+    features = features if features.stride(1) == 1 else features.contiguous()
+    start = start.to(centroids.dtype).contiguous()
+    _backend.extension("cpu").kmeans_lloyd(
+        features.data_ptr(),
+        start.data_ptr(),
+        centroids.data_ptr(),
+        assignments.data_ptr(),
+        inertia.data_ptr(),
+        num_iter.data_ptr(),
+        *features.shape,
+        start.shape[0],
+        features.stride(0),
+        max_iter,
+        tol,
+        DTYPE_CODE[features.dtype],
+        torch.get_num_threads(),
+    )
+    return centroids, assignments, inertia, num_iter
+
+
 def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
-    _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
+    chosen = _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
+    if chosen == "cpu":
+        assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
+        purity = labels.new_empty((), dtype=torch.float64)
+        _backend.extension("cpu").kmeans_purity(
+            assignments.data_ptr(),
+            labels.data_ptr(),
+            purity.data_ptr(),
+            labels.shape[0],
+            int(assignments.max()) + 1,
+            int(labels.max()) + 1,
+        )
+        return purity
     return _reference.purity(assignments, labels)
 
 
