@@ -389,8 +389,7 @@ struct Shapley {
     walk.dphi_sum = V{};
     for (int m = 0; m < M; ++m) {
       // Lanes without a sample add nothing to the bias's gradient.
-      for (int l = 0; l < L; ++l)
-        walk.dphi[m][l] = first + l < N ? widen(dphi[(first + l) * M + m]) : A{};
+      for (int l = 0; l < L; ++l) walk.dphi[m][l] = first + l < N ? widen(dphi[(first + l) * M + m]) : A{};
       walk.dphi_sum += walk.dphi[m];
       walk.down[m] = V{};
     }
@@ -489,8 +488,8 @@ void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in el
                              int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
   dispatch_dtype("coalition_utilities_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Table<T> table = {static_cast<const T*>(logits), labels,   N,       S, C, stride_n, stride_s,
-                            stride_c, static_cast<Utility>(utility)};
+    const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
+                            static_cast<Utility>(utility)};
     table.fwd(static_cast<T*>(values), num_threads);
   });
 }
@@ -503,8 +502,8 @@ void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
                              int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
   dispatch_dtype("coalition_utilities_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Table<T> table = {static_cast<const T*>(logits), labels,   N,       S, C, stride_n, stride_s,
-                            stride_c, static_cast<Utility>(utility)};
+    const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
+                            static_cast<Utility>(utility)};
     table.bwd(static_cast<const T*>(dvalues), static_cast<T*>(dlogits), num_threads);
   });
 }

@@ -9,6 +9,8 @@
 // queries of one student through all its teachers; nothing it computes depends on how blocks are dealt out,
 // so no bit depends on the number of threads. Memory beyond inputs and outputs: the packed keys, K d numbers
 // a pair, and the tiles of each thread.
+#include <omp.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <memory>
