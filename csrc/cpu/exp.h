@@ -27,8 +27,9 @@ constexpr double inverse_factorial(int n) { return n == 0 ? 1.0 : inverse_factor
 
 // exp(x) for x <= 0 to 2 units in the last place; 0 below about -86 (float) or -706 (double), NaN for NaN.
 // x = n ln 2 + r, |r| <= ln(2) / 2; a Taylor polynomial for exp(r), and n added to its exponent.
+// A call would save all vectors around it, so it is never one.
 template <class A>
-inline Vec<A> exp_nonpositive(Vec<A> x) {
+__attribute__((always_inline)) inline Vec<A> exp_nonpositive(Vec<A> x) {
   using Constants = ExpConstants<A>;
   using Bits = Vec<typename Constants::Bits>;
   constexpr int degree = Constants::degree;
