@@ -1,0 +1,200 @@
+"""The loop itself: order, shards, schedule and steps are those of a loop written by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+
+import mmfast
+from learners import NUM_CLASSES, bind, make_data
+from mmfast import methods
+from mmfast.batches import epoch_shard
+from mmfast.data import ArrayDataset
+from mmfast.evaluation import evaluate
+from mmfast.optimization import PUBLISHED, Optimization
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "world"), [(101, 8, 1), (101, 10, 3), (97, 32, 2), (5, 64, 2)]
+)
+def test_shards_are_the_epoch(num_samples, batch_size, world):
+    shards = [
+        epoch_shard(num_samples, batch_size, torch.Generator().manual_seed(3), rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    seen = [i for shard in shards for batch in shard.batches for i in batch]
+    assert sorted(seen) == list(range(num_samples))
+    for parts in zip(*(shard.batches for shard in shards), strict=True):
+        assert all(len(part) > 0 for part in parts)
+    for b in range(len(shards[0].batches)):
+        sizes = [len(shard.batches[b]) for shard in shards]
+        scales = [shard.scales[b] for shard in shards]
+        # The mean over processes of scaled means is the mean over the whole batch.
+        assert [s * sum(sizes) / world for s in scales] == pytest.approx(sizes)
+        assert sum(sizes) >= 2
+
+
+def test_one_sample_left_over_joins_the_batch_before():
+    shard = epoch_shard(17, 8, torch.Generator())
+    assert [len(batch) for batch in shard.batches] == [8, 9]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    learner, other = bind("joint", seed=0), bind("joint", seed=1)
+    orders = {
+        tuple(torch.randperm(20, generator=one.generator(0, e)).tolist())
+        for one in (learner, other)
+        for e in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_joint_training_is_the_loop_by_hand():
+    data = make_data(40)
+    learner = bind("joint")
+    model, twin = learner.model, copy.deepcopy(learner.model)
+    settings = Optimization(
+        3, 40, optimizer="sgd", lr=0.05, momentum=0.8, weight_decay=0.01, lr_step=1, lr_gamma=0.5
+    )
+    mmfast.Trainer("joint", optimization=settings, accelerator="cpu").fit(model, data)
+    optimizer = torch.optim.SGD(twin.parameters(), 0.05, momentum=0.8, weight_decay=0.01)
+    for epoch in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * 0.5**epoch
+        optimizer.zero_grad()
+        F.cross_entropy(twin(data[:]), data.labels).backward()
+        optimizer.step()
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_decays_weights():
+    optimizer = Optimization(weight_decay=0.3, lr=0.02).make_optimizer([torch.nn.Parameter(torch.ones(1))])
+    assert (optimizer.defaults["weight_decay"], optimizer.defaults["lr"]) == (0.3, 0.02)
+
+
+def test_published_temperatures():
+    found = {
+        key: (m.temperature, m.fusion_temperature)
+        for key, (m, _) in PUBLISHED.items()
+        if key.startswith("di-mml")
+    }
+    assert found == {
+        "di-mml/crema-d": (50, 1),
+        "di-mml/ave": (10, 3),
+        "di-mml/ucf-101": (10, 1),
+        "di-mml/modelnet40": (50, 3),
+    }
+
+
+def test_first_stage_is_selected_after_the_contrastive_loss_sets_in():
+    learner = bind(methods.DIMML(e0=7))
+    assert learner.stages(50)[0].first_selectable == 7
+    assert learner.stages(5)[0].first_selectable == 0
+    assert learner.selection_scores(0.9, [0.2, 0.4]) == {("",): pytest.approx(0.3)}
+
+
+def test_encoders_of_separate_runs_are_selected_apart():
+    for name in ("unimodal", "ensemble", "frozen-unimodal"):
+        scores = bind(name).selection_scores(0.9, [0.2, 0.4])
+        assert scores == {
+            ("model.encoders.m0.", "own_heads.0."): 0.2,
+            ("model.encoders.m1.", "own_heads.1."): 0.4,
+        }
+
+
+def test_accuracy_alone_counts_samples_that_have_the_modality():
+    full = make_data(40)
+    present = torch.arange(40) < 10
+    data = ArrayDataset(full.arrays, full.labels, present={"m1": present})
+    learner = bind("multi-loss").eval()
+    metrics = evaluate(learner, data, Fabric(accelerator="cpu"))
+    own = learner.own_logits(learner.encode(full[:]))[1].argmax(1) == full.labels
+    assert metrics.modality_accuracy["m1"] == pytest.approx(float(own[:10].float().mean()))
+
+
+def test_mla_step_uses_the_epochs_part_and_the_samples_that_are_there():
+    full = make_data(20)
+    present = torch.arange(20) % 2 == 0
+    data = ArrayDataset(full.arrays, full.labels, present={"m0": present})
+    learner = bind(methods.MLA(alpha=0.2))
+    learner(data[:], 0).backward()
+    mean = learner.encode(full[:])[0][present].mean(0).detach()
+    torch.testing.assert_close(learner.current, mean)
+    learner.edit_gradients(0, 0.5)
+    learner.zero_grad()
+    learner(data[:], 1).backward()
+    learner.edit_gradients(1, 0.5)
+    expected = torch.eye(8) - torch.outer(mean, mean) / (0.2 * 0.1**0.5 + mean @ mean)
+    torch.testing.assert_close(learner.projector, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_own_heads_count_who_is_there():
+    full = make_data(12)
+    present = torch.arange(12) < 5
+    data = ArrayDataset(full.arrays, full.labels, present={"m1": present})
+    learner = bind(methods.MultiLoss(lam=0.25))
+    first, second = learner.encode(data[:])
+    one = F.cross_entropy(learner.own_heads[0](first), full.labels)
+    two = F.cross_entropy(learner.own_heads[1](second[:5]), full.labels[:5])
+    fused = F.cross_entropy(learner.model.fuse([first, second]), full.labels)
+    torch.testing.assert_close(learner(data[:]), fused + 0.25 * (one + two))
+
+
+def test_valuation_reads_the_plain_form_of_augmented_data(monkeypatch):
+    from mmfast.methods import modality_valuation, sample_valuation
+
+    data = make_data(50)
+    data.evaluation = make_data(50, seed=9)
+    for name, module in (("sample-valuation", sample_valuation), ("modality-valuation", modality_valuation)):
+        seen = []
+        plain = module.contributions
+
+        def watched(learner, dataset, *, utility, plain=plain, seen=seen):
+            phi = plain(learner, dataset, utility=utility)
+            seen.append((len(dataset), utility, phi))
+            return phi
+
+        monkeypatch.setattr(module, "contributions", watched)
+        method = methods.make(name, warmup=1, released=True)
+        learner = bind(method)
+        learner.end_epoch(0, data, None)
+        size, utility, phi = seen[0]
+        assert size == (50 if name == "sample-valuation" else 10)
+        assert utility == "correct"
+        if name == "sample-valuation":
+            torch.testing.assert_close(phi, plain(learner, data.evaluation, utility="correct"))
+
+
+def test_diagnosis_measures_purity_of_scaled_features():
+    from mmfast import ops
+    from mmfast.methods.diagnose_relearn import scale_to_unit
+
+    train, val = make_data(90), make_data(45, seed=1)
+    learner = bind(methods.DiagnoseRelearn(epochs=(0,), num_init=3), seed=5)
+    features = {id(data): [h.detach() for h in learner.eval().encode(data[:])] for data in (train, val)}
+    figures = learner.end_epoch(0, train, val)
+    for m in range(2):
+        purity = []
+        for data in (train, val):
+            scaled = scale_to_unit(features[id(data)][m])
+            clusters = ops.kmeans(scaled, NUM_CLASSES, num_init=3, seed=5)
+            purity.append(ops.cluster_purity(clusters.assignments, data.labels))
+        assert figures[f"gap_m{m}"] == pytest.approx(abs(purity[0] - purity[1]))
+
+
+def test_diagnosis_restores_running_statistics_when_told():
+    encoders = {
+        name: torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8)) for name in ("m0", "m1")
+    }
+    for reset in (True, False):
+        model = mmfast.MultimodalModel(copy.deepcopy(encoders), 8, NUM_CLASSES)
+        learner = methods.DiagnoseRelearn(epochs=(0,), reset_running_stats=reset).bind(model)
+        learner.train()
+        learner(make_data()[:])
+        learner.end_epoch(0, make_data(), make_data(30, seed=1))
+        assert bool((model.encoders["m0"][1].running_mean == 0).all()) == reset
