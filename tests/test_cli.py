@@ -61,7 +61,7 @@ def mmfast(*words, **environment):
         [sys.executable, "-m", "mmfast", *map(str, words)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=ROOT / "tests",
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         timeout=120,
     )
@@ -280,7 +280,7 @@ def test_info_needs_only_the_core_package():
         "from mmfast import info\n"
         "print(info.text())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "tests")
     assert "reference" in done.stdout, done.stderr
 
 

@@ -22,7 +22,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     }
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=ROOT / "tests",  # where no uninstalled `mmfast` hides the installed one
         env={**inherited, **environment},
         capture_output=True,
         text=True,

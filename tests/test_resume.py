@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("typer")
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 from mmfast.commands import app
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = ["--dim", "8", "--epochs", "12", "--accelerator", "cpu"]
 
 
@@ -29,8 +29,8 @@ def kill_in_mid_run(words, checkpoint):
     process = subprocess.Popen(
         [sys.executable, "-m", "mmfast", *words],
         stdout=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     first, deadline = None, time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:

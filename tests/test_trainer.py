@@ -195,7 +195,11 @@ trainer.fit(model, t.SPLITS.train, t.SPLITS.val)
 
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     script = KILLED_RUN.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
