@@ -87,12 +87,11 @@ def epoch_shard(
 ) -> Shard:
     """Return one process's part of an epoch in shuffled order; all processes draw the same order.
 
-    A last batch with fewer samples than processes, or a single one (batch norm needs two), joins the one
-    before.
+    A last batch with fewer than two samples for every process, as batch norm needs, joins the one before.
     """
     order = torch.randperm(num_samples, generator=generator).tolist()
     whole = [order[start : start + batch_size] for start in range(0, num_samples, batch_size)]
-    if len(whole) > 1 and len(whole[-1]) < max(2, world_size):
+    if len(whole) > 1 and len(whole[-1]) < 2 * world_size:
         runt = whole.pop()
         whole[-1] += runt
     parts = [batch[rank::world_size] for batch in whole]

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mmfast.files import replacing
 
 FORMAT = 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values, in lists and dicts, so that a reader sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
         model: names the modalities and the number of classes C.
         name: what errors call the data set.
         dataset: map-style data set; its labels are checked where it has them as an attribute `labels`.
-        whole: every class must occur, as in a training set.
+        whole: every class and every modality must occur, as in a training set.
     """
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"model must be a mmfast.MultimodalModel, got {type(model).__name__}")
@@ -29,6 +29,9 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
     for key in (*model.modalities, "label"):
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
+    for key, mask in getattr(dataset, "present", {}).items():
+        if whole and key in model.modalities and not bool(torch.as_tensor(mask).any()):
+            raise ValueError(f"{name} must hold samples with {key}, got none of {len(dataset)}")
     for key in model.modalities:
         check_finite(f"{key} of the first sample of {name}", torch.as_tensor(sample[key]))
     labels = getattr(dataset, "labels", None)

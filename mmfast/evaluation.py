@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from mmfast.batches import evaluating, evaluation_batches, presence
@@ -18,13 +19,13 @@ from mmfast.valuation import batch_contributions
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one data set; the per-modality ones by name."""
+    """Figures of one data set; those of a modality over the samples that have it, None where none has."""
 
     accuracy: float
     macro_f1: float
     loss: float
-    modality_accuracy: dict[str, float]  # by the learner's protocol
-    contribution: dict[str, float]  # mean Shapley value under `cardinality`
+    modality_accuracy: dict[str, float | None]  # by the learner's protocol
+    contribution: dict[str, float | None]  # mean Shapley value under `cardinality`
 
 
 def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> Metrics:
@@ -39,6 +40,7 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
     alone = [MulticlassAccuracy(classes, average="micro").to(learner.device) for _ in names]
     contribution = [MeanMetric().to(learner.device) for _ in names]
     loss = MeanMetric().to(learner.device)
+    counts = torch.zeros(len(names), dtype=torch.int64)
     with evaluating(learner), fabric.autocast():
         for batch in evaluation_batches(
             learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size
@@ -53,15 +55,20 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
                 keep = slice(None) if present is None else present[m]
                 if len(labels[keep]):
                     alone[m].update(own[keep].float(), labels[keep])
-                contribution[m].update(phi[:, m])
+                    contribution[m].update(phi[keep, m])
+                counts[m] += len(labels[keep])
     whole = {name: float(value) for name, value in fused.compute().items()}
+    counts = fabric.all_reduce(counts.to(learner.device), reduce_op="sum")  # type: ignore[assignment]
+
+    def figures(metrics: Sequence[Metric]) -> dict[str, float | None]:
+        known = zip(names, metrics, counts.tolist(), strict=True)
+        return {name: float(metric.compute()) if count else None for name, metric, count in known}
+
     return Metrics(
         **whole,
         loss=float(loss.compute()),
-        modality_accuracy={name: float(metric.compute()) for name, metric in zip(names, alone, strict=True)},
-        contribution={
-            name: float(metric.compute()) for name, metric in zip(names, contribution, strict=True)
-        },
+        modality_accuracy=figures(alone),
+        contribution=figures(contribution),
     )
 
 

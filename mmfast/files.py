@@ -1,12 +1,30 @@
-"""JSON files: without NaN, written whole or not at all."""
+"""Files written whole or not at all, and JSON without NaN."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
+    """Yield a file that takes the place of `path` when it is complete; a failure leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One name for all drafts: what a killed process left is overwritten by the next one.
+    draft = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(draft, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:
@@ -22,14 +40,6 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "w") as file:
-            json.dump(plain(value), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path, "w") as file:
+        json.dump(plain(value), file, indent=1, allow_nan=False)
+        file.write("\n")

@@ -226,13 +226,16 @@ def plot_valuation(valuation: Valuation, path: Path) -> None:
     if len(names) > 2 or valuation.utility not in ("cardinality", "correct"):
         edges = np.linspace(low, max(high, low + 1e-6), 31)
     for m, (name, axes) in enumerate(zip(names, panels.flat, strict=False)):
-        values = contributions[:, m]
+        values = valuation.column(m).numpy()
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(values) == 0:
+            axes.set_title(f"{name}: in no sample", fontsize=10)
+            continue
         axes.hist(
             values, edges, weights=np.full(len(values), 100 / len(values)), color=_COLORS[0], alpha=0.85
         )
         axes.axvline(values.mean(), color=_COLORS[1], linewidth=1.8, linestyle="--")
         axes.set_title(f"{name}: mean {values.mean():.2f}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"Contribution to a sample ({valuation.utility}; dashed: mean)", fontsize=10)
     figure.supylabel("Samples (%)", fontsize=10)
     figure.savefig(path, dpi=DPI)

@@ -238,12 +238,14 @@ def _loss(value: float | None) -> str:
 
 def show_valuation(console: Console, valuation: Valuation) -> None:
     """Print mean contributions and the accuracies of the coalitions, the best ones where there are many."""
-    phi = valuation.contributions.double()
     table = _table()
     for header in ("Modality", "Mean contribution", "± std over samples", "Negative on"):
         table.add_column(header, justify="left" if header == "Modality" else "right")
     for m, name in enumerate(valuation.modalities):
-        column = phi[:, m].tolist()
+        column = valuation.column(m).tolist()
+        if not column:
+            table.add_row(name, "–", "–", "in no sample")
+            continue
         spread = statistics.stdev(column) if len(column) > 1 else 0.0
         below = sum(value < 0 for value in column) / len(column)
         table.add_row(name, f"{statistics.fmean(column):.3f}", f"{spread:.3f}", f"{100 * below:.1f}%")

@@ -19,7 +19,9 @@ class Selection:
     def __init__(self, best: dict[tuple[str, ...], dict[str, Any]] | None = None) -> None:
         self.best = best or {}
 
-    def update(self, learner: Learner, accuracy: float, own_accuracy: Sequence[float], epoch: int) -> None:
+    def update(
+        self, learner: Learner, accuracy: float, own_accuracy: Sequence[float | None], epoch: int
+    ) -> None:
         """Keep the weights of parts that score above their best."""
         for part, score in learner.selection_scores(accuracy, own_accuracy).items():
             if part in self.best and score <= self.best[part]["score"]:

@@ -43,7 +43,8 @@ class Trainer:
         accelerator, devices, strategy, precision: as Lightning Fabric takes them.
         out_dir: folder of checkpoints and logs; None writes nothing.
         loggers: "csv" and "tensorboard" (both write under `out_dir`), or Fabric loggers.
-        metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them.
+        metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them. A run is
+            resumed with the same ones, save for "source", where its data lie.
         progress: show a bar.
         on_epoch: called with every entry of `history`.
         num_workers: of the data loaders.
@@ -86,7 +87,7 @@ class Trainer:
         self.num_workers = num_workers
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
-        if strategy in ("auto", "ddp") and devices not in (1, "1"):
+        if strategy == "ddp" or (strategy == "auto" and devices not in (1, "1")):
             # A method's step may leave parts of the learner out, such as the other modalities' encoders.
             strategy = DDPStrategy(find_unused_parameters=True)
         self.fabric = Fabric(
@@ -161,9 +162,7 @@ class Trainer:
         learner.release()
         learner.eval()
         self.learner = learner
-        self._save(
-            MODEL, self._description() | {"learner": learner.state_dict(), "extra": learner.extra_state()}
-        )
+        self._save(MODEL, self._description() | {"learner": learner.state_dict()})
         return learner
 
     def test(self, model: MultimodalModel, test: Any) -> Metrics:
@@ -189,7 +188,6 @@ class Trainer:
             learner.load_state_dict(state["learner"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint does not fit the model: {error}") from error
-        learner.load_extra_state(state["extra"])
         learner.release()
         learner.to(self.fabric.device)
         learner.eval()
@@ -229,6 +227,8 @@ class Trainer:
         mine = self._description()
         for key in keys:
             theirs, ours = state.get(key), mine[key]
+            if key == "metadata":
+                theirs, ours = ({**values, "source": None} for values in (theirs or {}, ours))
             if theirs == ours:
                 continue
             if isinstance(theirs, dict) and isinstance(ours, dict):

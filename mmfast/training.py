@@ -11,9 +11,10 @@ import torch
 from lightning_fabric import Fabric
 
 from mmfast.batches import epoch_shard, loader
-from mmfast.evaluation import evaluate
+from mmfast.evaluation import Metrics, evaluate
 from mmfast.methods.base import Learner
 from mmfast.optimization import Optimization
+from mmfast.processes import share_buffers
 from mmfast.selection import Selection
 
 
@@ -56,6 +57,7 @@ class Run:
             selection = Selection()
             if state:
                 optimizer.load_state_dict(state["optimizer"])
+                self.fabric.strategy.precision.load_state_dict(state["precision"])
                 scheduler.load_state_dict(state["scheduler"])
                 selection = Selection(state["best"])
             module, optimizer = self.fabric.setup(learner, optimizer)
@@ -67,9 +69,8 @@ class Run:
                 }
                 scheduler.step()
                 if self.val is not None:
-                    entry["val"] = asdict(evaluate(learner, self.val, self.fabric))
+                    entry["val"] = asdict(self._measure(self.val))
                     own = entry["val"]["modality_accuracy"]
-                    learner.note_own_accuracy(own)
                     if epoch >= stage.first_selectable:
                         selection.update(learner, entry["val"]["accuracy"], list(own.values()), epoch)
                 self._end_epoch(optimizer, epoch, entry)
@@ -83,13 +84,20 @@ class Run:
                         "extra": learner.extra_state(),
                         "optimizer": optimizer.state_dict(),
                         "scheduler": scheduler.state_dict(),
+                        "precision": self.fabric.strategy.precision.state_dict(),
                         "best": selection.best,
                     }
                 )
             selection.load_best(learner)
-            measured_on = self.train if self.val is None else self.val
-            learner.note_own_accuracy(evaluate(learner, measured_on, self.fabric).modality_accuracy)
+            self._measure(self.train if self.val is None else self.val)
             state, first_epoch = None, 0
+
+    def _measure(self, dataset: Any) -> Metrics:
+        """Return the learner's figures by the predictions it makes when it knows its modalities' own."""
+        found = evaluate(self.learner, dataset, self.fabric)
+        if self.learner.note_own_accuracy(found.modality_accuracy):
+            found = evaluate(self.learner, dataset, self.fabric)
+        return found
 
     def _train_epoch(self, module: Any, optimizer: Any, stage: int, epoch: int) -> dict[str, float]:
         """Train one epoch; return its mean loss and its seconds."""
@@ -117,6 +125,7 @@ class Run:
                 learner.edit_gradients(step, b / len(shard.batches))
                 optimizer.step()
                 total += loss.detach() * scale
+        share_buffers(learner)
         mean = fabric.all_reduce(total, reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
         return {"loss": float(mean), "seconds": time.perf_counter() - begun}
 

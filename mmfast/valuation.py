@@ -32,10 +32,10 @@ class Valuation:
         labels: [N] int64.
         modalities: names of the M modalities.
         utility: the value function: "cardinality" (then values of a sample sum to M where it is classified
-            right,
-            and below 1 marks a low-contributing modality), "correct", "probability", "log_probability" or
-            "margin".
+            right, and below 1 marks a low-contributing modality), "correct", "probability",
+            "log_probability" or "margin".
         coalition_accuracy: [S] accuracy with only the modalities of coalition s, bit m of s for modality m.
+        present: bool [N, M], which samples have which modality; None where all have all.
     """
 
     contributions: Tensor  # [N, M]
@@ -43,11 +43,18 @@ class Valuation:
     modalities: tuple[str, ...]
     utility: str
     coalition_accuracy: Tensor  # [S]
+    present: Tensor | None = None  # bool [N, M]
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean contribution of each modality over the data set."""
-        return dict(zip(self.modalities, self.contributions.double().mean(0).tolist(), strict=True))
+        """Mean contribution of each modality over the samples that have it; NaN where none has."""
+        found = mean_contributions(self.contributions, self.present)
+        return dict(zip(self.modalities, found.tolist(), strict=True))
+
+    def column(self, m: int) -> Tensor:  # [n]
+        """Return the contributions of modality m to the samples that have it."""
+        phi = self.contributions[:, m]
+        return phi if self.present is None else phi[self.present[:, m]]
 
     def coalition_name(self, coalition: int) -> str:
         """Return a coalition as its members' names: "audio+image"; the empty one is "none"."""
@@ -107,14 +114,15 @@ def valuate(
         backend: of the ops underneath.
 
     Raises:
-        ValueError: unknown utility, empty data set, or a batch without a modality of the model.
+        ValueError: unknown utility, empty data set, a batch without a modality of the model, or a model
+            trained by a method that leaves its fusion head untrained: then give the learner.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
-    _check(dataset, utility)
+    _check(model, dataset, utility)
     coalitions = torch.arange(2 ** len(model.modalities))
     sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
-    found, labels = [], []
+    found, labels, shown = [], [], []
     correct = torch.zeros(len(coalitions), dtype=torch.float64)
     with evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
@@ -135,12 +143,15 @@ def valuate(
                 found.append(ops.shapley_values(values, backend=backend).float().cpu())
                 correct += right.double().sum(0).cpu()
             labels.append(label.cpu())
+            if present is not None:
+                shown.append(present.T.cpu())
     return Valuation(
         torch.cat(found),
         torch.cat(labels),
         tuple(model.modalities),
         utility,
         (correct / len(dataset)).float(),
+        torch.cat(shown) if shown else None,
     )
 
 
@@ -151,10 +162,13 @@ def contributions(
     utility: str = "cardinality",
     batch_size: int = 256,
     backend: str = "auto",
-) -> Tensor:  # [N, M]
-    """Return the contributions of `valuate` alone; additive heads never form the coalitions' logits."""
-    _check(dataset, utility)
-    found = []
+) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
+    """Return the contributions of `valuate` and which samples have which modality (None: all have all).
+
+    Additive heads never form the coalitions' logits.
+    """
+    _check(model, dataset, utility)
+    found, shown = [], []
     with evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
             features, present = model.encode(batch), presence(batch, model.modalities)
@@ -163,7 +177,21 @@ def contributions(
                     model, features, batch["label"], present, utility=utility, backend=backend
                 )
             )
-    return torch.cat(found).float().cpu()
+            if present is not None:
+                shown.append(present.T)
+    return torch.cat(found).float().cpu(), torch.cat(shown).cpu() if shown else None
+
+
+def mean_contributions(
+    phi: Tensor,  # [N, M]
+    present: Tensor | None,  # bool [N, M]
+) -> Tensor:  # [M] float64
+    """Return the mean contribution of each modality over the samples that have it; NaN where none has."""
+    phi = phi.double()
+    if present is None:
+        return phi.mean(0)
+    # A modality that a sample lacks contributes 0 to it, which says nothing of how good it is.
+    return (phi * present).sum(0) / present.sum(0)
 
 
 def batch_contributions(
@@ -211,7 +239,12 @@ def _among_present(
     return values.gather(1, mask[:, None] & coalitions)
 
 
-def _check(dataset: Any, utility: str) -> None:
+def _check(model: MultimodalModel | Learner, dataset: Any, utility: str) -> None:
+    if not getattr(model, "head_is_trained", True):
+        raise ValueError(
+            "model must have a trained fusion head, got one whose method predicts without it: "
+            "give the learner, such as trainer.learner"
+        )
     if utility not in UTILITIES:
         raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
     if len(dataset) == 0:

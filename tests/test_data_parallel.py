@@ -10,40 +10,95 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {tests!r})
+FOLDER = Path(__file__).parent
+EXACT = [
+    "joint",
+    "di-mml",
+    "mla",
+    "sample-valuation",
+    "multi-loss missing",
+    "di-mml missing",
+    "mla missing",
+    "modality-valuation missing",
+]
+NORMALIZED = ["sample-valuation", "modality-valuation", "di-mml", "diagnose-relearn"]
+
+# All runs of one launch: figures that must not depend on the number of processes, and what each process
+# ends up with where batch norm makes them depend on it.
+SCRIPT = f"""
+import hashlib, json, os, sys
+sys.path.insert(0, {str(FOLDER)!r})
 import torch
+from torch import nn
+import mmfast
 import test_trainer as t
+from mmfast.data import ArrayDataset
+
 torch.set_num_threads(1)
-trainer, model = t.make_trainer({name!r}, accelerator="cpu", devices={devices}), t.make_model()
-trainer.fit(model, t.SPLITS.train, t.SPLITS.val)
-metrics = trainer.test(model, t.SPLITS.test)
-if trainer.fabric.is_global_zero:
-    with open({out!r}, "w") as file:
-        figures = [metrics.loss, metrics.accuracy, metrics.macro_f1, *metrics.contribution.values()]
-        json.dump([[entry["loss"] for entry in trainer.history], *figures], file)
+world = int(os.environ["WORLD_SIZE"])
+
+def with_gaps(data):
+    draw = torch.Generator().manual_seed(len(data))
+    present = {{name: torch.rand(len(data), generator=draw) < 0.7 for name in data.modalities}}
+    return ArrayDataset(data.arrays, data.labels, present=present)
+
+def figures(case):
+    name, *gaps = case.split()
+    train, val, test = (with_gaps(d) if gaps else d for d in (t.SPLITS.train, t.SPLITS.val, t.SPLITS.test))
+    trainer, model = t.make_trainer(name, accelerator="cpu", devices=world), t.make_model()
+    trainer.fit(model, train, val)
+    found = trainer.test(model, test)
+    losses = [entry["loss"] for entry in trainer.history]
+    return [*losses, found.loss, found.accuracy, found.macro_f1, *found.contribution.values()]
+
+def digest(name):
+    def encoder():
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    torch.manual_seed(0)
+    model = mmfast.MultimodalModel({{"a": encoder(), "b": encoder()}}, 8, 3)
+    trainer = t.make_trainer(name, accelerator="cpu", devices=world)
+    learner = trainer.fit(model, t.SPLITS.train, t.SPLITS.val)
+    state = learner.state_dict() | {{f"extra {{k}}": v for k, v in learner.extra_state().items()}}
+    tensors = {{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}}
+    return {{k: hashlib.sha256(v.contiguous().numpy().tobytes()).hexdigest() for k, v in tensors.items()}}
+
+result = {{"exact": {{case: figures(case) for case in {EXACT!r}}}}}
+result["digest"] = {{name: digest(name) for name in {NORMALIZED!r}}}
+with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+    json.dump(result, file)
 """
 
 
-def run(name: str, devices: int, folder: Path) -> list:
-    out, script = folder / f"{devices}.json", folder / f"{devices}.py"
-    # A file, because each further process is started with the first one's command line.
-    text = SCRIPT.format(tests=str(Path(__file__).parent), name=name, devices=devices, out=str(out))
-    script.write_text(text)
+def launch(num_processes: int, folder: Path) -> list[dict]:
+    """Run the script in so many processes; return what each of them found."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, *words, str(script), str(folder / "rank")],
+        cwd=FOLDER,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+    return [json.loads((folder / f"rank{rank}").read_text()) for rank in range(num_processes)]
 
 
-@pytest.mark.parametrize("name", ["joint", "di-mml", "mla"])
-def test_two_processes_reach_the_metrics_of_one(name, tmp_path):
-    (losses, *figures), (other_losses, *other_figures) = (run(name, devices, tmp_path) for devices in (1, 2))
-    assert other_losses == pytest.approx(losses, rel=1e-5)
-    assert other_figures == pytest.approx(figures, rel=1e-5)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, list[dict]]:
+    folder = tmp_path_factory.mktemp("data_parallel")
+    return {number: launch(number, folder / str(number)) for number in (1, 2)}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_two_processes_reach_the_metrics_of_one(case, runs):
+    assert runs[2][0]["exact"][case] == pytest.approx(runs[1][0]["exact"][case], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_processes_decide_alike_with_batch_norm(name, runs):
+    one, other = (run["digest"][name] for run in runs[2])
+    assert one == other

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import mmfast
 from learners import NUM_CLASSES, bind, make_data
-from mmfast import methods
+from mmfast import batches, methods
+from mmfast.methods import base
+from mmfast.models import build_model
 
 
 def test_separate_training_equals_training_each_alone():
@@ -146,3 +151,38 @@ def test_errors_name_the_argument(call, text):
 def test_options_out_of_range_are_named(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_loop_of_the_docstring_trains(name):
+    loop = textwrap.dedent(base.__doc__.split("in this order:\n")[1])
+    train, val = make_data(60), make_data(30)
+    torch.manual_seed(0)
+    scope = {
+        "mmfast": mmfast,
+        "torch": torch,
+        "model": build_model(train.shapes, NUM_CLASSES, dim=8),
+        "max_epochs": 30,
+        "train": train,
+        "val": val,
+        "loader": lambda entries: batches.loader(
+            entries, [part.tolist() for part in torch.arange(len(entries)).split(16)]
+        ),
+        "accuracy_alone": {"m0": 0.4, "m1": 0.6},
+    }
+    exec(loop.replace("SampleValuation()", f"make({name!r})"), scope)
+    accuracy = (scope["learner"].predict(train[:]).argmax(1) == train.labels).float().mean()
+    assert accuracy > 0.7
+    assert scope["learner"].stage.name in ("train", "head")
+
+
+@pytest.mark.parametrize("name", ["unimodal", "ensemble", "mla"])
+def test_a_model_whose_head_is_not_trained_is_not_valuated(name):
+    data, learner = make_data(30), bind(name)
+    with pytest.raises(
+        ValueError, match=r"model must have a trained fusion head, got one .* trainer\.learner"
+    ):
+        mmfast.valuate(learner.model, data)
+    assert mmfast.valuate(learner, data).contributions.shape == (30, 2)
+    methods.Joint().bind(learner.model).start_stage(base.Stage("train", 1))
+    assert mmfast.valuate(learner.model, data).contributions.shape == (30, 2)

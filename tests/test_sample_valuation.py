@@ -45,7 +45,7 @@ def test_copies_are_unbiased_where_they_are_not_whole():
 def test_contributions_sum_to_modalities_times_correct():
     learner, data = bind("joint", num_modalities=3), make_data(num_modalities=3)
     right = (learner.predict(data[:]).argmax(1) == data.labels).float()
-    torch.testing.assert_close(contributions(learner, data).sum(1), 3 * right, atol=1e-5, rtol=0)
+    torch.testing.assert_close(contributions(learner, data)[0].sum(1), 3 * right, atol=1e-5, rtol=0)
 
 
 def test_sample_valuation_trains_on_copies_that_show_one_modality():
@@ -60,7 +60,7 @@ def test_sample_valuation_trains_on_copies_that_show_one_modality():
     present = presence(batch, learner.modalities)
     assert present[:, : len(data)].all()
     assert (present[:, len(data) :].sum(0) == 1).all()
-    counts = copy_counts(contributions(learner, data))
+    counts = copy_counts(contributions(learner, data)[0])
     for m in range(2):
         found = torch.bincount(entries.indices[len(data) :][present[m, len(data) :]], minlength=len(data))
         assert torch.equal(found, counts[:, m])
@@ -91,5 +91,5 @@ def test_valuation_in_training_is_taken_in_eval_mode():
     encoders = learner.model.encoders
     encoders["m0"] = torch.nn.Sequential(encoders["m0"], torch.nn.Dropout(0.9))
     learner.train()
-    assert torch.equal(contributions(learner, data), contributions(learner, data))
+    assert torch.equal(contributions(learner, data)[0], contributions(learner, data)[0])
     assert encoders["m0"].training

@@ -35,12 +35,14 @@ def test_shards_are_the_epoch(num_samples, batch_size, world):
         scales = [shard.scales[b] for shard in shards]
         # The mean over processes of scaled means is the mean over the whole batch.
         assert [s * sum(sizes) / world for s in scales] == pytest.approx(sizes)
-        assert sum(sizes) >= 2
+        assert sum(sizes) >= min(num_samples, 2 * world)
 
 
-def test_one_sample_left_over_joins_the_batch_before():
+def test_a_batch_too_small_for_batch_norm_joins_the_one_before():
     shard = epoch_shard(17, 8, torch.Generator())
     assert [len(batch) for batch in shard.batches] == [8, 9]
+    shards = [epoch_shard(19, 8, torch.Generator(), rank=rank, world_size=2) for rank in (0, 1)]
+    assert [[len(batch) for batch in shard.batches] for shard in shards] == [[4, 6], [4, 5]]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

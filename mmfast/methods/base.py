@@ -7,14 +7,17 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
         learner.start_stage(stage)                       # freezes and unfreezes; make the optimizer after it
         optimizer = torch.optim.SGD(learner.trainable_parameters(), lr=1e-2)
         for epoch in range(stage.epochs):
-            entries = learner.start_epoch(epoch, train)  # the data set of this epoch, a view of `train`
-            for b, batch in enumerate(batches := loader(entries)):
+            batches = loader(learner.start_epoch(epoch, train))  # the epoch's own view of `train`
+            for b, batch in enumerate(batches):
                 for step in range(learner.steps_per_batch):
                     optimizer.zero_grad()
                     learner(batch, step).backward()
                     learner.edit_gradients(step, progress=b / len(batches))
                     optimizer.step()
             learner.end_epoch(epoch, train, val)
+            if learner.optimizer_reset_due():
+                optimizer.state.clear()
+        learner.note_own_accuracy(accuracy_alone)        # {<modality>: on `val`}, which Unimodal answers by
     learner.release()
     logits = learner.eval().predict(batch)
 """
@@ -120,6 +123,7 @@ class Learner(nn.Module):
         self.release()
         for module in self.frozen():
             module.requires_grad_(False)
+        self.model.head_is_trained = self.model.head not in self.frozen()
         self.train()
 
     def release(self) -> None:
@@ -151,8 +155,12 @@ class Learner(nn.Module):
         """Do what the method does between epochs; return figures for the log."""
         return {}
 
-    def note_own_accuracy(self, own_accuracy: Mapping[str, float]) -> None:
-        """Take every modality's accuracy alone, measured on validation data after each epoch and stage."""
+    def note_own_accuracy(self, own_accuracy: Mapping[str, float | None]) -> bool:
+        """Take every modality's accuracy alone; return whether predictions are others for it.
+
+        It is measured on validation data after each epoch and stage, None where no sample has the modality.
+        """
+        return False
 
     def optimizer_reset_due(self) -> bool:
         """Whether the trainer must drop the optimizer's state before the next epoch."""
@@ -225,7 +233,7 @@ class Learner(nn.Module):
         return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
 
     def selection_scores(
-        self, accuracy: float, own_accuracy: Sequence[float]
+        self, accuracy: float, own_accuracy: Sequence[float | None]
     ) -> dict[tuple[str, ...], float]:
         """Return what model selection maximises: one score for all, or one per separately selected part.
 
@@ -247,12 +255,11 @@ class Learner(nn.Module):
         return torch.Generator().manual_seed(state)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return state that is no parameter or buffer, as tensors and plain values."""
+        """Return state of training that is no parameter or buffer, as tensors and plain values.
+
+        Predictions need none of it: a finished run's checkpoint goes without.
+        """
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
-
-    def initial_weights(self) -> dict[str, Tensor]:
-        """Return a copy of the encoders' parameters as they are now."""
-        return {name: p.detach().clone() for name, p in self.model.encoders.named_parameters()}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.methods.base import Method, Stage, check_numbers
 from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
 from mmfast.methods.late_fusion import own_losses, repeat_for
+from mmfast.processes import share_of_batch, world
 
 
 class _DIMMLLearner(FrozenEncodersLearner):
@@ -44,18 +44,20 @@ class _DIMMLLearner(FrozenEncodersLearner):
 
     def _effective_dimensions(self, train) -> Tensor:  # bool [M, D]
         """Return D^m for every modality over the training set, which is read twice and never held."""
-        right = torch.zeros(self.effective.shape, device=self.device)  # [M, D]
-        moments: list[ops.ClassMoments | None] = [None] * len(self.modalities)
+        # Numbers of samples, which compare exactly: equal accuracies are never above their mean.
+        right = torch.zeros(self.effective.shape, dtype=torch.int64, device=self.device)  # [M, D]
+        moments: dict[int, ops.ClassMoments] = {}
         for m, h, labels in self.modality_features(train):
             part = ops.class_moments(h, labels, self.num_classes)
-            known = moments[m]
-            moments[m] = part if known is None else known.merge(part)
+            moments[m] = moments[m].merge(part) if m in moments else part
+        for m, name in enumerate(self.modalities):
+            if m not in moments:
+                raise ValueError(f"di-mml needs samples with {name} in training, got none")
         for m, h, labels in self.modality_features(train):
-            found = moments[m]
-            assert found is not None
-            right[m] += len(labels) * ops.dimension_accuracy(h, labels, found.mean)
+            accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
+            right[m] += (len(labels) * accuracy.double()).round().long()
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
-        return right > right.mean(1, keepdim=True)
+        return right * right.shape[1] > right.sum(1, keepdim=True)
 
     def encoder_loss(self, features, labels, present):
         loss = own_losses(self.own_logits(features), labels, present)
@@ -67,16 +69,13 @@ class _DIMMLLearner(FrozenEncodersLearner):
 
     def _duc_loss(self, features, present):
         assert self._dims is not None
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        options = {"temperature": self.method.temperature, "group": world()}
         if present is None:
-            return ops.duc_loss(features, self._dims, temperature=self.method.temperature, group=group)
+            return ops.duc_loss(features, self._dims, **options)
         # A sample that lacks a modality has nothing to teach or to learn across modalities.
         whole = present.all(0)
-        features = [h[whole] for h in features]
-        total = ops.duc_loss(
-            features, self._dims, temperature=self.method.temperature, reduction="sum", group=group
-        )
-        return total / max(1, len(features[0]))
+        total = ops.duc_loss([h[whole] for h in features], self._dims, reduction="sum", **options)
+        return total / (len(whole) * share_of_batch(whole))
 
     def fuse(self, features, *, coalition=None, present=None):
         if not self.in_head_stage:
@@ -100,7 +99,8 @@ class _DIMMLLearner(FrozenEncodersLearner):
         return ops.certainty_fusion(logits, temperature=self.method.fusion_temperature, present=present)[0]
 
     def selection_scores(self, accuracy, own_accuracy):
-        return {("",): accuracy if self.in_head_stage else sum(own_accuracy) / len(own_accuracy)}
+        known = [score for score in own_accuracy if score is not None]
+        return {("",): accuracy if self.in_head_stage else sum(known) / max(1, len(known))}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class _DiagnoseRelearnLearner(Learner):
         self._optimizer_reset = False
 
     def end_epoch(self, epoch, train, val):
-        if epoch not in self.method.epochs[: self.method.max_times]:
+        if epoch not in sorted(set(self.method.epochs))[: self.method.max_times]:
             return {}
         if val is None:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
+from mmfast.processes import share_of_batch
 
 # Numbers held at a time where logits are repeated for coalitions (16 MB in float32).
 _CHUNK = 2**22
@@ -73,10 +74,17 @@ class LateFusionLearner(Learner):
         return self.combine(repeated, member).unflatten(0, (-1, len(coalitions)))
 
 
-def separate_scores(modalities: Sequence[str], own_accuracy: Sequence[float]) -> dict[tuple[str, ...], float]:
-    """Return scores that let each modality's encoder and own head keep the best epoch of their own."""
+def separate_scores(
+    modalities: Sequence[str], own_accuracy: Sequence[float | None]
+) -> dict[tuple[str, ...], float]:
+    """Return scores that let each modality's encoder and own head keep the best epoch of their own.
+
+    A modality that could not be measured has none, and keeps its last epoch.
+    """
     return {
-        (f"model.encoders.{name}.", f"own_heads.{m}."): own_accuracy[m] for m, name in enumerate(modalities)
+        (f"model.encoders.{name}.", f"own_heads.{m}."): score
+        for m, (name, score) in enumerate(zip(modalities, own_accuracy, strict=True))
+        if score is not None
     }
 
 
@@ -109,10 +117,13 @@ def own_losses(
     labels: Tensor,  # [N]
     present: Tensor | None = None,  # bool [M, N]
 ) -> Tensor:  # scalar
-    """Return the sum over modalities of their cross-entropies, each over the samples where it is present."""
+    """Return the sum over modalities of their cross-entropies, each over the samples where it is present.
+
+    Of several processes, each returns what makes their mean that of the whole batch.
+    """
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), labels.repeat(logits.shape[0]), reduction="none"
     ).view(logits.shape[:2])
     if present is None:
         return losses.mean(1).sum()
-    return (losses * present).sum(1).div(present.sum(1).clamp(min=1)).sum()
+    return ((losses * present).mean(1) / share_of_batch(present)).sum()

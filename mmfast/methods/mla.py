@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.batches import presence
 from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.late_fusion import LateFusionLearner, own_losses
+from mmfast.processes import total
 
 RESETS = ("never", "epoch", "step")
 
@@ -60,12 +60,11 @@ class _MLALearner(LateFusionLearner):
 
     @torch.no_grad()
     def _remember_mean(self, h, present) -> None:
-        keep = torch.ones_like(h[:, 0]) if present is None else present[0].to(h.dtype)
-        total, count = (h * keep[:, None]).sum(0).float(), keep.sum().float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(count)
-        self.current.copy_(total / count.clamp(min=1))
+        h = h.float()
+        keep = torch.ones_like(h[:, 0]) if present is None else present[0].float()
+        # The sum of the features and their number, [D + 1], in one message.
+        found = total(torch.cat([keep @ h, keep.sum()[None]]))
+        self.current.copy_(found[:-1] / found[-1].clamp(min=1))
 
     @torch.no_grad()
     def edit_gradients(self, step, progress):

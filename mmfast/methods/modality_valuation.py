@@ -12,7 +12,7 @@ import torch
 from mmfast.batches import Entries
 from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
-from mmfast.valuation import contributions
+from mmfast.valuation import contributions, mean_contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": float,
@@ -30,11 +30,13 @@ class _ModalityValuationLearner(CopiesLearner):
         subset = torch.randint(len(train), (max(1, int(method.fraction * len(train))),), generator=draw)
         plain = getattr(train, "evaluation", train)
         utility = "correct" if method.released else "cardinality"
-        phi = contributions(self, Entries(plain, subset), utility=utility).double().mean(0)  # [M]
-        gap = float(phi.max() - phi.min())
+        phi = mean_contributions(*contributions(self, Entries(plain, subset), utility=utility))  # [M]
+        # A modality that no drawn sample has cannot be compared.
+        known = phi[~phi.isnan()]
+        gap = float(known.max() - known.min())
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw)
-        self.coalitions = torch.full_like(self.indices, 1 << int(phi.argmin()))
+        self.coalitions = torch.full_like(self.indices, 1 << int(phi.nan_to_num(nan=torch.inf).argmin()))
         self.keep_shown(train)
         return self.figures(phi)
 

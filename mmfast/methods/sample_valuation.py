@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
-from mmfast.valuation import contributions
+from mmfast.valuation import contributions, mean_contributions
 
 
 def copy_counts(
@@ -37,14 +37,14 @@ class _SampleValuationLearner(CopiesLearner):
         if epoch + 1 < self.method.warmup:
             return {}
         utility = "correct" if self.method.released else "cardinality"
-        phi = contributions(self, train, utility=utility)  # [N, M]
+        phi, present = contributions(self, train, utility=utility)  # [N, M]
         counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
         sample, modality = counts.nonzero(as_tuple=True)
         repeats = counts[sample, modality]
         self.indices = sample.repeat_interleave(repeats)
         self.coalitions = (1 << modality).repeat_interleave(repeats)
         self.keep_shown(train)
-        return self.figures(phi.mean(0))
+        return self.figures(mean_contributions(phi, present))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.batches import presence
@@ -43,16 +42,19 @@ class _UnimodalLearner(SeparateLearner):
         self.register_buffer("score", torch.zeros(len(self.modalities)))
 
     def note_own_accuracy(self, own_accuracy):
-        self.score.copy_(torch.tensor([own_accuracy[name] for name in self.modalities]))
+        # A modality that no sample has comes after all others.
+        known = [own_accuracy[name] for name in self.modalities]
+        score = torch.tensor([-1.0 if value is None else value for value in known])
+        before = self.score.cpu().argsort(stable=True)
+        self.score.copy_(score)
+        return not torch.equal(before, score.argsort(stable=True))
 
     def combine(self, logits, present):
-        score = self.score[:, None].expand(logits.shape[:2])
-        if present is not None:
-            score = score.masked_fill(~present, -1.0)
-        best = F.one_hot(score.argmax(0), len(logits)).T.to(logits.dtype)  # [M, N]
-        if present is not None:
-            best = best * present
-        return (best[..., None] * logits).sum(0)
+        if present is None:
+            return logits[self.score.argmax()]
+        best = self.score[:, None].masked_fill(~present, -torch.inf).argmax(0)  # [N]
+        chosen = logits.gather(0, best[None, :, None].expand_as(logits[:1]))[0]
+        return chosen.masked_fill(~present.any(0)[:, None], 0.0)
 
 
 @dataclass(frozen=True)

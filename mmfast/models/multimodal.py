@@ -38,6 +38,7 @@ class MultimodalModel(nn.Module):
 
     encoders: nn.ModuleDict
     head: FusionHead
+    head_is_trained = True  # methods that predict without the fusion head set it to False
 
     def __init__(
         self,
