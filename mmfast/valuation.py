@@ -162,21 +162,27 @@ def contributions(
     utility: str = "cardinality",
     batch_size: int = 256,
     backend: str = "auto",
+    none_is_worthless: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
     """Return the contributions of `valuate` and which samples have which modality (None: all have all).
 
-    Additive heads never form the coalitions' logits.
+    Additive heads never form the coalitions' logits. `none_is_worthless` counts the empty coalition, which
+    under "correct" is worth 1 where the bias alone is right, as 0.
     """
     _check(model, dataset, utility)
     found, shown = [], []
     with evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
             features, present = model.encode(batch), presence(batch, model.modalities)
-            found.append(
-                batch_contributions(
-                    model, features, batch["label"], present, utility=utility, backend=backend
-                )
+            phi = batch_contributions(
+                model, features, batch["label"], present, utility=utility, backend=backend
             )
+            if none_is_worthless:
+                right = model.fuse(features, coalition=0).argmax(1) == batch["label"]
+                players = torch.ones_like(phi) if present is None else present.T.to(phi)
+                # v(none) stands in each player's value with the weight -1 / number of players.
+                phi = phi + right[:, None] * players / players.sum(1, keepdim=True).clamp(min=1)
+            found.append(phi)
             if present is not None:
                 shown.append(present.T)
     return torch.cat(found).float().cpu(), torch.cat(shown).cpu() if shown else None

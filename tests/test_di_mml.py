@@ -42,3 +42,26 @@ def test_di_mml_fuses_by_certainty():
     certainty = logits.softmax(-1).amax(-1)
     weights = (certainty / 3.0).softmax(0)
     torch.testing.assert_close(learner.fuse(features), (weights[..., None] * logits).sum(0))
+
+
+def test_contrastive_loss_takes_samples_with_all_modalities():
+    learner, data = bind("di-mml", num_modalities=3), make_data(20, num_modalities=3)
+    effective = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    learner._dims = ops.DucDims(effective)
+    features = learner.encode(data[:])
+    present = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) < 0.8
+    whole = present.all(0)
+    assert 0 < int(whole.sum()) < int(present.any(0).sum())
+    expected = ops.duc_loss([h[whole] for h in features], effective, temperature=learner.method.temperature)
+    torch.testing.assert_close(learner._duc_loss(features, present), expected)
+    nobody = torch.zeros_like(present)
+    assert learner._duc_loss(features, nobody) == 0
+
+
+def test_equal_dimensions_are_none_of_them_effective():
+    # Three identical columns: equal accuracies are not above their mean, whatever rounding the mean has.
+    full = make_data(70)
+    learner = bind("di-mml")
+    for encoder in learner.model.encoders.values():
+        encoder.forward = lambda x: x[:, :1].expand(-1, 8)
+    assert not learner._effective_dimensions(full).any()

@@ -56,3 +56,8 @@ def test_diagnosis_options_reset_head_and_optimizer():
     assert torch.equal(learner.model.head.linear.weight, start)
     assert learner.optimizer_reset_due()
     assert not learner.optimizer_reset_due()
+
+
+def test_diagnoses_are_counted_in_the_order_of_epochs():
+    learner, data = bind(methods.DiagnoseRelearn(epochs=(2, 0, 1), max_times=2)), make_data()
+    assert [learner.end_epoch(epoch, data, data) != {} for epoch in range(3)] == [True, True, False]

@@ -86,9 +86,7 @@ def test_modality_level_valuation_does_not_take_absence_for_weakness(monkeypatch
     phi = torch.tensor([[0.5, 0.9]] * 6 + [[0.6, 0.0]] * 54)
     present = phi != 0
     learner = bind(methods.ModalityValuation(warmup=0, alpha=3.0))
-    monkeypatch.setattr(
-        "mmfast.methods.modality_valuation.contributions", lambda *args, **options: (phi, present)
-    )
+    monkeypatch.setattr(learner, "contributions", lambda data: (phi, present))
     figures = learner.end_epoch(0, make_data(60), None)
     assert figures["phi_m1"] == pytest.approx(0.9)
     assert learner.coalitions.tolist() == [1] * len(learner.coalitions)

@@ -71,3 +71,34 @@ def test_mla_fixed_weights():
     learner = bind(methods.MLA(weights=(1.0,)))
     with pytest.raises(ValueError, match="weights must hold one number per modality = 2, got 1"):
         learner.predict(data[:])
+
+
+def test_mla_fixed_weights_leave_out_what_is_absent():
+    learner, data = bind(methods.MLA(weights=(0.25, 0.75))), make_data(4)
+    features = learner.encode(data[:])
+    own = learner.own_logits(features)
+    present = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    expected = torch.stack(
+        [0.25 * own[0, 0] + 0.75 * own[1, 0], 0.25 * own[0, 1], 0.75 * own[1, 2], 0 * own[0, 3]]
+    )
+    torch.testing.assert_close(learner.fuse(features, present=present), expected)
+
+
+def test_mla_starts_an_epoch_afresh_where_it_resets():
+    data = make_data()
+    for reset, zero in (("epoch", True), ("never", False)):
+        learner = bind(methods.MLA(reset=reset))
+        learner.start_epoch(0, data)
+        for step in (0, 1):
+            learner(data[:], step).backward()
+            learner.edit_gradients(step, 0.0)
+            learner.zero_grad()
+        learner.start_epoch(1, data)
+        assert bool((learner.previous == 0).all()) == zero
+
+
+def test_mla_takes_means_in_single_precision():
+    learner = bind("mla")
+    h = torch.full((4096, 8), 1.001, dtype=torch.bfloat16)
+    learner._remember_mean(h, None)
+    torch.testing.assert_close(learner.current, h[0].float(), rtol=1e-6, atol=0)

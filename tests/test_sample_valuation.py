@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from learners import bind, make_data
+from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods, ops
 from mmfast.batches import Entries, presence
 from mmfast.data import ArrayDataset
@@ -93,3 +94,15 @@ def test_valuation_in_training_is_taken_in_eval_mode():
     learner.train()
     assert torch.equal(contributions(learner, data)[0], contributions(learner, data)[0])
     assert encoders["m0"].training
+
+
+def test_released_code_copies_samples_that_are_right_throughout(monkeypatch):
+    data = make_data(12)
+    for released in (False, True):
+        learner = bind(methods.SampleValuation(warmup=0, released=released))
+        # Logits by which each modality, and both, are right.
+        right = F.one_hot(data.labels, NUM_CLASSES).float().repeat(2, 1, 1)
+        monkeypatch.setattr(type(learner), "partial_logits", lambda self, features, right=right: right)
+        learner.end_epoch(0, data, None)
+        # phi is 1 each under |S| [correct], 1/2 each under [correct]: one copy per modality.
+        assert len(learner.indices) == (24 if released else 0)

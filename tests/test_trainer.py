@@ -41,8 +41,8 @@ def make_trainer(name: str, **options) -> mmfast.Trainer:
     return mmfast.Trainer(methods.make(name, **SMALL.get(name, {})), **(QUICK | options))
 
 
-def fitted(name: str, *, resume: bool = False, **options):
-    trainer, model = make_trainer(name, **options), make_model()
+def fitted(name: str, *, resume: bool = False, model_seed: int = 0, **options):
+    trainer, model = make_trainer(name, **options), make_model(model_seed)
     trainer.fit(model, SPLITS.train, SPLITS.val, resume=resume)
     return trainer, model
 
@@ -75,7 +75,8 @@ def test_same_seed_same_result_and_a_cut_run_ends_the_same(name, tmp_path):
 
         with pytest.raises(Killed):
             fitted(name, seed=3, out_dir=out, on_epoch=stop)
-        resumed, third = fitted(name, seed=3, out_dir=out, resume=True)
+        # Other initial weights: everything must come from the checkpoint.
+        resumed, third = fitted(name, seed=3, out_dir=out, resume=True, model_seed=8)
         assert without_times(resumed.history) == without_times(whole.history)
         assert resumed.test(third, SPLITS.test) == whole.test(model, SPLITS.test)
 
@@ -368,3 +369,35 @@ def test_another_data_set_is_no_continuation(tmp_path):
     fitted("joint", out_dir=tmp_path, metadata={"data": "one", "scaling": list(range(999))})
     with pytest.raises(ValueError, match=r"metadata \{'data': 'two'\}, got \{'data': 'one'\}"):
         fitted("joint", out_dir=tmp_path, metadata={"data": "two", "scaling": list(range(998))}, resume=True)
+
+
+def test_data_may_move_between_a_run_and_its_continuation(tmp_path):
+    one, _ = fitted("joint", out_dir=tmp_path, metadata={"data": "same", "source": "/old/place"})
+    other, _ = fitted("joint", out_dir=tmp_path, metadata={"data": "same", "source": "/new"}, resume=True)
+    assert one.history == other.history
+
+
+def test_a_draft_of_a_killed_process_is_cleared_away(tmp_path):
+    (tmp_path / "last.ckpt.tmp").write_bytes(b"half a checkpoint")
+    fitted("joint", out_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "model.ckpt"]
+
+
+def test_a_finished_run_keeps_only_what_predictions_need(tmp_path):
+    trainer, _ = fitted("diagnose-relearn", out_dir=tmp_path)
+    assert set(checkpoint.load(tmp_path / "last.ckpt")["extra"]) == {"theta_0", "buffers_0"}
+    kept = checkpoint.load(tmp_path / "model.ckpt")
+    assert "extra" not in kept
+    assert set(kept["learner"]) == set(trainer.learner.state_dict())
+
+
+def test_the_optimizer_forgets_where_the_method_says_so():
+    def losses(**options):
+        method = methods.DiagnoseRelearn(lam=0.0, epochs=(1,), **options)
+        trainer = mmfast.Trainer(method, **QUICK)
+        trainer.fit(make_model(), SPLITS.train, SPLITS.val)
+        return [entry["loss"] for entry in trainer.history]
+
+    kept, dropped = losses(), losses(reset_optimizer=True)
+    assert kept[:2] == dropped[:2]
+    assert kept[2] != dropped[2]

@@ -14,8 +14,10 @@ from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods
 from mmfast.batches import epoch_shard
 from mmfast.data import ArrayDataset
-from mmfast.evaluation import evaluate
+from mmfast.evaluation import evaluate, probe
+from mmfast.models import build_model
 from mmfast.optimization import PUBLISHED, Optimization
+from mmfast.selection import Selection
 
 
 @pytest.mark.parametrize(
@@ -200,3 +202,45 @@ def test_diagnosis_restores_running_statistics_when_told():
         learner(make_data()[:])
         learner.end_epoch(0, make_data(), make_data(30, seed=1))
         assert bool((model.encoders["m0"][1].running_mean == 0).all()) == reset
+
+
+def test_selection_keeps_the_earliest_of_equal_scores():
+    learner, selection = bind("joint"), Selection()
+    weight = learner.model.head.linear.weight
+    for epoch, accuracy in enumerate([0.4, 0.6, 0.6, 0.5]):
+        with torch.no_grad():
+            weight.fill_(epoch)
+        selection.update(learner, accuracy, [0.1, 0.1], epoch)
+    selection.load_best(learner)
+    assert weight.unique().tolist() == [1.0]
+    assert selection.best[("",)]["epoch"] == 1
+
+
+def test_a_probe_learns_from_the_training_part_only():
+    train, learner = make_data(90), bind("joint").eval()
+    shifted = ArrayDataset(train.arrays, (train.labels + 1) % NUM_CLASSES)
+    assert min(probe(learner, train, train).values()) > 0.6
+    assert max(probe(learner, train, shifted).values()) < 0.3
+
+
+def test_features_of_a_modality_are_those_of_samples_that_have_it():
+    full, present = make_data(300), torch.arange(300) % 5 == 0
+    learner = bind("joint").eval()
+    data = ArrayDataset(full.arrays, full.labels, present={"m1": present})
+    found = {0: [], 1: []}
+    for m, h, labels in learner.modality_features(data):
+        found[m].append((h, labels))
+    expected = learner.encode(full[:])
+    for m, keep in ((0, slice(None)), (1, present)):
+        torch.testing.assert_close(torch.cat([h for h, _ in found[m]]), expected[m][keep])
+        assert torch.equal(torch.cat([labels for _, labels in found[m]]), full.labels[keep])
+
+
+def test_unimodal_answers_by_the_accuracies_of_its_own_epoch():
+    data, val = make_data(90), make_data(60, seed=0)
+    torch.manual_seed(0)
+    model = build_model(data.shapes, NUM_CLASSES, dim=8)
+    trainer = mmfast.Trainer("unimodal", max_epochs=4, accelerator="cpu")
+    trainer.fit(model, data, val)
+    for entry in trainer.history:
+        assert entry["val"]["accuracy"] == max(entry["val"]["modality_accuracy"].values())

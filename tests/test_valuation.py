@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import valuation
+from mmfast import ops, valuation
 from mmfast.data import ArrayDataset
 from mmfast.models import FUSION_HEADS, build_model
 
@@ -180,3 +180,25 @@ def test_the_model_is_left_as_it_was():
 def test_errors_name_the_argument(call, text):
     with pytest.raises(ValueError, match=text):
         call(*make(2))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("num_modalities", [2, 3])
+def test_the_empty_coalition_can_count_for_nothing(num_modalities, missing):
+    model, data = make(num_modalities)
+    if missing:
+        gaps = {"m0": torch.arange(len(data)) % 3 > 0, "m1": torch.arange(len(data)) % 4 > 0}
+        data = ArrayDataset(data.arrays, data.labels, present=gaps)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([9.0, 0, 0, 0]))
+        features, present = model.encode(data[:]), valuation.presence(data[:], model.modalities)
+        values = ops.coalition_utilities(
+            model.coalition_logits(features, list(range(2**num_modalities))), data.labels, utility="correct"
+        )
+    assert 0 < values[:, 0].mean() < 1
+    values[:, 0] = 0
+    if present is not None:
+        shown = (present * 2 ** torch.arange(num_modalities)[:, None]).sum(0)
+        values = values.gather(1, shown[:, None] & torch.arange(2**num_modalities))
+    found, _ = valuation.contributions(model, data, utility="correct", none_is_worthless=True)
+    torch.testing.assert_close(found, ops.shapley_values(values))

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmfast.batches import Entries, iterate, presence
 from mmfast.data.arrays import PRESENT_SUFFIX
 from mmfast.methods.base import Learner
+from mmfast.valuation import contributions
 
 
 class CopiesLearner(Learner):
@@ -18,6 +19,12 @@ class CopiesLearner(Learner):
     def build(self) -> None:
         self.indices = torch.zeros(0, dtype=torch.int64)  # [E] sample of each copy
         self.coalitions = torch.zeros(0, dtype=torch.int64)  # [E] the modality it shows, as a coalition
+
+    def contributions(self, data: Any) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
+        """Return contributions under the published value function, or under the released code's."""
+        if self.method.released:
+            return contributions(self, data, utility="correct", none_is_worthless=True)
+        return contributions(self, data)
 
     def start_epoch(self, epoch, train):
         if len(self.indices) == 0:

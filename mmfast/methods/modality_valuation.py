@@ -12,7 +12,7 @@ import torch
 from mmfast.batches import Entries
 from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
-from mmfast.valuation import contributions, mean_contributions
+from mmfast.valuation import mean_contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": float,
@@ -29,8 +29,7 @@ class _ModalityValuationLearner(CopiesLearner):
         draw = self.generator(epoch)
         subset = torch.randint(len(train), (max(1, int(method.fraction * len(train))),), generator=draw)
         plain = getattr(train, "evaluation", train)
-        utility = "correct" if method.released else "cardinality"
-        phi = mean_contributions(*contributions(self, Entries(plain, subset), utility=utility))  # [M]
+        phi = mean_contributions(*self.contributions(Entries(plain, subset)))  # [M]
         # A modality that no drawn sample has cannot be compared.
         known = phi[~phi.isnan()]
         gap = float(known.max() - known.min())
@@ -54,7 +53,7 @@ class ModalityValuation(Method):
         fraction: part of the training set that is valuated.
         shape: f, "linear", "tanh" or "power" (exponent 1.5).
         warmup: epochs before the first valuation.
-        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v.
+        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v; v(none) stays 0.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024,
     modality-level; M >= 3 is our extension.

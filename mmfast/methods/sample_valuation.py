@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast.methods.base import Method, check_numbers
 from mmfast.methods.copies import CopiesLearner
-from mmfast.valuation import contributions, mean_contributions
+from mmfast.valuation import mean_contributions
 
 
 def copy_counts(
@@ -36,8 +36,7 @@ class _SampleValuationLearner(CopiesLearner):
     def end_epoch(self, epoch, train, val):
         if epoch + 1 < self.method.warmup:
             return {}
-        utility = "correct" if self.method.released else "cardinality"
-        phi, present = contributions(self, train, utility=utility)  # [N, M]
+        phi, present = self.contributions(train)  # [N, M]
         counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
         sample, modality = counts.nonzero(as_tuple=True)
         repeats = counts[sample, modality]
@@ -58,7 +57,7 @@ class SampleValuation(Method):
     Attributes:
         kappa: copies per unit of missing contribution; 2 gives the published table for two modalities.
         warmup: epochs before the first valuation.
-        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v.
+        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v; v(none) stays 0.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024,
     sample-level; M >= 3 is our extension.

@@ -45,9 +45,9 @@ class _UnimodalLearner(SeparateLearner):
         # A modality that no sample has comes after all others.
         known = [own_accuracy[name] for name in self.modalities]
         score = torch.tensor([-1.0 if value is None else value for value in known])
-        before = self.score.cpu().argsort(stable=True)
+        before = self.score.cpu().argsort(stable=True, descending=True)
         self.score.copy_(score)
-        return not torch.equal(before, score.argsort(stable=True))
+        return not torch.equal(before, score.argsort(stable=True, descending=True))
 
     def combine(self, logits, present):
         if present is None:
