@@ -182,6 +182,27 @@ def test_merged_moments_are_those_of_all_samples(first, second, num_classes, see
     torch.testing.assert_close(tuple(merged), tuple(whole), equal_nan=True)
 
 
+def test_merged_moments_pass_gradients_around_empty_classes():
+    # Class 0 has samples in the first set only, class 1 in the second only, class 2 in both, class 3 nowhere.
+    features = make((8, 2, 2))[0].requires_grad_()
+    labels = torch.tensor([0, 0, 2, 2, 1, 2, 1, 2])
+
+    def moments(features):
+        first, second = (
+            ops.class_moments(features[rows], labels[rows], 4) for rows in (slice(4), slice(4, 8))
+        )
+        return [moment[:3] for moment in first.merge(second)[1:]]
+
+    assert torch.autograd.gradcheck(moments, features)
+    parts = [
+        ops.ClassMoments(torch.tensor(count), *torch.tensor(moment).repeat(2, 1, 1).requires_grad_().unbind())
+        for count, moment in (([2, 0, 0], [[1.0], [torch.nan], [torch.nan]]),) * 2
+    ]
+    merged = parts[0].merge(parts[1])
+    gradients = torch.autograd.grad((merged.mean + merged.var).nansum(), [*parts[0][1:], *parts[1][1:]])
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
 def test_moments_survive_a_large_mean(backend):
     features, labels, num_classes = make((333, 4, 3), torch.float32)
     _, _, var = ops.class_moments(features + 1e4, labels, num_classes, backend=backend)

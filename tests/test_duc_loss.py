@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 
 from mmfast import backend as _backend
@@ -268,6 +271,33 @@ def test_info_nce_close_to_truth(dtype, backend):
     assert_close_to_truth(mine, true, simple.to(dtype))
 
 
+def test_half_precision_gradient_is_rounded_once(backend):
+    # The incoming gradient over N = 3 is no float16, and at 2^18 beyond its range.
+    (query, key), effective = make((2, 3, 40), torch.float16)[0] / 8, torch.tensor([[False], [True]])
+    query.requires_grad_()
+    effective = effective.expand(2, 40)
+    for scale in (1.0, 2.0**18):
+        loss = ops.unidirectional_info_nce(query, key, temperature=2.0**12, backend=backend)
+        (gradient,) = torch.autograd.grad(loss * scale, query)
+        raw = torch.ops.mmfast.info_nce_fwd(query.detach(), key, 2.0**12, 0, "mean", True, backend)
+        assert torch.equal(gradient, (raw[1].float() * (scale / (2.0**12 * 3))).half())
+        loss = ops.duc_loss([query, key], effective, temperature=2.0**12, backend=backend)
+        assert torch.equal(torch.autograd.grad(loss * scale, query)[0], gradient)
+
+
+def test_forward_mode_has_no_formula_and_says_so(backend):
+    features, effective = make((2, 5, 4))
+    losses = {
+        "duc_loss": lambda x: ops.duc_loss(x, effective, backend=backend),
+        "unidirectional_info_nce": lambda x: ops.unidirectional_info_nce(x[0], x[1], backend=backend),
+    }
+    for loss in losses.values():
+        with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+            torch.func.jvp(loss, (features,), (torch.ones_like(features),))
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(features, torch.ones_like(features)))
+
+
 def test_key_of_info_nce_gets_no_gradient(backend):
     query, key = torch.randn(2, 8, 4, requires_grad=True).unbind()
     loss = ops.unidirectional_info_nce(query.detach(), key, backend=backend)
@@ -286,6 +316,17 @@ def test_prepared_dims_and_stacked_features_agree(backend):
     assert "M=3, D=11" in repr(dims)
     effective.fill_(False)
     assert bool(dims.to("cpu").effective.any())
+
+
+def test_prepared_dims_are_saved_and_loaded():
+    dims = ops.DucDims(make((3, 9, 11))[1])
+    file = io.BytesIO()
+    torch.save({"dims": dims}, file)
+    file.seek(0)
+    for loaded in (torch.load(file, weights_only=True)["dims"], copy.deepcopy(dims)):
+        assert torch.equal(loaded.effective, dims.effective)
+        assert torch.equal(loaded.columns, dims.columns)
+        assert loaded.sizes == dims.sizes
 
 
 def test_layouts(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,13 @@ def test_purity_law(pairs):
     assert math.isclose(ops.cluster_purity(assignments, labels), hits / len(pairs))
 
 
+def test_purity_of_numbers_far_apart(backend):
+    # A table of all numbers up to the largest would have 10^24 entries.
+    assignments = torch.tensor([7, 7, 7, 10**12, 10**12, 2**62])
+    labels = torch.tensor([10**12, 3, 10**12, 3, 2**62, 2**62])
+    assert ops.cluster_purity(assignments, labels, backend=backend) == 4 / 6
+
+
 BAD = {
     "K above N": (lambda x: (x, 11), {}, "num_clusters must lie in [1, N] = [1, 10], got 11"),
     "K of 0": (lambda x: (x, 0), {}, "num_clusters must lie in [1, N] = [1, 10], got 0"),
@@ -240,7 +248,23 @@ BAD = {
     "restarts": (lambda x: (x, 2), {"num_init": 0}, "num_init must be at least 1, got 0"),
     "iterations": (lambda x: (x, 2), {"max_iter": 0}, "max_iter must be at least 1, got 0"),
     "tolerance": (lambda x: (x, 2), {"tol": -1}, "tol must be finite and not negative, got -1"),
+    "seed": (lambda x: (x, 2), {"seed": 2**64}, "seed must lie in [-2^63, 2^64), got 18446744073709551616"),
 }
+
+
+@pytest.mark.parametrize("value", [2.0, True, "2", None], ids=repr)
+@pytest.mark.parametrize("name", ["num_clusters", "num_init", "max_iter", "tol", "seed"])
+def test_options_of_another_type(name, value):
+    if name == "tol" and value == 2.0 and value is not True:
+        value = 2j
+    kind = "a number" if name == "tol" else "an integer"
+    with pytest.raises(TypeError, match=re.escape(f"{name} must be {kind}, got {value!r}")):
+        ops.kmeans(torch.rand(5, 2), **{"num_clusters": 2, name: value})
+
+
+def test_options_may_be_numbers_of_numpy():
+    options = {"num_clusters": np.int64(2), "num_init": np.int32(2), "max_iter": np.int64(5)}
+    assert ops.kmeans(torch.rand(5, 2), **options, tol=np.float32(0), seed=np.int64(1)).num_iter <= 5
 
 
 @pytest.mark.parametrize("case", BAD)
