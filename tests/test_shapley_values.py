@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import backend as _backend
 from mmfast import ops
@@ -215,6 +216,22 @@ def test_compiles_to_one_graph(backend, device):
     compiled = torch.compile(lambda u: ops.shapley_values(u, backend=backend).square().sum(), fullgraph=True)
     compiled(got).backward()
     torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_the_reference_neither_copies_to_the_device_nor_waits_for_it():
+    called = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        reference.shapley_values(torch.rand(3, 8))
+        reference.shapley_values_bwd(torch.rand(3, 3))
+    assert "sum" in called
+    # torch.tensor of a list, item() and what has a shape that depends on values.
+    assert not called & {"lift_fresh", "_local_scalar_dense", "nonzero"}
 
 
 def test_autocast_keeps_the_dtype(backend, device):
