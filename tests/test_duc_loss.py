@@ -414,6 +414,8 @@ def test_compiles(prepared, backend):
     expected, actual = loss(*leaves), torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves))
+    without_gradient = torch.compile(loss, fullgraph=True, backend="aot_eager")(*features)
+    torch.testing.assert_close(without_gradient, expected.detach())
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "loss-and-gradient"])

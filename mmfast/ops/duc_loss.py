@@ -235,7 +235,9 @@ def _scaled(
 
 class _DucLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, backend, *features):
+    def forward(ctx, *inputs):
+        # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
+        options, backend, *features = inputs
         loss, residuals = torch.ops.mmfast.duc_loss_fwd(features, *options, backend)
         ctx.save_for_backward(residuals)
         ctx.temperature, ctx.reduction = options[4], options[6]
