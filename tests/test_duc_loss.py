@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
-from numerics import assert_close_to_truth
+from numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -285,6 +285,33 @@ def test_half_precision_gradient_is_rounded_once(backend):
         assert torch.equal(torch.autograd.grad(loss * scale, query)[0], gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_computed_in_float32(dtype, backend):
+    # Summed over samples at a temperature that is a power of two, the residual is rounded and nothing else.
+    features, effective = make((2, 40, 90), dtype)
+    features /= 4
+    options = {"effective": effective, "temperature": 2.0, "reduction": "sum"}
+    op = functools.partial(ops.duc_loss, backend=backend)
+    loss, gradients = value_and_gradient(op, features, dtype, **options)
+    truth, true_gradients = value_and_gradient(reference.duc_loss, features, torch.float64, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    # The C++ kernel multiplies pairs of bfloat16 where the processor can, and rounds the softmax to them.
+    slack = 5e-4 if (backend, dtype) == ("cpu", torch.bfloat16) else 1e-6
+    for mine, true in zip(gradients, true_gradients, strict=True):
+        assert_rounded_once(mine, true, slack)
+
+
+def test_one_modality_may_be_a_constant(backend):
+    features, effective = make((2, 5, 4))
+    expected = value_and_gradient(ops.duc_loss, features, torch.float64, effective=effective)[1]
+    for learner in range(2):
+        leaves = [feature.clone() for feature in features]
+        leaves[learner].requires_grad_()
+        ops.duc_loss(leaves, effective, backend=backend).backward()
+        torch.testing.assert_close(leaves[learner].grad, expected[learner])
+
+
 def test_forward_mode_has_no_formula_and_says_so(backend):
     features, effective = make((2, 5, 4))
     losses = {
@@ -389,6 +416,22 @@ def test_autocast_does_not_lower_precision(backend):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_info_nce_under_autocast(backend):
+    query, key = make((2, 33, 20), torch.float32)[0]
+    loss = functools.partial(ops.unidirectional_info_nce, backend=backend)
+
+    def value(queries, keys):
+        return loss(queries[0], keys)
+
+    expected = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
+        # What autocast hands over is a mixture.
+        mixed = loss(query.bfloat16(), key)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(mixed, loss(query.bfloat16().float(), key), rtol=0, atol=0)
+
+
 def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend):
     features, effective = make((2, 64, 16), torch.float16)
     op = functools.partial(ops.duc_loss, effective=effective, temperature=1e4, backend=backend)
@@ -418,14 +461,15 @@ def test_compiles(prepared, backend):
     torch.testing.assert_close(without_gradient, expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "loss-and-gradient"])
-def test_opcheck(with_residual):
-    features, effective = make((2, 5, 6))
+def test_opcheck(with_residual, dtype, backend):
+    features, effective = make((2, 5, 6), dtype)
     dims = ops.DucDims(effective)
-    raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, "auto")
+    raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, backend)
     torch.library.opcheck(raw.duc_loss_fwd, (list(features), [], effective, None, [], *rest))
     keys = [torch.cat([feature, feature]) for feature in features]
-    prepared = (effective, dims.columns, list(dims.sizes), 2.0, 5, "none", with_residual, "auto")
+    prepared = (effective, dims.columns, list(dims.sizes), 2.0, 5, "none", with_residual, backend)
     torch.library.opcheck(raw.duc_loss_fwd, (list(features), keys, *prepared))
     torch.library.opcheck(raw.info_nce_fwd, (features[0], features[1], *rest))
 

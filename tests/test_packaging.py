@@ -13,6 +13,7 @@ import pytest
 from mmfast import backend as _backend
 
 ROOT = Path(__file__).resolve().parent.parent
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -85,6 +86,59 @@ def test_instruction_set_is_overridden():
     for isa in _backend.extension("cpu").supported_isas():
         code = "import mmfast.backend as b; print(b.extension('cpu').isa())"
         assert check(code, MMFAST_CPU_ISA=isa) == isa
+
+
+def test_the_best_instruction_set_is_chosen_for_every_function():
+    require_cpu_module()
+    code = """
+import mmfast.backend
+module = mmfast.backend.extension("cpu")
+own = (module.isa, module.supported_isas)
+builds = {entry.__doc__ for entry in vars(module).values() if callable(entry) and entry not in own}
+print(module.isa(), module.supported_isas()[-1], *builds)
+"""
+    flags = {flag for line in CPUINFO.splitlines() if line.startswith("flags") for flag in line.split()}
+    best = "baseline"
+    if {"popcnt", "avx2", "fma", "f16c"} <= flags:
+        best = "avx512" if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags else "avx2"
+    assert check(code).split() == [best, best, best]
+    for isa in _backend.extension("cpu").supported_isas():
+        assert check(code, MMFAST_CPU_ISA=isa).split() == [isa, best, isa]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc/self/task")
+def test_every_op_runs_on_several_threads():
+    require_cpu_module()
+    # A child without threads of its own is forked for every call: what it has afterwards the kernel started.
+    code = """
+import os
+import torch
+from mmfast import backend, ops
+torch.set_num_threads(1)
+backend.extension("cpu")
+x, y = torch.randn(2, 4000, 64), torch.randint(8, (4000,))
+init = x[0, :8].clone()
+calls = {
+    "shapley_values": lambda: ops.shapley_values(x),
+    "coalition_utilities": lambda: ops.coalition_utilities(x[0].view(4000, 8, 8), y),
+    "additive_shapley": lambda: ops.additive_shapley(x, y),
+    "duc_loss": lambda: ops.unidirectional_info_nce(x[0, :500], x[1, :500]),
+    "class_moments": lambda: ops.class_moments(x[0], y, 8),
+    "dimension_accuracy": lambda: ops.dimension_accuracy(x[0], y, init),
+    "kmeans": lambda: ops.kmeans(x[0], 8, init=init, max_iter=2),
+    "logit_fusion": lambda: ops.entropy_fusion(x),
+    "partial_reinit_": lambda: ops.partial_reinit_([x[0]], [x[1]], 0.5),
+}
+for name, call in calls.items():
+    child = os.fork()
+    if child == 0:
+        # torch itself stays on one thread, the kernels are told three.
+        torch.get_num_threads = lambda: 3
+        call()
+        os._exit(len(os.listdir("/proc/self/task")))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3, name
+"""
+    check(code, OMP_NUM_THREADS="1")
 
 
 def test_unknown_instruction_set_is_named():

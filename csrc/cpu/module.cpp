@@ -50,5 +50,5 @@ PYBIND11_MODULE(_cpu, module) {
         return names;
       },
       "The values of MMFAST_CPU_ISA this processor can run.");
-  mmfast::bind_ops(module, isa);
+  mmfast::bind_ops(module, isa, kNames);
 }
