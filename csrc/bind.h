@@ -54,8 +54,8 @@ inline PyObject* call_entry(PyObject* self, PyObject* const* values, Py_ssize_t 
   Py_RETURN_NONE;
 }
 
-// Adds every op to `module`: of its builds the newest that is no newer than `isa`, whose name, where there are
-// `names`, is its __doc__.
+// Adds every op to `module`: of its builds the newest that is no newer than `isa`, whose name, where there
+// are `names`, is its __doc__.
 inline void bind_ops(pybind11::module_& module, int isa, const char* const* names = nullptr) {
   static std::deque<PyMethodDef> definitions;
   if (__start_mmfast_ops == nullptr) return;

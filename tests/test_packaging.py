@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -71,6 +72,89 @@ def test_every_package_is_listed():
     inits = (ROOT / "mmfast").rglob("__init__.py")
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
     assert listed == found | {"mmfast.kernels"}
+
+
+def setup_py(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run setup.py with `environment` in place of what else would choose compilers."""
+    pytest.importorskip("setuptools")
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("CXX", "CUDA", "MMFAST"))
+    }
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *words],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
+    commands = [
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "--build-lib",
+        tmp_path,
+        "sdist",
+        "-d",
+        tmp_path,
+    ]
+    done = setup_py(*map(str, commands), PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    # A package without the marker has no types for its users.
+    assert (tmp_path / "mmfast/py.typed").exists()
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in ("csrc/cpu", "csrc/cuda", "kernels", "tests", "examples", "tools", ".ci"):
+        assert {f"{path}/{file.name}" for file in (ROOT / path).iterdir() if file.is_file()} <= names
+    assert {
+        "setup.py",
+        "MANIFEST.in",
+        "constraints.txt",
+        ".pre-commit-config.yaml",
+        "mmfast/py.typed",
+    } <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is compiled elsewhere")
+def test_the_cuda_build_by_compilers_that_only_note_what_they_are_told(tmp_path):
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    script = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo compute_80; exit; fi
+echo "$(basename $0) $*" >>"$(dirname $0)/log"
+echo "ptxas info : Compiling entry function 'kernel' for 'sm_80'"
+echo "8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads"
+while [ "$1" != -o ]; do shift; done
+: >"$2"
+"""
+    for name in ("nvcc", "ccache"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "CUDA_HOME": str(tmp_path),
+        "CXX": "ccache g++ -m64",
+        "MMFAST_CPU": "0",
+    }
+    command = ["build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    for cuda in ("auto", "1"):
+        done = setup_py(*command, "--force", **environment, MMFAST_CUDA=cuda)
+        assert done.returncode == 0, done.stderr
+        assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
+        done = setup_py(*command, **environment, MMFAST_CUDA=cuda, MMFAST_SPILLS="error")
+        assert done.returncode != 0
+        assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
+    log = (tmp_path / "bin/log").read_text().splitlines()
+    calls = [line for line in log if line.startswith("nvcc")]
+    assert calls
+    for call in calls:
+        assert "-ccbin g++ -Xcompiler=-m64 " in call
+    assert any(line.startswith("ccache g++ -m64 ") and "csrc/cuda/module.cpp" in line for line in log)
 
 
 def test_constraints_leave_triton_to_torch():
