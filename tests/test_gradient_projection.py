@@ -145,10 +145,13 @@ def test_compiles(backend):
     torch.testing.assert_close(torch.autograd.grad(actual, grad), torch.autograd.grad(expected, grad))
 
 
-def test_opcheck():
-    projector, feature = torch.eye(4), torch.randn(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(dtype):
+    projector, feature = torch.eye(4), torch.randn(4, dtype=dtype)
     torch.library.opcheck(torch.ops.mmfast.update_projector_, (projector, feature, 0.1, "auto"))
-    torch.library.opcheck(torch.ops.mmfast.project_gradient, (torch.randn(3, 4), projector, "auto"))
+    torch.library.opcheck(
+        torch.ops.mmfast.project_gradient, (torch.randn(3, 4, dtype=dtype), projector, "auto")
+    )
 
 
 def test_bad_input():
