@@ -73,12 +73,13 @@ def _make_check(
 ) -> Callable[[Any], None]:
     def check(_: Any) -> None:
         found, plain = (torch.eye(len(h), device=h.device) for _ in range(2))
-        truth, results = found.double(), []
+        truth, projected = found.double(), grad
         # Three different features, as the timed projector soon has nothing left along its only one.
         for shift in range(3):
             feature = h.roll(shift)
-            results = [_ours(found, feature, grad), _published(plain, feature, grad)]
-            reference.update_projector_(truth, feature.double(), alpha=ALPHA)
-        assert_close((found, results[0]), (truth, grad.double() @ truth), (plain, results[1]))
+            projected = _ours(found, feature, grad)
+            for projector in (plain, truth):
+                reference.update_projector_(projector, feature, alpha=ALPHA)
+        assert_close((found, projected), (truth, grad.double() @ truth), (plain, grad @ plain))
 
     return check

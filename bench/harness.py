@@ -24,8 +24,8 @@ DIRECTION_ORDER = ("backward", "forward", "both")
 # A turn repeats a call until it takes so many seconds, so that the clock's steps do not count.
 _TURN = 2e-3
 # Rounds of a case: as many as fit into the budget in seconds, within these bounds.
-_BUDGET = {False: 10.0, True: 0.4}
-_ROUNDS = {False: (5, 25), True: (3, 7)}
+_BUDGET = {False: 6.0, True: 0.4}
+_ROUNDS = {False: (3, 25), True: (3, 7)}
 # Numbers of the arrays that are copied and read, and rows of the matrices that are multiplied.
 _STREAM = {"cpu": 2**25, "cuda": 2**28}
 _SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at least: bytes read and written once, and operations of its matrix products."""
+    """What a call must do at least: bytes read and written once, floating-point operations that count."""
 
     read: int
     written: int = 0
