@@ -26,7 +26,7 @@ SHAPES = (
     (8, 2_000, 101),
     (10, 500, 31),
 )
-QUICK = ((2, 5_000, 31), (4, 1_000, 31))
+QUICK = ((2, 500, 31), (4, 2_000, 31))
 # Shapes at which the passes of a smooth utility are measured, too.
 NUM_SMOOTH = 4
 

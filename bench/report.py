@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ def plot(op: str, rows: Sequence[Row], size: str, path: Path) -> None:
     figure.supxlabel(size, fontsize=10)
     figure.supylabel("Time of a call (ms)", fontsize=10)
     order = [name for name in (OURS, *names, LIMIT) if name in handles]
-    legend_columns = min(len(order), 2 * columns)
+    legend_columns = min(len(order), columns + 2)
     figure.legend(
         [handles[name] for name in order],
         order,
@@ -247,6 +248,9 @@ def _draw(axes: Any, members: Sequence[Row], styles: dict[str, dict[str, Any]]) 
         axis.set_major_locator(LogLocator(subs=steps, numticks=8))
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    distinct = sorted(set(sizes))
+    if len(distinct) <= 6 and all(high > 1.5 * low for low, high in pairwise(distinct)):
+        axes.set_xticks(distinct)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -257,5 +261,5 @@ def _short(value: float) -> str:
     """Return 20000 as "20k"."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
-            return f"{value / unit:g}{letter}"
+            return f"{value / unit:.3g}{letter}"
     return f"{value:g}"
