@@ -71,7 +71,7 @@ def test_every_package_is_listed():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     inits = (ROOT / "mmfast").rglob("__init__.py")
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
-    assert listed == found | {"mmfast.kernels"}
+    assert listed == found | {"mmfast.bench", "mmfast.kernels"}
 
 
 def setup_py(*words: str, **environment: str) -> subprocess.CompletedProcess:
