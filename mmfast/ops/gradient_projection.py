@@ -8,7 +8,6 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
-    accumulation_dtype,
     check_float,
     check_positive,
     check_same_device,
@@ -18,6 +17,7 @@ from mmfast.ops._common import (
     shape_text,
 )
 from mmfast.reference import gradient_projection as _reference
+from mmfast.reference._common import accumulation_dtype
 
 
 def update_projector_(
