@@ -212,6 +212,8 @@ calls = {
     "kmeans": lambda: ops.kmeans(x[0], 8, init=init, max_iter=2),
     "logit_fusion": lambda: ops.entropy_fusion(x),
     "partial_reinit_": lambda: ops.partial_reinit_([x[0]], [x[1]], 0.5),
+    "update_projector_": lambda: ops.update_projector_(torch.eye(400), x[0, :400, 0], alpha=0.1),
+    "project_gradient": lambda: ops.project_gradient(x.view(-1, 400)[:6], torch.eye(400)),
 }
 for name, call in calls.items():
     child = os.fork()

@@ -2,21 +2,23 @@
 //
 // The update reads P for P h, then reads and writes it: 3 D^2 numbers. One parallel region does both, a
 // barrier between, so that a thread's rows stay in its second cache, and the difference begins with the rows
-// read last. P is symmetric, but neither half is left out: mirroring the other would take a transposition of
-// registers, which costs more than the read. The product is 2 C D^2 operations on rows of G packed in panels.
+// read last. P is symmetric, but neither half is left out: mirroring one takes a transposition of registers
+// in place of a read. The product is 2 C D^2 operations on rows of G packed in panels.
 //
-// D = 512, float32, C = 6. Floors: 3 MiB of the second cache at 100 GB/s a core, 31 us; 3.1 million
-// operations at 117 GFLOP/s a core, 27 us. Predicted: those and the packing. One core of a 2-core AMD EPYC
-// with AVX-512 on a LOADED machine, interleaved, medians of 300 (of the fastest tenth in brackets):
-//                              update    product
-//   kernel                      32 (31)    31 (30) us
-//   eager, P h computed once    80 (76)    80 (75) us    two passes more, for the outer product and to
-//   subtract it eager, P h computed thrice 168 (141)
-// Two threads, the same way: 22 (20) and 33 (31) us against 315 (302) and 142 (116), the machine being
-// busy with more threads than cores. Other sizes, medians of the product against MKL's: C = 12 60 / 103, C =
-// 31 159 / 215, C = 101 517 / 565 us, at C = 309 no difference. Python adds 10 us a call. Tried and slower:
-// squares of P with their mirror images, both transposed (100 us), and rows of P copied into one block for
-// less than 8 panels of G (C = 31: 190 us).
+// Floors at D = 512, C = 6, float32, one core: 3 MiB of the second cache at 100 GB/s, 31 us; 3.1 million
+// operations at 117 GFLOP/s, 27 us. Predicted: those, and half with two cores. Measured on the 2 cores of an
+// AMD EPYC with AVX-512, nothing else running, interleaved, medians of 280 in us, eager by MKL:
+//                                update          product
+//   threads                      1     2         1     2
+//   kernel                      33    18        30    19
+//   eager, P h once             77    71        78    72
+//   eager, P h thrice          135   147
+// Product alone at C = 31: 155 and 85 against 207 and 160; at C = 309 on two threads 1,002 against 1,054.
+// Both calls from Python at C = 6, each time after others have filled the caches: 124 and 142 against 154 and
+// 165 with P h once, 214 and 228 as published. What a call does in Python takes 14 us when nothing else runs
+// between, and about 35 then: it, not the kernel, keeps the whole below twice of eager. Tried and slower:
+// squares of P with their mirror images, both transposed (about 100), rows of P copied into one block for
+// fewer than 8 panels (C = 31: 180, LOADED machine); of no effect: rows of P prefetched.
 #include <omp.h>
 
 #include <cmath>

@@ -15,6 +15,7 @@ from mmfast.ops._common import (
     outside_autocast,
     register,
     shape_text,
+    unbroken_rows,
 )
 from mmfast.reference import gradient_projection as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -126,8 +127,7 @@ class _ProjectGradient(torch.autograd.Function):
 def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
     if len(projector) == 0:
         return
-    # A projector with gaps within its rows goes through a copy without.
-    dense = projector if projector.stride(1) == 1 else projector.contiguous()
+    dense = unbroken_rows(projector)
     h = mean_feature.to(projector.dtype).contiguous()
     _backend.extension("cpu").gradient_projection_update(
         dense.data_ptr(),
@@ -151,8 +151,7 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     if accumulation_dtype(grad.dtype) != projector.dtype:
         wide = torch.promote_types(grad.dtype, projector.dtype)
         return _project_cpu(grad.to(wide), projector.to(wide)).to(grad.dtype)
-    if projector.stride(1) != 1:
-        projector = projector.contiguous()
+    projector = unbroken_rows(projector)
     projected = torch.empty(grad.shape, dtype=grad.dtype)
     _backend.extension("cpu").gradient_projection_product(
         grad.data_ptr(),
