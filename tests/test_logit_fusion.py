@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import logit_fusion as reference
-from numerics import assert_close_to_truth
+from numerics import assert_close_to_truth, error_against
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -218,19 +218,18 @@ def test_large_logits_at_extreme_temperatures(dtype, temperature, backend):
     logits = (50 * logits).to(dtype)
     fuse = functools.partial(ops.certainty_fusion, temperature=temperature)
     for op in (fuse, ops.entropy_fusion):
-        results = [
-            op(logits.to(kind), present=present, backend=name)
-            for kind, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference"))
-        ]
+        results = []
+        for kind, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
+            run = functools.partial(op, backend=name)
+            results.append([*run(logits.to(kind), present=present), gradient(run, logits, present, kind)])
         for actual, truth, simple in zip(*results, strict=True):
             assert bool(actual.isfinite().all())
-            assert_close_to_truth(actual, truth, simple)
-        gradients = [
-            gradient(functools.partial(op, backend=name), logits, present, kind)
-            for kind, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference"))
-        ]
-        assert bool(gradients[0].isfinite().all())
-        assert_close_to_truth(*gradients)
+            if dtype == torch.float64:
+                # Nothing here is truer: rounding a score moves its weight by eps / temperature, on either side.
+                slack = 8 * torch.finfo(dtype).eps / min(temperature, 1)
+                assert error_against(truth, actual) <= slack
+            else:
+                assert_close_to_truth(actual, truth, simple)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)

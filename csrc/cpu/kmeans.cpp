@@ -198,6 +198,7 @@ struct Lloyd {
   std::vector<double> totals;   // [parts, K, width]
   std::vector<int64_t> counts;  // [parts, K]
   std::vector<char> changed;    // [parts]
+  std::vector<double> squares;  // [parts] squared distances of the samples to their centroids
 
   Lloyd(const T* features, int64_t stride, int64_t* assignments, int64_t num_samples, int64_t num_dims,
         int64_t num_clusters, int64_t num_threads)
@@ -216,7 +217,8 @@ struct Lloyd {
         half_norms(num_clusters),
         totals(num_parts * num_clusters * width),
         counts(num_parts * num_clusters),
-        changed(num_parts) {}
+        changed(num_parts),
+        squares(num_parts) {}
 
   // Calls function(part, first sample, last sample) on threads.
   template <class Function>
@@ -229,25 +231,46 @@ struct Lloyd {
     });
   }
 
-  // Finds the mean of the samples; returns the mean over dimensions of their variance.
+  // Finds the mean of the samples; returns the mean over dimensions of their variance. One read: a chunk's
+  // deviations from its own mean are summed while it is in the cache, and chunks merge as Chan et al. do.
   double centre() {
-    std::vector<double> sums(num_parts * width), squares(num_parts);
+    std::vector<double> means(num_parts * width), numbers(num_parts);
+    std::fill(squares.begin(), squares.end(), 0.0);
     for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      double* sum = sums.data() + part * width;
-      for (int64_t i = begin; i < end; ++i) add(x.row(i), sum);
+      Centred<T> chunk{x.features, x.stride, num_dims, std::vector<A>(width)};
+      std::vector<double> sum(width);
+      const std::vector<A> zero(width);
+      for (int64_t first = begin; first < end; first += kChunk) {
+        const int64_t last = std::min(first + kChunk, end);
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int64_t i = first; i < last; ++i) add(x.row(i), sum.data());
+        for (int64_t d = 0; d < num_dims; ++d) {
+          sum[d] /= last - first;
+          chunk.offset[d] = static_cast<A>(sum[d]);
+        }
+        double square = 0;
+        for (int64_t i = first; i < last; ++i) square += chunk.squared_distance(i, zero.data());
+        merge(means.data() + part * width, squares[part], numbers[part], sum.data(), square, last - first);
+      }
     });
+    for (int64_t part = 1; part < num_parts; ++part)
+      merge(means.data(), squares[0], numbers[0], means.data() + part * width, squares[part], numbers[part]);
+    for (int64_t d = 0; d < num_dims; ++d) x.offset[d] = static_cast<A>(means[d]);
+    return squares[0] / num_samples / num_dims;
+  }
+
+  // Merges mean, summed squared deviation and number of other samples into those of some.
+  void merge(double* mean, double& square, double& number, const double* other_mean, double other_square,
+             double other_number) const {
+    const double share = other_number / (number + other_number);
+    double gap = 0;
     for (int64_t d = 0; d < num_dims; ++d) {
-      double sum = 0;
-      for (int64_t part = 0; part < num_parts; ++part) sum += sums[part * width + d];
-      x.offset[d] = static_cast<A>(sum / num_samples);
+      const double difference = other_mean[d] - mean[d];
+      gap += difference * difference;
+      mean[d] += share * difference;
     }
-    const std::vector<A> zero(width);
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) squares[part] += x.squared_distance(i, zero.data());
-    });
-    double total = 0;
-    for (const double square : squares) total += square;
-    return total / num_samples / num_dims;
+    square += other_square + gap * number * share;
+    number += other_number;
   }
 
   // By whole vectors, so that half precision is widened quickly; `sum` is [width].
@@ -313,8 +336,8 @@ struct Lloyd {
     return differences != 0;
   }
 
-  // Assigns every sample; with `accumulate` leaves the clusters' sums and sizes in the first part's. Returns
-  // whether an assignment changed.
+  // Assigns every sample; with `accumulate` leaves the clusters' sums and sizes in the first part's, else the
+  // squared distances to the centroids. Returns whether an assignment changed.
   bool assign(bool accumulate) {
     pack();
     for_parts([&](int64_t part, int64_t begin, int64_t end) {
@@ -326,13 +349,17 @@ struct Lloyd {
       Tile<T> tile(num_clusters);
       std::vector<A> sums(accumulate ? size : 0);
       changed[part] = false;
+      squares[part] = 0;
       for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
         const int64_t chunk_end = std::min(chunk + kChunk, end);
         for (int64_t i = chunk; i < chunk_end; i += Tile<T>::samples) {
           changed[part] |= assign_tile(tile, i, std::min<int64_t>(Tile<T>::samples, chunk_end - i),
                                        accumulate ? sums.data() : nullptr, count);
         }
-        if (!accumulate) continue;
+        if (!accumulate) {
+          add_distances(part, chunk, chunk_end);
+          continue;
+        }
         for (int64_t j = 0; j < size; ++j) total[j] += sums[j];
         std::fill(sums.begin(), sums.end(), A{0});
       }
@@ -404,20 +431,26 @@ struct Lloyd {
       const double shift = move();
       const bool is_settled = empty.empty() && !any_changed;
       if (!is_settled && shift > threshold && num_iter < max_iter) continue;
-      if (!is_settled) assign(false);
+      if (is_settled) {
+        std::fill(squares.begin(), squares.end(), 0.0);
+        for_parts([&](int64_t part, int64_t begin, int64_t end) { add_distances(part, begin, end); });
+      } else {
+        assign(false);
+      }
       return num_iter;
     }
     return max_iter;
   }
 
-  double inertia() {
-    std::vector<double> sums(num_parts);
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        sums[part] += x.squared_distance(i, centroids.data() + assignments[i] * width);
-    });
+  void add_distances(int64_t part, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      squares[part] += x.squared_distance(i, centroids.data() + assignments[i] * width);
+  }
+
+  // Of the last assignment.
+  double inertia() const {
     double total = 0;
-    for (const double sum : sums) total += sum;
+    for (const double square : squares) total += square;
     return total;
   }
 };
