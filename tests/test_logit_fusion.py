@@ -225,7 +225,7 @@ def test_large_logits_at_extreme_temperatures(dtype, temperature, backend):
         for actual, truth, simple in zip(*results, strict=True):
             assert bool(actual.isfinite().all())
             if dtype == torch.float64:
-                # Nothing here is truer: rounding a score moves its weight by eps / temperature, on either side.
+                # Nothing here is truer: rounding a score moves its weight by eps / temperature in both.
                 slack = 8 * torch.finfo(dtype).eps / min(temperature, 1)
                 assert error_against(truth, actual) <= slack
             else:
