@@ -55,18 +55,6 @@ assert "mmfast._cpu" not in sys.modules
 """)
 
 
-def test_ops_on_the_cpu_never_import_triton():
-    check("""
-import sys, torch, mmfast
-if torch.cuda.is_available():
-    sys.exit(0)
-utilities = torch.rand(3, 8, requires_grad=True)
-mmfast.ops.shapley_values(utilities).sum().backward()
-mmfast.ops.partial_reinit_([torch.rand(3)], [torch.rand(3)], 0.5)
-assert "triton" not in sys.modules
-""")
-
-
 def test_every_package_is_listed():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     inits = (ROOT / "mmfast").rglob("__init__.py")

@@ -96,6 +96,21 @@ struct Leaves {
     for (int j = 0; j < J; ++j) u[j] = arg[j] == labels ? V{} + 1 : V{};
   }
 
+  // Takes the 1 from a label that a lower class equals. Without a bias that is looked into for every sample:
+  // the empty coalition's logits are all 0.
+  void settle_ties(const V* z, const V* y, V* u) const {
+    Mask is_beaten[J] = {};
+    V x[J];
+    for (int64_t c = 0; c < C; ++c) {
+      spread(z[c], partials + c, C, x);
+      const Mask is_lower = labels > static_cast<Bits<A>>(c);
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) is_beaten[j] |= is_lower & (x[j] == y[j]);
+    }
+    MMFAST_UNROLL
+    for (int j = 0; j < J; ++j) u[j] = is_beaten[j] ? V{} : u[j];
+  }
+
   // The utility of each coalition, for "cardinality" as for "correct".
   void utilities(const V* z, V z_own, V* u) const {
     V y[J], maxima[J], x[J];
@@ -109,13 +124,14 @@ struct Leaves {
         for (int j = 0; j < J; ++j) u[j] = x[j] != x[j] ? x[j] : u[j];
       }
     } else if (utility == kCorrect || utility == kCardinality) {
+      if (!is_tame) return find_argmax(z, y, u);
       Mask is_tie = {};
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j) {
-        u[j] = y[j] > maxima[j] ? V{} + 1 : V{};
+        u[j] = y[j] >= maxima[j] ? V{} + 1 : V{};
         is_tie |= y[j] == maxima[j];
       }
-      if (!is_tame || any(is_tie)) find_argmax(z, y, u);
+      if (any(is_tie)) settle_ties(z, y, u);
     } else {
       V sums[J];
       MMFAST_UNROLL

@@ -27,6 +27,8 @@ namespace mmfast {
 namespace {
 
 enum Score : int64_t { kEntropy = 0, kCertainty = 1 };
+// Classes of a group, see for_groups.
+constexpr int64_t kGroup = 32;
 
 template <class T>
 struct Fusion {
@@ -57,6 +59,13 @@ struct Fusion {
     load_lanes(rows, stride_c, C, end(), L * stride_n, z);
     if (any(~here))
       for (int64_t c = 0; c < C; ++c) z[c] = from_bits<A>(bits_of<A>(z[c]) & here);
+  }
+
+  // Calls function(begin, end) for groups of classes: a sum of few groups' sums rounds less than one of C
+  // terms.
+  template <class Function>
+  void for_groups(Function&& function) const {
+    for (int64_t c = 0; c < C; c += kGroup) function(c, std::min(c + kGroup, C));
   }
 
   V max_of(const V* z) const {
@@ -106,14 +115,22 @@ struct Fusion {
       const V max = max_of(zm);
       V s = {}, t = {};
       if (score == kEntropy) {
-        for (int64_t c = 0; c < C; ++c) {
-          const V x = shifted(zm[c], max), e = exp_nonpositive<A>(x);
-          s += e;
-          t += e * x;
-        }
+        for_groups([&](int64_t begin, int64_t end) {
+          V group_s = {}, group_t = {};
+          for (int64_t c = begin; c < end; ++c) {
+            const V x = shifted(zm[c], max), e = exp_nonpositive<A>(x);
+            group_s += e;
+            group_t += e * x;
+          }
+          s += group_s, t += group_t;
+        });
         w[m] = t / s - log_positive<A>(s);
       } else {
-        for (int64_t c = 0; c < C; ++c) s += exp_nonpositive<A>(zm[c] - max);
+        for_groups([&](int64_t begin, int64_t end) {
+          V group = {};
+          for (int64_t c = begin; c < end; ++c) group += exp_nonpositive<A>(zm[c] - max);
+          s += group;
+        });
         w[m] = 1 / (s * temperature);
       }
     }
@@ -148,14 +165,18 @@ struct Fusion {
       load_logits(m, first, here[m], em);
       const V max = max_of(em), lowest = V{} + std::numeric_limits<A>::lowest();
       V s = {}, t = {}, dot = {};
-      for (int64_t c = 0; c < C; ++c) {
-        const V z = em[c], x = shifted(z, max), exponential = exp_nonpositive<A>(x);
-        // An excluded class has logit -inf and gradient 0; their product is to be 0.
-        dot += df[c] * (z < lowest ? lowest : z);
-        s += exponential;
-        t += exponential * x;
-        em[c] = score == kEntropy ? x : exponential;
-      }
+      for_groups([&](int64_t begin, int64_t end) {
+        V group_s = {}, group_t = {}, group_dot = {};
+        for (int64_t c = begin; c < end; ++c) {
+          const V z = em[c], x = shifted(z, max), exponential = exp_nonpositive<A>(x);
+          // An excluded class has logit -inf and gradient 0; their product is to be 0.
+          group_dot += df[c] * (z < lowest ? lowest : z);
+          group_s += exponential;
+          group_t += exponential * x;
+          em[c] = score == kEntropy ? x : exponential;
+        }
+        s += group_s, t += group_t, dot += group_dot;
+      });
       sums[m] = s, dots[m] = dot, tops[m] = t / s;
       w[m] = score == kEntropy ? t / s - log_positive<A>(s) : 1 / (s * temperature);
     }

@@ -1,0 +1,166 @@
+"""One call of every op on seeded data, forward and, where there is one, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmfast import ops
+
+# Takes the device, the dtype and the backend; returns the call's inputs, and the call, which returns tensors.
+Make = Callable[[torch.device, torch.dtype, str], tuple[list[Tensor], Callable[[], list[Tensor]]]]
+CALLS: dict[str, list[Make]] = {}
+N, D, C, M = 1500, 48, 7, 3
+
+
+def call_of(stem: str) -> Callable[[Make], Make]:
+    """Register a call under the stem of its op's files."""
+
+    def add(make: Make) -> Make:
+        CALLS.setdefault(stem, []).append(make)
+        return make
+
+    return add
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _labels(device: torch.device, *shape: int) -> Tensor:
+    return torch.randint(C, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _with_gradient(inputs: list[Tensor], op: Callable[..., Tensor | tuple[Tensor, ...]]):
+    for x in inputs:
+        x.requires_grad_()
+
+    def call() -> list[Tensor]:
+        out = op(*inputs)
+        results = [out] if isinstance(out, Tensor) else list(out)
+        smooth = [result for result in results if result.requires_grad]
+        # Not ones: the gradient of a sum of Shapley values or of weights is zero in places.
+        seeds = [torch.linspace(1, 2, y.numel(), device=y.device, dtype=y.dtype).view_as(y) for y in smooth]
+        return [y.detach() for y in results] + list(torch.autograd.grad(smooth, inputs, seeds))
+
+    return inputs, call
+
+
+@call_of("shapley_values")
+def shapley_values(device, dtype, backend):
+    tables = _random(N, 2**M, device=device, dtype=dtype)
+    return _with_gradient([tables], lambda v: ops.shapley_values(v, backend=backend))
+
+
+@call_of("additive_shapley")
+def additive_shapley(device, dtype, backend):
+    partial, labels = _random(M, N, C, device=device, dtype=dtype), _labels(device, N)
+    bias = _random(C, device=device, dtype=dtype)
+    return _with_gradient(
+        [partial, bias],
+        lambda z, b: ops.additive_shapley(z, labels, b, utility="log_probability", backend=backend),
+    )
+
+
+@call_of("additive_shapley")
+def coalition_utilities(device, dtype, backend):
+    logits, labels = _random(N, 2**M, C, device=device, dtype=dtype), _labels(device, N)
+    return _with_gradient(
+        [logits], lambda z: ops.coalition_utilities(z, labels, utility="probability", backend=backend)
+    )
+
+
+@call_of("duc_loss")
+def duc_loss(device, dtype, backend):
+    features = [_random(N // 5, D + m, device=device, dtype=dtype)[:, :D].contiguous() for m in range(M)]
+    effective = torch.arange(M * D, device=device).view(M, D) % 3 == 0
+    effective[:, 0] = False
+    effective[0, 0] = True
+    return _with_gradient(
+        features, lambda *x: ops.duc_loss(x, effective, temperature=2.0, backend=backend)
+    )
+
+
+@call_of("duc_loss")
+def unidirectional_info_nce(device, dtype, backend):
+    query, key = (_random(N // 5, D, device=device, dtype=dtype) for _ in range(2))
+    return _with_gradient(
+        [query], lambda q: ops.unidirectional_info_nce(q, key, temperature=2.0, backend=backend)
+    )
+
+
+@call_of("class_separability")
+def class_moments(device, dtype, backend):
+    features, labels = _random(N, D, device=device, dtype=dtype), _labels(device, N)
+    return _with_gradient([features], lambda x: ops.class_moments(x, labels, C, backend=backend)[1:])
+
+
+@call_of("class_separability")
+def dimension_accuracy(device, dtype, backend):
+    features, labels = _random(N, D, device=device, dtype=dtype), _labels(device, N)
+    centroids = _random(C, D, device=device, dtype=dtype)
+    return [features], lambda: [ops.dimension_accuracy(features, labels, centroids, backend=backend)]
+
+
+@call_of("class_separability")
+def effective_dimensions(device, dtype, backend):
+    features, labels = _random(N, D, device=device, dtype=dtype), _labels(device, N)
+    return [features], lambda: [ops.effective_dimensions(features, labels, C, backend=backend)]
+
+
+@call_of("kmeans")
+def kmeans(device, dtype, backend):
+    features = _random(N, D, device=device, dtype=dtype)
+    return [features], lambda: list(ops.kmeans(features, 5, max_iter=8, backend=backend)[:3])
+
+
+@call_of("kmeans")
+def cluster_purity(device, dtype, backend):
+    labels, clusters = _labels(device, N), _labels(device, N).flip(0)
+    return [], lambda: [torch.tensor(ops.cluster_purity(clusters, labels, backend=backend))]
+
+
+@call_of("partial_reinit")
+def partial_reinit(device, dtype, backend):
+    params = [_random(size, 9, device=device, dtype=dtype) for size in (1, 40, 3)]
+    initial = [torch.zeros_like(x) for x in params]
+    start = [x.clone() for x in params]
+
+    def call() -> list[Tensor]:
+        for x, before in zip(params, start, strict=True):
+            x.copy_(before)
+        ops.partial_reinit_(params, initial, 0.25, backend=backend)
+        return params
+
+    return start, call
+
+
+@call_of("gradient_projection")
+def gradient_projection(device, dtype, backend):
+    # The projector is kept in at least float32.
+    wide = torch.promote_types(dtype, torch.float32)
+    start, projector = (torch.eye(D, device=device, dtype=wide) for _ in range(2))
+    feature = _random(D, device=device, dtype=dtype)
+    grad = _random(C, D, device=device, dtype=wide)
+
+    def call() -> list[Tensor]:
+        projector.copy_(start)
+        ops.update_projector_(projector, feature, alpha=0.5, backend=backend)
+        return [projector, ops.project_gradient(grad, projector, backend=backend)]
+
+    return [feature, grad], call
+
+
+@call_of("logit_fusion")
+def entropy_fusion(device, dtype, backend):
+    logits = _random(M, N, C, device=device, dtype=dtype)
+    return _with_gradient([logits], lambda z: ops.entropy_fusion(z, backend=backend))
+
+
+@call_of("logit_fusion")
+def certainty_fusion(device, dtype, backend):
+    logits = _random(M, N, C, device=device, dtype=dtype)
+    return _with_gradient([logits], lambda z: ops.certainty_fusion(z, temperature=0.5, backend=backend))
