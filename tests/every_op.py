@@ -79,9 +79,7 @@ def duc_loss(device, dtype, backend):
     effective = torch.arange(M * D, device=device).view(M, D) % 3 == 0
     effective[:, 0] = False
     effective[0, 0] = True
-    return _with_gradient(
-        features, lambda *x: ops.duc_loss(x, effective, temperature=2.0, backend=backend)
-    )
+    return _with_gradient(features, lambda *x: ops.duc_loss(x, effective, temperature=2.0, backend=backend))
 
 
 @call_of("duc_loss")

@@ -1,4 +1,4 @@
-"""What holds for every op alike: the same bits in every run, no Triton on the CPU, capture in a CUDA graph."""
+"""What holds for every op: the same bits in every run, no Triton on the CPU, capture in a CUDA graph."""
 
 from __future__ import annotations
 

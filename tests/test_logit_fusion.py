@@ -21,7 +21,7 @@ from numerics import assert_close_to_truth, error_against
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (2, 64, 8), (3, 33, 7), (4, 5, 101), (2, 40, 5000), (2, 0, 5)]
+SHAPES = [(1, 1, 1), (2, 64, 8), (3, 33, 7), (4, 5, 101), (2, 40, 2500), (2, 0, 5)]
 RULES = {
     "entropy": (ops.entropy_fusion, reference.entropy_fusion),
     "certainty": (

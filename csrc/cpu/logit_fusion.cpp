@@ -28,7 +28,7 @@ namespace {
 
 enum Score : int64_t { kEntropy = 0, kCertainty = 1 };
 // Classes of a group, see for_groups.
-constexpr int64_t kGroup = 32;
+constexpr int64_t kGroup = 64;
 
 template <class T>
 struct Fusion {
