@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmfast import tuning
 from mmfast.names import did_you_mean
 
-from . import harness, report
+from . import harness, report, tune
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,10 +42,7 @@ def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: 
         WrongResultError: a check failed.
     """
     known = available()
-    for op in ops:
-        if op not in known:
-            raise ValueError(f"op must be one of {', '.join(known)}, got {op!r}{did_you_mean(op, known)}")
-    ops = [op for op in known if op in ops] or known
+    ops = _chosen(ops, known)
     options = harness.Options(quick, _device(device))
     busy = _load()
     limits = harness.measure_limits(options)
@@ -64,6 +62,35 @@ def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: 
             files.append(f"{op}.png")
     console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
     return path
+
+
+def run_tuning(ops: list[str], *, quick: bool, device: str | None, console: Console) -> Path | None:
+    """Measure the tile shapes of the ops' GPU kernels, store the faster ones; return the file, if any are.
+
+    Raises:
+        ValueError: an op has no benchmark, or there is no GPU.
+    """
+    ops = _chosen(ops, available())
+    options = harness.Options(quick, _device(device))
+    if options.device != "cuda":
+        raise ValueError("tuning needs a GPU: the kernels of the CPU have no tile shapes to choose from")
+    torch.manual_seed(0)
+    cases = {op: load(op).cases(options) for op in ops if op != "train"}
+    found = tune.tune(cases, options, console)
+    if not found:
+        console.print("No candidate beats a default by 3%: nothing is stored.")
+        return None
+    file = tuning.store(torch.device("cuda"), found)
+    console.print(f"Stored in {file}; ops on this GPU use it from now on.", soft_wrap=True)
+    return file
+
+
+def _chosen(ops: list[str], known: list[str]) -> list[str]:
+    """Return the ops to measure in the order of `known`, all of them where none is named."""
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op must be one of {', '.join(known)}, got {op!r}{did_you_mean(op, known)}")
+    return [op for op in known if op in ops] or known
 
 
 def _measure(op: str, cases: Any, limits: harness.Limits, options: harness.Options, console: Console) -> list:

@@ -30,6 +30,13 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the JSON of results and the pictures.")] = Path(
         "mmfast-bench"
     ),
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Measure the tile shapes of the GPU kernels instead, and store the fastest for this GPU.",
+        ),
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Measure ops against their peers and this machine's limits: time, bandwidth, operations, memory.
@@ -44,8 +51,11 @@ def bench(
                 "mmfast.bench is missing: this mmfast is a bare checkout, install it (pip install -e .)"
             )
         from mmfast.bench.harness import WrongResultError
-        from mmfast.bench.main import run
+        from mmfast.bench.main import run, run_tuning
 
+        if tune:
+            run_tuning(ops or [], quick=quick, device=device, console=make_console())
+            return
         try:
             run(ops or [], quick=quick, device=device, out=out, console=make_console())
         except WrongResultError as error:

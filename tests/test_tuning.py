@@ -1,0 +1,121 @@
+"""Stored tile shapes: asked for by launchers, measured by `mmfast bench --tune`, kept per GPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
+
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mmfast import tuning
+from mmfast.bench import tune
+from mmfast.bench.harness import Case, Options, Work
+from mmfast.commands import app
+
+CPU = torch.device("cpu")
+TILES = [{"BLOCK": size} for size in (16, 32, 64, 128)]
+
+
+def choose(key="float32", device=CPU):
+    return tuning.choose("toy", key, TILES[0], lambda: TILES, device)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """An own file of stored choices, and a GPU's name for the CPU."""
+    path = tmp_path / "cache" / "tuning.json"
+    monkeypatch.setenv("MMFAST_TUNING", str(path))
+    monkeypatch.setattr(tuning, "_name", lambda device: f"a {device.type}")
+    tuning._stored.cache_clear()
+    yield path
+    tuning._stored.cache_clear()
+
+
+def toy_case(call) -> Case:
+    return Case("N=1", 1, "toy", call, {}, lambda found: None, Work(4))
+
+
+def test_the_default_stands_where_nothing_is_stored(file):
+    assert choose(device=torch.device("cuda")) == TILES[0]
+    assert not file.exists()
+
+
+def test_what_is_stored_holds_for_its_gpu_and_key(file):
+    tuning.store(torch.device("cuda"), {("toy", "float32"): TILES[2]})
+    tuning.store(torch.device("cuda"), {("toy", "float16"): TILES[1]})
+    assert choose(device=torch.device("cuda")) == TILES[2]
+    assert choose("float16", torch.device("cuda")) == TILES[1]
+    assert choose("bfloat16", torch.device("cuda")) == TILES[0]
+    # Tile shapes are a GPU's: on the CPU Triton interprets, and the table's serve.
+    assert choose() == TILES[0]
+    assert json.loads(file.read_text()) == {"a cuda": {"toy float32": TILES[2], "toy float16": TILES[1]}}
+
+
+def test_an_empty_variable_switches_it_off(monkeypatch):
+    monkeypatch.setenv("MMFAST_TUNING", "")
+    assert tuning.path() is None
+    with pytest.raises(ValueError, match="leaves no file"):
+        tuning.store(CPU, {})
+
+
+def test_a_damaged_file_is_named(file):
+    file.parent.mkdir()
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"tuning\.json is no file of stored tile shapes .* remove it"):
+        choose(device=torch.device("cuda"))
+
+
+def test_the_fastest_candidate_that_runs_is_found(file):
+    seconds = {16: 4e-3, 32: 1e-3, 64: 2e-3}
+
+    def call():
+        block = choose()["BLOCK"]
+        if block == 128:
+            raise RuntimeError("out of resource: shared memory")
+        time.sleep(seconds[block])
+
+    printed = io.StringIO()
+    console = Console(width=200, file=printed)
+    found = tune.tune({"toy": [toy_case(call)]}, Options(quick=True), console)
+    assert found == {("toy", "float32"): {"BLOCK": 32}}
+    assert "BLOCK=32" in printed.getvalue()
+    assert choose() == TILES[0]
+
+
+def test_a_wrong_candidate_is_none(file):
+    def check(block):
+        assert block == 16
+
+    def call():
+        block = choose()["BLOCK"]
+        time.sleep(1e-3 if block == 16 else 1e-4)
+        return block
+
+    case = replace(toy_case(call), check=check)
+    assert tune.tune({"toy": [case]}, Options(quick=True), Console(file=io.StringIO())) == {}
+
+
+def test_a_default_that_fails_is_an_error(file):
+    def call():
+        if choose() == TILES[0] and calls:
+            raise RuntimeError("broken")
+        calls.append(1)
+
+    calls: list[int] = []
+    with pytest.raises(RuntimeError, match="broken"):
+        tune.tune({"toy": [toy_case(call)]}, Options(quick=True), Console(file=io.StringIO()))
+
+
+def test_without_a_gpu_there_is_nothing_to_tune():
+    result = CliRunner().invoke(app, ["bench", "--tune", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "tuning needs a GPU" in result.stderr
