@@ -1,19 +1,32 @@
-"""Compile every Triton kernel ahead of time, without a GPU: python tools/compile_triton.py [--cc 80 90].
+"""Compile every Triton kernel ahead of time, without a GPU: python tools/compile_triton.py [--ops kmeans].
 
-Each kernels/<op>.py lists what to compile in `compile_configurations()`. Fails if a kernel does not compile
-or if ptxas counts a spilled register.
+Each kernels/<op>.py lists in `compile_configurations()`, or in `compile_configurations(target)` where tiles
+depend on the device, tuples of
+
+    kernel, {argument: type}, {constexpr: value}, {option: value}[, "warp" or "warpgroup"]
+
+A type that ends in ":16" says, as for triton.tools.compile, that the argument is a multiple of 16. The last
+item asks for matrix instructions: of a warp, or those of a group of four warps where a device has them.
+
+Prints a table. Fails if a kernel does not compile, spills registers, takes more shared memory than a block of
+threads can have, or multiplies without the instructions it asks for.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import inspect
+import io
+import multiprocessing
+import os
 import re
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,68 +35,141 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def assemble(source: Path, target: str) -> str:
-    """Return what the first of triton's assemblers that takes this PTX says of it; raise if none does."""
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    complaints = []
-    for assembler in (folder / "ptxas", folder / "ptxas-blackwell"):
-        if assembler.exists():
-            command = [str(assembler), "-v", f"-arch={target}", str(source), "-o", "/dev/null"]
-            log = subprocess.run(command, capture_output=True, text=True)
-            if log.returncode == 0:
-                return log.stderr
-            complaints.append(log.stderr.strip())
-    raise RuntimeError(f"no assembler takes the PTX: {'; '.join(complaints) or f'none in {folder}'}")
+class Device(NamedTuple):
+    target: GPUTarget
+    shared: int  # bytes a block of threads can have
+    warp: str  # a matrix instruction of a warp, as the assembly has it
+    warpgroup: str  # the same of a group of warps, as a regular expression
 
 
-def spilled_bytes(ptx: str) -> int:
-    """Return the bytes of registers that ptxas stores to memory for one kernel; raise if it cannot tell."""
-    target = re.search(r"\.target (sm_\w+)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        log = assemble(source, target[1])
-    stores = re.findall(r"(\d+) bytes spill stores", log)
-    assert stores, f"no count of spills in what ptxas says: {log}"
-    return sum(map(int, stores))
+DEVICES = {
+    "80": Device(GPUTarget("cuda", 80, 32), 163 << 10, r"\bmma\.sync", r"\bmma\.sync"),
+    "90": Device(GPUTarget("cuda", 90, 32), 227 << 10, r"\bmma\.sync|\bwgmma", r"\bwgmma\.mma_async"),
+    "100": Device(GPUTarget("cuda", 100, 32), 227 << 10, r"\bmma\.sync|\btcgen05\.mma", r"\btcgen05\.mma"),
+    "120": Device(GPUTarget("cuda", 120, 32), 99 << 10, r"\bmma\.sync", r"\bmma\.sync"),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, r"\bv_mfma_", r"\bv_mfma_"),
+}
 
 
-def compile_one(configuration: tuple, capability: int) -> str | None:
-    """Compile one configuration and return what is wrong with it, or None."""
-    kernel, signature, constants, options = configuration
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    named = f"{kernel.__name__} {' '.join(signature.values())} {constants} cc {capability}"
+class Facts(NamedTuple):
+    """What the assembler says of one kernel."""
+
+    registers: int  # per thread
+    spills: int  # bytes, or on AMD registers
+    shared: int  # bytes
+    assembly: str
+
+
+class Report(NamedTuple):
+    kernel: str
+    configuration: str
+    device: str
+    facts: Facts | None  # None: it did not compile
+    seconds: float
+    problems: list[str]
+
+
+def text_of(configuration: tuple) -> str:
+    """Return types, constants and options of a configuration on one line."""
+    _, signature, constants, options, *_ = configuration
+    # The types of pointers tell one kernel's configurations from another's, those of numbers do not.
+    types = dict.fromkeys(kind[1:].split(":")[0] for kind in signature.values() if kind.startswith("*"))
+    values = {name: value for name, value in {**constants, **options}.items() if value is not None}
+    return " ".join([*types, *(f"{name}={value}" for name, value in values.items())])
+
+
+def compiled(configuration: tuple, device: Device) -> Facts:
+    """Compile one configuration for one device."""
+    kernel, signature, constants, options, *_ = configuration
+    types = {name: signature.get(name, "constexpr").split(":")[0] for name in kernel.arg_names}
+    aligned = [name for name, kind in signature.items() if kind.endswith(":16")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    log, knobs = io.StringIO(), triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        # Triton assembles the kernel anyway: it is to print what ptxas says. Of one out of its cache it says
+        # nothing.
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        result = triton.compile(source, target=device.target, options=dict(options))
+    if device.target.backend == "hip":
+        assembly = result.asm["amdgcn"]
+        registers = re.findall(r"\.vgpr_count: *(\d+)", assembly)
+        # Scalar registers spill to lanes of vector registers, not to memory.
+        spills = re.findall(r"\.vgpr_spill_count: *(\d+)", assembly)
+    else:
+        assembly = result.asm["ptx"]
+        registers = re.findall(r"Used (\d+) registers", log.getvalue())
+        spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+    if not registers or not spills:
+        raise RuntimeError(f"the assembler does not say how many registers it used: {log.getvalue()}")
+    return Facts(max(map(int, registers)), sum(map(int, spills)), result.metadata.shared, assembly)
+
+
+def problems(facts: Facts, device: Device, instructions: str | None) -> list[str]:
+    """Return what is wrong with a compiled kernel; `instructions` is None, "warp" or "warpgroup"."""
+    found = []
+    if facts.spills:
+        found.append(f"spills {facts.spills}")
+    if facts.shared > device.shared:
+        found.append(f"takes {facts.shared} bytes of shared memory, the device has {device.shared}")
+    if instructions is not None:
+        wanted = device.warp if instructions == "warp" else device.warpgroup
+        if not re.search(wanted, facts.assembly):
+            found.append(f"has no {instructions} matrix instruction ({wanted})")
+    return found
+
+
+def report(configuration: tuple, device: str) -> Report:
+    """Compile one configuration and judge it."""
+    started = time.perf_counter()
+    facts, found = None, []
     try:
-        compiled = triton.compile(
-            ASTSource(fn=kernel, signature=full, constexprs=constants),
-            target=GPUTarget("cuda", capability, 32),
-            options=dict(options),
-        )
-        spilled = spilled_bytes(compiled.asm["ptx"])
+        facts = compiled(configuration, DEVICES[device])
+        found = problems(facts, DEVICES[device], configuration[4] if len(configuration) > 4 else None)
     except Exception as error:
-        return f"{named}: {error}"
-    return f"{named}: spills {spilled} bytes" if spilled else None
+        found.append(f"does not compile: {error}")
+    seconds = time.perf_counter() - started
+    # Assembly is long and has been read.
+    facts = facts and facts._replace(assembly="")
+    return Report(configuration[0].__name__, text_of(configuration), device, facts, seconds, found)
+
+
+def configurations(op: str, device: str) -> list[tuple]:
+    """Return what the kernels of an op list for this device."""
+    listed: Any = importlib.import_module(f"mmfast.kernels.{op}").compile_configurations
+    target = DEVICES[device].target
+    return listed(target.arch) if inspect.signature(listed).parameters else listed()
+
+
+# Kernels cannot be pickled: processes that are forked find them here.
+_JOBS: list[tuple[tuple, str]] = []
+
+
+def _run_job(index: int) -> Report:
+    return report(*_JOBS[index])
 
 
 def main() -> int:
-    """Compile every configuration for every capability; return the exit status."""
+    """Compile every configuration for every device; return the exit status."""
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time, without a GPU.")
-    parser.add_argument("--cc", type=int, nargs="+", default=[80, 90, 100, 120], help="compute capabilities")
+    parser.add_argument("--targets", nargs="+", choices=DEVICES, default=list(DEVICES), help="devices")
     parser.add_argument("--ops", nargs="+", help="stems of kernels/, all by default")
     arguments = parser.parse_args()
-    stems = arguments.ops or sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
-    jobs = []
-    for stem in stems:
-        module = importlib.import_module(f"mmfast.kernels.{stem}")
-        jobs += [
-            (item, capability) for item in module.compile_configurations() for capability in arguments.cc
-        ]
-    with ThreadPoolExecutor(2) as pool:
-        problems = [text for text in pool.map(lambda job: compile_one(*job), jobs) if text]
-    print(f"{len(jobs) - len(problems)} of {len(jobs)} compiled without spills: {', '.join(stems)}")
-    print("\n".join(problems), end="\n" if problems else "")
-    return 1 if problems else 0
+    for op in arguments.ops or sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py")):
+        _JOBS.extend((item, device) for device in arguments.targets for item in configurations(op, device))
+    started = time.perf_counter()
+    print(f"{'kernel':31} {'target':6} {'registers':>9} {'shared':>7} {'spills':>6} {'s':>5}  configuration")
+    workers, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
+    bad = []
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for row in pool.map(_run_job, range(len(_JOBS))):
+            values = ("-", "-", "-") if row.facts is None else row.facts[:1] + row.facts[2:0:-1]
+            numbers = "{:>9} {:>7} {:>6}".format(*values)
+            print(f"{row.kernel:31} {row.device:6} {numbers} {row.seconds:5.1f}  {row.configuration}")
+            bad += [f"{row.kernel} on {row.device} {text}: {row.configuration}" for text in row.problems]
+    seconds = time.perf_counter() - started
+    print("\n".join([*bad, f"{len(_JOBS)} compiled in {seconds:.0f} s, {len(bad)} problems"]))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

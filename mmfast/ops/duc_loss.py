@@ -99,8 +99,8 @@ def duc_loss(
     Args:
         features: M tensors [N, D], or one [M, N, D]; float32, float64, bfloat16 or float16, any strides,
             mixed dtypes are promoted to a common one.
-        effective: bool [M, D]; on a GPU its column lists are read by the host in every call, so prepare
-            `DucDims(effective)` once.
+        effective: bool [M, D]. Prepare `DucDims(effective)` once: from a bare mask plain torch reads column
+            lists on the host in every call, and the Triton kernel, which does not, takes memory for all D.
         temperature: positive, divides the dot products.
         reduction: "mean" or "sum" over samples, or "none": [N], each sample's losses summed over pairs.
         group: a torch.distributed process group: keys are gathered from all its processes (which may hold
@@ -314,8 +314,13 @@ def _duc_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     """Return the loss and temperature times the gradient of its sum, in range even in half precision."""
-    if _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype) == "cpu":
+    chosen = _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype)
+    if chosen == "cpu":
         return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
+    if chosen == "triton":
+        return _backend.kernels("duc_loss").duc_loss_fwd(
+            features, keys or features, effective, sizes, temperature, offset, reduction, with_residual
+        )
     if columns is None:
         columns, sizes = _reference.split_dims(effective)
     return _reference.duc_loss_fwd(
@@ -340,9 +345,13 @@ def _info_nce_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
-    if _backend.resolve("duc_loss", backend, query.device.type, query.dtype) == "cpu":
+    chosen = _backend.resolve("duc_loss", backend, query.device.type, query.dtype)
+    if chosen == "cpu":
         loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
         return loss, residuals[0] if with_residual else residuals
+    if chosen == "triton":
+        module = _backend.kernels("duc_loss")
+        return module.info_nce_fwd(query, key, temperature, offset, reduction, with_residual)
     losses, residual = _reference.info_nce_fwd(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )

@@ -1,0 +1,608 @@
+"""Triton kernels of the dimension-decoupled unidirectional contrastive loss and of its gradient.
+
+For every ordered pair of modalities, over the dimensions d that the first teaches the second,
+
+  s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
+  residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
+
+A first kernel closes up the columns of each pair, so that the others read 16 bytes at a time whatever the
+mask; the main one is attention with values = keys over (blocks of queries, columns of the residual, pairs): a
+key tile is loaded once for both products, the maximum and the sum go along, s_ii is taken from the same tile.
+A last one puts columns back in their places and sums over teachers, in their order. The number of columns
+stays on the device: where the host does not know it, memory is taken for all of them. Above 256 dimensions
+the queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores
+over pieces of d for itself.
+
+Order: blocks of queries run fastest and all meet the keys in the same order, so what runs at one time reads
+the same keys, from the second cache. A block of 128 queries makes 256 operations of a byte of keys: 3.1 TB/s
+from that cache at the matrix rate below.
+
+Floors, one pair of N = 16,384, d = 256, bf16, H100: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB read
+and written, 0.008 ms at 3.0 TB/s; besides, N^2 exponentials, 0.075 ms at 16 a clock and multiprocessor, of
+which one block a multiprocessor hides little. Predicted: 0.6 ms, 58% of the matrix rate. Not timed yet on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import _on
+
+
+@triton.jit
+def _pack(
+    x_ptr,  # [N, D]
+    effective_ptr,  # [M, D]
+    out_ptr,  # [N, W]
+    positions_ptr,  # [D]
+    N,
+    D,
+    W,
+    teacher,
+    student,
+    stride_xn,
+    stride_xd,
+    stride_em,
+    stride_ed,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Close up the columns the teacher teaches the student, fill up with zeros, return their number."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    out_ptrs = out_ptr + offs_n * W
+    filled = 0
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        taken = offs_d < D
+        if HAS_MASK:
+            effective_ptrs = effective_ptr + offs_d * stride_ed
+            taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
+            taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
+        position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
+        mask = mask_n[:, None] & taken[None, :]
+        x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask)
+        tl.store(out_ptrs[:, None] + position[None, :], x, mask=mask)
+        if HAS_MASK & (tl.program_id(0) == 0):
+            tl.store(positions_ptr + offs_d, tl.where(taken, position, -1), mask=offs_d < D)
+        filled += tl.sum(taken.to(tl.int32), 0)
+    for start in range(filled // BLOCK_D * BLOCK_D, W, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        padding = (offs_d >= filled) & (offs_d < W)
+        zeros = tl.zeros((BLOCK_N, BLOCK_D), dtype=out_ptr.dtype.element_ty)
+        tl.store(out_ptrs[:, None] + offs_d[None, :], zeros, mask=mask_n[:, None] & padding[None, :])
+    return filled
+
+
+@triton.jit
+def _duc_loss_pack_kernel(
+    features_ptr,  # [N, D] of one modality
+    keys_ptr,  # [K, D] of the same modality
+    effective_ptr,  # [M, D]; None: one pair, all columns
+    packed_queries_ptr,  # [P, N, W]
+    packed_keys_ptr,  # [P, K, W]
+    positions_ptr,  # [P, D]: where a column went, -1 where nowhere
+    counts_ptr,  # [P]
+    N,
+    K,
+    D,
+    W,
+    modality,
+    num_others,
+    stride_fn,
+    stride_fd,
+    stride_kn,
+    stride_kd,
+    stride_em,
+    stride_ed,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # In the first half of its pairs the modality teaches and gives its keys, in the second it learns.
+    teaches = tl.program_id(1) < num_others
+    other = tl.program_id(1) % num_others
+    other += (other >= modality).to(tl.int32)
+    teacher = tl.where(teaches, modality, other)
+    student = tl.where(teaches, other, modality)
+    pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
+    if not HAS_MASK:
+        pair = pair * 0
+    if teaches:
+        filled = _pack(
+            keys_ptr, effective_ptr, packed_keys_ptr + pair * K * W, positions_ptr + pair * D, K, D, W,
+            teacher, student, stride_kn, stride_kd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if HAS_MASK & (tl.program_id(0) == 0):
+            tl.store(counts_ptr + pair, filled)
+    else:
+        _pack(
+            features_ptr, effective_ptr, packed_queries_ptr + pair * N * W, positions_ptr + pair * D, N, D, W,
+            teacher, student, stride_fn, stride_fd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _duc_loss_fwd_kernel(
+    q_ptr,  # [P, N, W]
+    k_ptr,  # [P, K, W]
+    counts_ptr,  # [P], the columns in use; None: all
+    losses_ptr,  # [P, N]
+    residual_ptr,  # [P, N, W]; None: not wanted
+    N,
+    K,
+    W,
+    offset,
+    scale_high,
+    scale_low,
+    HAS_RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    first_row = tl.program_id(0) * BLOCK_N
+    first_column = tl.program_id(1) * BLOCK_D
+    pair = tl.program_id(2).to(tl.int64)
+    # Within a tile 32 bits reach, save where rows may have any length.
+    rows = tl.arange(0, BLOCK_N)
+    keys = tl.arange(0, BLOCK_K)
+    if WIDE:
+        rows = rows.to(tl.int64)
+        keys = keys.to(tl.int64)
+    mask_n = first_row + rows < N
+    losses_ptrs = losses_ptr + (pair * N + first_row) + rows
+    count = W if counts_ptr is None else tl.load(counts_ptr + pair)
+    if (count == 0) & (first_column == 0):
+        tl.store(losses_ptrs, tl.zeros((BLOCK_N,), dtype=ACC), mask=mask_n)
+    # A program past the columns in use has nothing to write.
+    if first_column < count:
+        scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
+        q_ptr += (pair * N + first_row) * W
+        k_ptr += pair * K * W
+        offs_d = first_column + tl.arange(0, BLOCK_D)
+        mask_d = (offs_d < W)[None, :]
+        offs_qn = (rows * W)[:, None]
+        offs_kn = (keys * W)[:, None]
+        if not WIDE:
+            q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
+        acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
+        row_max = tl.full((BLOCK_N,), float("-inf"), dtype=ACC)
+        row_sum = tl.zeros((BLOCK_N,), dtype=ACC)
+        own_score = tl.zeros((BLOCK_N,), dtype=ACC)
+        # Tiles that hold own keys, and a ragged last one, go first and pay for masks; the others need none.
+        own = offset + first_row
+        num_tiles = tl.cdiv(K, BLOCK_K)
+        own_from = own // BLOCK_K
+        own_to = tl.minimum((own + BLOCK_N - 1) // BLOCK_K + 1, num_tiles)
+        num_masked = own_to - own_from
+        if (K % BLOCK_K != 0) & (own_to < num_tiles):
+            num_masked += 1
+        for MASKED in tl.static_range(1, -1, -1):
+            num_steps = num_masked if MASKED else num_tiles - num_masked
+            # Few tiles need masks: copies in flight for them would only take registers from the others.
+            for step in tl.range(num_steps, num_stages=1 if MASKED else None):
+                if MASKED:
+                    tile = tl.where(own_from + step < own_to, own_from + step, num_tiles - 1)
+                else:
+                    tile = step + tl.where(step >= own_from, own_to - own_from, 0)
+                tile_ptr = k_ptr + tile.to(tl.int64) * BLOCK_K * W
+                mask_k = tile * BLOCK_K + keys < K
+                if HAS_RESIDUAL or not WIDE:
+                    mask = mask_k[:, None] & mask_d if MASKED else mask_d
+                    k = tl.load(tile_ptr + (offs_kn + offs_d[None, :]), mask=mask, other=0.0)
+                if WIDE:
+                    s = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+                    for start in range(0, count, BLOCK_C):
+                        offs_c = start + tl.arange(0, BLOCK_C)
+                        mask_c = (offs_c < W)[None, :]
+                        q_mask = mask_n[:, None] & mask_c
+                        q_part = tl.load(q_ptr + (offs_qn + offs_c[None, :]), mask=q_mask, other=0.0)
+                        k_mask = mask_k[:, None] & mask_c if MASKED else mask_c
+                        k_part = tl.load(tile_ptr + (offs_kn + offs_c[None, :]), mask=k_mask, other=0.0)
+                        s = tl.dot(q_part, tl.trans(k_part), acc=s, input_precision=PRECISION, out_dtype=ACC)
+                else:
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+                if MASKED:
+                    is_own = (tile * BLOCK_K + keys)[None, :] == (own + rows)[:, None]
+                    own_score += tl.sum(tl.where(is_own, s, 0.0), 1)
+                    s = tl.where(mask_k[None, :], s, float("-inf"))
+                new_max = tl.maximum(row_max, tl.max(s, 1))
+                # Differences before the scale: a large score's rounding stays out of the exponent.
+                p = tl.exp2((s - new_max[:, None]) * scale)
+                decay = tl.exp2((row_max - new_max) * scale)
+                row_sum = row_sum * decay + tl.sum(p, 1)
+                row_max = new_max
+                if HAS_RESIDUAL:
+                    acc = acc * decay[:, None]
+                    acc = tl.dot(p.to(k.dtype), k, acc=acc, input_precision=PRECISION, out_dtype=ACC)
+        if first_column == 0:
+            # The maximum and the own score come from the same products: where they are one, this is log 1.
+            loss = tl.log(row_sum) + (row_max - own_score) * scale * 0.6931471805599453
+            tl.store(losses_ptrs, loss, mask=mask_n)
+        if HAS_RESIDUAL:
+            offs = offs_qn + offs_d[None, :]
+            mask = mask_n[:, None] & mask_d
+            own_keys = tl.load(k_ptr + own.to(tl.int64) * W + offs, mask=mask, other=0.0).to(ACC)
+            residual = acc / row_sum[:, None] - own_keys
+            residual_ptr += (pair * N + first_row) * W
+            tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _duc_loss_unpack_kernel(
+    packed_ptr,  # [P, N, W] residuals of every pair
+    positions_ptr,  # [P, D]
+    residuals_ptr,  # [M, N, D]
+    N,
+    D,
+    W,
+    num_others,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    student = tl.program_id(2)
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
+    # Teacher after teacher, so the sum's order is always the same.
+    for other in range(num_others):
+        teacher = other + (other >= student).to(tl.int32)
+        pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
+        position = tl.load(positions_ptr + pair * D + offs_d, mask=offs_d < D, other=-1)
+        packed_ptrs = packed_ptr + (pair * N + offs_n)[:, None] * W + position[None, :]
+        total += tl.load(packed_ptrs, mask=mask & (position >= 0)[None, :], other=0.0).to(ACC)
+    residuals_ptrs = residuals_ptr + (student.to(tl.int64) * N + offs_n)[:, None] * D + offs_d[None, :]
+    tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
+
+
+_ACC = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.float32,
+    torch.float16: tl.float32,
+}
+_PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
+_PACK_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+class _Tile(NamedTuple):
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# Tiles of half precision: by compute capability (from this one on) or vendor, then by the dimensions of a
+# tile, most queries first. Chosen so that nothing spills and all fits; none has been timed.
+_SMALL = {  # 99 KiB of shared memory
+    64: [_Tile(128, 64, 8, 2), _Tile(64, 64, 4, 2)],
+    128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 2)],
+    256: [_Tile(64, 32, 8, 2)],
+}
+_HALF: dict[int | str, dict[int, list[_Tile]]] = {
+    80: {
+        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
+        128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 3)],
+        256: [_Tile(64, 32, 8, 2)],
+    },
+    86: _SMALL,
+    90: {
+        64: [_Tile(128, 128, 8, 3), _Tile(64, 64, 4, 3)],
+        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
+        256: [_Tile(128, 64, 8, 3), _Tile(64, 64, 8, 2)],
+    },
+    100: {
+        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
+        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
+        256: [_Tile(64, 64, 8, 2)],
+    },
+    120: _SMALL,
+    "gfx": {64: [_Tile(64, 64, 4, 2)], 128: [_Tile(128, 32, 4, 2)]},
+}
+_HALF_WIDE = _Tile(64, 64, 8, 2)
+# The same of float32 where it is not rounded to tf32; off matrix units fewer queries are as good as many.
+_FLOAT32 = {64: [_Tile(64, 32, 8, 2), _Tile(16, 32, 4, 2)], 128: [_Tile(32, 32, 8, 2), _Tile(16, 32, 4, 2)]}
+_TF32 = _Tile(64, 32, 8, 2)
+_FLOAT64 = _Tile(32, 16, 4, 2)
+_INTERPRETED = _Tile(128, 64, 4, 2)
+# How fast tiles of so many queries are expected to be; guesses until they are timed.
+_RATE = {128: 1.0, 64: 0.8, 32: 0.5, 16: 0.3}
+
+
+def _choices(
+    target: int | str,  # compute capability, AMD's name of an architecture, or "interpreter"
+    dtype: torch.dtype,
+    precision: str,  # of float32, "ieee" or "tf32"
+    width: int,
+) -> tuple[dict, list[_Tile]]:
+    """Return the constants that all tiles for this width have in common, and these tiles."""
+    block_d = max(64, triton.next_power_of_2(width))
+    if target == "interpreter":
+        # It takes its time by the operation, whatever the size of a tile.
+        wide = dtype.itemsize > 2 or width > 256
+        return {"BLOCK_D": min(256, block_d), "BLOCK_C": 64, "WIDE": wide}, [_INTERPRETED]
+    if dtype == torch.float64:
+        return {"BLOCK_D": 64, "BLOCK_C": 16, "WIDE": True}, [_FLOAT64]
+    if dtype == torch.float32:
+        # Whole operands would fill the registers, so they are taken in short pieces.
+        block_d = min(128, block_d)
+        tiles, block_c = (_FLOAT32[block_d], 16) if precision == "ieee" else ([_TF32], 32)
+        return {"BLOCK_D": block_d, "BLOCK_C": block_c, "WIDE": True}, tiles
+    known = [capability for capability in _HALF if isinstance(capability, int)]
+    if isinstance(target, str):
+        family: int | str = "gfx"
+    else:
+        family = max((capability for capability in known if capability <= target), default=86)
+    if block_d not in _HALF[family]:
+        return {"BLOCK_D": 256 if family in (90, 100) else 128, "BLOCK_C": 64, "WIDE": True}, [_HALF_WIDE]
+    return {"BLOCK_D": block_d, "BLOCK_C": 16, "WIDE": False}, _HALF[family][block_d]
+
+
+def _arguments(tile: _Tile) -> tuple[dict, dict]:
+    """Return constants and options of a tile."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return {"BLOCK_N": tile.queries, "BLOCK_K": tile.keys}, options
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[int | str, int]:
+    """Return architecture and number of multiprocessors."""
+    if device.type != "cuda":
+        return "interpreter", 1
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName, properties.multi_processor_count
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return how float32 is multiplied: on tensor cores only where the user lets torch do so."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _run(
+    queries: Tensor,  # [P, N, W], contiguous
+    keys: Tensor,  # [P, K, W], contiguous
+    counts: Tensor | None,  # int32 [P]
+    temperature: float,
+    offset: int,
+    residual: Tensor | None,  # [P, N, W], contiguous
+) -> Tensor:  # [P, N]
+    num_pairs, num_queries, width = queries.shape
+    losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries))
+    target, num_processors = _machine(queries.device)
+    precision = _precision(queries.dtype)
+    common, tiles = _choices(target, queries.dtype, precision, width)
+    num_splits = 1 if residual is None else triton.cdiv(width, common["BLOCK_D"])
+
+    def duration(tile: _Tile) -> float:
+        num_programs = num_splits * num_pairs * triton.cdiv(num_queries, tile.queries)
+        return triton.cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
+
+    blocks, options = _arguments(min(tiles, key=duration))
+    # A float argument arrives as float32: for float64 the rest comes beside it.
+    scale = math.log2(math.e) / temperature
+    high = ctypes.c_float(scale).value
+    grid = (triton.cdiv(num_queries, blocks["BLOCK_N"]), num_splits, num_pairs)
+    with _on(queries.device):
+        _duc_loss_fwd_kernel[grid](
+            queries,
+            keys,
+            counts,
+            losses,
+            residual,
+            num_queries,
+            keys.shape[1],
+            width,
+            offset,
+            high,
+            scale - high,
+            HAS_RESIDUAL=residual is not None,
+            PRECISION=precision,
+            ACC=_ACC[queries.dtype],
+            **common,
+            **blocks,
+            **options,
+        )
+    return losses
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses.sum(0) if len(losses) != 1 else losses[0]
+    return losses.sum() / losses.shape[1] if reduction == "mean" else losses.sum()
+
+
+def _is_ready(x: Tensor) -> bool:
+    """Return whether a [N, D] needs no packing to be read 16 bytes at a time."""
+    return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def _packed(
+    features: Sequence[Tensor],  # M of [N, D]
+    keys: Sequence[Tensor],  # M of [K, D]
+    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
+    num_columns: int,  # in the widest pair
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [P, N, W], [P, K, W], [P, D], [P]
+    """Return queries and keys of all pairs, the place of each column, -1 for none, and their number."""
+    query, key = features[0], keys[0]
+    num_others = max(1, len(features) - 1)
+    num_pairs = 1 if effective is None else len(features) * num_others
+    # Rows of a multiple of 16 elements are loaded 16 bytes at a time.
+    width = triton.cdiv(num_columns, 16) * 16
+    queries = query.new_empty(num_pairs, query.shape[0], width)
+    packed_keys = query.new_empty(num_pairs, key.shape[0], width)
+    positions = query.new_empty(num_pairs, query.shape[1], dtype=torch.int32)
+    counts = query.new_empty(num_pairs, dtype=torch.int32)
+    mask = query if effective is None else effective.view(torch.uint8)
+    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2 * num_others)
+    with _on(query.device):
+        for modality, (feature, own_keys) in enumerate(zip(features, keys)):
+            _duc_loss_pack_kernel[grid](
+                feature,
+                own_keys,
+                mask,
+                queries,
+                packed_keys,
+                positions,
+                counts,
+                query.shape[0],
+                key.shape[0],
+                query.shape[1],
+                width,
+                modality,
+                num_others,
+                *feature.stride(),
+                *own_keys.stride(),
+                *mask.stride(),
+                HAS_MASK=effective is not None,
+                **_PACK_BLOCKS,
+                **_PACK_OPTIONS,
+            )
+    return queries, packed_keys, positions, counts
+
+
+def _unpacked(
+    residual: Tensor,  # [P, N, W]
+    positions: Tensor,  # [P, D]
+    like: Tensor,  # [N, D]
+    num_modalities: int,
+) -> Tensor:  # [M, N, D]
+    """Return each student's residuals summed over its teachers, columns back in their places."""
+    residuals = like.new_empty(num_modalities, *like.shape)
+    grid = (
+        triton.cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
+        triton.cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),
+        num_modalities,
+    )
+    with _on(like.device):
+        _duc_loss_unpack_kernel[grid](
+            residual,
+            positions,
+            residuals,
+            *like.shape,
+            residual.shape[-1],
+            num_modalities - 1,
+            ACC=_ACC[like.dtype],
+            **_PACK_BLOCKS,
+            **_PACK_OPTIONS,
+        )
+    return residuals
+
+
+def duc_loss_fwd(
+    features: Sequence[Tensor],  # M of [N, D]
+    keys: Sequence[Tensor],  # M of [K, D]
+    effective: Tensor,  # bool [M, D]
+    sizes: Sequence[int],  # M^2 numbers of columns a pair has; none: not known on the host
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
+    """Return the loss and, per feature, temperature times the gradient of the sum of all samples' losses."""
+    num_modalities, feature = len(features), features[0]
+    num_columns = max(sizes, default=feature.shape[1])
+    if num_modalities == 1 or num_columns == 0 or feature.shape[0] == 0:
+        losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature))
+        shape = (num_modalities, *feature.shape) if with_residual else (0,)
+        return _reduced(losses, reduction), feature.new_zeros(shape)
+    queries, packed_keys, positions, counts = _packed(features, keys, effective, num_columns)
+    residual = None
+    if with_residual:
+        # Sums over several teachers are rounded once.
+        dtype = _wide(feature) if num_modalities > 2 else feature.dtype
+        residual = torch.empty_like(queries, dtype=dtype)
+    losses = _run(queries, packed_keys, counts, temperature, offset, residual)
+    del queries, packed_keys
+    loss = _reduced(losses, reduction)
+    if residual is None:
+        return loss, feature.new_empty(0)
+    return loss, _unpacked(residual, positions, feature, num_modalities)
+
+
+def info_nce_fwd(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [K, D]
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
+    """Return the loss of one pair in all columns, and temperature times the gradient of its sum."""
+    if query.numel() == 0:
+        # Without dimensions all scores are 0.
+        losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query))
+        return _reduced(losses, reduction), query.new_empty(query.shape if with_residual else 0)
+    if _is_ready(query) and _is_ready(key):
+        queries, keys = query[None], key[None]
+    else:
+        queries, keys, _, _ = _packed([query], [key], None, query.shape[1])
+    residual = torch.empty_like(queries) if with_residual else None
+    loss = _reduced(_run(queries, keys, None, temperature, offset, residual), reduction)
+    if residual is None:
+        return loss, query.new_empty(0)
+    return loss, residual[0, :, : query.shape[1]].contiguous()
+
+
+def compile_configurations(target: int | str) -> list[tuple]:
+    """Return (kernel, types, constexprs, options, matrix instructions) of all that is to compile."""
+    configurations: list[tuple] = []
+    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+    cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
+    cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
+    cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
+    cases += [(torch.bfloat16, "ieee", 128, False)]
+    if not isinstance(target, str):
+        cases += [(torch.float32, "tf32", 128, True)]
+    for dtype, precision, width, with_residual in cases:
+        common, tiles = _choices(target, dtype, precision, width)
+        x, acc = f"*{elements[dtype]}:16", "*fp64:16" if dtype == torch.float64 else "*fp32:16"
+        kinds = [x, x, "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        types = dict(zip(_duc_loss_fwd_kernel.arg_names, kinds))
+        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _ACC[dtype], **common}
+        if not with_residual:
+            del types["residual_ptr"]
+            constants["residual_ptr"] = None
+        if not with_residual or dtype == torch.float16:
+            # Much the same code as above: the largest tile may stand for all.
+            tiles = tiles[:1]
+        instructions = "warp" if precision == "tf32" else "warpgroup" if dtype.itemsize == 2 else None
+        for tile in tiles:
+            blocks, options = _arguments(tile)
+            item = (_duc_loss_fwd_kernel, types, {**constants, **blocks}, options, instructions)
+            configurations.append(item)
+    for element in ("bf16", "fp32"):
+        x = f"*{element}:16"
+        kinds = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
+        types = dict(zip(_duc_loss_pack_kernel.arg_names, kinds + ["i64"] * 6))
+        constants = {**_PACK_BLOCKS, "HAS_MASK": True}
+        configurations.append((_duc_loss_pack_kernel, types, constants, _PACK_OPTIONS))
+        kinds = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
+        types = dict(zip(_duc_loss_unpack_kernel.arg_names, kinds))
+        constants = {**_PACK_BLOCKS, "ACC": tl.float32}
+        configurations.append((_duc_loss_unpack_kernel, types, constants, _PACK_OPTIONS))
+    return configurations

@@ -1,0 +1,60 @@
+"""tools/compile_triton.py: a kernel that spills, is too large or misses its instructions is reported."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("mmfast.kernels", reason="a bare checkout: pip install -e . brings mmfast.kernels")
+
+FILE = Path(__file__).resolve().parent.parent / "tools/compile_triton.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return SimpleNamespace(**runpy.run_path(str(FILE), run_name="compile_triton"))
+
+
+@pytest.mark.parametrize("device", ["80", "90", "100", "120", "gfx942"])
+def test_spills_shared_memory_and_instructions_are_judged(tool, device):
+    shared = {"80": 163, "90": 227, "100": 227, "120": 99, "gfx942": 64}[device] * 1024
+    names = {"90": "wgmma.mma_async", "100": "tcgen05.mma", "gfx942": "v_mfma_f32_32x32x8_bf16"}
+    facts = tool.Facts(255, 0, shared, f"  {names.get(device, 'mma.sync')}.aligned x, y;")
+    device = tool.DEVICES[device]
+    assert tool.problems(facts, device, "warpgroup") == []
+    assert tool.problems(facts._replace(spills=4), device, None) == ["spills 4"]
+    (problem,) = tool.problems(facts._replace(shared=shared + 1), device, None)
+    assert "shared memory" in problem
+    (problem,) = tool.problems(facts._replace(assembly="fma.rn.f32 x, y;"), device, "warp")
+    assert "no warp matrix instruction" in problem
+
+
+def test_matrix_instructions_of_a_warp_are_not_those_of_a_group(tool):
+    facts = tool.Facts(255, 0, 0, "mma.sync.aligned x, y;")
+    assert tool.problems(facts, tool.DEVICES["90"], "warp") == []
+    assert len(tool.problems(facts, tool.DEVICES["90"], "warpgroup")) == 1
+
+
+def test_a_planted_spill_is_found():
+    # The interpreter, which the other tests use, compiles nothing.
+    code = """
+import compile_triton as tool
+from mmfast.kernels.shapley_values import compile_configurations
+kernel, types, constants, options, *rest = compile_configurations()[-1]
+sound = tool.report((kernel, types, constants, options, *rest), "90")
+assert sound.problems == [] and sound.facts.registers > 24, sound
+(problem,) = tool.report((kernel, types, constants, {**options, "maxnreg": 24}, *rest), "90").problems
+assert problem.startswith("spills "), problem
+(problem,) = tool.report((kernel, types, {**constants, "M": "?"}, options, *rest), "90").problems
+assert problem.startswith("does not compile"), problem
+"""
+    path = os.pathsep.join([str(FILE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
