@@ -38,6 +38,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend with a kernel for the op; one that cannot run here is skipped and says why."""
     reason = _backend.why_not(request.param)
+    dtype = request.node.callspec.params.get("dtype")
+    op = Path(request.node.module.__file__).stem.removeprefix("test_")
+    if reason is None and dtype is not None and not _backend.supports(request.param, op, dtype):
+        reason = f"its {op} kernel does not take {dtype} here"
     if reason is not None:
         pytest.skip(reason)
     return request.param

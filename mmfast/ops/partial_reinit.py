@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -85,12 +85,9 @@ def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
 
 
 def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    # A tensor with gaps or in another order goes through a contiguous copy; the others are their own.
-    dense = [theta.contiguous() for theta in params]
-    inits = [theta_0.contiguous() for theta_0 in init_params]
-    pointers = np.array([[t.data_ptr() for t in dense], [t.data_ptr() for t in inits]], dtype=np.int64)
-    sizes = np.array([t.numel() for t in dense], dtype=np.int64)
-    dtypes = np.array([DTYPE_CODE[t.dtype] for t in dense], dtype=np.int64)
+    pointers = np.array([[t.data_ptr() for t in params], [t.data_ptr() for t in init_params]], dtype=np.int64)
+    sizes = np.array([t.numel() for t in params], dtype=np.int64)
+    dtypes = np.array([DTYPE_CODE[t.dtype] for t in params], dtype=np.int64)
     strengths = np.array(alphas, dtype=np.float64)
     _backend.extension("cpu").partial_reinit(
         pointers[0].ctypes.data,
@@ -98,9 +95,31 @@ def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float
         sizes.ctypes.data,
         strengths.ctypes.data,
         dtypes.ctypes.data,
-        len(dense),
+        len(params),
         torch.get_num_threads(),
     )
+
+
+def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    launch = _backend.kernels("partial_reinit").partial_reinit_
+    members: dict[tuple, list[int]] = {}
+    for index, theta in enumerate(params):
+        members.setdefault((theta.device, theta.dtype), []).append(index)
+    for indices in members.values():
+        launch(*([values[index] for index in indices] for values in (params, init_params, alphas)))
+
+
+def _run_dense(run: Callable, params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    """Call `run`, which knows only addresses and sizes, with tensors that lie in memory without gaps."""
+    dense, inits = [], []
+    for theta, theta_0 in zip(params, init_params, strict=True):
+        # A tensor with gaps or in another order goes through a contiguous copy; the others are their own.
+        layout = torch.contiguous_format
+        if theta.dim() == 4 and theta.is_contiguous(memory_format=torch.channels_last):
+            layout = torch.channels_last
+        dense.append(theta.contiguous(memory_format=layout))
+        inits.append(theta_0.contiguous(memory_format=layout))
+    run(dense, inits, alphas)
     for theta, copy in zip(params, dense, strict=True):
         if theta is not copy:
             theta.copy_(copy)
@@ -112,9 +131,11 @@ def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], 
     kinds = {(theta.device.type, theta.dtype) for theta in params}
     chosen = {_backend.resolve("partial_reinit", backend, *kind) for kind in kinds}
     if chosen == {"cpu"}:
-        _run_cpu(params, init_params, alphas)
+        _run_dense(_run_cpu, params, init_params, alphas)
+    elif chosen == {"triton"}:
+        _run_dense(_run_triton, params, init_params, alphas)
     else:
-        # Also for a list over several devices, whose kernels would each see a part of it.
+        # Also for a list over CPU and GPU, whose kernels would each see a part of it.
         _reference.partial_reinit_(params, init_params, alphas)
 
 
