@@ -40,6 +40,8 @@ X86_LEVELS = {
 }
 # Machine code for each, PTX for the last one the compiler knows.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
+# Programs that may stand before the compiler in $CXX.
+LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")
 
 
 class BuildError(Exception):
@@ -61,10 +63,18 @@ def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 def find_cxx() -> str | None:
     """Return the C++ compiler: $CXX, or the first usual name on the path."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     if named:
         return named if shutil.which(shlex.split(named)[0]) else None
     return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def host_compiler(cxx: str) -> list[str]:
+    """Return nvcc's options for host code: -ccbin takes a program, without launcher and without flags."""
+    words = shlex.split(cxx)
+    if Path(words[0]).name in LAUNCHERS and len(words) > 1:
+        words = words[1:]
+    return ["-ccbin", words[0], *(f"-Xcompiler={word}" for word in words[1:])]
 
 
 def find_nvcc() -> str | None:
@@ -74,8 +84,8 @@ def find_nvcc() -> str | None:
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
-def wanted_modules() -> list[Extension]:
-    """Return the modules this machine can build, after saying in one line why one is left out."""
+def wanted_modules() -> list[str]:
+    """Return the modules to build on this machine, after saying in one line why one is left out."""
     cpu = switch("MMFAST_CPU", "1", ("0", "1"))
     cuda = switch("MMFAST_CUDA", "auto", ("auto", "0", "1"))
     if not sys.platform.startswith("linux"):
@@ -100,7 +110,7 @@ def wanted_modules() -> list[Extension]:
             f"MMFAST_CUDA={cuda}: the CUDA kernels are left out"
             + ("" if cuda == "0" else ", nvcc was not found")
         )
-    return [Extension(name, sources=[]) for name in names]
+    return names
 
 
 class Build:
@@ -159,13 +169,13 @@ class Build:
 
     def build_cuda(self, target: str) -> None:
         """Add mmfast._cuda: machine code for every architecture nvcc knows, the CUDA runtime linked in."""
-        nvcc = find_nvcc()
+        nvcc, host = find_nvcc(), host_compiler(self.cxx)
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
         known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed.split()]
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
         codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
         flags = [
-            *["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-ccbin", self.cxx],
+            *["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", *host],
             *["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", *codes],
         ]
         # Each object's registers and spills, as ptxas states them, lie beside it: $out.ptxas.log.
@@ -176,7 +186,7 @@ class Build:
         )
         self.ninja.rule(
             "nvlink",
-            f"{nvcc} -shared -cudart static -ccbin {self.cxx} $codes $in -o $out",
+            f"{nvcc} -shared -cudart static {shlex.join(host)} $codes $in -o $out",
             description="link $out",
         )
         module = ROOT / "csrc/cuda/module.cpp"
@@ -227,36 +237,42 @@ class Build:
 class NinjaBuildExt(build_ext):
     """setuptools' build_ext with the work handed to ninja."""
 
-    def finalize_options(self) -> None:
-        self.distribution.ext_modules = wanted_modules()
-        super().finalize_options()
+    def run(self) -> None:
+        # Not before: metadata and source distributions are made on machines without a compiler, too.
+        self.keep(wanted_modules())
+        super().run()
+
+    def keep(self, names: list[str]) -> None:
+        self.extensions = [extension for extension in self.extensions if extension.name in names]
 
     def build_extensions(self) -> None:
         names = [extension.name for extension in self.extensions]
         if "mmfast._cuda" in names and os.environ.get("MMFAST_CUDA", "auto").lower() == "auto":
+            names.remove("mmfast._cuda")
             # A toolkit that does not fit this compiler must not stop an install that never asked for it.
             try:
-                self.build_modules(["mmfast._cuda"], "cuda")
+                build = self.build_modules(["mmfast._cuda"], "cuda")
             except (BuildError, subprocess.CalledProcessError):
                 say("MMFAST_CUDA=auto: the CUDA kernels did not build and are left out")
-                self.extensions = [
-                    extension for extension in self.extensions if extension.name != "mmfast._cuda"
-                ]
-            names.remove("mmfast._cuda")
+                self.keep(names)
+            else:
+                build.report_spills()
         if names:
-            self.build_modules(names, "all" if "mmfast._cuda" in names else "cpu")
+            self.build_modules(names, "all" if "mmfast._cuda" in names else "cpu").report_spills()
 
-    def build_modules(self, names: list[str], folder: str) -> None:
+    def build_modules(self, names: list[str], folder: str) -> Build:
         build = Build(Path(self.build_temp) / folder)
         for name in names:
             target = Path(self.get_ext_fullpath(name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             (build.build_cpu if name == "mmfast._cpu" else build.build_cuda)(str(target))
         build.run()
-        build.report_spills()
+        return build
 
 
 try:
-    setup(ext_modules=[Extension("mmfast._cpu", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+    # All there may be; the command leaves out what this machine cannot build.
+    modules = [Extension(name, sources=[]) for name in ("mmfast._cpu", "mmfast._cuda")]
+    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt})
 except BuildError as error:
     sys.exit(f"mmfast: {error}")

@@ -54,8 +54,9 @@ inline PyObject* call_entry(PyObject* self, PyObject* const* values, Py_ssize_t 
   Py_RETURN_NONE;
 }
 
-// Adds every op to `module`: of its builds the newest that is no newer than `isa`.
-inline void bind_ops(pybind11::module_& module, int isa) {
+// Adds every op to `module`: of its builds the newest that is no newer than `isa`, whose name, where there
+// are `names`, is its __doc__.
+inline void bind_ops(pybind11::module_& module, int isa, const char* const* names = nullptr) {
   static std::deque<PyMethodDef> definitions;
   if (__start_mmfast_ops == nullptr) return;
   for (auto candidate = __start_mmfast_ops; candidate != __stop_mmfast_ops; ++candidate) {
@@ -69,7 +70,8 @@ inline void bind_ops(pybind11::module_& module, int isa) {
     if (entry.num_arguments > kMaxArguments)
       throw std::length_error(std::string(entry.name) + ": too many arguments");
     auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_entry));
-    definitions.push_back({entry.name, function, METH_FASTCALL, nullptr});
+    const char* doc = names == nullptr ? nullptr : names[entry.isa];
+    definitions.push_back({entry.name, function, METH_FASTCALL, doc});
     pybind11::capsule self(static_cast<const void*>(&entry));
     auto name = pybind11::reinterpret_steal<pybind11::object>(PyUnicode_FromString("mmfast"));
     module.add_object(entry.name, pybind11::reinterpret_steal<pybind11::object>(

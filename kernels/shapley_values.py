@@ -1,16 +1,14 @@
 """Triton kernels of the Shapley values and of their gradient.
 
 phi_m = sum_{s contains m} a_|s| v_s - sum_s b_|s| v_s, b_k = k! (M-k-1)! / M!, b_M = 0, a_k = b_{k-1} + b_k.
-Both kernels look up the weights of a chunk of coalitions by size and multiply the chunk by the pattern of
-its bits. The utilities are read once. Products are taken in the type of accumulation, not on tensor cores,
+Both kernels choose the weights of a chunk of coalitions by size and multiply the chunk by the pattern of its
+bits. The utilities are read once. Products are taken in the type of accumulation, not on tensor cores,
 whose float32 is too short; M = 12 means 12 multiply-adds for every 4 bytes. Not timed yet on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 
 import torch
 import triton
@@ -26,11 +24,34 @@ def _popcount(x):
     return (count + (count >> 8) + (count >> 16)) & 0x1F
 
 
+@triton.constexpr_function
+def _weight(M, k):
+    """Return b_k = 1 / (M binom(M-1, k)), for M players, as a number the compiler knows."""
+    if k < 0 or k >= M:
+        return 0.0
+    count = M
+    for i in range(k):
+        count = count * (M - 1 - i) // (i + 1)
+    return 1 / count
+
+
+@triton.jit
+def _weights(size, M: tl.constexpr, ACC: tl.constexpr):
+    """Return a_k and b_k for a chunk of coalition sizes, chosen among constants: no table is copied."""
+    a = tl.zeros(size.shape, dtype=ACC)
+    b = tl.zeros(size.shape, dtype=ACC)
+    for k in tl.static_range(M + 1):
+        # Constants become float32 unless they are given a type.
+        b_k = tl.full((), _weight(M, k), ACC)
+        a = tl.where(size == k, tl.full((), _weight(M, k - 1), ACC) + b_k, a)
+        b = tl.where(size == k, b_k, b)
+    return a, b
+
+
 @triton.jit
 def _shapley_values_fwd_kernel(
     v_ptr,  # [N, S]
     phi_ptr,  # [N, M], contiguous
-    weights_ptr,  # [2, M + 1]: a_k, b_k
     N,
     stride_vn,
     stride_vs,
@@ -49,8 +70,7 @@ def _shapley_values_fwd_kernel(
     for start in range(0, 1 << M, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         size = _popcount(offs_s)
-        a = tl.load(weights_ptr + size)
-        b = tl.load(weights_ptr + M + 1 + size)
+        a, b = _weights(size, M, ACC)
         v_ptrs = v_ptr + offs_n[:, None] * stride_vn + offs_s.to(tl.int64)[None, :] * stride_vs
         v = tl.load(v_ptrs, mask=mask_n[:, None], other=0.0).to(ACC) - origin[:, None]
         contains = ((offs_s[:, None] >> offs_m[None, :]) & 1) != 0
@@ -64,7 +84,6 @@ def _shapley_values_fwd_kernel(
 def _shapley_values_bwd_kernel(
     dphi_ptr,  # [N, M]
     dv_ptr,  # [N, S], contiguous
-    weights_ptr,  # [2, M + 1]: a_k, b_k
     N,
     stride_dphin,
     stride_dphim,
@@ -82,20 +101,10 @@ def _shapley_values_bwd_kernel(
         dphi = tl.load(dphi_ptr + offs_n * stride_dphin + m * stride_dphim, mask=mask_n, other=0.0).to(ACC)
         total += dphi
         members += tl.where(((offs_s >> m) & 1) != 0, 1.0, 0.0).to(ACC)[None, :] * dphi[:, None]
-    size = _popcount(offs_s)
-    a = tl.load(weights_ptr + size)
-    b = tl.load(weights_ptr + M + 1 + size)
+    a, b = _weights(_popcount(offs_s), M, ACC)
     dv = a[None, :] * members - b[None, :] * total[:, None]
     dv_ptrs = dv_ptr + (offs_n << M)[:, None] + offs_s[None, :]
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_n[:, None])
-
-
-@functools.cache
-def _weights(num_players: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a_k and b_k for every coalition size, [2, M + 1]; copied to a GPU once."""
-    b = [1 / (num_players * math.comb(num_players - 1, k)) for k in range(num_players)]
-    a = [low + high for low, high in zip([0.0, *b], [*b, 0.0])]
-    return torch.tensor([a, [*b, 0.0]], dtype=dtype, device=device)
 
 
 def _blocks(num_players: int, kernel: str) -> dict:
@@ -132,14 +141,12 @@ def shapley_values_fwd(
     if phi.numel() == 0:
         return phi
     rows = utilities.reshape(-1, utilities.shape[-1])
-    acc = torch.promote_types(utilities.dtype, torch.float32)
     blocks = _blocks(num_players, "fwd")
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]),)
     with _on(utilities.device):
         _shapley_values_fwd_kernel[grid](
             rows,
             phi,
-            _weights(num_players, utilities.device, acc),
             rows.shape[0],
             *rows.stride(),
             M=num_players,
@@ -159,14 +166,12 @@ def shapley_values_bwd(
     if dv.numel() == 0:
         return dv
     rows = dphi.reshape(-1, num_players)
-    acc = torch.promote_types(dphi.dtype, torch.float32)
     blocks = _blocks(num_players, "bwd")
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
     with _on(dphi.device):
         _shapley_values_bwd_kernel[grid](
             rows,
             dv,
-            _weights(num_players, dphi.device, acc),
             rows.shape[0],
             *rows.stride(),
             M=num_players,
@@ -181,7 +186,7 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
     for element, acc in (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32")):
-        pointers = [f"*{element}", f"*{element}", f"*{acc}"]
+        pointers = [f"*{element}", f"*{element}"]
         for num_players in (1, 2, 3, 5, 8, 12, 20):
             for name, kernel in (("fwd", _shapley_values_fwd_kernel), ("bwd", _shapley_values_bwd_kernel)):
                 constants = {

@@ -105,7 +105,6 @@ def _why_not_here(backend: str, op: str, device_type: str) -> str | None:
     return None
 
 
-@functools.cache
 def resolve(
     op: str,  # stem of the op's files
     backend: str,
@@ -118,6 +117,14 @@ def resolve(
         ValueError: `backend` is no backend's name.
         BackendUnavailableError: a backend named by the caller cannot run; the message says why.
     """
+    # The interpreter can be switched while Python runs. Reading the environment costs more than the rest:
+    # ordinary calls on the CPU, which never take Triton, do without.
+    ordinary = device_type == "cpu" and backend != "triton"
+    return _resolve(op, backend, device_type, dtype, not ordinary and interpreting())
+
+
+@functools.cache
+def _resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, _interpreted: bool) -> str:
     if backend == "auto":
         for candidate in _PREFERENCE.get(device_type, ()):
             if _why_not_here(candidate, op, device_type) is None and supports(candidate, op, dtype):

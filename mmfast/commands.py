@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from mmfast import machine_commands
 from mmfast.flags import (
     Accelerator,
     BatchSize,
@@ -296,9 +297,5 @@ def valuate(
         console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
 
 
-@app.command()
-def info() -> None:
-    """Print versions, the CPU's instruction set, and what each backend offers or why it cannot run."""
-    from mmfast import info
-
-    print(info.text(make_console().width))
+app.command()(machine_commands.bench)
+app.command()(machine_commands.info)

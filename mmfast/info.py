@@ -77,14 +77,15 @@ def _machine() -> list[tuple[str, str]]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [
         ("platform", platform.platform()),
-        ("processor", _processor()),
+        ("processor", processor()),
         ("instruction set", instructions),
         ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads changes it)"),
         ("GPUs", ", ".join(gpus) or "none that torch can use"),
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the CPU and its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is left out, too pale on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#606060"
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#606060"
 
 
 def plot_comparison(summaries: Sequence[Summary], folder: Path) -> list[str]:
@@ -37,7 +37,7 @@ def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
     figure = Figure(figsize=(7.5, 1.5 + 0.36 * len(summaries)), layout="constrained")
     axes = figure.subplots()
     bars = {s.name: 100 * s.mean_accuracy for s in summaries if s.name in ("joint", "unimodal")}
-    for name, color, dash in (("joint", _COLORS[0], "--"), ("unimodal", _COLORS[1], ":")):
+    for name, color, dash in (("joint", COLORS[0], "--"), ("unimodal", COLORS[1], ":")):
         if name in bars:
             title = next(s.title for s in summaries if s.name == name)
             axes.axvline(bars[name], color=color, linestyle=dash, linewidth=1.4, label=title, zorder=1)
@@ -50,7 +50,7 @@ def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
                 [row] * len(values),
                 s=16,
                 facecolors="none",
-                edgecolors=_GREY,
+                edgecolors=GREY,
                 linewidths=0.8,
                 zorder=2,
             )
@@ -91,10 +91,10 @@ def _dots(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
             axes.plot(
                 100 * value,
                 row + offsets[m],
-                _MARKERS[m],
+                MARKERS[m],
                 markersize=7,
-                markeredgecolor=_COLORS[m],
-                markerfacecolor=_COLORS[m] if summary.protocol == "own-head" else "white",
+                markeredgecolor=COLORS[m],
+                markerfacecolor=COLORS[m] if summary.protocol == "own-head" else "white",
                 markeredgewidth=1.5,
             )
         axes.plot(100 * summary.mean_accuracy, row, "|", color="black", markersize=17, markeredgewidth=1.8)
@@ -102,16 +102,16 @@ def _dots(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
     axes.set_xlabel("Test accuracy (%), mean over seeds")
     style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgewidth": 1.5}
     handles = [
-        Line2D([], [], marker=_MARKERS[m], color=_COLORS[m], label=f"{name} alone", **style)
+        Line2D([], [], marker=MARKERS[m], color=COLORS[m], label=f"{name} alone", **style)
         for m, name in enumerate(modalities)
     ]
     handles.append(
         Line2D([], [], marker="|", color="black", label="all modalities", **(style | {"markersize": 14}))
     )
-    for protocol, face in (("own-head", _GREY), ("masked", "white")):
+    for protocol, face in (("own-head", GREY), ("masked", "white")):
         if any(summary.protocol == protocol for summary in summaries):
             shape = Line2D(
-                [], [], marker="o", color=_GREY, markerfacecolor=face, label=f"alone: {protocol}", **style
+                [], [], marker="o", color=GREY, markerfacecolor=face, label=f"alone: {protocol}", **style
             )
             handles.append(shape)
     figure.legend(
@@ -170,15 +170,15 @@ def plot_contributions(summaries: Sequence[Summary], path: Path) -> None:
                 epochs,
                 means,
                 marker="o" if len(epochs) == 1 else None,
-                color=_COLORS[m % len(_COLORS)],
-                linestyle=_DASHES[m // len(_COLORS) % len(_DASHES)],
+                color=COLORS[m % len(COLORS)],
+                linestyle=_DASHES[m // len(COLORS) % len(_DASHES)],
                 linewidth=1.6,
                 label=name,
             )
         stages = [entry["stage"] for entry in summary.runs[0]["history"]]
         for epoch in range(1, len(stages)):
             if stages[epoch] != stages[epoch - 1]:
-                axes.axvline(epoch + 0.5, color=_GREY, linewidth=1, linestyle=":")
+                axes.axvline(epoch + 0.5, color=GREY, linewidth=1, linestyle=":")
         axes.set_title(summary.title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=6, integer=True)
@@ -231,10 +231,8 @@ def plot_valuation(valuation: Valuation, path: Path) -> None:
         if len(values) == 0:
             axes.set_title(f"{name}: in no sample", fontsize=10)
             continue
-        axes.hist(
-            values, edges, weights=np.full(len(values), 100 / len(values)), color=_COLORS[0], alpha=0.85
-        )
-        axes.axvline(values.mean(), color=_COLORS[1], linewidth=1.8, linestyle="--")
+        axes.hist(values, edges, weights=np.full(len(values), 100 / len(values)), color=COLORS[0], alpha=0.85)
+        axes.axvline(values.mean(), color=COLORS[1], linewidth=1.8, linestyle="--")
         axes.set_title(f"{name}: mean {values.mean():.2f}", fontsize=10)
     figure.supxlabel(f"Contribution to a sample ({valuation.utility}; dashed: mean)", fontsize=10)
     figure.supylabel("Samples (%)", fontsize=10)

@@ -1,4 +1,4 @@
-"""The one rule of accuracy: an op errs at most twice as far as plain torch, plus a constant."""
+"""The rules of accuracy: an op errs at most twice as far as plain torch, plus a constant, and rounds once."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def assert_close_to_truth(
     limit = 2 * error_against(truth, plain) + constant
     error = error_against(truth, actual)
     assert error <= limit, f"error {error:.3e} against float64, at most {limit:.3e} allowed"
+
+
+def assert_rounded_once(
+    actual: Tensor,  # bfloat16 or float16
+    truth: Tensor,  # the same in float64
+    slack: float = 1e-6,  # of what comes before the rounding, relative to the largest true magnitude
+) -> None:
+    """Assert that each element is what float32 arithmetic and one rounding at its end give.
+
+    Sums kept in half precision stay within `assert_close_to_truth` where terms are few, but not within this.
+    """
+    assert actual.shape == truth.shape
+    actual, info = actual.detach().cpu(), torch.finfo(actual.dtype)
+    _, exponent = torch.frexp(truth.abs().clamp(min=info.smallest_normal))
+    half_a_unit = torch.ldexp(torch.full_like(truth, info.eps / 4), exponent)
+    error = (actual.double() - truth).abs()
+    limit = 1.001 * half_a_unit + slack * truth.abs().max()
+    assert bool((error <= limit).all()), (
+        f"{(error / half_a_unit).max():.2f} halves of a unit in the last place off"
+    )

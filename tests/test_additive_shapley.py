@@ -226,15 +226,16 @@ def test_compiles(backend):
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_opcheck(with_bias):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_opcheck(with_bias, dtype, backend):
     partial_logits, labels, bias = make((2, 3, 4))
-    bias = bias if with_bias else None
-    logits, dphi = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    partial_logits, bias = partial_logits.to(dtype), bias if with_bias else None
+    logits, dphi = torch.randn(3, 4, 5).to(dtype), torch.randn(3, 2).to(dtype)
     raw = torch.ops.mmfast
-    torch.library.opcheck(raw.coalition_utilities_fwd, (logits, labels, "cardinality", "auto"))
-    torch.library.opcheck(raw.coalition_utilities_bwd, (logits[..., 0], logits, labels, "margin", "auto"))
-    torch.library.opcheck(raw.additive_shapley_fwd, (partial_logits, labels, bias, "correct", "auto"))
-    torch.library.opcheck(raw.additive_shapley_bwd, (dphi, partial_logits, labels, bias, "margin", "auto"))
+    torch.library.opcheck(raw.coalition_utilities_fwd, (logits, labels, "cardinality", backend))
+    torch.library.opcheck(raw.coalition_utilities_bwd, (logits[..., 0], logits, labels, "margin", backend))
+    torch.library.opcheck(raw.additive_shapley_fwd, (partial_logits, labels, bias, "correct", backend))
+    torch.library.opcheck(raw.additive_shapley_bwd, (dphi, partial_logits, labels, bias, "margin", backend))
 
 
 BAD = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -35,6 +37,38 @@ def test_a_backend_that_cannot_run_says_why():
         ops.shapley_values(torch.rand(2, 4), backend="cuda")
     with pytest.raises(ValueError, match='backend must be "auto" or one of reference, cpu, triton, cuda'):
         ops.shapley_values(torch.rand(2, 4), backend="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is there")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_compiled_code_says_why_too():
+    features = torch.rand(2, 4, 6)
+    calls = {
+        "shapley_values": lambda x: ops.shapley_values(x[..., :4], backend="cuda"),
+        "duc_loss": lambda x: ops.duc_loss(x, torch.eye(2, 6) > 0, backend="cuda"),
+        "logit_fusion": lambda x: ops.entropy_fusion(x, backend="cuda"),
+        "class_separability": lambda x: ops.class_moments(x[0], torch.zeros(4).long(), 1, backend="cuda"),
+        "partial_reinit": lambda x: ops.partial_reinit_([x], [x.clone()], 0.5, backend="cuda"),
+    }
+    for op, call in calls.items():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        with pytest.raises(backend.BackendUnavailableError) as plain:
+            call(features)
+        with pytest.raises(backend.BackendUnavailableError, match=f"backend 'cuda' cannot run {op}: ") as got:
+            compiled(features)
+        assert str(got.value) == str(plain.value)
+
+
+def test_the_interpreter_is_switched_while_python_runs(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "why_not", lambda name: None)
+    # Nothing that was resolved with this answer may stay in the cache.
+    monkeypatch.setattr(backend, "_resolve", functools.cache(backend._resolve.__wrapped__))
+    for switch, device_type, other in (("1", "cpu", "cuda"), ("0", "cuda", "cpu"), ("1", "cpu", "cuda")):
+        monkeypatch.setenv("TRITON_INTERPRET", switch)
+        assert backend.resolve("shapley_values", "triton", device_type, torch.float32) == "triton"
+        with pytest.raises(backend.BackendUnavailableError, match=f"does not take tensors on '{other}'"):
+            backend.resolve("shapley_values", "triton", other, torch.float32)
 
 
 def test_tensors_elsewhere_are_refused_by_name():

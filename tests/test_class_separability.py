@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import class_separability as reference
-from numerics import assert_close_to_truth
+from numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -75,6 +75,29 @@ def check_gradient(features, labels, num_classes, backend):
         )
     ]
     assert_close_to_truth(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
+def test_half_precision_gradient_is_rounded_once(dtype, backend):
+    features, labels, num_classes = make((64, 16, 8), dtype)
+    moments = ops.class_moments(features.double(), labels, num_classes)
+    dmean, dvar = torch.randn(2, *moments.mean.shape, generator=torch.Generator().manual_seed(2))
+    arguments = (dmean, dvar, features, labels, moments.count, moments.mean.float())
+    actual = torch.ops.mmfast.class_moments_bwd(*arguments, backend)
+    truth = reference.class_moments_bwd(*(x.double() if x.is_floating_point() else x for x in arguments))
+    assert_rounded_once(actual, truth)
+
+
+def test_of_equal_distances_the_lowest_class_wins(backend):
+    # Midway between two centroids on either side of 0, in either order, and between equal ones.
+    centroids = torch.tensor([[1.0, -1.0, 2.0, 7.0], [-1.0, 1.0, 2.0, -3.0], [9.0, 9.0, 9.0, 3.0]])
+    samples = torch.zeros(3, 4)
+    labels = torch.arange(3)
+    hits = [
+        torch.ops.mmfast.dimension_hits(samples[k : k + 1], labels[k : k + 1], centroids, backend).tolist()
+        for k in range(3)
+    ]
+    assert hits == [[1, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def check_all(backend):
@@ -180,6 +203,27 @@ def test_merged_moments_are_those_of_all_samples(first, second, num_classes, see
     ]
     merged, whole = parts[0].merge(parts[1]), ops.class_moments(features, labels, num_classes)
     torch.testing.assert_close(tuple(merged), tuple(whole), equal_nan=True)
+
+
+def test_merged_moments_pass_gradients_around_empty_classes():
+    # Class 0 has samples in the first set only, class 1 in the second only, class 2 in both, class 3 nowhere.
+    features = make((8, 2, 2))[0].requires_grad_()
+    labels = torch.tensor([0, 0, 2, 2, 1, 2, 1, 2])
+
+    def moments(features):
+        first, second = (
+            ops.class_moments(features[rows], labels[rows], 4) for rows in (slice(4), slice(4, 8))
+        )
+        return [moment[:3] for moment in first.merge(second)[1:]]
+
+    assert torch.autograd.gradcheck(moments, features)
+    parts = [
+        ops.ClassMoments(torch.tensor(count), *torch.tensor(moment).repeat(2, 1, 1).requires_grad_().unbind())
+        for count, moment in (([2, 0, 0], [[1.0], [torch.nan], [torch.nan]]),) * 2
+    ]
+    merged = parts[0].merge(parts[1])
+    gradients = torch.autograd.grad((merged.mean + merged.var).nansum(), [*parts[0][1:], *parts[1][1:]])
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def test_moments_survive_a_large_mean(backend):
@@ -384,13 +428,14 @@ def test_compiles(backend):
     torch.testing.assert_close(*gradients)
 
 
-def test_opcheck():
-    features, labels, num_classes = make((6, 3, 2), torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=lambda dtype: str(dtype)[6:])
+def test_opcheck(dtype, backend):
+    features, labels, num_classes = make((6, 3, 2), dtype)
     raw = torch.ops.mmfast
-    count, mean, var = raw.class_moments_fwd(features, labels, num_classes, "auto")
-    torch.library.opcheck(raw.class_moments_fwd, (features, labels, num_classes, "auto"))
-    torch.library.opcheck(raw.class_moments_bwd, (mean, var, features, labels, count, mean, "auto"))
-    torch.library.opcheck(raw.dimension_hits, (features, labels, mean, "auto"))
+    count, mean, var = raw.class_moments_fwd(features, labels, num_classes, backend)
+    torch.library.opcheck(raw.class_moments_fwd, (features, labels, num_classes, backend))
+    torch.library.opcheck(raw.class_moments_bwd, (mean, var, features, labels, count, mean, backend))
+    torch.library.opcheck(raw.dimension_hits, (features, labels, mean, backend))
 
 
 def test_empty_batch(backend):

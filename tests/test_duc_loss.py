@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
 import os
 import subprocess
 import sys
@@ -12,12 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
-from numerics import assert_close_to_truth
+from numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -268,6 +271,60 @@ def test_info_nce_close_to_truth(dtype, backend):
     assert_close_to_truth(mine, true, simple.to(dtype))
 
 
+def test_half_precision_gradient_is_rounded_once(backend):
+    # The incoming gradient over N = 3 is no float16, and at 2^18 beyond its range.
+    (query, key), effective = make((2, 3, 40), torch.float16)[0] / 8, torch.tensor([[False], [True]])
+    query.requires_grad_()
+    effective = effective.expand(2, 40)
+    for scale in (1.0, 2.0**18):
+        loss = ops.unidirectional_info_nce(query, key, temperature=2.0**12, backend=backend)
+        (gradient,) = torch.autograd.grad(loss * scale, query)
+        raw = torch.ops.mmfast.info_nce_fwd(query.detach(), key, 2.0**12, 0, "mean", True, backend)
+        assert torch.equal(gradient, (raw[1].float() * (scale / (2.0**12 * 3))).half())
+        loss = ops.duc_loss([query, key], effective, temperature=2.0**12, backend=backend)
+        assert torch.equal(torch.autograd.grad(loss * scale, query)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_computed_in_float32(dtype, backend):
+    # Summed over samples at a temperature that is a power of two, the residual is rounded and nothing else.
+    features, effective = make((2, 40, 90), dtype)
+    features /= 4
+    options = {"effective": effective, "temperature": 2.0, "reduction": "sum"}
+    op = functools.partial(ops.duc_loss, backend=backend)
+    loss, gradients = value_and_gradient(op, features, dtype, **options)
+    truth, true_gradients = value_and_gradient(reference.duc_loss, features, torch.float64, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    # The C++ kernel multiplies pairs of bfloat16 where the processor can, and rounds the softmax to them.
+    slack = 5e-4 if (backend, dtype) == ("cpu", torch.bfloat16) else 1e-6
+    for mine, true in zip(gradients, true_gradients, strict=True):
+        assert_rounded_once(mine, true, slack)
+
+
+def test_one_modality_may_be_a_constant(backend):
+    features, effective = make((2, 5, 4))
+    expected = value_and_gradient(ops.duc_loss, features, torch.float64, effective=effective)[1]
+    for learner in range(2):
+        leaves = [feature.clone() for feature in features]
+        leaves[learner].requires_grad_()
+        ops.duc_loss(leaves, effective, backend=backend).backward()
+        torch.testing.assert_close(leaves[learner].grad, expected[learner])
+
+
+def test_forward_mode_has_no_formula_and_says_so(backend):
+    features, effective = make((2, 5, 4))
+    losses = {
+        "duc_loss": lambda x: ops.duc_loss(x, effective, backend=backend),
+        "unidirectional_info_nce": lambda x: ops.unidirectional_info_nce(x[0], x[1], backend=backend),
+    }
+    for loss in losses.values():
+        with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+            torch.func.jvp(loss, (features,), (torch.ones_like(features),))
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(features, torch.ones_like(features)))
+
+
 def test_key_of_info_nce_gets_no_gradient(backend):
     query, key = torch.randn(2, 8, 4, requires_grad=True).unbind()
     loss = ops.unidirectional_info_nce(query.detach(), key, backend=backend)
@@ -286,6 +343,17 @@ def test_prepared_dims_and_stacked_features_agree(backend):
     assert "M=3, D=11" in repr(dims)
     effective.fill_(False)
     assert bool(dims.to("cpu").effective.any())
+
+
+def test_prepared_dims_are_saved_and_loaded():
+    dims = ops.DucDims(make((3, 9, 11))[1])
+    file = io.BytesIO()
+    torch.save({"dims": dims}, file)
+    file.seek(0)
+    for loaded in (torch.load(file, weights_only=True)["dims"], copy.deepcopy(dims)):
+        assert torch.equal(loaded.effective, dims.effective)
+        assert torch.equal(loaded.columns, dims.columns)
+        assert loaded.sizes == dims.sizes
 
 
 def test_layouts(backend):
@@ -348,6 +416,22 @@ def test_autocast_does_not_lower_precision(backend):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_info_nce_under_autocast(backend):
+    query, key = make((2, 33, 20), torch.float32)[0]
+    loss = functools.partial(ops.unidirectional_info_nce, backend=backend)
+
+    def value(queries, keys):
+        return loss(queries[0], keys)
+
+    expected = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
+        # What autocast hands over is a mixture.
+        mixed = loss(query.bfloat16(), key)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(mixed, loss(query.bfloat16().float(), key), rtol=0, atol=0)
+
+
 def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend):
     features, effective = make((2, 64, 16), torch.float16)
     op = functools.partial(ops.duc_loss, effective=effective, temperature=1e4, backend=backend)
@@ -373,16 +457,19 @@ def test_compiles(prepared, backend):
     expected, actual = loss(*leaves), torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves))
+    without_gradient = torch.compile(loss, fullgraph=True, backend="aot_eager")(*features)
+    torch.testing.assert_close(without_gradient, expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "loss-and-gradient"])
-def test_opcheck(with_residual):
-    features, effective = make((2, 5, 6))
+def test_opcheck(with_residual, dtype, backend):
+    features, effective = make((2, 5, 6), dtype)
     dims = ops.DucDims(effective)
-    raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, "auto")
+    raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, backend)
     torch.library.opcheck(raw.duc_loss_fwd, (list(features), [], effective, None, [], *rest))
     keys = [torch.cat([feature, feature]) for feature in features]
-    prepared = (effective, dims.columns, list(dims.sizes), 2.0, 5, "none", with_residual, "auto")
+    prepared = (effective, dims.columns, list(dims.sizes), 2.0, 5, "none", with_residual, backend)
     torch.library.opcheck(raw.duc_loss_fwd, (list(features), keys, *prepared))
     torch.library.opcheck(raw.info_nce_fwd, (features[0], features[1], *rest))
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfast import backend as _backend
 from mmfast import ops
 from numerics import assert_close_to_truth
 
@@ -23,6 +29,80 @@ def projector_after(features, alpha, dtype=torch.float64, backend="auto"):
     return projector
 
 
+def formula(features, alpha, dtype):
+    """Return the projector after the published updates."""
+    p = torch.eye(features.shape[1], dtype=dtype)
+    for h in features.to(dtype):
+        q = p @ h / (alpha + h @ p @ h)
+        p = p - torch.outer(q, p @ h)
+    return p
+
+
+def check_all(backend):
+    """Every dtype, layout, number of threads, and sizes around the tiles, for one instruction set."""
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for size in (1, 2, 15, 17, 64, 301):
+            draw = torch.Generator().manual_seed(size)
+            features = torch.randn(3, size, generator=draw)
+            for dtype in DTYPES[:2]:
+                projector = projector_after(features, 0.1, dtype, backend)
+                assert torch.equal(projector, projector.T)
+                assert_close_to_truth(
+                    projector, formula(features, 0.1, torch.float64), formula(features, 0.1, dtype)
+                )
+                wider = torch.cat([projector, projector], 1)[:, 1 : size + 1]
+                for rows in (0, 1, 3, 6, 7, 12, 25, 101):
+                    for grad_dtype in DTYPES:
+                        grad = torch.randn(rows, size, generator=draw).to(grad_dtype)
+                        for g, p in (
+                            (grad, projector),
+                            (grad.T.contiguous().T, wider),
+                            (torch.cat([grad, grad], 1)[:, :size], wider.T),
+                        ):
+                            actual = ops.project_gradient(g, p, backend=backend)
+                            truth = g.double() @ p.double()
+                            assert_close_to_truth(actual, truth, g @ p.to(grad_dtype))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    code = f"""
+import mmfast.backend, test_gradient_projection
+assert mmfast.backend.extension("cpu").isa() == {isa!r}
+test_gradient_projection.check_all("cpu")
+"""
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize(("size", "rows"), [(512, 6), (301, 31), (700, 101)])
+def test_number_of_threads_changes_no_bit(size, rows):
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    features, grad = torch.randn(4, size), torch.randn(rows, size)
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        projector = projector_after(features, 0.1, torch.float32, "cpu")
+        results.append((projector, ops.project_gradient(grad, projector, backend="cpu")))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_a_backward_that_needs_the_old_projector_notices(backend):
+    projector, weight = torch.eye(3), torch.randn(2, 3, requires_grad=True)
+    loss = ops.project_gradient(weight, projector, backend=backend).sum()
+    ops.update_projector_(projector, torch.randn(3), alpha=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_by_hand(backend):
     # P = I - h h^T / (alpha + |h|^2) with h = (3, 4): |h|^2 = 25.
     projector = torch.eye(2)
@@ -36,15 +116,8 @@ def test_by_hand(backend):
 def test_update_close_to_truth(dtype, feature_dtype, size, backend):
     features = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(feature_dtype)
     actual = projector_after(features, 0.1, dtype, backend)
-
-    def formula(dtype):
-        p = torch.eye(size, dtype=dtype)
-        for h in features.to(dtype):
-            q = p @ h / (0.1 + h @ p @ h)
-            p = p - torch.outer(q, p @ h)
-        return p
-
-    assert_close_to_truth(actual, formula(torch.float64), formula(dtype))
+    assert torch.equal(actual, actual.T)
+    assert_close_to_truth(actual, formula(features, 0.1, torch.float64), formula(features, 0.1, dtype))
 
 
 @LAWS
@@ -145,10 +218,13 @@ def test_compiles(backend):
     torch.testing.assert_close(torch.autograd.grad(actual, grad), torch.autograd.grad(expected, grad))
 
 
-def test_opcheck():
-    projector, feature = torch.eye(4), torch.randn(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(dtype):
+    projector, feature = torch.eye(4), torch.randn(4, dtype=dtype)
     torch.library.opcheck(torch.ops.mmfast.update_projector_, (projector, feature, 0.1, "auto"))
-    torch.library.opcheck(torch.ops.mmfast.project_gradient, (torch.randn(3, 4), projector, "auto"))
+    torch.library.opcheck(
+        torch.ops.mmfast.project_gradient, (torch.randn(3, 4, dtype=dtype), projector, "auto")
+    )
 
 
 def test_bad_input():

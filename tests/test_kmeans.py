@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,12 +157,36 @@ def test_empty_clusters_take_the_farthest_samples(backend):
     assert sorted(result.centroids.flatten().tolist()) == pytest.approx([0.05, 10.05, 50], rel=1e-4)
 
 
+def tight_clusters():
+    """Return 20 clusters of 10 samples on a grid, of which seeds can easily miss one."""
+    labels = torch.arange(20).repeat_interleave(10)
+    centres = torch.stack([labels % 5, labels // 5], 1)
+    return centres + 0.05 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), labels
+
+
 def test_restarts_keep_the_lowest_inertia(backend):
     features, _ = make(300, 2, 12, spread=0.5)
-    one = [ops.kmeans(features, 12, seed=seed, backend=backend).inertia for seed in range(4)]
-    many = ops.kmeans(features, 12, num_init=8, seed=0, backend=backend).inertia
-    assert many <= one[0]
-    assert many <= max(one)
+    kmeans = functools.partial(ops.kmeans, features, 12, backend=backend)
+    one = torch.stack([kmeans(seed=seed).inertia for seed in range(8)])
+    many = torch.stack([kmeans(seed=seed, num_init=8).inertia for seed in range(8)])
+    # The first of the eight starts is the one there is alone.
+    assert bool((many <= one).all())
+    assert one.max() > 1.1 * one.min()
+    assert many.max() < 1.01 * one.min()
+
+
+def test_seeds_spread_as_greedy_k_means_plus_plus_does(backend):
+    # All 200 seeds find every cluster by the best of 2 + floor(ln 20) = 4 points each time. The best of two
+    # would 193 times, single points 124 times, by plain distance 164 times, uniform draws 6 times.
+    features, labels = tight_clusters()
+    found = sum(
+        ops.cluster_purity(
+            ops.kmeans(features, 20, max_iter=1, seed=seed, backend=backend).assignments, labels
+        )
+        == 1
+        for seed in range(200)
+    )
+    assert found >= 198
 
 
 def test_a_seed_decides(backend):
@@ -184,6 +210,14 @@ def test_far_from_the_origin(backend):
     assert ops.cluster_purity(result.assignments, labels) == 1
 
 
+def test_products_are_taken_of_centred_features(backend):
+    # |x|^2 is 2e8 here, of which float32 keeps steps of 16; squared distances between clusters are about 1.
+    features, labels = tight_clusters()
+    start = features[::10] + 1e4
+    result = ops.kmeans(features + 1e4, 20, init=start, backend=backend)
+    assert ops.cluster_purity(result.assignments, labels) == 1
+
+
 def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
     features, _ = make(333, 5, 7, torch.float64, spread=2.0)
     expected = ops.kmeans(features, 7, backend=backend)
@@ -202,11 +236,13 @@ def test_layouts_autocast_and_gradients(backend):
     assert not actual.centroids.requires_grad
 
 
-def test_opcheck():
-    features, _ = make(10, 3, 2)
-    torch.library.opcheck(torch.ops.mmfast.kmeans_lloyd, (features, features[:2].clone(), 10, 1e-4, "auto"))
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=lambda dtype: str(dtype)[6:])
+def test_opcheck(dtype, backend):
+    features, _ = make(10, 3, 2, dtype)
+    arguments = (features, features[:2].clone(), 10, 1e-4, backend)
+    torch.library.opcheck(torch.ops.mmfast.kmeans_lloyd, arguments)
     labels = torch.tensor([0, 1, 1])
-    torch.library.opcheck(torch.ops.mmfast.cluster_purity, (labels, labels.int(), "auto"))
+    torch.library.opcheck(torch.ops.mmfast.cluster_purity, (labels, labels.int(), backend))
 
 
 def test_purity_by_hand(backend):
@@ -228,6 +264,13 @@ def test_purity_law(pairs):
     assert math.isclose(ops.cluster_purity(assignments, labels), hits / len(pairs))
 
 
+def test_purity_of_numbers_far_apart(backend):
+    # A table of all numbers up to the largest would have 10^24 entries.
+    assignments = torch.tensor([7, 7, 7, 10**12, 10**12, 2**62])
+    labels = torch.tensor([10**12, 3, 10**12, 3, 2**62, 2**62])
+    assert ops.cluster_purity(assignments, labels, backend=backend) == 4 / 6
+
+
 BAD = {
     "K above N": (lambda x: (x, 11), {}, "num_clusters must lie in [1, N] = [1, 10], got 11"),
     "K of 0": (lambda x: (x, 0), {}, "num_clusters must lie in [1, N] = [1, 10], got 0"),
@@ -240,7 +283,23 @@ BAD = {
     "restarts": (lambda x: (x, 2), {"num_init": 0}, "num_init must be at least 1, got 0"),
     "iterations": (lambda x: (x, 2), {"max_iter": 0}, "max_iter must be at least 1, got 0"),
     "tolerance": (lambda x: (x, 2), {"tol": -1}, "tol must be finite and not negative, got -1"),
+    "seed": (lambda x: (x, 2), {"seed": 2**64}, "seed must lie in [-2^63, 2^64), got 18446744073709551616"),
 }
+
+
+@pytest.mark.parametrize("value", [2.0, True, "2", None], ids=repr)
+@pytest.mark.parametrize("name", ["num_clusters", "num_init", "max_iter", "tol", "seed"])
+def test_options_of_another_type(name, value):
+    if name == "tol" and value == 2.0 and value is not True:
+        value = 2j
+    kind = "a number" if name == "tol" else "an integer"
+    with pytest.raises(TypeError, match=re.escape(f"{name} must be {kind}, got {value!r}")):
+        ops.kmeans(torch.rand(5, 2), **{"num_clusters": 2, name: value})
+
+
+def test_options_may_be_numbers_of_numpy():
+    options = {"num_clusters": np.int64(2), "num_init": np.int32(2), "max_iter": np.int64(5)}
+    assert ops.kmeans(torch.rand(5, 2), **options, tol=np.float32(0), seed=np.int64(1)).num_iter <= 5
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -258,8 +258,9 @@ def test_compiles(rule, backend):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_opcheck(masked, backend):
-    logits, present = make((2, 3, 4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_opcheck(masked, dtype, backend):
+    logits, present = make((2, 3, 4), dtype)
     options = (present if masked else None, "certainty", 0.5, backend)
     torch.library.opcheck(torch.ops.mmfast.logit_fusion_fwd, (logits, *options))
     dfused, dweights = logits[0].clone(), logits[..., 0].clone()

@@ -12,11 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import shapley_values as reference
-from numerics import assert_close_to_truth
+from numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -89,6 +90,16 @@ def test_dtypes_and_sizes(backend, device, dtype, num_rows):
     for num_players in (3, 6):
         check_forward(backend, make(num_rows, 2**num_players, dtype, device))
         check_backward(backend, make(num_rows, num_players, dtype, device), num_players)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_rounded_once(backend, device, dtype):
+    require_dtype(backend, dtype)
+    utilities, dphi = make(9, 2**8, dtype, device), make(9, 8, dtype, device)
+    values = ops.shapley_values(utilities, backend=backend)
+    assert_rounded_once(values, reference.shapley_values(utilities.double().cpu()))
+    dutilities = torch.ops.mmfast.shapley_values_bwd(dphi, backend)
+    assert_rounded_once(dutilities, reference.shapley_values_bwd(dphi.double().cpu()))
 
 
 @pytest.mark.parametrize("num_players", [2, 5, 8], ids="M={}".format)
@@ -197,13 +208,12 @@ def test_gradcheck(backend, device, num_players):
     assert torch.autograd.gradgradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3)], ids=str)
-def test_opcheck(backend, device, shape):
+def test_opcheck(backend, device, shape, dtype):
     num_rows, num_players = shape
-    utilities, dphi = (
-        make(num_rows, 2**num_players, device=device),
-        make(num_rows, num_players, device=device),
-    )
+    utilities = make(num_rows, 2**num_players, dtype, device)
+    dphi = make(num_rows, num_players, dtype, device)
     torch.library.opcheck(torch.ops.mmfast.shapley_values_fwd.default, (utilities, backend))
     torch.library.opcheck(torch.ops.mmfast.shapley_values_bwd.default, (dphi, backend))
 
@@ -215,6 +225,22 @@ def test_compiles_to_one_graph(backend, device):
     compiled = torch.compile(lambda u: ops.shapley_values(u, backend=backend).square().sum(), fullgraph=True)
     compiled(got).backward()
     torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_the_reference_neither_copies_to_the_device_nor_waits_for_it():
+    called = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        reference.shapley_values(torch.rand(3, 8))
+        reference.shapley_values_bwd(torch.rand(3, 3))
+    assert "sum" in called
+    # torch.tensor of a list, item() and what has a shape that depends on values.
+    assert not called & {"lift_fresh", "_local_scalar_dense", "nonzero"}
 
 
 def test_autocast_keeps_the_dtype(backend, device):

@@ -150,28 +150,27 @@ def test_losses_of_own_heads_count_who_is_there():
 
 
 def test_valuation_reads_the_plain_form_of_augmented_data(monkeypatch):
-    from mmfast.methods import modality_valuation, sample_valuation
+    from mmfast.methods import copies
 
     data = make_data(50)
     data.evaluation = make_data(50, seed=9)
-    for name, module in (("sample-valuation", sample_valuation), ("modality-valuation", modality_valuation)):
+    plain = copies.contributions
+    for name in ("sample-valuation", "modality-valuation"):
         seen = []
-        plain = module.contributions
 
-        def watched(learner, dataset, *, utility, plain=plain, seen=seen):
-            phi = plain(learner, dataset, utility=utility)
-            seen.append((len(dataset), utility, phi))
-            return phi
+        def watched(learner, dataset, *, seen=seen, **options):
+            found = plain(learner, dataset, **options)
+            seen.append((len(dataset), options, found[0]))
+            return found
 
-        monkeypatch.setattr(module, "contributions", watched)
-        method = methods.make(name, warmup=1, released=True)
-        learner = bind(method)
+        monkeypatch.setattr(copies, "contributions", watched)
+        learner = bind(methods.make(name, warmup=1, released=True))
         learner.end_epoch(0, data, None)
-        size, utility, phi = seen[0]
+        size, options, phi = seen[0]
         assert size == (50 if name == "sample-valuation" else 10)
-        assert utility == "correct"
+        assert options == {"utility": "correct", "none_is_worthless": True}
         if name == "sample-valuation":
-            torch.testing.assert_close(phi, plain(learner, data.evaluation, utility="correct"))
+            torch.testing.assert_close(phi, plain(learner, data.evaluation, **options)[0])
 
 
 def test_diagnosis_measures_purity_of_scaled_features():

@@ -21,15 +21,16 @@ constexpr int kPanelPart = kPanel / 3;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// sums[r][v] += sum over s < steps of a[r * row_stride + s * step_stride] * (vector v of step s of b).
+// sums[r][v] += sum over s < steps of a[r * row_stride + s * step_stride] * (vector v at b + s * b_stride).
 // With `pairs` the numbers of a and b are two bfloat16 each, whose products are both added, at twice the
 // rate.
 template <int row_stride, int step_stride, bool pairs, class A, int rows, int nv>
-inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int64_t steps) {
+inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int64_t steps,
+                          int64_t b_stride = nv * kLanes<A>) {
   for (int64_t s = 0; s < steps; ++s) {
     Vec<A> x[nv];
-#pragma GCC unroll 2
-    for (int v = 0; v < nv; ++v) x[v] = load(b + (s * nv + v) * kLanes<A>);
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) x[v] = load(b + s * b_stride + v * kLanes<A>);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
       const A* factor = a + r * row_stride + s * step_stride;
@@ -47,7 +48,7 @@ inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int6
         }
 #endif
       } else {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < nv; ++v) sums[r][v] += *factor * x[v];
       }
     }

@@ -1,4 +1,8 @@
 // The Python module mmfast._cpu: every registered op, in the build that fits this processor.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -8,11 +12,19 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
+#if defined(__x86_64__)
+// Asked of the processor itself: GCC before 11 and older clang know no "f16c".
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 int supported_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("avx2") &&
-                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 ? (avx512 ? 2 : 1) : 0;
@@ -50,5 +62,5 @@ PYBIND11_MODULE(_cpu, module) {
         return names;
       },
       "The values of MMFAST_CPU_ISA this processor can run.");
-  mmfast::bind_ops(module, isa);
+  mmfast::bind_ops(module, isa, kNames);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -29,11 +30,6 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums are kept in: float32 for half precision, else `dtype` itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def shape_text(shape) -> str:
@@ -102,6 +98,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an integer, Python's or NumPy's; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a positive finite number."""
     if not 0 < value < float("inf"):
@@ -121,6 +123,13 @@ def outside_autocast(impl: Callable) -> Callable:
             return impl(*args)
 
     return run
+
+
+def unbroken_rows(
+    matrix: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """Return the matrix, or a copy, with every row in one piece; rows may lie any distance apart."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:

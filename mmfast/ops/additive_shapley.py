@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
-    accumulation_dtype,
     check_choice,
     check_float,
     check_label_range,
@@ -21,7 +20,7 @@ from mmfast.ops._common import (
 )
 from mmfast.ops.shapley_values import MAX_PLAYERS
 from mmfast.reference import additive_shapley as _reference
-from mmfast.reference._common import row_chunks
+from mmfast.reference._common import accumulation_dtype, row_chunks
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 SMOOTH_UTILITIES = ("probability", "log_probability", "margin")

@@ -11,16 +11,18 @@ from torch.autograd.function import once_differentiable
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
-    accumulation_dtype,
     check_float,
+    check_integer,
     check_label_range,
     check_labels,
     check_same_device,
     check_shape,
     register,
     shape_text,
+    unbroken_rows,
 )
 from mmfast.reference import class_separability as _reference
+from mmfast.reference._common import accumulation_dtype
 
 
 class ClassMoments(NamedTuple):
@@ -42,15 +44,15 @@ class ClassMoments(NamedTuple):
                 f"got {shape_text(other.mean.shape)}"
             )
         count = self.count + other.count
-        # The share of the other samples in each class; NaN where neither has any, as its moments are.
         share = (other.count.to(self.mean.dtype) / count)[:, None]
-        delta = other.mean - self.mean
-        mean = self.mean + delta * share
-        var = self.var + (other.var - self.var) * share + delta.square() * share * (1 - share)
-        for mine, theirs in ((self, other), (other, self)):
-            empty = (mine.count == 0)[:, None]
-            mean, var = torch.where(empty, theirs.mean, mean), torch.where(empty, theirs.var, var)
-        return ClassMoments(count, mean, var)
+        empty = (self.count == 0)[:, None]
+        mean, var = torch.where(empty, other.mean, self.mean), torch.where(empty, other.var, self.var)
+        # A side without samples changes nothing; its NaN times a share of 0 would, forward and backward.
+        unchanged = empty | (other.count == 0)[:, None]
+        delta = torch.where(unchanged, 0, other.mean - mean)
+        growth = torch.where(unchanged, 0, other.var - var)
+        var = var + growth * share + delta.square() * share * (1 - share)
+        return ClassMoments(count, mean + delta * share, var)
 
 
 def class_moments(
@@ -178,8 +180,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name:
     check_shape("features", features, "N, D", (None, None))
     check_labels("labels", labels, features.shape[0])
     check_same_device(features=features, labels=labels)
-    if isinstance(num_classes, bool | float):
-        raise TypeError(f"{num_classes_name} must be an integer, got {num_classes!r}")
+    check_integer(num_classes_name, num_classes)
     if num_classes < 1:
         raise ValueError(f"{num_classes_name} must be at least 1, got {num_classes}")
 
@@ -212,13 +213,8 @@ def _moments_fwd(
         return _moments_fwd_cpu(features, labels, num_classes)
     if chosen == "triton":
         launch = _backend.kernels("class_separability").class_moments_fwd
-        return launch(_rows(features), labels, num_classes)
+        return launch(unbroken_rows(features), labels, num_classes)
     return _reference.class_moments(features, labels, num_classes)
-
-
-def _rows(features: Tensor) -> Tensor:
-    # Kernels take rows any distance apart, but a row in one piece.
-    return features if features.stride(1) == 1 else features.contiguous()
 
 
 def _moments_fwd_cpu(
@@ -227,7 +223,7 @@ def _moments_fwd_cpu(
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
-    features, labels = _rows(features), labels.long().contiguous()
+    features, labels = unbroken_rows(features), labels.long().contiguous()
     _backend.extension("cpu").class_separability_moments_fwd(
         features.data_ptr(),
         labels.data_ptr(),
@@ -270,7 +266,7 @@ def _moments_bwd_cpu(
     mean: Tensor,  # [C, D]
 ) -> Tensor:  # [N, D]
     dfeatures = features.new_empty(features.shape)
-    features, labels = _rows(features), labels.long().contiguous()
+    features, labels = unbroken_rows(features), labels.long().contiguous()
     dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
     count, mean = count.contiguous(), mean.contiguous()
     _backend.extension("cpu").class_separability_moments_bwd(
@@ -315,7 +311,7 @@ def _hits_cpu(
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
     hits = features.new_zeros(features.shape[1], dtype=torch.int64)
-    features, labels = _rows(features), labels.long().contiguous()
+    features, labels = unbroken_rows(features), labels.long().contiguous()
     centroids = centroids.to(accumulation_dtype(centroids.dtype)).contiguous()
     _backend.extension("cpu").class_separability_hits(
         features.data_ptr(),

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
-    accumulation_dtype,
     check_choice,
     check_float,
     check_positive,
@@ -25,6 +24,7 @@ from mmfast.ops._common import (
     register,
 )
 from mmfast.reference import duc_loss as _reference
+from mmfast.reference._common import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,7 +32,8 @@ REDUCTIONS = ("mean", "sum", "none")
 class DucDims:
     """The effective dimensions of every modality, with the column lists of all ordered pairs, prepared once.
 
-    Building it reads `effective` on the host; calls of `duc_loss` with it do not.
+    Building it reads `effective` on the host; calls of `duc_loss` with it do not. It is saved as `effective`
+    and built again on loading; `torch.load(weights_only=True)` takes it once mmfast.ops is imported.
 
     Args:
         effective: bool [M, D], True where a dimension of a modality separates the classes.
@@ -62,11 +63,18 @@ class DucDims:
         """Return the same dimensions on another device."""
         return DucDims(self.effective.to(device))
 
+    def __reduce__(self):
+        # Column lists that do not fit the mask, as a file may hold them, can never be loaded.
+        return DucDims, (self.effective,)
+
     def __repr__(self) -> str:
         num_modalities, num_dims = self.effective.shape
         return (
             f"DucDims(M={num_modalities}, D={num_dims}, sizes={self.sizes}, device={self.effective.device})"
         )
+
+
+torch.serialization.add_safe_globals([DucDims])
 
 
 def duc_loss(
@@ -123,9 +131,9 @@ def duc_loss(
     features = promoted(*features)
     keys, offset = _gathered(features, group)
     columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
-    options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction)
-    if not torch.is_grad_enabled() or not any(feature.requires_grad for feature in features):
-        return torch.ops.mmfast.duc_loss_fwd(features, *options, False, backend)[0]
+    with_residual = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
+    options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction, with_residual)
+    # Also where no gradient is asked for: forward-mode AD must hear that there is no formula for it.
     return _DucLoss.apply(options, backend, *features)
 
 
@@ -172,9 +180,8 @@ def unidirectional_info_nce(
     _backend.check_name(backend)
     query, key = promoted(query, key.detach())
     keys, offset = _gathered([key], group)
-    options = (keys[0] if keys else key, float(temperature), offset, reduction)
-    if not torch.is_grad_enabled() or not query.requires_grad:
-        return torch.ops.mmfast.info_nce_fwd(query, *options, False, backend)[0]
+    with_residual = torch.is_grad_enabled() and query.requires_grad
+    options = (keys[0] if keys else key, float(temperature), offset, reduction, with_residual)
     return _InfoNCE.apply(options, backend, query)
 
 
@@ -213,21 +220,25 @@ def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[
     return list(keys.unbind(0)), offset
 
 
-def _scale(
+def _scaled(
+    residuals: Tensor,  # [N, D] or [M, N, D]
     dloss: Tensor,  # [] or [N]
     temperature: float,
     reduction: str,
-    num_samples: int,
-) -> Tensor:  # [] or [N, 1]
-    if reduction == "none":
-        return (dloss / temperature)[:, None]
-    return dloss / (temperature * num_samples) if reduction == "mean" else dloss / temperature
+) -> Tensor:  # like `residuals`
+    """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
+    divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
+    # A factor without dimensions would be rounded to half precision before the product; with them, the
+    # product is taken in float32 and rounded once.
+    return (residuals * (dloss / divisor).reshape(-1, 1)).to(residuals.dtype)
 
 
 class _DucLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, backend, *features):
-        loss, residuals = torch.ops.mmfast.duc_loss_fwd(features, *options, True, backend)
+    def forward(ctx, *inputs):
+        # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
+        options, backend, *features = inputs
+        loss, residuals = torch.ops.mmfast.duc_loss_fwd(features, *options, backend)
         ctx.save_for_backward(residuals)
         ctx.temperature, ctx.reduction = options[4], options[6]
         return loss
@@ -236,14 +247,13 @@ class _DucLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         (residuals,) = ctx.saved_tensors
-        scale = _scale(dloss, ctx.temperature, ctx.reduction, residuals.shape[1])
-        return None, None, *(residuals * scale).to(residuals.dtype).unbind(0)
+        return None, None, *_scaled(residuals, dloss, ctx.temperature, ctx.reduction).unbind(0)
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, backend, query):
-        loss, residual = torch.ops.mmfast.info_nce_fwd(query, *options, True, backend)
+        loss, residual = torch.ops.mmfast.info_nce_fwd(query, *options, backend)
         ctx.save_for_backward(residual)
         ctx.temperature, ctx.reduction = options[1], options[3]
         return loss
@@ -252,8 +262,7 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         (residual,) = ctx.saved_tensors
-        scale = _scale(dloss, ctx.temperature, ctx.reduction, residual.shape[0])
-        return None, None, (residual * scale).to(residual.dtype)
+        return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction)
 
 
 def _run_cpu(

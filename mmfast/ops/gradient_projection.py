@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
+    DTYPE_CODE,
     check_float,
     check_positive,
     check_same_device,
@@ -14,11 +15,12 @@ from mmfast.ops._common import (
     outside_autocast,
     register,
     shape_text,
+    unbroken_rows,
 )
 from mmfast.reference import gradient_projection as _reference
+from mmfast.reference._common import accumulation_dtype
 
 
-@torch.no_grad()
 def update_projector_(
     projector: Tensor,  # [D, D] changed in place
     mean_feature: Tensor,  # [D]
@@ -34,8 +36,8 @@ def update_projector_(
         projector -= torch.outer(q, projector @ mean_feature)
 
     Args:
-        projector: [D, D] float32 or float64, any strides; symmetric with eigenvalues in [0, 1], begun as the
-            identity. The result is symmetric to the last bit.
+        projector: [D, D] float32 or float64, any strides; symmetric to the last bit with eigenvalues in
+            [0, 1], begun as the identity. It stays symmetric to the last bit.
         mean_feature: [D] float32, float64, bfloat16 or float16, the mean of a batch's features.
         alpha: positive; the smaller against the squared length of `mean_feature`, the more of the direction
             goes.
@@ -56,7 +58,8 @@ def update_projector_(
     check_same_device(projector=projector, mean_feature=mean_feature)
     check_positive("alpha", alpha)
     _backend.check_name(backend)
-    torch.ops.mmfast.update_projector_(projector, mean_feature, float(alpha), backend)
+    with torch.no_grad():
+        torch.ops.mmfast.update_projector_(projector, mean_feature, float(alpha), backend)
 
 
 def project_gradient(
@@ -91,7 +94,11 @@ def project_gradient(
     check_shape("grad", grad, "C, D", (None, projector.shape[0]))
     check_same_device(grad=grad, projector=projector)
     _backend.check_name(backend)
-    return _ProjectGradient.apply(grad, projector, backend)
+    if grad.requires_grad and torch.is_grad_enabled():
+        return _ProjectGradient.apply(grad, projector, backend)
+    # A gradient seldom has one itself: half of the call's cost is saved.
+    with torch.no_grad():
+        return torch.ops.mmfast.project_gradient(grad, projector, backend)
 
 
 def _check_projector(projector: Tensor) -> None:
@@ -117,15 +124,62 @@ class _ProjectGradient(torch.autograd.Function):
         return _ProjectGradient.apply(dprojected, projector.T, ctx.backend), None, None
 
 
+def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
+    if len(projector) == 0:
+        return
+    dense = unbroken_rows(projector)
+    h = mean_feature.to(projector.dtype).contiguous()
+    _backend.extension("cpu").gradient_projection_update(
+        dense.data_ptr(),
+        h.data_ptr(),
+        len(dense),
+        dense.stride(0),
+        alpha,
+        DTYPE_CODE[dense.dtype],
+        torch.get_num_threads(),
+    )
+    if dense is not projector:
+        projector.copy_(dense)
+    elif not projector.is_inference():
+        # The kernel writes behind autograd's back; a backward that saved the old values must notice.
+        torch.autograd.graph.increment_version(projector)
+
+
+def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
+    if grad.numel() == 0:
+        return grad.new_empty(grad.shape)
+    if accumulation_dtype(grad.dtype) != projector.dtype:
+        wide = torch.promote_types(grad.dtype, projector.dtype)
+        return _project_cpu(grad.to(wide), projector.to(wide)).to(grad.dtype)
+    projector = unbroken_rows(projector)
+    projected = torch.empty(grad.shape, dtype=grad.dtype)
+    _backend.extension("cpu").gradient_projection_product(
+        grad.data_ptr(),
+        projector.data_ptr(),
+        projected.data_ptr(),
+        *grad.shape,
+        *grad.stride(),
+        projector.stride(0),
+        DTYPE_CODE[grad.dtype],
+        torch.get_num_threads(),
+    )
+    return projected
+
+
 @outside_autocast
 def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend: str) -> None:
-    _backend.resolve("gradient_projection", backend, projector.device.type, projector.dtype)
-    _reference.update_projector_(projector, mean_feature, alpha=alpha)
+    chosen = _backend.resolve("gradient_projection", backend, projector.device.type, projector.dtype)
+    if chosen == "cpu":
+        _update_cpu(projector, mean_feature, alpha)
+    else:
+        _reference.update_projector_(projector, mean_feature, alpha=alpha)
 
 
 @outside_autocast
 def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
-    _backend.resolve("gradient_projection", backend, grad.device.type, grad.dtype)
+    chosen = _backend.resolve("gradient_projection", backend, grad.device.type, grad.dtype)
+    if chosen == "cpu":
+        return _project_cpu(grad, projector)
     return _reference.project_gradient(grad, projector)
 
 

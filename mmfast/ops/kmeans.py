@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
-    accumulation_dtype,
     check_choice,
     check_float,
+    check_integer,
     check_labels,
     check_same_device,
     check_shape,
@@ -20,8 +21,13 @@ from mmfast.ops._common import (
     outside_autocast,
     register,
     shape_text,
+    unbroken_rows,
 )
 from mmfast.reference import kmeans as _reference
+from mmfast.reference._common import accumulation_dtype
+
+# Entries of a table of clusters and classes, of 8 bytes each.
+_MAX_TABLE_NUMEL = 2**22
 
 
 class KMeans(NamedTuple):
@@ -72,7 +78,7 @@ def kmeans(
         farthest from its centroid.
 
     Raises:
-        TypeError: `features` or `init` is no tensor of a floating dtype.
+        TypeError: `features` or `init` is no tensor of a floating dtype, or an option no number of its kind.
         ValueError: a shape is wrong, K lies outside [1, N], a feature or centroid is not finite, or an option
             is out of range.
 
@@ -80,19 +86,15 @@ def kmeans(
     advantages of careful seeding", 2007.
     """
     _check(features, num_clusters, init)
-    for name, value in (("num_init", num_init), ("max_iter", max_iter)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= tol < float("inf"):
-        raise ValueError(f"tol must be finite and not negative, got {tol}")
+    _check_options(num_init, max_iter, tol, seed)
     _backend.check_name(backend)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
         start = (
             init if isinstance(init, Tensor) else _reference.seed_centroids(features, num_clusters, generator)
         )
-        result = torch.ops.mmfast.kmeans_lloyd(features, start, max_iter, float(tol), backend)
+        result = torch.ops.mmfast.kmeans_lloyd(features, start, int(max_iter), float(tol), backend)
         if best is None or bool(result[2] < best[2]):
             best = result
     assert best is not None
@@ -144,6 +146,7 @@ def cluster_purity(
 def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
     check_float("features", features)
     check_shape("features", features, "N, D", (None, None))
+    check_integer("num_clusters", num_clusters)
     if not 1 <= num_clusters <= features.shape[0]:
         raise ValueError(
             f"num_clusters must lie in [1, N] = [1, {features.shape[0]}], got {num_clusters} "
@@ -160,6 +163,20 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
             num_bad = value.numel() - int(value.isfinite().sum())
             if num_bad:
                 raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
+
+
+def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:
+    for name, value in (("num_init", num_init), ("max_iter", max_iter)):
+        check_integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(tol, bool) or not isinstance(tol, Real):
+        raise TypeError(f"tol must be a number, got {tol!r}")
+    if not 0 <= tol < float("inf"):
+        raise ValueError(f"tol must be finite and not negative, got {tol}")
+    check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
 
 
 @outside_autocast
@@ -183,8 +200,7 @@ def _lloyd_cpu(
     tol: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 []
     centroids, assignments, inertia, num_iter = _lloyd_fake(features, start, max_iter, tol, "cpu")
-    # The kernel takes rows any distance apart, but a row in one piece.
-    features = features if features.stride(1) == 1 else features.contiguous()
+    features = unbroken_rows(features)
     start = start.to(centroids.dtype).contiguous()
     _backend.extension("cpu").kmeans_lloyd(
         features.data_ptr(),
@@ -206,19 +222,23 @@ def _lloyd_cpu(
 
 def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
     chosen = _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
-    if chosen == "cpu":
-        assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
-        purity = labels.new_empty((), dtype=torch.float64)
-        _backend.extension("cpu").kmeans_purity(
-            assignments.data_ptr(),
-            labels.data_ptr(),
-            purity.data_ptr(),
-            labels.shape[0],
-            int(assignments.max()) + 1,
-            int(labels.max()) + 1,
-        )
-        return purity
-    return _reference.purity(assignments, labels)
+    if chosen == "reference":
+        return _reference.purity(assignments, labels)
+    assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
+    num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
+    # Numbers are names: those of few samples may be far apart, where a table of all of them would not fit.
+    if num_clusters * num_classes > max(labels.shape[0], _MAX_TABLE_NUMEL):
+        return _reference.purity(assignments, labels)
+    purity = labels.new_empty((), dtype=torch.float64)
+    _backend.extension("cpu").kmeans_purity(
+        assignments.data_ptr(),
+        labels.data_ptr(),
+        purity.data_ptr(),
+        labels.shape[0],
+        num_clusters,
+        num_classes,
+    )
+    return purity
 
 
 def _lloyd_fake(features, start, max_iter, tol, backend):

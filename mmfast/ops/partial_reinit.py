@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._common import DTYPE_CODE, check_float, register, shape_text
+from mmfast.ops._common import DTYPE_CODE, FLOATS, check_float, register, shape_text
 from mmfast.reference import partial_reinit as _reference
 
 
@@ -54,13 +55,15 @@ def _alphas(alpha: float | Sequence[float], count: int) -> list[float]:
     if isinstance(alpha, str):
         raise TypeError(f"alpha must be a number or one per parameter, got {alpha!r}")
     # float() takes what NumPy and torch call a number, too.
-    alphas = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)] * count
-    if len(alphas) != count:
-        raise ValueError(f"alpha must be a number or one per parameter = {count}, got {len(alphas)}")
-    for a in alphas:
+    strengths = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)]
+    for a in strengths:
         if not 0 <= a <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {a}")
-    return alphas
+    if not isinstance(alpha, Sequence):
+        return strengths * count
+    if len(strengths) != count:
+        raise ValueError(f"alpha must be a number or one per parameter = {count}, got {len(strengths)}")
+    return strengths
 
 
 def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
@@ -68,33 +71,49 @@ def _check(params: list[Tensor], init_params: list[Tensor]) -> None:
         raise ValueError(
             f"init_params must hold one tensor per parameter = {len(params)}, got {len(init_params)}"
         )
-    for index, (theta, theta_0) in enumerate(zip(params, init_params, strict=True)):
-        name = f"init_params[{index}]"
-        check_float(f"params[{index}]", theta)
-        check_float(name, theta_0)
-        if theta.shape != theta_0.shape:
-            raise ValueError(
-                f"{name} must have shape {shape_text(theta.shape)}, got {shape_text(theta_0.shape)}"
-            )
-        if theta.dtype != theta_0.dtype:
-            raise TypeError(f"{name} must have dtype {theta.dtype}, got {theta_0.dtype}")
-        if theta.device != theta_0.device:
-            raise ValueError(f"{name} must lie on {theta.device}, got {theta_0.device}")
-    if len({id(theta) for theta in params}) < len(params):
+    # One question to all tensors costs a tenth of a look at each; who is wrong is looked for afterwards.
+    if not _alike(params, init_params):
+        for index, (theta, theta_0) in enumerate(zip(params, init_params, strict=True)):
+            _check_pair(index, theta, theta_0)
+    if len(set(map(id, params))) < len(params):
         raise ValueError("params must hold every tensor once, got one twice")
 
 
+def _alike(params: list[Tensor], init_params: list[Tensor]) -> bool:
+    """Whether all are tensors of one floating dtype on one device and shapes agree: true of most lists."""
+    tensors = params + init_params
+    return (
+        all(issubclass(kind, Tensor) for kind in set(map(type, tensors)))
+        and len(dtypes := {tensor.dtype for tensor in tensors}) == 1
+        and dtypes.issubset(FLOATS)
+        and len({tensor.device for tensor in tensors}) == 1
+        and [theta.shape for theta in params] == [theta_0.shape for theta_0 in init_params]
+    )
+
+
+def _check_pair(index: int, theta: Tensor, theta_0: Tensor) -> None:
+    name = f"init_params[{index}]"
+    check_float(f"params[{index}]", theta)
+    check_float(name, theta_0)
+    if theta.shape != theta_0.shape:
+        raise ValueError(f"{name} must have shape {shape_text(theta.shape)}, got {shape_text(theta_0.shape)}")
+    if theta.dtype != theta_0.dtype:
+        raise TypeError(f"{name} must have dtype {theta.dtype}, got {theta_0.dtype}")
+    if theta.device != theta_0.device:
+        raise ValueError(f"{name} must lie on {theta.device}, got {theta_0.device}")
+
+
 def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    pointers = np.array([[t.data_ptr() for t in params], [t.data_ptr() for t in init_params]], dtype=np.int64)
-    sizes = np.array([t.numel() for t in params], dtype=np.int64)
-    dtypes = np.array([DTYPE_CODE[t.dtype] for t in params], dtype=np.int64)
+    pointers = np.array([*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, init_params)], dtype=np.int64)
+    sizes = np.array([*map(Tensor.numel, params)], dtype=np.int64)
+    codes = np.array([DTYPE_CODE[theta.dtype] for theta in params], dtype=np.int64)
     strengths = np.array(alphas, dtype=np.float64)
     _backend.extension("cpu").partial_reinit(
-        pointers[0].ctypes.data,
-        pointers[1].ctypes.data,
+        pointers.ctypes.data,
+        pointers[len(params) :].ctypes.data,
         sizes.ctypes.data,
         strengths.ctypes.data,
-        dtypes.ctypes.data,
+        codes.ctypes.data,
         len(params),
         torch.get_num_threads(),
     )
@@ -109,27 +128,40 @@ def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[fl
         launch(*([values[index] for index in indices] for values in (params, init_params, alphas)))
 
 
-def _run_dense(run: Callable, params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    """Call `run`, which knows only addresses and sizes, with tensors that lie in memory without gaps."""
+def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every pair in one order without gaps: contiguous copies where they are not so themselves."""
+    if all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, init_params)):
+        return params, init_params
     dense, inits = [], []
     for theta, theta_0 in zip(params, init_params, strict=True):
-        # A tensor with gaps or in another order goes through a contiguous copy; the others are their own.
         layout = torch.contiguous_format
         if theta.dim() == 4 and theta.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
         dense.append(theta.contiguous(memory_format=layout))
         inits.append(theta_0.contiguous(memory_format=layout))
+    return dense, inits
+
+
+def _run_dense(run: Callable, params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    """Call `run`, which knows only addresses and sizes, with tensors that lie in memory without gaps."""
+    dense, inits = _dense(params, init_params)
     run(dense, inits, alphas)
-    for theta, copy in zip(params, dense, strict=True):
-        if theta is not copy:
-            theta.copy_(copy)
+    if dense is not params:
+        for theta, copy in zip(params, dense, strict=True):
+            if theta is not copy:
+                theta.copy_(copy)
     # The kernel writes behind autograd's back; a backward that saved the old values must notice.
-    torch.autograd.graph.increment_version([theta for theta in params if not theta.is_inference()])
+    if any(map(Tensor.is_inference, params)):
+        params = [theta for theta in params if not theta.is_inference()]
+    torch.autograd.graph.increment_version(params)
 
 
 def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], backend: str) -> None:
-    kinds = {(theta.device.type, theta.dtype) for theta in params}
-    chosen = {_backend.resolve("partial_reinit", backend, *kind) for kind in kinds}
+    devices, dtypes = {theta.device for theta in params}, {theta.dtype for theta in params}
+    chosen = {
+        _backend.resolve("partial_reinit", backend, device.type, dtype)
+        for device, dtype in itertools.product(devices, dtypes)
+    }
     if chosen == {"cpu"}:
         _run_dense(_run_cpu, params, init_params, alphas)
     elif chosen == {"triton"}:

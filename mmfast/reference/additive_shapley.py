@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.reference._common import accumulation_dtype
-from mmfast.reference.shapley_values import shapley_values, shapley_values_bwd
-
-
-def _coalition_sizes(num_coalitions: int, device: torch.device) -> Tensor:
-    """Return the number of players |s| of every coalition, [S]."""
-    sizes = torch.zeros(1, dtype=torch.int64, device=device)
-    while len(sizes) < num_coalitions:
-        sizes = torch.cat([sizes, sizes + 1])
-    return sizes
+from mmfast.reference.shapley_values import coalition_sizes, shapley_values, shapley_values_bwd
 
 
 def _runner_up(
@@ -39,7 +31,7 @@ def coalition_utilities(
     if utility == "correct" or utility == "cardinality":
         values = (z.argmax(-1) == labels[:, None]).to(z.dtype)
         if utility == "cardinality":
-            values *= _coalition_sizes(num_coalitions, z.device)
+            values *= coalition_sizes(num_coalitions, z.device)
     elif utility == "probability":
         values = z.softmax(-1).gather(-1, own).squeeze(-1)
     elif utility == "log_probability":

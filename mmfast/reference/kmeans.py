@@ -143,7 +143,9 @@ def purity(
     labels: Tensor,  # [N]
 ) -> Tensor:  # float64 []
     """Return the purity as a tensor."""
-    assignments, labels = assignments.long(), labels.long()
-    num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
-    counts = torch.bincount(assignments * num_classes + labels, minlength=num_clusters * num_classes)
-    return counts.view(num_clusters, num_classes).amax(1).sum().double() / len(labels)
+    # Clusters and classes are counted where they occur: their numbers may be as large as int64 holds.
+    cells = torch.stack([assignments.long(), labels.long()])
+    (clusters, _), counts = cells.unique(dim=1, return_counts=True)
+    clusters = clusters.unique(return_inverse=True)[1]
+    largest = torch.zeros_like(counts).scatter_reduce_(0, clusters, counts, "amax")
+    return largest.sum().double() / len(labels)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from mmfast.reference._common import accumulation_dtype
 
 
 def partial_reinit_(
@@ -19,5 +20,5 @@ def partial_reinit_(
         if a == 1:
             theta.copy_(theta_0)
         elif a != 0:
-            dtype = torch.promote_types(theta.dtype, torch.float32)
+            dtype = accumulation_dtype(theta.dtype)
             theta.copy_((1 - a) * theta.to(dtype) + a * theta_0.to(dtype))

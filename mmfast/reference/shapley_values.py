@@ -7,21 +7,32 @@ import math
 import torch
 from torch import Tensor
 
+from mmfast.reference._common import accumulation_dtype
+
 
 def _weights(num_players: int, like: Tensor) -> Tensor:
     """Return |R|! (M-|R|-1)! / M! for every coalition R of the other M-1 players, [S / 2]."""
-    by_size = [1 / (num_players * math.comb(num_players - 1, size)) for size in range(num_players)]
-    sizes = torch.zeros(1, dtype=torch.int64, device=like.device)
-    for _ in range(num_players - 1):
+    # Filled in on the device: a table copied to a GPU would wait for it and could not go into a CUDA graph.
+    by_size = [
+        like.new_full((1,), 1 / (num_players * math.comb(num_players - 1, size)))
+        for size in range(num_players)
+    ]
+    return torch.cat(by_size)[coalition_sizes(2 ** (num_players - 1), like.device)]
+
+
+def coalition_sizes(num_coalitions: int, device: torch.device) -> Tensor:
+    """Return the number of players |s| of every coalition, [S]."""
+    sizes = torch.zeros(1, dtype=torch.int64, device=device)
+    while len(sizes) < num_coalitions:
         sizes = torch.cat([sizes, sizes + 1])
-    return torch.tensor(by_size, dtype=like.dtype, device=like.device)[sizes]
+    return sizes
 
 
 def shapley_values(
     utilities: Tensor,  # [..., S]
 ) -> Tensor:  # [..., M]
     """Return the Shapley value of each player: its mean marginal utility over all orders of arrival."""
-    dtype = torch.promote_types(utilities.dtype, torch.float32)
+    dtype = accumulation_dtype(utilities.dtype)
     num_players = utilities.shape[-1].bit_length() - 1
     weights = _weights(num_players, utilities.to(dtype))
     values = []
@@ -37,7 +48,7 @@ def shapley_values_bwd(
     dphi: Tensor,  # [..., M]
 ) -> Tensor:  # [..., S]
     """Return the gradient with respect to the utilities: the transposed map."""
-    dtype = torch.promote_types(dphi.dtype, torch.float32)
+    dtype = accumulation_dtype(dphi.dtype)
     num_players = dphi.shape[-1]
     weights = _weights(num_players, dphi.to(dtype))
     dutilities = dphi.new_zeros(*dphi.shape[:-1], 2**num_players, dtype=dtype)

@@ -1,0 +1,90 @@
+"""Run the benchmarks of some or all ops and write what they found."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmfast.names import did_you_mean
+
+from . import harness, report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PREFIX = "bench_"
+
+
+def available() -> list[str]:
+    """Return what has a benchmark: the ops in alphabetical order, then train."""
+    files = Path(__file__).parent.glob(f"{PREFIX}*.py")
+    return sorted(
+        (file.stem.removeprefix(PREFIX) for file in files), key=lambda name: (name == "train", name)
+    )
+
+
+def load(op: str) -> ModuleType:
+    """Return the module of an op's cases."""
+    return importlib.import_module(f".{PREFIX}{op}", __package__)
+
+
+def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: Console) -> Path:
+    """Measure `ops` (all where empty), print their tables, write JSON and pictures; return the JSON's path.
+
+    Raises:
+        ValueError: an op has no benchmark, or torch cannot use the device.
+        WrongResultError: a check failed.
+    """
+    known = available()
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op must be one of {', '.join(known)}, got {op!r}{did_you_mean(op, known)}")
+    ops = [op for op in known if op in ops] or known
+    options = harness.Options(quick, _device(device))
+    busy = _load()
+    limits = harness.measure_limits(options)
+    facts = report.machine_facts(options, limits, busy)
+    report.print_machine(console, facts, limits, busy)
+    found: dict[str, list[harness.Row]] = {}
+    path = out / f"{report.stem(facts, ops if ops != known else [], options)}.json"
+    files = [path.name]
+    for op in ops:
+        module = load(op)
+        found[op] = _measure(op, module.cases(options), limits, options, console)
+        report.print_table(console, op, found[op])
+        # After every op: what was measured stays when the run is interrupted.
+        report.write(path, facts, limits, options, found)
+        if module.SIZE:
+            report.plot(op, found[op], module.SIZE, out / f"{op}.png")
+            files.append(f"{op}.png")
+    console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
+    return path
+
+
+def _measure(op: str, cases: Any, limits: harness.Limits, options: harness.Options, console: Console) -> list:
+    torch.manual_seed(0)
+    rows = []
+    with console.status(op) as status:
+        for row in harness.run(cases, limits, options):
+            rows.append(row)
+            status.update(f"{op}: {row.case}, {row.direction}")
+    return rows
+
+
+def _device(name: str | None) -> str:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for and torch cannot use a GPU here")
+    return name
+
+
+def _load() -> float | None:
+    """Return the load average of the last minute, before this run adds to it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,60 @@
+"""The commands of `mmfast` about the machine it runs on: what it reaches, and what is installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmfast.flags import Traceback, make_console, plain_errors
+
+
+def bench(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OP]...",
+            help="Ops to measure, such as duc_loss, and train for the methods; all by default.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few small cases, roughly, in seconds each.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda; cuda by default where torch can use a GPU.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON of results and the pictures.")] = Path(
+        "mmfast-bench"
+    ),
+    traceback: Traceback = False,
+) -> None:
+    """Measure ops against their peers and this machine's limits: time, bandwidth, operations, memory.
+
+    Every result is checked against float64 first. Contestants take turns and medians are compared.
+    """
+    with plain_errors(traceback):
+        import importlib.util
+
+        if importlib.util.find_spec("mmfast.bench") is None:
+            raise ImportError(
+                "mmfast.bench is missing: this mmfast is a bare checkout, install it (pip install -e .)"
+            )
+        from mmfast.bench.harness import WrongResultError
+        from mmfast.bench.main import run
+
+        try:
+            run(ops or [], quick=quick, device=device, out=out, console=make_console())
+        except WrongResultError as error:
+            print(f"mmfast: {error}; nothing is timed", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+def info() -> None:
+    """Print versions, the CPU's instruction set, and what each backend offers or why it cannot run."""
+    from mmfast import info
+
+    print(info.text(make_console().width))
