@@ -3,6 +3,7 @@
 Sources are found by glob. Environment variables:
     MMFAST_CPU=0        leave the C++ module out; everything runs through plain torch
     MMFAST_CUDA=auto    build the CUDA module where nvcc is found (default); 1: fail without nvcc; 0: never
+    MMFAST_SANITIZE=address,undefined    instrument the C++ module with these sanitizers (tools/sanitize)
     MMFAST_SPILLS=error fail if a CUDA kernel does not fit its registers; otherwise it is only said
     CXX, CXXFLAGS, CUDA_HOME    as usual
 """
@@ -59,6 +60,15 @@ def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise BuildError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def sanitizer_flags() -> list[str]:
+    """Return the compiler's and linker's flags for $MMFAST_SANITIZE, such as address,undefined."""
+    names = os.environ.get("MMFAST_SANITIZE", "")
+    if not names:
+        return []
+    # Optimised, instrumented kernels take four times as long to compile, and the tests hardly less to run.
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O0", "-w"]
 
 
 def find_cxx() -> str | None:
@@ -128,7 +138,7 @@ class Build:
         self.cxx = find_cxx()
         includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
         self.python_includes = [f"-I{path}" for path in dict.fromkeys(includes)]
-        self.cxxflags = [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.cxxflags = [*COMMON_FLAGS, *sanitizer_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
         self.file = (self.folder / "build.ninja").open("w")
         self.ninja = ninja_syntax.Writer(self.file, width=110)
         # The log of what is built lies beside what is built, not in the checkout.
@@ -164,7 +174,8 @@ class Build:
             flags = [*self.cxxflags, *CPU_FLAGS, *flags, f"-DMMFAST_ISA={number}"]
             objects += [self.compile(source, flags, level) for source in sources if source != module]
         # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
-        self.ninja.build(target, "link", objects, variables={"flags": "-fopenmp -Wl,--as-needed"})
+        flags = shlex.join(["-fopenmp", "-Wl,--as-needed", *sanitizer_flags()])
+        self.ninja.build(target, "link", objects, variables={"flags": flags})
         self.ninja.default(self.escape(target))
 
     def build_cuda(self, target: str) -> None:

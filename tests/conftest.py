@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton decides when a kernel is defined, so before anything imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mmfast import backend as _backend
+
+# The same examples in every run: a failure belongs to the change that brought it.
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where an op's file stands for each backend; test_layout.py holds the folders to it.

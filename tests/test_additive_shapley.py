@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -153,17 +155,62 @@ def test_counting_utilities_carry_no_gradient(utility, backend):
     num_classes=st.integers(2, 6),
     seed=st.integers(0, 1000),
 )
-def test_laws(num_modalities, num_samples, num_classes, seed):
+def test_laws(backend, num_modalities, num_samples, num_classes, seed):
     partial_logits, labels, bias = make((num_modalities, num_samples, num_classes), seed=seed)
-    phi = ops.additive_shapley(partial_logits, labels, bias)
+    phi = ops.additive_shapley(partial_logits, labels, bias, backend=backend)
     correct = (partial_logits.sum(0) + bias).argmax(-1) == labels
     torch.testing.assert_close(phi.sum(1), num_modalities * correct.double())
     low, high = -(num_modalities - 1) / 2, (num_modalities + 1) / 2
     assert bool(((phi >= low - 1e-9) & (phi <= high + 1e-9)).all())
     for utility in SMOOTH_UTILITIES:
         partial_logits[0] = 0
-        phi = ops.additive_shapley(partial_logits, labels, bias, utility=utility)
+        phi = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
         torch.testing.assert_close(phi[:, 0], torch.zeros(num_samples, dtype=phi.dtype))
+
+
+@LAWS
+@given(
+    utility=st.sampled_from(UTILITIES),
+    num_modalities=st.integers(1, 6),
+    num_classes=st.integers(2, 6),
+    data=st.data(),
+    seed=st.integers(0, 1000),
+)
+def test_laws_of_the_whole_and_of_exchange(backend, utility, num_modalities, num_classes, data, seed):
+    partial_logits, labels, bias = make((num_modalities, 5, num_classes), seed=seed)
+    values = functools.partial(ops.additive_shapley, utility=utility, backend=backend)
+    phi = values(partial_logits, labels, bias)
+    logits = all_logits(partial_logits, bias)[:, [0, -1]]
+    if utility == "cardinality":
+        whole = num_modalities * (logits[:, 1].argmax(-1) == labels).double()
+    else:
+        whole = ops.coalition_utilities(logits, labels, utility=utility, backend=backend).diff(dim=1)[:, 0]
+    torch.testing.assert_close(phi.sum(1), whole)
+    order = data.draw(st.permutations(range(num_modalities)))
+    torch.testing.assert_close(values(partial_logits[order], labels, bias), phi[:, order])
+
+
+@LAWS
+@given(num_modalities=st.integers(1, 6), scale=st.floats(-10, 10), seed=st.integers(0, 1000))
+def test_law_of_linearity(backend, num_modalities, scale, seed):
+    # The margin between two classes is a linear function of the logits, so its values are.
+    first, labels, _ = make((num_modalities, 5, 2), seed=seed)
+    second = make((num_modalities, 5, 2), seed=seed + 1)[0]
+    values = functools.partial(ops.additive_shapley, labels=labels, utility="margin", backend=backend)
+    expected = values(first) + scale * values(second)
+    torch.testing.assert_close(values(first + scale * second), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_large_logits(dtype, utility, backend):
+    partial_logits, labels, bias = make((3, 200, 7))
+    partial_logits, bias = (100 * partial_logits).to(dtype), bias.to(dtype)
+    arguments = {"labels": labels, "utility": utility}
+    actual = ops.additive_shapley(partial_logits, bias=bias, backend=backend, **arguments)
+    truth = reference.additive_shapley(partial_logits.double(), bias=bias.double(), **arguments)
+    assert bool(actual.isfinite().all())
+    assert_close_to_truth(actual, truth, reference.additive_shapley(partial_logits, bias=bias, **arguments))
 
 
 def test_chunks_of_samples_give_the_whole(monkeypatch, backend):

@@ -266,7 +266,7 @@ def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend):
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-def test_ties_go_to_the_lowest_class(samples, centroids, scale, dtype, data):
+def test_ties_go_to_the_lowest_class(backend, samples, centroids, scale, dtype, data):
     """Small whole numbers tie often; None is a class without samples."""
     if all(c is None for c in centroids):
         centroids[0] = 0
@@ -276,7 +276,7 @@ def test_ties_go_to_the_lowest_class(samples, centroids, scale, dtype, data):
     scale = min(scale, 1e3) if dtype == torch.float16 else scale
     x = (scale * torch.tensor(samples, dtype=torch.float64)).to(dtype)
     c = (scale * torch.tensor([torch.nan if c is None else c for c in centroids])).to(dtype)
-    actual = ops.dimension_accuracy(x[:, None], torch.tensor(labels), c[:, None])
+    actual = ops.dimension_accuracy(x[:, None], torch.tensor(labels), c[:, None], backend=backend)
     exact = [(k, Fraction(float(value))) for k, value in enumerate(c) if not value.isnan()]
     hits = 0
     for value, label in zip(x, labels, strict=True):
@@ -292,7 +292,7 @@ def test_ties_go_to_the_lowest_class(samples, centroids, scale, dtype, data):
     nudge=st.integers(-2, 2),
     swap=st.booleans(),
 )
-def test_midpoints_that_round_are_decided_exactly(a, gap, nudge, swap):
+def test_midpoints_that_round_are_decided_exactly(backend, a, gap, nudge, swap):
     """Floats next to each other have a midpoint between them, which rounds to either."""
     for dtype in (torch.float32, torch.float64):
         up = torch.tensor(torch.inf, dtype=dtype)
@@ -307,9 +307,43 @@ def test_midpoints_that_round_are_decided_exactly(a, gap, nudge, swap):
         distance = [abs(Fraction(float(x)) - Fraction(float(c))) for c in centroids]
         label = distance.index(min(distance))
         accuracy = ops.dimension_accuracy(
-            x.view(1, 1), torch.tensor([label]), torch.stack(centroids)[:, None]
+            x.view(1, 1), torch.tensor([label]), torch.stack(centroids)[:, None], backend=backend
         )
         assert accuracy.item() == 1
+
+
+@LAWS
+@given(
+    base=st.floats(allow_nan=False, allow_infinity=False, width=32),
+    steps=st.lists(st.integers(-3, 3), min_size=1, max_size=7),
+    sample_steps=st.lists(st.integers(-3, 3), min_size=1, max_size=9),
+    dtype=st.sampled_from(DTYPES[:2]),
+    data=st.data(),
+)
+def test_near_tied_centroids(backend, base, steps, sample_steps, dtype, data):
+    """Centroids equal or a few floats apart, and samples among them."""
+
+    def neighbours(counts):
+        values = torch.full((len(counts),), base, dtype=dtype)
+        for step in range(3):
+            up = [torch.inf if count > 0 else -torch.inf for count in counts]
+            moved = values.nextafter(torch.tensor(up, dtype=dtype))
+            is_moving = torch.tensor([abs(count) > step for count in counts]) & moved.isfinite()
+            values = torch.where(is_moving, moved, values)
+        return values
+
+    centroids, samples = neighbours(steps), neighbours(sample_steps)
+    label = st.integers(0, len(steps) - 1)
+    labels = data.draw(st.lists(label, min_size=len(samples), max_size=len(samples)))
+    exact = [Fraction(float(c)) for c in centroids]
+    hits = 0
+    for x, k in zip(samples, labels, strict=True):
+        distance = [abs(Fraction(float(x)) - c) for c in exact]
+        hits += distance.index(min(distance)) == k
+    found = ops.dimension_accuracy(
+        samples[:, None], torch.tensor(labels), centroids[:, None], backend=backend
+    )
+    assert round(float(found) * len(samples)) == hits
 
 
 def test_far_apart_centroids_are_decided_exactly(backend):

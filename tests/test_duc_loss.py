@@ -149,17 +149,25 @@ def test_not_a_number_stays_in_its_row(backend):
     padding=st.integers(0, 9),
     seed=st.integers(0, 1000),
 )
-def test_law_order_of_the_batch_and_zero_dimensions(num_samples, num_dims, padding, seed):
+def test_law_order_of_the_batch_and_idle_dimensions(backend, num_samples, num_dims, padding, seed):
     features, effective = make((2, num_samples, num_dims), torch.float64, seed)
     # Without a dimension to teach a pair adds 0, with one that is zero throughout log N.
     effective[:, 0] = torch.tensor([True, False])
-    losses = ops.duc_loss(features, effective, reduction="none")
+    duc_loss = functools.partial(ops.duc_loss, reduction="none", backend=backend)
+    losses = duc_loss(features, effective)
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(ops.duc_loss(features[:, order], effective, reduction="none"), losses[order])
-    wide = torch.nn.functional.pad(features, (0, padding))
-    mask = torch.nn.functional.pad(effective, (0, padding), value=False)
+    torch.testing.assert_close(duc_loss(features[:, order], effective), losses[order])
+    # Dimensions that are zero, and any that are effective in neither modality or in both.
+    zeros, mask = (
+        torch.nn.functional.pad(features, (0, padding)),
+        torch.nn.functional.pad(effective, (0, padding)),
+    )
     mask[0, num_dims:] = True
-    torch.testing.assert_close(ops.duc_loss(wide, mask, reduction="none"), losses)
+    torch.testing.assert_close(duc_loss(zeros, mask), losses)
+    idle = torch.cat([features, 100 * make((2, num_samples, padding), seed=seed + 1)[0]], 2)
+    for shared in (False, True):
+        mask[:, num_dims:] = shared
+        torch.testing.assert_close(duc_loss(idle, mask), losses)
 
 
 @LAWS

@@ -255,13 +255,32 @@ def test_purity_by_hand(backend):
 
 @LAWS
 @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
-def test_purity_law(pairs):
+def test_purity_by_the_contingency_matrix(backend, pairs):
+    metrics = pytest.importorskip("sklearn.metrics.cluster")
     assignments, labels = torch.tensor(pairs).unbind(1)
-    largest = {}
-    for cluster, label in pairs:
-        largest.setdefault(cluster, []).append(label)
-    hits = sum(max(members.count(label) for label in members) for members in largest.values())
-    assert math.isclose(ops.cluster_purity(assignments, labels), hits / len(pairs))
+    table = metrics.contingency_matrix(labels.numpy(), assignments.numpy())
+    purity = ops.cluster_purity(assignments, labels, backend=backend)
+    assert math.isclose(purity, table.max(0).sum() / len(pairs))
+
+
+@LAWS
+@given(
+    num_samples=st.integers(2, 60),
+    num_dims=st.integers(1, 6),
+    fraction=st.floats(0, 1),
+    max_iter=st.integers(1, 30),
+    dtype=st.sampled_from(DTYPES[:2]),
+    seed=st.integers(0, 999),
+)
+def test_inertia_of_scikit_learn(backend, num_samples, num_dims, fraction, max_iter, dtype, seed):
+    cluster = pytest.importorskip("sklearn.cluster")
+    num_clusters = 1 + int(fraction * (num_samples - 1))
+    features, _ = make(num_samples, num_dims, 3, dtype, spread=2.0, seed=seed)
+    start = features[:num_clusters].clone()
+    options = {"init": start.numpy(), "n_init": 1, "max_iter": max_iter, "tol": 0, "algorithm": "lloyd"}
+    theirs = cluster.KMeans(num_clusters, **options).fit(features.numpy())
+    mine = ops.kmeans(features, num_clusters, init=start, max_iter=max_iter, tol=0, backend=backend)
+    np.testing.assert_allclose(mine.inertia.item(), theirs.inertia_, rtol=1e-5, atol=1e-6)
 
 
 def test_purity_of_numbers_far_apart(backend):

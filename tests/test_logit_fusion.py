@@ -211,6 +211,28 @@ def test_equal_logits_give_the_gradient_to_the_lowest_class(backend):
     assert logits.grad[0, 0, 1] < 0
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_large_logits_at_extreme_temperatures(dtype, temperature, backend):
+    logits, present = make((3, 200, 7))
+    logits = (50 * logits).to(dtype)
+    fuse = functools.partial(ops.certainty_fusion, temperature=temperature)
+    for op in (fuse, ops.entropy_fusion):
+        results = [
+            op(logits.to(kind), present=present, backend=name)
+            for kind, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference"))
+        ]
+        for actual, truth, simple in zip(*results, strict=True):
+            assert bool(actual.isfinite().all())
+            assert_close_to_truth(actual, truth, simple)
+        gradients = [
+            gradient(functools.partial(op, backend=name), logits, present, kind)
+            for kind, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference"))
+        ]
+        assert bool(gradients[0].isfinite().all())
+        assert_close_to_truth(*gradients)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_no_number_shows_in_its_own_sample(rule, value, backend):

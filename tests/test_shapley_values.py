@@ -162,43 +162,47 @@ def test_glove_game(backend, device):
 
 @LAWS
 @given(num_players=st.integers(1, 9), seed=st.integers(0, 10**6))
-def test_values_add_up_to_the_whole(num_players, seed):
+def test_values_add_up_to_the_whole(backend, device, num_players, seed):
     torch.manual_seed(seed)
-    utilities = torch.randn(3, 2**num_players, dtype=torch.float64)
-    total = ops.shapley_values(utilities).sum(-1)
+    utilities = torch.randn(3, 2**num_players, dtype=torch.float64).to(device)
+    total = ops.shapley_values(utilities, backend=backend).sum(-1)
     torch.testing.assert_close(total, utilities[:, -1] - utilities[:, 0])
 
 
 @LAWS
 @given(data=st.data(), num_players=st.integers(2, 8))
-def test_exchanged_players_exchange_values(data, num_players):
+def test_exchanged_players_exchange_values(backend, device, data, num_players):
     order = torch.tensor(data.draw(st.permutations(range(num_players))))
     torch.manual_seed(0)
     utilities = torch.randn(2**num_players, dtype=torch.float64)
     coalitions = torch.arange(2**num_players)
     # Player m of the new game is player order[m] of the old one.
     renamed = sum((coalitions >> m & 1) << order[m] for m in range(num_players))
-    torch.testing.assert_close(ops.shapley_values(utilities[renamed]), ops.shapley_values(utilities)[order])
+    values = [
+        ops.shapley_values(game.to(device), backend=backend) for game in (utilities[renamed], utilities)
+    ]
+    torch.testing.assert_close(values[0], values[1][order.to(device)])
 
 
 @LAWS
 @given(num_players=st.integers(1, 8), data=st.data())
-def test_dummy_player_gets_nothing(num_players, data):
+def test_dummy_player_gets_nothing(backend, device, num_players, data):
     dummy = data.draw(st.integers(0, num_players - 1))
     torch.manual_seed(0)
     utilities = torch.randn(2**num_players, dtype=torch.float64)
     without = torch.arange(2**num_players) & ~(1 << dummy)
-    value = ops.shapley_values(utilities[without])[dummy]
+    value = ops.shapley_values(utilities[without].to(device), backend=backend)[dummy]
     torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-14, rtol=0)
 
 
 @LAWS
 @given(num_players=st.integers(1, 8), scale=st.floats(-10, 10))
-def test_linear_in_the_game(num_players, scale):
+def test_linear_in_the_game(backend, device, num_players, scale):
     torch.manual_seed(0)
-    first, second = torch.randn(2, 2**num_players, dtype=torch.float64)
-    expected = ops.shapley_values(first) + scale * ops.shapley_values(second)
-    torch.testing.assert_close(ops.shapley_values(first + scale * second), expected, atol=1e-12, rtol=1e-12)
+    first, second = torch.randn(2, 2**num_players, dtype=torch.float64).to(device)
+    games = (first, second, first + scale * second)
+    values = [ops.shapley_values(game, backend=backend) for game in games]
+    torch.testing.assert_close(values[2], values[0] + scale * values[1], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("num_players", [1, 3, 5], ids="M={}".format)
