@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops.additive_shapley import SMOOTH_UTILITIES, UTILITIES
 from mmfast.reference import additive_shapley as reference
@@ -102,8 +103,10 @@ def test_gradients(utility, with_bias, backend):
     def utilities(logits):
         return ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
 
-    assert torch.autograd.gradcheck(values, inputs)
-    assert torch.autograd.gradcheck(utilities, torch.randn(4, 8, 5, dtype=torch.float64, requires_grad=True))
+    # Triton's interpreter takes 10 ms for a launch.
+    check = functools.partial(torch.autograd.gradcheck, fast_mode=backend == "triton")
+    assert check(values, inputs)
+    assert check(utilities, torch.randn(4, 8, 5, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize("utility", SMOOTH_UTILITIES)
@@ -244,18 +247,63 @@ def test_masked_classes_stay_masked(backend):
 
 
 def test_many_modalities_in_bounded_memory(backend):
-    partial_logits, labels, _ = make((12, 20, 6), torch.float32)
+    # Triton's interpreter takes 4 ms for a coalition.
+    num_modalities = 9 if backend == "triton" else 12
+    partial_logits, labels, _ = make((num_modalities, 20, 6), torch.float32)
     phi = ops.additive_shapley(partial_logits, labels, backend=backend)
     correct = partial_logits.sum(0).argmax(-1) == labels
-    torch.testing.assert_close(phi.sum(1), 12.0 * correct, rtol=0, atol=1e-4)
+    torch.testing.assert_close(phi.sum(1), num_modalities * correct.float(), rtol=0, atol=1e-4)
 
 
-def test_autocast_and_mixed_bias(backend):
-    partial_logits, labels, bias = make((2, 16, 5), torch.bfloat16)
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(4, 3, 300), (2, 5, 1100), (4, 1, 2000)], ids=str)
+def test_many_classes(shape, dtype, utility, backend):
+    partial_logits, labels, bias = make(shape, dtype)
+    if backend == "cpu" and shape[2] == 2000:
+        pytest.skip("the C++ kernel adds up a sample's classes one by one: errors of 4e-6 in float32")
+    # Values as large as the utilities they are differences of, whose rounding would show otherwise.
+    partial_logits *= 4
+    results = []
+    for name, kind in ((backend, dtype), ("reference", torch.float64), ("reference", dtype)):
+        leaves = [partial_logits.to(kind).requires_grad_(), bias.to(kind).requires_grad_()]
+        phi = ops.additive_shapley(leaves[0], labels, leaves[1], utility=utility, backend=name)
+        is_smooth = utility in SMOOTH_UTILITIES
+        results.append((phi, *(torch.autograd.grad(phi.square().sum(), leaves) if is_smooth else ())))
+    for actual, truth, plain in zip(*results, strict=True):
+        assert_close_to_truth(actual, truth, plain)
+
+
+@pytest.mark.parametrize("utility", ["cardinality", "margin"])
+@pytest.mark.parametrize("num_modalities", [4, 6])
+def test_blocks_may_share_coalitions_or_not(num_modalities, utility, monkeypatch, backend):
+    if backend != "triton":
+        pytest.skip("only Triton's kernel shares them")
+    kernels = _backend.kernels("additive_shapley")
+    partial_logits, labels, bias = make((num_modalities, 5, 3))
+    expected = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend="reference")
+    for enough_blocks in (1, 2, 1024):
+        monkeypatch.setattr(kernels, "_ENOUGH_BLOCKS", enough_blocks)
+        actual = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_more_classes_than_a_block_holds():
+    if reason := _backend.why_not("triton"):
+        pytest.skip(reason)
+    most = _backend.kernels("additive_shapley").MAX_CLASSES
+    partial_logits, labels = torch.zeros(2, 1, most + 1), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(_backend.BackendUnavailableError, match=f"up to {most} classes, got {most + 1}"):
+        ops.additive_shapley(partial_logits, labels, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
+def test_autocast_and_mixed_bias(dtype, backend):
+    partial_logits, labels, bias = make((2, 16, 5), dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         phi = ops.additive_shapley(partial_logits, labels, bias.float(), backend=backend)
     expected = ops.additive_shapley(partial_logits.double(), labels, bias.double(), backend=backend)
-    assert phi.dtype == torch.bfloat16
+    assert phi.dtype == dtype
     torch.testing.assert_close(phi.double(), expected)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mmfast import backend as _backend
@@ -268,6 +268,7 @@ def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend):
 )
 def test_ties_go_to_the_lowest_class(backend, samples, centroids, scale, dtype, data):
     """Small whole numbers tie often; None is a class without samples."""
+    assume(_backend.supports(backend, "class_separability", dtype))
     if all(c is None for c in centroids):
         centroids[0] = 0
     labels = data.draw(
@@ -351,6 +352,39 @@ def test_far_apart_centroids_are_decided_exactly(backend):
     x, centroids = torch.tensor([[0.5]]), torch.tensor([[1.0], [2.0**-60]])
     accuracy = ops.dimension_accuracy(x, torch.tensor([1]), centroids, backend=backend)
     assert accuracy.item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+def test_triton_intervals_are_those_of_the_reference(dtype):
+    if reason := _backend.why_not("triton"):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    # Equal centroids, neighbouring floats, zeros of both signs, classes without samples, tiles not full.
+    c = torch.randint(-3, 4, (19, 70), generator=generator).to(dtype)
+    c += torch.randint(-2, 3, c.shape, generator=generator) * torch.finfo(dtype).eps * (c != 0)
+    c[torch.rand(c.shape, generator=generator) < 0.2] = torch.nan
+    c[0, :9], c[1, 5:12], c[2, 7:] = torch.inf, -torch.inf, -0.0
+    device = "cpu" if _backend.interpreting() else "cuda"
+    kernels = _backend.kernels("class_separability")
+    for end_dtype in (torch.float32, torch.float64):
+        actual = kernels.class_intervals(c.to(device), end_dtype)
+        assert all(
+            map(torch.equal, actual, [end.to(device) for end in reference.class_intervals(c, end_dtype)])
+        )
+
+
+# Of the Triton kernels a block takes 64 samples of one class, 32 of all classes, 64 dimensions.
+@pytest.mark.parametrize("sizes", [(63, 64), (65, 0, 128), (129, 1, 2)], ids=str)
+@pytest.mark.parametrize("num_dims", [64, 65], ids="D={}".format)
+def test_classes_around_a_block(num_dims, sizes, backend):
+    labels = torch.repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))]
+    features = make((len(labels), num_dims, 1), torch.float32)[0]
+    check_moments(features, labels, len(sizes), backend)
+    check_gradient(features, labels, len(sizes), backend)
+    centroids = reference.class_moments(features, labels, len(sizes))[1]
+    hits = torch.ops.mmfast.dimension_hits(features, labels, centroids, backend)
+    assert torch.equal(hits, reference.dimension_hits(features, labels, centroids))
 
 
 def test_not_finite(backend):

@@ -90,9 +90,14 @@ def test_strides(backend, device, layout, init_layout):
 
 
 def test_one_strength_per_tensor_and_mixed_dtypes(backend, device):
-    dtypes = list(DTYPES.values())
+    dtypes = [dtype for dtype in DTYPES.values() if _backend.supports(backend, "partial_reinit", dtype)]
     params = [make(50, dtype, device) for dtype in dtypes]
-    check(backend, params, [make(50, dtype, device, seed=1) for dtype in dtypes], [0.0, 0.1, 0.5, 1.0])
+    check(
+        backend,
+        params,
+        [make(50, dtype, device, seed=1) for dtype in dtypes],
+        [0.0, 0.1, 0.5, 1.0][-len(dtypes) :],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -129,6 +134,32 @@ def test_by_hand(backend, device):
 def test_many_small_tensors(backend, device):
     params = [make(64, device=device, seed=index) for index in range(500)]
     check(backend, params, [make(64, device=device, seed=1000 + index) for index in range(500)], 0.7)
+
+
+# A block of the Triton kernel is 2048 float32 numbers, in one piece only where it is aligned and full.
+@pytest.mark.parametrize("size", [2047, 2048, 2049, 6145], ids="size={}".format)
+@pytest.mark.parametrize("layout", ["contiguous", "unaligned"])
+def test_sizes_around_a_block(backend, device, layout, size):
+    sizes = (size, 3, size)
+    params = [make(n, device=device, layout=layout) for n in sizes]
+    check(backend, params, [make(n, device=device, seed=1) for n in sizes], [0.1, 0.5, 0.9])
+
+
+def test_lists_that_come_again(backend, device):
+    """Plans kept for a list hold its tensors and strengths, more lists than are kept among them."""
+    lists = [[make(n, device=device, seed=n), make(64, device=device, seed=n)] for n in range(1, 25)]
+    inits = [make(n, device=device, seed=100) for n in (24, 64)]
+    for alpha in (0.1, 0.1, 0.7):
+        for params in lists:
+            check(backend, params, [inits[0][: len(params[0])], inits[1]], alpha)
+
+
+def test_channels_last(backend, device):
+    theta = make(4 * 3 * 5 * 2, device=device).view(4, 3, 5, 2).to(memory_format=torch.channels_last)
+    theta_0 = make(4 * 3 * 5 * 2, device=device, seed=1).view(4, 3, 5, 2)
+    check(backend, [theta], [theta_0], 0.3)
+    check(backend, [theta], [theta_0.to(memory_format=torch.channels_last)], 0.3)
+    assert theta.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_no_tensors(backend):

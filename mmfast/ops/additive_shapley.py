@@ -181,7 +181,17 @@ class _AdditiveShapley(torch.autograd.Function):
 
 
 def _resolve(tensor: Tensor, backend: str) -> str:
-    return _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+    chosen = _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+    if chosen == "triton":
+        most = _backend.kernels("additive_shapley").MAX_CLASSES
+        if tensor.shape[-1] > most:
+            if backend == "triton":
+                raise _backend.BackendUnavailableError(
+                    f"backend 'triton' cannot run additive_shapley: its kernels take up to {most} classes, "
+                    f"got {tensor.shape[-1]}"
+                )
+            return "reference"
+    return chosen
 
 
 def _run_cpu(
@@ -208,11 +218,11 @@ def _run_cpu(
     )
 
 
-def _cpu_operands(
+def _wide_operands(
     partial_logits: Tensor,  # [M, N, C]
     bias: Tensor | None,  # [C]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return both as the C++ kernel takes them: a float64 bias widens all, otherwise it follows."""
+    """Return both as the kernels take them: a float64 bias widens all, otherwise it follows."""
     if bias is None:
         return partial_logits, None
     dtype = accumulation_dtype(partial_logits.dtype)
@@ -223,8 +233,12 @@ def _cpu_operands(
 
 def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
     check_label_range("labels", labels, logits.shape[-1])
+    chosen = _resolve(logits, backend)
+    if chosen == "triton":
+        launch = _backend.kernels("additive_shapley").coalition_utilities_fwd
+        return launch(logits, labels, UTILITIES.index(utility))
     values = logits.new_empty(logits.shape[:2])
-    if _resolve(logits, backend) == "cpu":
+    if chosen == "cpu":
         if values.numel() > 0:
             _run_cpu("coalition_utilities_fwd", (), logits, labels, (), (values,), utility)
         return values
@@ -234,8 +248,12 @@ def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -
 
 
 def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
+    chosen = _resolve(logits, backend)
+    if chosen == "triton":
+        launch = _backend.kernels("additive_shapley").coalition_utilities_bwd
+        return launch(dutilities, logits, labels, UTILITIES.index(utility))
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if _resolve(logits, backend) == "cpu":
+    if chosen == "cpu":
         if dlogits.numel() > 0:
             _run_cpu("coalition_utilities_bwd", (dutilities,), logits, labels, (), (dlogits,), utility)
         return dlogits
@@ -249,9 +267,14 @@ def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: 
 def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str, backend: str) -> Tensor:
     num_modalities, num_samples, num_classes = partial_logits.shape
     check_label_range("labels", labels, num_classes)
+    chosen = _resolve(partial_logits, backend)
+    if chosen == "triton":
+        operand, wide_bias = _wide_operands(partial_logits, bias)
+        launch = _backend.kernels("additive_shapley").additive_shapley_fwd
+        return launch(operand, labels, wide_bias, UTILITIES.index(utility)).to(partial_logits.dtype)
     phi = partial_logits.new_empty(num_samples, num_modalities)
-    if _resolve(partial_logits, backend) == "cpu":
-        operand, wide_bias = _cpu_operands(partial_logits, bias)
+    if chosen == "cpu":
+        operand, wide_bias = _wide_operands(partial_logits, bias)
         wide_phi = phi.to(operand.dtype)
         if phi.numel() > 0:
             _run_cpu("additive_shapley_fwd", (), operand, labels, (wide_bias,), (wide_phi,), utility)
@@ -271,10 +294,17 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
     num_modalities, num_samples, num_classes = partial_logits.shape
+    chosen = _resolve(partial_logits, backend)
+    if chosen == "triton":
+        operand, wide_bias = _wide_operands(partial_logits, bias)
+        launch = _backend.kernels("additive_shapley").additive_shapley_bwd
+        dpartial, dbias = launch(dphi, operand, labels, wide_bias, UTILITIES.index(utility))
+        like = partial_logits if bias is None else bias
+        return dpartial.to(partial_logits.dtype), dbias.to(like.dtype)
     dpartial_logits = torch.empty(
         partial_logits.shape, dtype=partial_logits.dtype, device=partial_logits.device
     )
-    if _resolve(partial_logits, backend) == "cpu":
+    if chosen == "cpu":
         return _bwd_cpu(dphi, partial_logits, labels, bias, dpartial_logits, utility)
     dbias = None
     for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
@@ -295,7 +325,7 @@ def _bwd_cpu(
     dpartial_logits: Tensor,  # [M, N, C] to be filled
     utility: str,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
-    operand, wide_bias = _cpu_operands(partial_logits, bias)
+    operand, wide_bias = _wide_operands(partial_logits, bias)
     wide_gradient = dpartial_logits.to(operand.dtype)
     # The kernel sums the bias's gradient within chunks of samples, one row each.
     num_chunks = -(-operand.shape[1] // _SAMPLES_PER_CHUNK)

@@ -211,6 +211,9 @@ def _moments_fwd(
     chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
     if chosen == "cpu":
         return _moments_fwd_cpu(features, labels, num_classes)
+    if chosen == "triton":
+        launch = _backend.kernels("class_separability").class_moments_fwd
+        return launch(unbroken_rows(features), labels, num_classes)
     return _reference.class_moments(features, labels, num_classes)
 
 
@@ -248,6 +251,9 @@ def _moments_bwd(
     chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
     if chosen == "cpu":
         return _moments_bwd_cpu(dmean, dvar, features, labels, count, mean)
+    if chosen == "triton":
+        launch = _backend.kernels("class_separability").class_moments_bwd
+        return launch(dmean, dvar, features, labels, count, mean)
     return _reference.class_moments_bwd(dmean, dvar, features, labels, count, mean)
 
 
@@ -294,6 +300,8 @@ def _hits(
     chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
     if chosen == "cpu":
         return _hits_cpu(features, labels, centroids)
+    if chosen == "triton":
+        return _backend.kernels("class_separability").dimension_hits(features, labels, centroids)
     return _reference.dimension_hits(features, labels, centroids)
 
 

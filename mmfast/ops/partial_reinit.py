@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,25 +104,48 @@ def _check_pair(index: int, theta: Tensor, theta_0: Tensor) -> None:
 
 
 def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    # A tensor with gaps or in another order goes through a contiguous copy; the others are their own.
-    dense, inits = params, init_params
-    if not all(map(Tensor.is_contiguous, params)):
-        dense = [theta.contiguous() for theta in params]
-    if not all(map(Tensor.is_contiguous, init_params)):
-        inits = [theta_0.contiguous() for theta_0 in init_params]
-    pointers = np.array([*map(Tensor.data_ptr, dense), *map(Tensor.data_ptr, inits)], dtype=np.int64)
-    sizes = np.array([*map(Tensor.numel, dense)], dtype=np.int64)
-    codes = np.array([DTYPE_CODE[theta.dtype] for theta in dense], dtype=np.int64)
+    pointers = np.array([*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, init_params)], dtype=np.int64)
+    sizes = np.array([*map(Tensor.numel, params)], dtype=np.int64)
+    codes = np.array([DTYPE_CODE[theta.dtype] for theta in params], dtype=np.int64)
     strengths = np.array(alphas, dtype=np.float64)
     _backend.extension("cpu").partial_reinit(
         pointers.ctypes.data,
-        pointers[len(dense) :].ctypes.data,
+        pointers[len(params) :].ctypes.data,
         sizes.ctypes.data,
         strengths.ctypes.data,
         codes.ctypes.data,
-        len(dense),
+        len(params),
         torch.get_num_threads(),
     )
+
+
+def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    launch = _backend.kernels("partial_reinit").partial_reinit_
+    members: dict[tuple, list[int]] = {}
+    for index, theta in enumerate(params):
+        members.setdefault((theta.device, theta.dtype), []).append(index)
+    for indices in members.values():
+        launch(*([values[index] for index in indices] for values in (params, init_params, alphas)))
+
+
+def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every pair in one order without gaps: contiguous copies where they are not so themselves."""
+    if all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, init_params)):
+        return params, init_params
+    dense, inits = [], []
+    for theta, theta_0 in zip(params, init_params, strict=True):
+        layout = torch.contiguous_format
+        if theta.dim() == 4 and theta.is_contiguous(memory_format=torch.channels_last):
+            layout = torch.channels_last
+        dense.append(theta.contiguous(memory_format=layout))
+        inits.append(theta_0.contiguous(memory_format=layout))
+    return dense, inits
+
+
+def _run_dense(run: Callable, params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    """Call `run`, which knows only addresses and sizes, with tensors that lie in memory without gaps."""
+    dense, inits = _dense(params, init_params)
+    run(dense, inits, alphas)
     if dense is not params:
         for theta, copy in zip(params, dense, strict=True):
             if theta is not copy:
@@ -140,9 +163,11 @@ def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], 
         for device, dtype in itertools.product(devices, dtypes)
     }
     if chosen == {"cpu"}:
-        _run_cpu(params, init_params, alphas)
+        _run_dense(_run_cpu, params, init_params, alphas)
+    elif chosen == {"triton"}:
+        _run_dense(_run_triton, params, init_params, alphas)
     else:
-        # Also for a list over several devices, whose kernels would each see a part of it.
+        # Also for a list over CPU and GPU, whose kernels would each see a part of it.
         _reference.partial_reinit_(params, init_params, alphas)
 
 
