@@ -23,8 +23,8 @@ QUICK = [(64, 64, torch.float32), (512, 128, torch.float32), (512, 128, torch.bf
 TWO_MODALITIES = (16, 64, 512, 4096)
 # Here one N x N matrix takes 17 GB, so only what needs none takes part, once.
 MEMORY = (65_536, 512)
-# From so many samples on a product takes seconds: loss and gradient together are measured, not each alone.
-LARGE = 16_384
+# Forward and backward are measured each alone, too, in so many dimensions and below so many samples.
+ALONE, LARGE = 128, 16_384
 # Samples whose loss and gradient are computed in float64, against all keys.
 CHECKED = 256
 
@@ -71,7 +71,7 @@ def _pair(
     peers |= _packages(temperature, labels, options, matrix if once else None)
     bytes_of = {"forward": (2, 0), "backward": (1, 1), "both": (2, 1)}
     products = {"forward": 1, "backward": 0, "both": 2}
-    for direction in ("both",) if num_samples >= LARGE else DIRECTIONS:
+    for direction in DIRECTIONS if dim == ALONE and num_samples < LARGE else ("both",):
         read, written = (factor * query.nbytes for factor in bytes_of[direction])
         yield Case(
             name=f"N={num_samples:,} d={dim}",

@@ -47,6 +47,7 @@ def machine_facts(options: Options, limits: Limits, load_average: float | None) 
         "python": platform.python_version(),
         "versions": {"mmfast": mmfast.__version__} | _versions(),
         "load_average_before": load_average,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "allocator": "keeps freed memory, see clock.py" if options.device == "cpu" else "torch",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "limits": asdict(limits),
