@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmfast import tuning
 from mmfast.names import did_you_mean
 
 from . import harness, report, tune
@@ -80,7 +79,7 @@ def run_tuning(ops: list[str], *, quick: bool, device: str | None, console: Cons
     if not found:
         console.print("No candidate beats a default by 3%: nothing is stored.")
         return None
-    file = tuning.store(torch.device("cuda"), found)
+    file = tune.store(torch.device("cuda"), found)
     console.print(f"Stored in {file}; ops on this GPU use it from now on.", soft_wrap=True)
     return file
 

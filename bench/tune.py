@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmfast import tuning
+from mmfast.files import write_json
+from mmfast.kernels import _tuning as tuning
 
 from .clock import Clock
 from .harness import Case, Options, interleaved
@@ -54,6 +56,25 @@ def tune(cases: dict[str, Any], options: Options, console: Console) -> dict[Key,
                     table.add_row(*row, str(len(seconds)), "default" if stored is None else _text(stored))
     console.print(table)
     return found
+
+
+def store(device: torch.device, found: dict[Key, tuning.Config]) -> Path:
+    """Add choices for a GPU to the file, in place of what it says of the same keys.
+
+    Raises:
+        ValueError: $MMFAST_TUNING switches the file off.
+    """
+    file = tuning.path()
+    if file is None:
+        raise ValueError('MMFAST_TUNING="" leaves no file to store the tuning in')
+    known = tuning.load(file)
+    known.setdefault(tuning.name_of(device), {}).update(
+        {f"{op} {key}": config for (op, key), config in found.items()}
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, known)
+    tuning.stored.cache_clear()
+    return file
 
 
 def _measure(

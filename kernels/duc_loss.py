@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _on
+from ._tuning import choose
 
 
 @triton.jit
@@ -355,6 +357,14 @@ def _choices(
     return {"BLOCK_D": block_d, "BLOCK_C": 16, "WIDE": False}, _HALF[family][block_d]
 
 
+def _candidates(tiles: list[_Tile]) -> list[dict]:
+    """Return what tuning is to try: the table's tiles, and their neighbours that a device may refuse."""
+    queries = {number for tile in tiles for number in (tile.queries // 2, tile.queries)}
+    keys = {number for tile in tiles for number in (tile.keys // 2, tile.keys, 2 * tile.keys)}
+    shapes = itertools.product(sorted(queries), sorted(keys), (4, 8), (2, 3, 4))
+    return [_Tile(*shape)._asdict() for shape in shapes if shape[0] >= 16 and shape[1] >= 16]
+
+
 def _arguments(tile: _Tile) -> tuple[dict, dict]:
     """Return constants and options of a tile."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
@@ -398,7 +408,13 @@ def _run(
         num_programs = num_splits * num_pairs * triton.cdiv(num_queries, tile.queries)
         return triton.cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
 
-    blocks, options = _arguments(min(tiles, key=duration))
+    # Queries by powers of four: what counts is how many programs there are for the processors.
+    size = (num_pairs * num_queries).bit_length() // 2
+    part = "loss" if residual is None else "both"
+    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} N<4^{size + 1}"
+    default = min(tiles, key=duration)._asdict()
+    chosen = choose("duc_loss", key, default, lambda: _candidates(tiles), queries.device)
+    blocks, options = _arguments(_Tile(**chosen))
     # A float argument arrives as float32: for float64 the rest comes beside it.
     scale = math.log2(math.e) / temperature
     high = ctypes.c_float(scale).value

@@ -8,12 +8,15 @@ whose float32 is too short; M = 12 means 12 multiply-adds for every 4 bytes. Not
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._common import _on
+from ._tuning import choose
 
 
 @triton.jit
@@ -128,8 +131,25 @@ _ACC = {
 }
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
+    """Return the constants and the options to launch with: the table's, or those stored for this GPU."""
+    default = _blocks(num_players, kernel)
+    tile = {"BLOCK_N": default["BLOCK_N"], "BLOCK_S": default["BLOCK_S"], "num_warps": _OPTIONS["num_warps"]}
+
+    def candidates() -> list[dict]:
+        wider = [size for size in (64, 128, 256) if size <= 2**num_players] or [2**num_players]
+        shapes = itertools.product((1, 2, 4, 8), wider, (4, 8))
+        return [
+            {"BLOCK_N": max(1, factor * 256 // block_s), "BLOCK_S": block_s, "num_warps": num_warps}
+            for factor, block_s, num_warps in shapes
+        ]
+
+    chosen = choose("shapley_values", f"{kernel} {x.dtype} M={num_players}", tile, candidates, x.device)
+    num_warps = chosen["num_warps"]
+    return default | {name: chosen[name] for name in ("BLOCK_N", "BLOCK_S")}, {
+        **_OPTIONS,
+        "num_warps": num_warps,
+    }
 
 
 def shapley_values_fwd(
@@ -141,7 +161,7 @@ def shapley_values_fwd(
     if phi.numel() == 0:
         return phi
     rows = utilities.reshape(-1, utilities.shape[-1])
-    blocks = _blocks(num_players, "fwd")
+    blocks, options = _chosen("fwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]),)
     with _on(utilities.device):
         _shapley_values_fwd_kernel[grid](
@@ -152,7 +172,7 @@ def shapley_values_fwd(
             M=num_players,
             ACC=_ACC[utilities.dtype],
             **blocks,
-            **_OPTIONS,
+            **options,
         )
     return phi
 
@@ -166,7 +186,7 @@ def shapley_values_bwd(
     if dv.numel() == 0:
         return dv
     rows = dphi.reshape(-1, num_players)
-    blocks = _blocks(num_players, "bwd")
+    blocks, options = _chosen("bwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
     with _on(dphi.device):
         _shapley_values_bwd_kernel[grid](
@@ -177,7 +197,7 @@ def shapley_values_bwd(
             M=num_players,
             ACC=_ACC[dphi.dtype],
             **blocks,
-            **_OPTIONS,
+            **options,
         )
     return dv
 

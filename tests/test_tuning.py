@@ -16,10 +16,10 @@ pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . br
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mmfast import tuning
 from mmfast.bench import tune
 from mmfast.bench.harness import Case, Options, Work
 from mmfast.commands import app
+from mmfast.kernels import _tuning as tuning
 
 CPU = torch.device("cpu")
 TILES = [{"BLOCK": size} for size in (16, 32, 64, 128)]
@@ -34,10 +34,10 @@ def file(tmp_path, monkeypatch):
     """An own file of stored choices, and a GPU's name for the CPU."""
     path = tmp_path / "cache" / "tuning.json"
     monkeypatch.setenv("MMFAST_TUNING", str(path))
-    monkeypatch.setattr(tuning, "_name", lambda device: f"a {device.type}")
-    tuning._stored.cache_clear()
+    monkeypatch.setattr(tuning, "name_of", lambda device: f"a {device.type}")
+    tuning.stored.cache_clear()
     yield path
-    tuning._stored.cache_clear()
+    tuning.stored.cache_clear()
 
 
 def toy_case(call) -> Case:
@@ -50,8 +50,8 @@ def test_the_default_stands_where_nothing_is_stored(file):
 
 
 def test_what_is_stored_holds_for_its_gpu_and_key(file):
-    tuning.store(torch.device("cuda"), {("toy", "float32"): TILES[2]})
-    tuning.store(torch.device("cuda"), {("toy", "float16"): TILES[1]})
+    tune.store(torch.device("cuda"), {("toy", "float32"): TILES[2]})
+    tune.store(torch.device("cuda"), {("toy", "float16"): TILES[1]})
     assert choose(device=torch.device("cuda")) == TILES[2]
     assert choose("float16", torch.device("cuda")) == TILES[1]
     assert choose("bfloat16", torch.device("cuda")) == TILES[0]
@@ -60,11 +60,16 @@ def test_what_is_stored_holds_for_its_gpu_and_key(file):
     assert json.loads(file.read_text()) == {"a cuda": {"toy float32": TILES[2], "toy float16": TILES[1]}}
 
 
+def test_what_another_version_stored_is_passed_over(file):
+    tune.store(torch.device("cuda"), {("toy", "float32"): {"BLOCK": 64, "num_warps": 4}})
+    assert choose(device=torch.device("cuda")) == TILES[0]
+
+
 def test_an_empty_variable_switches_it_off(monkeypatch):
     monkeypatch.setenv("MMFAST_TUNING", "")
     assert tuning.path() is None
     with pytest.raises(ValueError, match="leaves no file"):
-        tuning.store(CPU, {})
+        tune.store(CPU, {})
 
 
 def test_a_damaged_file_is_named(file):

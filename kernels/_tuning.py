@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from mmfast.files import write_json
-
 # Block shapes, warps and stages by name, as a launcher passes them on.
 Config = dict[str, int]
 
@@ -43,7 +41,10 @@ def choose(
     """Return the configuration to launch `op` with: the stored one of this GPU and key, or the default."""
     if device.type != "cuda" and _session is None:
         return default
-    chosen = _stored(_name(device)).get(f"{op} {key}", default)
+    chosen = stored(name_of(device)).get(f"{op} {key}", default)
+    if chosen.keys() != default.keys():
+        # Stored for another version of the kernel.
+        chosen = default
     if _session is None:
         return chosen
     _session.asked.setdefault((op, key), [default, *(each for each in candidates() if each != default)])
@@ -70,24 +71,8 @@ def path() -> Path | None:
     return Path(cache) / "mmfast" / "tuning.json"
 
 
-def store(device: torch.device, found: dict[tuple[str, str], Config]) -> Path:
-    """Add choices for a GPU to the file, in place of what it says of the same keys.
-
-    Raises:
-        ValueError: $MMFAST_TUNING switches the file off.
-    """
-    file = path()
-    if file is None:
-        raise ValueError('MMFAST_TUNING="" leaves no file to store the tuning in')
-    known = _load(file)
-    known.setdefault(_name(device), {}).update({f"{op} {key}": config for (op, key), config in found.items()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, known)
-    _stored.cache_clear()
-    return file
-
-
-def _load(file: Path) -> dict[str, dict[str, Config]]:
+def load(file: Path) -> dict[str, dict[str, Config]]:
+    """Return what a file stores: by GPU, then by op and key; nothing where there is no file."""
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
@@ -97,11 +82,13 @@ def _load(file: Path) -> dict[str, dict[str, Config]]:
 
 
 @functools.cache
-def _stored(device_name: str) -> dict[str, Config]:
+def stored(device_name: str) -> dict[str, Config]:
+    """Return the choices stored for a device, by op and key."""
     file = path()
-    return {} if file is None else _load(file).get(device_name, {})
+    return {} if file is None else load(file).get(device_name, {})
 
 
 @functools.cache
-def _name(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
+    """Return the name under which choices for a device are stored."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
