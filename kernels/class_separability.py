@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _by_class, _chunk_edges, _class_of_chunk, _most_chunks, _on
 
 
 @triton.jit
@@ -40,12 +40,7 @@ def _class_moments_fwd_kernel(
     ACC: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    k = tl.full((), 0, tl.int32)
-    for start in range(0, C, BLOCK_C):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        end = tl.load(chunks_ptr + 1 + offs_c, mask=offs_c < C, other=0x7FFFFFFFFFFFFFFF)
-        k += tl.sum((end <= chunk).to(tl.int32))
-    # The grid holds as many chunks as there can be; how many there are only the device knows.
+    k = _class_of_chunk(chunk, chunks_ptr, C, BLOCK_C)
     if k < C:
         first = tl.load(edges_ptr + k) + (chunk - tl.load(chunks_ptr + k)) * BLOCK_R
         beyond = tl.load(edges_ptr + k + 1)
@@ -310,16 +305,14 @@ def class_moments_fwd(
     if num_samples == 0:
         return labels.new_zeros(num_classes, dtype=torch.int64), mean, mean.clone()
     var = torch.empty_like(mean)
-    sorted_labels, order = labels.to(torch.int32).sort(stable=True)
-    classes = torch.arange(num_classes + 1, dtype=torch.int32, device=labels.device)
-    edges = torch.searchsorted(sorted_labels, classes)
+    order, edges = _by_class(labels, num_classes)
     count = edges.diff()
     if num_dims == 0:
         return count, mean, var
     blocks = _moments_blocks(num_dims, features.dtype)
     chunk = blocks["BLOCK_R"]
-    chunks = torch.nn.functional.pad(((count + (chunk - 1)) // chunk).cumsum(0), (1, 0))
-    max_chunks = num_samples // chunk + min(num_classes, num_samples)
+    chunks = _chunk_edges(edges, chunk)
+    max_chunks = _most_chunks(num_samples, num_classes, chunk)
     chunk_mean = features.new_empty(max_chunks, num_dims, dtype=wide)
     chunk_squares = torch.empty_like(chunk_mean)
     with _on(features.device):

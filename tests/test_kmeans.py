@@ -168,9 +168,11 @@ def test_restarts_keep_the_lowest_inertia(backend):
     features, _ = make(300, 2, 12, spread=0.5)
     kmeans = functools.partial(ops.kmeans, features, 12, backend=backend)
     one = torch.stack([kmeans(seed=seed).inertia for seed in range(8)])
-    many = torch.stack([kmeans(seed=seed, num_init=8).inertia for seed in range(8)])
+    # Triton's interpreter takes a second for a start.
+    num_seeds = 1 if backend == "triton" else 8
+    many = torch.stack([kmeans(seed=seed, num_init=8).inertia for seed in range(num_seeds)])
     # The first of the eight starts is the one there is alone.
-    assert bool((many <= one).all())
+    assert bool((many <= one[:num_seeds]).all())
     assert one.max() > 1.1 * one.min()
     assert many.max() < 1.01 * one.min()
 
@@ -179,14 +181,16 @@ def test_seeds_spread_as_greedy_k_means_plus_plus_does(backend):
     # All 200 seeds find every cluster by the best of 2 + floor(ln 20) = 4 points each time. The best of two
     # would 193 times, single points 124 times, by plain distance 164 times, uniform draws 6 times.
     features, labels = tight_clusters()
+    # The interpreter takes a while, and the seeds are no backend's own.
+    num_seeds = 30 if backend == "triton" else 200
     found = sum(
         ops.cluster_purity(
             ops.kmeans(features, 20, max_iter=1, seed=seed, backend=backend).assignments, labels
         )
         == 1
-        for seed in range(200)
+        for seed in range(num_seeds)
     )
-    assert found >= 198
+    assert found >= 0.99 * num_seeds
 
 
 def test_a_seed_decides(backend):

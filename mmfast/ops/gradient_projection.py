@@ -140,8 +140,13 @@ def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
     )
     if dense is not projector:
         projector.copy_(dense)
-    elif not projector.is_inference():
-        # The kernel writes behind autograd's back; a backward that saved the old values must notice.
+    else:
+        _note_change(projector)
+
+
+def _note_change(projector: Tensor) -> None:
+    # Kernels write behind autograd's back; a backward that saved the old values must notice.
+    if not projector.is_inference():
         torch.autograd.graph.increment_version(projector)
 
 
@@ -171,6 +176,9 @@ def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend:
     chosen = _backend.resolve("gradient_projection", backend, projector.device.type, projector.dtype)
     if chosen == "cpu":
         _update_cpu(projector, mean_feature, alpha)
+    elif chosen == "triton":
+        _backend.kernels("gradient_projection").update_projector_(projector, mean_feature, alpha)
+        _note_change(projector)
     else:
         _reference.update_projector_(projector, mean_feature, alpha=alpha)
 
@@ -180,6 +188,8 @@ def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
     chosen = _backend.resolve("gradient_projection", backend, grad.device.type, grad.dtype)
     if chosen == "cpu":
         return _project_cpu(grad, projector)
+    if chosen == "triton":
+        return _backend.kernels("gradient_projection").project_gradient(grad, projector)
     return _reference.project_gradient(grad, projector)
 
 

@@ -194,6 +194,8 @@ def _lloyd(
     chosen = _backend.resolve("kmeans", backend, features.device.type, features.dtype)
     if chosen == "cpu":
         return _lloyd_cpu(features, start, max_iter, tol)
+    if chosen == "triton" and features.shape[1] > 0:
+        return _backend.kernels("kmeans").kmeans_lloyd(features, start, max_iter, tol)
     return _reference.lloyd(features, start, max_iter, tol)
 
 
@@ -228,11 +230,14 @@ def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
     chosen = _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
     if chosen == "reference":
         return _reference.purity(assignments, labels)
-    assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
     num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
     # Numbers are names: those of few samples may be far apart, where a table of all of them would not fit.
     if num_clusters * num_classes > max(labels.shape[0], _MAX_TABLE_NUMEL):
         return _reference.purity(assignments, labels)
+    if chosen == "triton":
+        table = _backend.kernels("kmeans").pair_counts(assignments, labels, num_clusters, num_classes)
+        return table.amax(1).sum().double() / len(labels)
+    assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
     purity = labels.new_empty((), dtype=torch.float64)
     _backend.extension("cpu").kmeans_purity(
         assignments.data_ptr(),

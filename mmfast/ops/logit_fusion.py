@@ -19,7 +19,7 @@ from mmfast.ops._common import (
 )
 from mmfast.reference import logit_fusion as _reference
 
-# The C++ kernel knows the scores by their places here.
+# The kernels know the scores by their places here.
 SCORES = ("entropy", "certainty")
 
 
@@ -168,6 +168,9 @@ def _fwd(
     chosen = _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
     if chosen == "reference":
         return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
+    if chosen == "triton":
+        launch = _backend.kernels("logit_fusion").logit_fusion_fwd
+        return launch(logits, present, SCORES.index(score), temperature)
     outputs = _fwd_fake(logits, present, score, temperature, backend)
     _run_cpu("logit_fusion_fwd", (), logits, present, outputs, score, temperature)
     return outputs
@@ -187,6 +190,9 @@ def _bwd(
         return _reference.logit_fusion_bwd(
             dfused, dweights, logits, present=present, score=score, temperature=temperature
         )
+    if chosen == "triton":
+        launch = _backend.kernels("logit_fusion").logit_fusion_bwd
+        return launch(dfused, dweights, logits, present, SCORES.index(score), temperature)
     dlogits = logits.new_empty(logits.shape)
     gradients = (dfused, dweights)
     _run_cpu("logit_fusion_bwd", gradients, logits, present, (dlogits,), score, temperature)

@@ -1,0 +1,406 @@
+"""Triton kernels of logits fused by weights that grow with how sure each modality is, and of their gradient.
+
+    entropy    score_m = sum_c p_c ln p_c    = t / s - ln s     e_c = exp(z_c - max z), s = sum_c e_c
+    certainty  score_m = max_c p_c / T       = 1 / (s T)        t = sum_c e_c (z_c - max z)
+    w = softmax_m(score),  fused = sum_m w_m z^m
+
+A block takes some samples with all their modalities, as a tile [samples, modalities, classes]. Where all
+classes fit into it the logits stay in registers from the first sum to the fusion. More classes come tile by
+tile with a running maximum, whose sums move along with it, and a second time, out of the cache, for the
+fusion. Backward makes the sums anew, and the product of dfused and z with them.
+Bytes that must move: (M + 1) N C + M N numbers, backward (2 M + 1) N C. Operations: about 15 a logit, one of
+them an exp. M = 2, N = 100,000, C = 31, float32 is 38 MB, 12.7 us on an H100 at 3.0 TB/s; 93 M operations,
+1.6 us. Predicted 16 us, and 27 us backward. Not timed yet on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import _bits, _on
+
+# By their places, as in mmfast/ops/logit_fusion.py.
+_ENTROPY = tl.constexpr(0)
+_NO_CLASS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT: tl.constexpr):
+    """Return which of a block's samples have which modality, [BLOCK_N, BLOCK_M]."""
+    here = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    if HAS_PRESENT:
+        ptrs = present_ptr + offs_n[:, None] * stride_hn + offs_m[None, :] * stride_hm
+        here &= tl.load(ptrs, mask=here, other=0) != 0
+    return here
+
+
+@triton.jit
+def _load_logits(
+    row_ptrs,  # [BLOCK_N, BLOCK_M]
+    here,  # [BLOCK_N, BLOCK_M]
+    offs_c,  # [BLOCK_C]
+    C,
+    stride_zc,
+    ACC: tl.constexpr,
+):
+    """Return a tile of logits: 0 where a modality is absent, -inf beyond the last class."""
+    is_class = (offs_c < C)[None, None, :]
+    ptrs = row_ptrs[:, :, None] + offs_c.to(tl.int64)[None, None, :] * stride_zc
+    z = tl.load(ptrs, mask=here[:, :, None] & is_class, other=0.0).to(ACC)
+    return tl.where(is_class, z, float("-inf"))
+
+
+@triton.jit
+def _shifted(z, top):
+    # Before the first number the maximum is -inf, and what comes after has nothing to be taken from.
+    return z - tl.where(top == float("-inf"), 0.0, top)[:, :, None]
+
+
+@triton.jit
+def _accumulate(
+    z,  # [BLOCK_N, BLOCK_M, BLOCK_C]
+    offs_c,  # [BLOCK_C]
+    top,  # [BLOCK_N, BLOCK_M], as the three that follow: of the classes so far, the maximum,
+    s,  # the sum of e,
+    t,  # that of e (z - max), for the entropy,
+    top_class,  # the lowest class with the maximum, for the certainty
+    SCORE: tl.constexpr,
+):
+    """Return the sums and the maximum with the classes of a tile."""
+    tile_top = tl.max(z, axis=2)
+    if SCORE != _ENTROPY:
+        tile_class = tl.min(tl.where(z == tile_top[:, :, None], offs_c[None, None, :], _NO_CLASS), axis=2)
+        top_class = tl.where(tile_top > top, tile_class, top_class)
+    new_top = tl.maximum(top, tile_top)
+    shift = tl.where(top == float("-inf"), 0.0, top - new_top)
+    scale = tl.exp(shift)
+    x = _shifted(z, new_top)
+    e = tl.exp(x)
+    if SCORE == _ENTROPY:
+        # An excluded class has e = 0 and z - max = -inf, whose product is to be 0.
+        t = scale * (t + s * shift) + tl.sum(tl.where(x == float("-inf"), 0.0, e * x), axis=2)
+    s = scale * s + tl.sum(e, axis=2)
+    return new_top, s, t, top_class
+
+
+@triton.jit
+def _weights(s, t, here, temperature, SCORE: tl.constexpr):
+    """Return the scores and their softmax over the modalities, 0 for those that are absent."""
+    score = t / s - tl.log(s) if SCORE == _ENTROPY else 1 / s / temperature
+    # An absent modality has zeros for logits, and a score that is finite.
+    best = tl.max(tl.where(here, score, float("-inf")), axis=1)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    w = tl.where(here, tl.exp(score - best[:, None]), 0.0)
+    return score, tl.where(here, w / tl.sum(w, axis=1)[:, None], 0.0)
+
+
+@triton.jit
+def _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C):
+    # A weight can underflow to 0 at a low temperature; times a logit of -inf it is to be 0.
+    weighted = tl.where(w[:, :, None] == 0, 0.0, w[:, :, None] * z)
+    fused = tl.sum(weighted, axis=1).to(fused_ptr.dtype.element_ty)
+    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+    tl.store(fused_ptr + offs_n[:, None] * C + offs_c[None, :], fused, mask=mask)
+
+
+@triton.jit
+def _logit_fusion_fwd_kernel(
+    z_ptr,  # [M, N, C]
+    present_ptr,  # uint8 [M, N] or null
+    fused_ptr,  # [N, C], contiguous
+    w_ptr,  # [M, N], contiguous
+    temperature_bits,  # of a float64
+    M,
+    N,
+    C,
+    stride_zm,
+    stride_zn,
+    stride_zc,
+    stride_hm,
+    stride_hn,
+    SCORE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
+    row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
+    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
+    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    if ONE_TILE:
+        z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
+        top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
+    else:
+        for start in range(0, C, BLOCK_C):
+            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
+            # The class of the maximum is for backward alone.
+            top, s, t, _ = _accumulate(z, start + offs_c, top, s, t, top_class, SCORE)
+    _, w = _weights(s, t, here, temperature, SCORE)
+    w_ptrs = w_ptr + offs_m[None, :] * N + offs_n[:, None]
+    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    if ONE_TILE:
+        _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C)
+    else:
+        for start in range(0, C, BLOCK_C):
+            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
+            _store_fused(z, w, fused_ptr, offs_n, start + offs_c, N, C)
+
+
+@triton.jit
+def _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC: tl.constexpr):
+    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+    ptrs = df_ptr + offs_n[:, None] * stride_dfn + offs_c.to(tl.int64)[None, :] * stride_dfc
+    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _inner(z, dfused, LOWEST: tl.constexpr):
+    """Return sum_c dfused z; an excluded class has logit -inf and gradient 0, whose product is to be 0."""
+    finite = tl.where(z == float("-inf"), LOWEST, z)
+    return tl.sum(dfused[:, None, :] * finite, axis=2)
+
+
+@triton.jit
+def _store_dlogits(
+    z,  # [BLOCK_N, BLOCK_M, BLOCK_C]
+    dfused,  # [BLOCK_N, BLOCK_C]
+    w,  # [BLOCK_N, BLOCK_M], as those that follow
+    dscore,
+    score,
+    top,
+    s,
+    top_class,
+    dz_ptr,
+    offs_n,
+    offs_m,
+    offs_c,
+    M,
+    N,
+    C,
+    SCORE: tl.constexpr,
+):
+    x = _shifted(z, top)
+    p = tl.exp(x) / s[:, :, None]
+    if SCORE == _ENTROPY:
+        # p (ln p + entropy)
+        slope = tl.where(x == float("-inf"), 0.0, p * (x - (tl.log(s) + score)[:, :, None]))
+    else:
+        is_top = offs_c[None, None, :] == top_class[:, :, None]
+        slope = (tl.where(is_top, 1.0, 0.0) - p) / s[:, :, None]
+    dz = w[:, :, None] * dfused[:, None, :] + dscore[:, :, None] * slope
+    rows = offs_m[None, :, None] * N + offs_n[:, None, None]
+    mask = (offs_n < N)[:, None, None] & (offs_m < M)[None, :, None] & (offs_c < C)[None, None, :]
+    tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _logit_fusion_bwd_kernel(
+    df_ptr,  # [N, C]
+    dw_ptr,  # [M, N]
+    z_ptr,  # [M, N, C]
+    present_ptr,  # uint8 [M, N] or null
+    dz_ptr,  # [M, N, C], contiguous
+    temperature_bits,  # of a float64
+    M,
+    N,
+    C,
+    stride_dfn,
+    stride_dfc,
+    stride_dwm,
+    stride_dwn,
+    stride_zm,
+    stride_zn,
+    stride_zc,
+    stride_hm,
+    stride_hn,
+    SCORE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
+    LOWEST: tl.constexpr,  # the least finite number of ACC
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
+    row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
+    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
+    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    dw_ptrs = dw_ptr + offs_m[None, :] * stride_dwm + offs_n[:, None] * stride_dwn
+    dw = tl.load(dw_ptrs, mask=mask, other=0.0).to(ACC)
+    if ONE_TILE:
+        z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
+        dfused = _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC)
+        top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
+        dw += _inner(z, dfused, LOWEST)
+    else:
+        for start in range(0, C, BLOCK_C):
+            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
+            dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
+            top, s, t, top_class = _accumulate(z, start + offs_c, top, s, t, top_class, SCORE)
+            dw += _inner(z, dfused, LOWEST)
+    score, w = _weights(s, t, here, temperature, SCORE)
+    dscore = w * (dw - tl.sum(w * dw, axis=1)[:, None]) / temperature
+    if ONE_TILE:
+        _store_dlogits(
+            z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, offs_c, M, N, C, SCORE
+        )
+    else:
+        for start in range(0, C, BLOCK_C):
+            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
+            dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
+            part = start + offs_c
+            _store_dlogits(
+                z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, part, M, N, C, SCORE
+            )
+
+
+_ELEMENT = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
+    """Return the tile and the number of warps: 8 or, backward, 4 float32 numbers of a tile a thread."""
+    held = (8 if kernel == "fwd" else 4) * 4 // _wide(dtype).itemsize
+    most = 512 * held
+    block_m = triton.next_power_of_2(num_modalities)
+    block_c = min(triton.next_power_of_2(num_classes), max(1, most // block_m))
+    block_n = max(1, min(64, 128 * held // (block_m * block_c)))
+    num_warps = min(16, max(4, block_n * block_m * block_c // (32 * held)))
+    return {
+        "ONE_TILE": block_c >= num_classes,
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
+        "BLOCK_C": block_c,
+        "num_warps": num_warps,
+    }
+
+
+def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (
+        (None, 0, 0) if present is None else (present.view(torch.uint8), present.stride(0), present.stride(1))
+    )
+
+
+def logit_fusion_fwd(
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    """Return the fused logits and the weights; any strides."""
+    num_modalities, num_samples, num_classes = logits.shape
+    fused, weights = logits.new_empty(num_samples, num_classes), logits.new_empty(logits.shape[:2])
+    if num_samples == 0:
+        return fused, weights
+    blocks = _blocks(num_modalities, num_classes, logits.dtype, "fwd")
+    mask, *mask_strides = _operands(present)
+    with _on(logits.device):
+        _logit_fusion_fwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+            logits,
+            mask,
+            fused,
+            weights,
+            _bits(temperature),
+            *logits.shape,
+            *logits.stride(),
+            *mask_strides,
+            SCORE=score,
+            HAS_PRESENT=present is not None,
+            ACC=_ELEMENT[_wide(logits.dtype)],
+            enable_fp_fusion=True,
+            **blocks,
+        )
+    return fused, weights
+
+
+def logit_fusion_bwd(
+    dfused: Tensor,  # [N, C]
+    dweights: Tensor,  # [M, N]
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: int,
+    temperature: float,
+) -> Tensor:  # [M, N, C]
+    """Return the gradient with respect to the logits; any strides."""
+    num_modalities, num_samples, num_classes = logits.shape
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if num_samples == 0:
+        return dlogits
+    blocks = _blocks(num_modalities, num_classes, logits.dtype, "bwd")
+    mask, *mask_strides = _operands(present)
+    with _on(logits.device):
+        _logit_fusion_bwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+            dfused,
+            dweights,
+            logits,
+            mask,
+            dlogits,
+            _bits(temperature),
+            *logits.shape,
+            *dfused.stride(),
+            *dweights.stride(),
+            *logits.stride(),
+            *mask_strides,
+            SCORE=score,
+            HAS_PRESENT=present is not None,
+            LOWEST=torch.finfo(_wide(logits.dtype)).min,
+            ACC=_ELEMENT[_wide(logits.dtype)],
+            enable_fp_fusion=True,
+            **blocks,
+        )
+    return dlogits
+
+
+def compile_configurations() -> list[tuple]:
+    """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
+    configurations = []
+
+    def add(kernel, types: list[str], constants: dict) -> None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": True}
+        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+
+    sizes, stride = ["i64", "i32", "i32", "i32"], "i64"
+    for dtype, element in _ELEMENT.items():
+        x, wide = f"*{element}", _wide(dtype)
+        # Modalities and classes: one tile, many samples in it, one tile of most threads, several tiles.
+        for num_modalities, num_classes in [(2, 31), (3, 8), (2, 1000), (3, 10_000)]:
+            for score in (0, 1):
+                if dtype != wide and (num_classes, score) not in [(31, 0), (10_000, 1)]:
+                    continue
+                shape = (num_modalities, num_classes, dtype)
+                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _ELEMENT[wide]}
+                types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
+                add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
+                constants |= {"stride_dfc": 1, "LOWEST": torch.finfo(wide).min, **_blocks(*shape, "bwd")}
+                types = [x, x, x, "*u8", x, *sizes, *[stride] * 7]
+                add(_logit_fusion_bwd_kernel, types, constants)
+    return configurations
