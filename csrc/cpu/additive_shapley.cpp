@@ -24,6 +24,8 @@ namespace {
 constexpr int kMaxPlayers = 20;
 // Samples whose share of the bias's gradient is summed in one place, whatever the number of threads.
 constexpr int64_t kChunk = 256;
+// Classes of a group: a sum of few groups' sums rounds less than one of C terms.
+constexpr int64_t kGroup = 64;
 
 enum Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
@@ -141,10 +143,15 @@ struct Leaves {
         sums[j] = exp_nonpositive<A>(y[j]);
         u[j] = sums[j];
       }
-      for (int64_t c = 0; c < C; ++c) {
-        spread(z[c], partials + c, C, x);
+      for (int64_t begin = 0; begin < C; begin += kGroup) {
+        V group[J] = {};
+        for (int64_t c = begin; c < std::min(begin + kGroup, C); ++c) {
+          spread(z[c], partials + c, C, x);
+          MMFAST_UNROLL
+          for (int j = 0; j < J; ++j) group[j] += exp_nonpositive<A>(x[j] - maxima[j]);
+        }
         MMFAST_UNROLL
-        for (int j = 0; j < J; ++j) sums[j] += exp_nonpositive<A>(x[j] - maxima[j]);
+        for (int j = 0; j < J; ++j) sums[j] += group[j];
       }
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j)
@@ -170,13 +177,18 @@ struct Leaves {
         maxima[j] = larger<A>(y[j], maxima[j]);
         sums[j] = y[j] = exp_nonpositive<A>(y[j] - maxima[j]);
       }
-      for (int64_t c = 0; c < C; ++c) {
-        spread(z[c], partials + c, C, x);
-        MMFAST_UNROLL
-        for (int j = 0; j < J; ++j) {
-          e[c * J + j] = exp_nonpositive<A>(x[j] - maxima[j]);
-          sums[j] += e[c * J + j];
+      for (int64_t begin = 0; begin < C; begin += kGroup) {
+        V group[J] = {};
+        for (int64_t c = begin; c < std::min(begin + kGroup, C); ++c) {
+          spread(z[c], partials + c, C, x);
+          MMFAST_UNROLL
+          for (int j = 0; j < J; ++j) {
+            e[c * J + j] = exp_nonpositive<A>(x[j] - maxima[j]);
+            group[j] += e[c * J + j];
+          }
         }
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) sums[j] += group[j];
       }
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j) {
