@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
+
+# Side by side on one machine, threads must not wait for each other by spinning; OpenMP reads this once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 
 # Triton decides when a kernel is defined, so before anything imports it.
 if not torch.cuda.is_available():
