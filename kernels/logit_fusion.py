@@ -287,8 +287,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
-    """Return the tile and the number of warps: 8 or, backward, 4 float32 numbers of a tile a thread."""
-    held = (8 if kernel == "fwd" else 4) * 4 // _wide(dtype).itemsize
+    """Return the tile and the number of warps: 8 or, backward, 2 float32 numbers of a tile a thread."""
+    held = (8 if kernel == "fwd" else 2) * 4 // _wide(dtype).itemsize
     most = 512 * held
     block_m = triton.next_power_of_2(num_modalities)
     block_c = min(triton.next_power_of_2(num_classes), max(1, most // block_m))
