@@ -13,24 +13,18 @@
 //
 // Floors: 4 N^2 d operations; bytes, one read of the queries and the keys and one write of the residual,
 // which is nothing beside them from N = 16 on. Memory beyond inputs and outputs: the packed keys, K d numbers
-// a pair, and the tiles of each thread. A core of the machine below executes 117.5 GFLOP/s of float32 and 235
+// a pair, and the tiles of each thread. A core of the machine below executes 117 GFLOP/s of float32 and 234
 // of bfloat16 pairs (loops on registers alone). Predicted: bound by that rate, with 8% for the exponentials
-// at d = 64, 4% at 128; measured, float32 stays at 87% also at d = 512, and bfloat16 at 63%, not yet
-// explained. One core of a 2-core AMD EPYC with AVX-512, CPU time on a LOADED machine, interleaved, residual
-// included, one pair of N samples, rates from the best run, ratios of medians (eager's swing with the load).
-// aten is its flash kernel with v = k, eager cross_entropy and its autograd, two products q k^T and p k by
-// MKL without a softmax between:
-//   float32     N, d    512, 128   2048, 64   2048, 128   2048, 256   2048, 512
-//   GFLOP/s                   91         95         102         104         103
-//   / aten                  1.03       1.13        1.12        1.13        1.13
-//   / eager                 1.14       2.44        1.94        1.51        1.19
-//   / two products          0.92       1.21        1.18        1.18        1.11
-//   bfloat16    N, d    512, 128               2048, 128               2048, 512
-//   GFLOP/s                  118                    138                     149
-//   / aten                  1.47                   1.56                    1.53
-//   / eager                 0.89                   1.26                    0.91
-// aten's 82 to 97 GFLOP/s in float32 leave a kernel at the limit 1.2 to 1.4 of it. Tried and slower: bfloat16
-// converted to float32 when packed (1.14 and 1.10 of aten at d = 128 and 512).
+// at d = 64, 4% at 128. Two cores of an AMD EPYC with AVX-512, nothing else running, interleaved medians, one
+// pair of N = 4,096 samples, loss and residual. aten is its flash kernel with v = k, eager cross_entropy and
+// its autograd:
+//   d                  float32: 64    128    256    512    bfloat16: 128    512
+//   GFLOP/s                    180    200    206    208              338    369
+//   of the two cores' rate     78%    87%    89%    90%              73%    80%
+//   / aten                    1.14   1.15   1.12   1.10             2.08   2.05
+//   / eager                    7.6    4.6    2.9    1.9              4.2    1.8
+// In float32 aten's 157 to 189 GFLOP/s leave a kernel at the limit 1.2 to 1.5 of it. bench/results has more
+// sizes. Tried and slower: bfloat16 converted to float32 when packed (1.14 and 1.10 of aten).
 #include <omp.h>
 
 #include <cmath>

@@ -11,14 +11,13 @@
 // An iteration must read N D numbers and do 2 N D K operations. At N = 20,000, D = 64, float32 that is 5 MB,
 // 0.26 ms at 20 GB/s, and 164 Mflop at K = 64, 1.4 ms at the 118 GFLOP/s of one 512-bit FMA a cycle; for one
 // core of a 2-core AMD EPYC with AVX-512 this predicts 0.5 ms an iteration at K = 10 and 1.6 ms at K = 64.
-// Measured as CPU time on one core while others used the machine (torch.mm 68 GFLOP/s then), 20 iterations
-// from the same start, interleaved medians:
-//   D = 64, K = 10     13.0 ms, 0.54 ms an iteration     scikit-learn 21.9 ms
-//   D = 64, K = 64     45.7 ms, 2.1 ms an iteration      scikit-learn 71.1 ms
-//   D = 512, K = 31    118 ms (11 iterations)            scikit-learn 188 ms
-// The product runs at 94 GFLOP/s; transposing, comparing and adding up take 0.36 ms an iteration.
-// Tried and left: a centred copy of the samples (one iteration at D = 512: 48 ms with it, 42 ms without);
-// centroids broadcast as Vec{} + c, which compiles to an addition and a shuffle beside every third FMA.
+// Measured on both cores, nothing else running, from the same start and with purity (bench/results), D = 512:
+//   K = 6, N = 50,000      70.4 ms, 8 iterations      scikit-learn 2.13 times that
+//   K = 64, N = 50,000     283 ms, 10 iterations      scikit-learn 1.28 times that
+// The latter is 116 GFLOP/s with all passes, where torch.mm had 179 in that run and scikit-learn's product
+// 91: at that rate, without any other pass, the ratio would be 1.97. Tried and left: a centred copy of the
+// samples (one iteration at D = 512: 48 ms with it, 42 ms without); centroids broadcast as Vec{} + c, which
+// compiles to an addition and a shuffle beside every third FMA.
 #include <limits>
 #include <vector>
 
