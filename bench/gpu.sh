@@ -65,7 +65,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer, $tool" 45 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 20 \
-            "$python" -P tests/sanitized.py
+            "$python" tests/sanitized.py
     done
 else
     note "not run  compute-sanitizer: not installed"
