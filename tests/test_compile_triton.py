@@ -57,4 +57,9 @@ assert problem.startswith("does not compile"), problem
 """
     path = os.pathsep.join([str(FILE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    # Not in the root, whose bare checkout would hide the installed package.
+    folder = FILE.parent.parent / "tests"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -66,6 +66,10 @@ result = {{"exact": {{case: figures(case) for case in {EXACT!r}}}}}
 result["digest"] = {{name: digest(name) for name in {NORMALIZED!r}}}
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(result, file)
+# A process that ends while the other still talks to it is killed by its own threads.
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
