@@ -147,6 +147,11 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     return True
 
 
+def stream_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the index of a GPU tensor's device and the handle of the stream work on it goes to."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError if `backend` names no backend."""
     if backend != "auto" and backend not in BACKENDS:

@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kBlock)
                               bool is_packed, Weights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
   constexpr int lanes = P::threads < kWarp ? P::threads : kWarp, padded = 1 << log2_up(P::players);
-  __shared__ A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   share_weights(weights, a, b);
 
   const int thread = threadIdx.x % P::threads;
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kBlock)
     }
   } else {
     static_assert(padded == kWarp, "one lane a player");
-    __shared__ A warps[P::threads / kWarp][kWarp];
+    MMFAST_SHARED(A, warps, [P::threads / kWarp][kWarp]);
     warps[thread / kWarp][lane] = sums[0];
     __syncthreads();
     if (thread < num_players) {
@@ -168,7 +169,8 @@ __global__ void __launch_bounds__(kBlock)
                               int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_player,
                               bool is_packed, Weights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
-  __shared__ A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   share_weights(weights, a, b);
 
   const int thread = threadIdx.x % P::threads;
@@ -274,10 +276,10 @@ void shapley_values_fwd(const void* v,  // [rows, S], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      shapley_values_fwd_kernel<T, P>
-          <<<num_blocks<P>(num_rows), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row, stride_coalition,
-              fits_packs<T, P>(v, stride_row, stride_coalition), Weights<accumulate_t<T>>(players));
+      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
+                    static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row,
+                    stride_coalition, fits_packs<T, P>(v, stride_row, stride_coalition),
+                    Weights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -296,10 +298,10 @@ void shapley_values_bwd(const void* dphi,  // [rows, M], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      shapley_values_bwd_kernel<T, P>
-          <<<num_blocks<P>(num_rows), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row, stride_player,
-              fits_packs<T, P>(dv, int64_t{1} << players, 1), Weights<accumulate_t<T>>(players));
+      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
+                    static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row,
+                    stride_player, fits_packs<T, P>(dv, int64_t{1} << players, 1),
+                    Weights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
