@@ -67,7 +67,7 @@ def build() -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            sources = [SOURCES[0] / "emulation.cpp", *sorted(SOURCES[1].glob("*.cu"))]
+            sources = [*sorted(SOURCES[0].glob("*.cpp")), *sorted(SOURCES[1].glob("*.cu"))]
             try:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     objects = list(pool.map(lambda source: _compile(source, folder), sources))

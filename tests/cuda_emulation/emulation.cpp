@@ -80,6 +80,7 @@ Body body;
 void* body_arguments;
 const char* kernel_name = "";
 int num_threads, num_running, current = -1, capability = 8;
+int64_t num_blocks;
 jmp_buf scheduler;
 ucontext_t scheduler_context;
 std::string failure;
@@ -149,6 +150,7 @@ void run_block() {
   for (auto& warp : meetings)
     for (Meeting& meeting : warp) meeting.mask = meeting.arrived = 0;
   num_running = num_threads;
+  ++num_blocks;
   for (int t = 0; t < num_threads; ++t) {
     const auto i = static_cast<unsigned>(t);
     fibers[t].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
@@ -234,6 +236,8 @@ void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
 unsigned char* dynamic_shared_memory() { return shared_bytes; }
 
 int lane() { return current % kWarp; }
+
+int64_t block_number() { return num_blocks; }
 
 int barrier(int id, int count, int vote) {
   Barrier& barrier = barriers[id];

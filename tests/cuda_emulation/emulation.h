@@ -91,6 +91,8 @@ Lanes<T> gather(unsigned mask, const T& mine) {
 }
 
 int lane();
+// Goes up with every block of every launch.
+int64_t block_number();
 
 using Body = void (*)(void* arguments);
 void run(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, Body body, void* arguments,
