@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -141,6 +142,18 @@ def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
                 check_part_of_keys(dtype, "triton", num_queries, num_queries + 2 * tile.keys, num_dims, 30)
                 monkeypatch.undo()
     assert tried
+
+
+@pytest.mark.parametrize("num_dims", [40, 100, 200, 300, 520])
+@pytest.mark.parametrize("compute_capability", [8, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
+    if not cuda_emulated.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    with cuda_emulated.emulated() as module:
+        module.compute_capability = compute_capability
+        # Several tiles of every kernel, so that stages are filled again; blocks of queries at both ends.
+        check_part_of_keys(dtype, "cuda", 135, 330, num_dims, 101)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

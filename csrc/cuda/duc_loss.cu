@@ -87,7 +87,8 @@ void sweep_mma(const Call& call) {
 template <class T>
 void sweep_half(const Call& call, T* queries, T* keys) {
   const Sweep& sweep = call.sweep;
-  const Tiling tiling = kMmaTiling;
+  const bool is_hopper = call.capability == 9;
+  const Tiling tiling = is_hopper ? kHopperTiling : kMmaTiling;
   call.pack(&duc_pack_panels_kernel<T>, kQueryRows, tiling, queries, keys, sweep.query_stride,
             sweep.key_stride, sweep.num_queries, sweep.num_keys);
   for (int slot = 0; slot <= tiling.wide; ++slot) {
@@ -100,6 +101,8 @@ void sweep_half(const Call& call, T* queries, T* keys) {
       const dim3 grid(static_cast<unsigned>(round_up(sweep.num_queries, kMmaRows) / kMmaRows),
                       static_cast<unsigned>(num_slices), sweep.num_pairs);
       MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
+    } else if (is_hopper) {
+      launch_hopper(kOp, std::is_same_v<T, __half>, slot, sweep, call.stream);
     } else if (slot == 0) {
       sweep_mma<T, 0, 3>(call);
     } else if (slot == 1) {

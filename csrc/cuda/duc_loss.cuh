@@ -117,50 +117,64 @@ __device__ A loss_of(A sum, A max, A own_score, A scale) {
   return log(sum) + (max - own_score) * (scale * static_cast<A>(kLn2));
 }
 
-// Writes the losses and, of the columns from first_column on, the residuals p k - own key of a warp's 16
-// rows.
-template <class T, int columns>
-__device__ __forceinline__ void store_rows(const Sweep& sweep, int pair, int64_t first_row, TwoRows& rows,
-                                           const float (&acc)[columns / 2], int first_column, int count,
-                                           int tile_keys, int num_panels) {
-  finish_rows(rows);
+// Writes the losses of a warp's 16 rows.
+__device__ __forceinline__ void store_losses(const Sweep& sweep, int pair, int64_t first_row,
+                                             const TwoRows& rows) {
   const int lane = threadIdx.x % kWarp;
   const float scale = static_cast<float>(sweep.scale);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t row = first_row + lane / 4 + 8 * h;
+    if (lane % 4 != 0 || row >= sweep.num_queries) continue;
+    static_cast<float*>(sweep.losses)[pair * sweep.num_queries + row] =
+        loss_of(rows.sum[h], rows.max[h], rows.own_score[h], scale);
+  }
+}
+
+// Writes, from first_column on, the residuals p k - own key of a warp's 16 rows.
+template <class T, int columns, int tile_keys>
+__device__ __forceinline__ void store_residuals(const Sweep& sweep, int pair, int64_t first_row,
+                                                const TwoRows& rows, const float (&acc)[columns / 2],
+                                                int first_column, int count, int num_panels) {
+  const int lane = threadIdx.x % kWarp, t = lane % 4, left = count - first_column - 2 * t;
   const T* keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (row >= sweep.num_queries) continue;
-    const int64_t place = pair * sweep.num_queries + row;
-    if (first_column == 0 && lane % 4 == 0) {
-      static_cast<float*>(sweep.losses)[place] = loss_of(rows.sum[h], rows.max[h], rows.own_score[h], scale);
-    }
-    if (sweep.residual == nullptr) continue;
     const float inverse = 1 / rows.sum[h];
     // The row's own key in the first of these panels: chunk i of each stands at place i ^ r % 8.
     const int64_t own_row = sweep.offset + row, tile = own_row / tile_keys;
     const int r = static_cast<int>(own_row - tile * tile_keys);
-    const T* const own = keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel;
-    const int64_t target = (place * sweep.width + first_column) / 2 + lane % 4;
+    const T* const own =
+        keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
+    const int64_t target = ((pair * sweep.num_queries + row) * sweep.width + first_column) / 2 + t;
+    const auto store = [&](auto* residual) {
 #pragma unroll
-    for (int i = 0; i < columns / 8; ++i) {
-      if (first_column + 8 * i + 2 * (lane % 4) >= count) continue;
-      const auto k = *reinterpret_cast<const Pack<T, 2>*>(own + i / 8 * tile_keys * kPanel +
-                                                          (i % 8 ^ r % 8) * 8 + 2 * (lane % 4));
-      const float low = acc[4 * i + 2 * h] * inverse - static_cast<float>(k.values[0]);
-      const float high = acc[4 * i + 2 * h + 1] * inverse - static_cast<float>(k.values[1]);
-      if (sweep.is_rounded) {
-        static_cast<uint32_t*>(sweep.residual)[target + 4 * i] = pack_pair<T>(low, high);
-      } else {
-        static_cast<Pack<float, 2>*>(sweep.residual)[target + 4 * i] = {low, high};
+      for (int i = 0; i < columns / 8; ++i) {
+        if (8 * i >= left) continue;
+        const auto k =
+            *reinterpret_cast<const Pack<T, 2>*>(own + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
+        const float low = acc[4 * i + 2 * h] * inverse - static_cast<float>(k.values[0]);
+        const float high = acc[4 * i + 2 * h + 1] * inverse - static_cast<float>(k.values[1]);
+        if constexpr (sizeof(*residual) == 4) {
+          residual[target + 4 * i] = pack_pair<T>(low, high);
+        } else {
+          residual[target + 4 * i] = {low, high};
+        }
       }
+    };
+    if (sweep.is_rounded) {
+      store(static_cast<uint32_t*>(sweep.residual));
+    } else {
+      store(static_cast<Pack<float, 2>*>(sweep.residual));
     }
   }
 }
 
-// The keys of a tile in each slot of the kernels for sm_90a, and their launch: false where the slot has none.
-// In an object of its own, compiled for that architecture alone.
+// Keys of a tile in the kernels for sm_90a, and their launch for pairs of a slot below `wide`. They are in an
+// object of their own, compiled for that architecture alone.
 constexpr Tiling kHopperTiling{{128, 128, 64, 64, 64}, 4};
-void launch_hopper(const char* op, int64_t dtype, int slot, const Sweep& sweep, void* stream);
+void launch_hopper(const char* op, bool is_half, int slot, const Sweep& sweep, void* stream);
 
 }  // namespace mmfast::duc

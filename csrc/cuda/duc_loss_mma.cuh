@@ -137,7 +137,11 @@ __global__ void __launch_bounds__(kMmaBlock) duc_mma_kernel(Sweep sweep, Tiling 
       add_weighted<T, keys>(acc + 32 * panel, p, current + panel * keys * kPanelRowBytes);
   }
   cp_async_wait<0>();
-  store_rows<T, 64 * num_panels>(sweep, pair, first_row + 16 * warp, rows, acc, 0, count, keys, num_panels);
+  finish_rows(rows);
+  store_losses(sweep, pair, first_row + 16 * warp, rows);
+  if (sweep.residual == nullptr) return;
+  store_residuals<T, 64 * num_panels, keys>(sweep, pair, first_row + 16 * warp, rows, acc, 0, count,
+                                            num_panels);
 }
 
 // Pairs of more columns: for each key tile all panels of queries and keys for the scores, then once more the
@@ -214,8 +218,11 @@ __global__ void __launch_bounds__(kMmaBlock) duc_mma_wide_kernel(Sweep sweep, Ti
     }
   }
   cp_async_wait<0>();
-  store_rows<T, 64 * kWidePanels>(sweep, pair, first_row + 16 * warp, rows, acc, first_panel * kPanel, count,
-                                  kWideKeys, num_panels);
+  finish_rows(rows);
+  if (first_panel == 0) store_losses(sweep, pair, first_row + 16 * warp, rows);
+  if (sweep.residual == nullptr) return;
+  store_residuals<T, 64 * kWidePanels, kWideKeys>(sweep, pair, first_row + 16 * warp, rows, acc,
+                                                  first_panel * kPanel, count, num_panels);
 }
 
 }  // namespace

@@ -252,6 +252,10 @@ int barrier(int id, int count, int vote) {
   return barrier.votes[generation & 1];
 }
 
+void barrier_arrive(int id, int count) {
+  if (++barriers[id].arrived == count) complete(barriers[id]);
+}
+
 const unsigned char* gather_bytes(unsigned mask, const void* mine, std::size_t bytes) {
   const int warp = current / kWarp, lanes = std::min(kWarp, num_threads - warp * kWarp);
   if (lanes < kWarp) mask &= (1u << lanes) - 1;

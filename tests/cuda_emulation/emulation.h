@@ -69,6 +69,8 @@ unsigned char* dynamic_shared_memory();
 // Waits for `num_threads` threads of the block at barrier `id`; for all that have not returned if it is 0.
 // Returns the sum of their votes.
 int barrier(int id, int num_threads, int vote = 0);
+// Counts this thread at barrier `id` and goes on.
+void barrier_arrive(int id, int num_threads);
 
 // Gathers `bytes` of every lane of `mask`: [32] values of kLaneBytes each, poison from lanes outside.
 constexpr int kLaneBytes = 64;

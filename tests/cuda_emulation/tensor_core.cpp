@@ -5,21 +5,12 @@
 #include <utility>
 #include <vector>
 
-extern "C" void __tsan_read_range(void* address, std::size_t bytes);
-extern "C" void __tsan_write_range(void* address, std::size_t bytes);
+#include "tensor_core_host.h"
 
 namespace mmfast {
 namespace {
 
 using namespace emulation;
-
-unsigned char* shared_pointer(uint32_t address) { return dynamic_shared_memory() + address; }
-
-bool coin() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return state >> 31;
-}
 
 void copy(uint32_t target, const void* source, std::size_t bytes) {
   __tsan_read_range(const_cast<void*>(source), bytes);
@@ -38,12 +29,6 @@ Copies& copies() {
   Copies& mine = all[threadIdx.x];
   if (mine.block != block_number()) mine = {block_number(), {{}}};
   return mine;
-}
-
-float half_of(uint32_t pair, int index, bool is_half) {
-  const auto bits = static_cast<uint16_t>(pair >> 16 * index);
-  return is_half ? static_cast<float>(__bit_cast<__half>(bits))
-                 : static_cast<float>(__bit_cast<__nv_bfloat16>(bits));
 }
 
 void ldmatrix(uint32_t (&r)[4], uint32_t row, bool is_transposed) {
