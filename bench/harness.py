@@ -33,10 +33,22 @@ _SQUARE = {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; quick measures few small cases, roughly."""
+    """What a run is asked for.
+
+    Attributes:
+        quick: measure few small cases, roughly.
+        device: "cpu" or "cuda".
+        fresh_memory: on a CPU, let large results be new pages at each call, as in a program that changes
+            nothing about its allocator, instead of keeping freed memory.
+    """
 
     quick: bool = False
     device: str = "cpu"
+    fresh_memory: bool = False
+
+    def clock(self) -> Clock:
+        """Return a clock for the device."""
+        return Clock(torch.device(self.device), self.fresh_memory)
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def measure_limits(options: Options) -> Limits:
     """Measure a streaming copy, a streaming read and matrix products on this machine, now."""
-    device = torch.device(options.device)
-    clock = Clock(device)
+    device, clock = torch.device(options.device), options.clock()
     source = torch.randn(_STREAM[device.type], device=device)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
@@ -183,7 +194,7 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
     Raises:
         WrongResultError: the check failed.
     """
-    clock = Clock(torch.device(options.device))
+    clock = options.clock()
     missing = {name: str(peer) for name, peer in case.peers.items() if isinstance(peer, Missing)}
     callable_peers = {name: peer for name, peer in case.peers.items() if not isinstance(peer, Missing)}
     calls = {OURS: case.ours, **callable_peers}

@@ -33,7 +33,15 @@ def load(op: str) -> ModuleType:
     return importlib.import_module(f".{PREFIX}{op}", __package__)
 
 
-def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: Console) -> Path:
+def run(
+    ops: list[str],
+    *,
+    quick: bool,
+    device: str | None,
+    out: Path,
+    console: Console,
+    fresh_memory: bool = False,
+) -> Path:
     """Measure `ops` (all where empty), print their tables, write JSON and pictures; return the JSON's path.
 
     Raises:
@@ -42,7 +50,7 @@ def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: 
     """
     known = available()
     ops = _chosen(ops, known)
-    options = harness.Options(quick, _device(device))
+    options = harness.Options(quick, _device(device), fresh_memory)
     busy = _load()
     limits = harness.measure_limits(options)
     facts = report.machine_facts(options, limits, busy)

@@ -214,7 +214,7 @@ def test_the_command_writes_a_table_a_json_and_a_picture(tiny, tmp_path):
     assert path.name in result.stdout
     assert (tmp_path / "logit_fusion.png").exists()
     found = json.loads(path.read_text())
-    assert found["options"] == {"quick": True, "device": "cpu"}
+    assert found["options"] == {"quick": True, "device": "cpu", "fresh_memory": False}
     machine = found["machine"]
     assert machine["threads"] == torch.get_num_threads()
     assert machine["versions"]["torch"] == torch.__version__
