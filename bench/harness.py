@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from mmfast import backend
 
 from .clock import Clock
 from .peers import Missing
@@ -235,6 +237,30 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
         limit_seconds=limit_seconds,
         ratios={name: figure.seconds / ours.seconds for name, figure in figures.items()},
     )
+
+
+def with_rivals(op: str, cases: Iterable[Case], options: Options) -> Iterator[Case]:
+    """Yield the cases with our call on a GPU's other backends among the peers: what "auto" can choose from."""
+    for case in cases:
+        # The first is measured as ours; the last, plain torch, is what each op's peers are made of.
+        others = backend.candidates(op, options.device, case.dtype)[1:-1] if op != "train" else []
+        yield replace(case, peers=case.peers | {f"{OURS}, {name}": _on(name, case) for name in others})
+
+
+def _on(name: str, case: Case) -> Callable[[], Any]:
+    """Return our call on one backend, whose first result is checked, too."""
+    is_checked = False
+
+    def call() -> Any:
+        nonlocal is_checked
+        with backend.preferring(name):
+            result = case.ours()
+        if not is_checked:
+            case.check(result)
+            is_checked = True
+        return result
+
+    return call
 
 
 def _check(case: Case, result: Any) -> None:

@@ -104,7 +104,7 @@ def _measure(op: str, cases: Any, limits: harness.Limits, options: harness.Optio
     torch.manual_seed(0)
     rows = []
     with console.status(op) as status:
-        for row in harness.run(cases, limits, options):
+        for row in harness.run(harness.with_rivals(op, cases, options), limits, options):
             rows.append(row)
             status.update(f"{op}: {row.case}, {row.direction}")
     return rows

@@ -6,10 +6,12 @@ Nothing is probed at import. A compiled module, or triton, is looked for when an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -38,6 +40,10 @@ _PREFERENCES = {
     "gradient_projection": Preference(),  # CPU 1.6 of eager at D = 512
     "logit_fusion": Preference(),  # CPU forward 1.9-3.3, with backward 1.5-2.7
 }
+
+
+# What `preferring` names.
+_preferred: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -139,17 +145,21 @@ def resolve(
     # The interpreter can be switched while Python runs. Reading the environment costs more than the rest:
     # ordinary calls on the CPU, which never take Triton, do without.
     ordinary = device_type == "cpu" and backend != "triton"
-    return _resolve(op, backend, device_type, dtype, not ordinary and interpreting())
+    return _resolve(op, backend, device_type, dtype, not ordinary and interpreting(), _preferred)
 
 
 @functools.cache
-def _resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, _interpreted: bool) -> str:
+def _resolve(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    _interpreted: bool,
+    preferred: str | None,
+) -> str:
     if backend == "auto":
-        preference = _PREFERENCES.get(op, Preference())._asdict()
-        for candidate in preference.get(device_type, ()):
-            if _why_not_here(candidate, op, device_type) is None and supports(candidate, op, dtype):
-                return candidate
-        return "reference"
+        found = candidates(op, device_type, dtype)
+        return preferred if preferred in found else found[0]
     check_name(backend)
     reason = _why_not_here(backend, op, device_type)
     if reason is None and not supports(backend, op, dtype):
@@ -157,6 +167,28 @@ def _resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, _inter
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {op}: {reason}")
     return backend
+
+
+def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
+    """Return the backends that can run `op`, the one "auto" takes first, plain torch last."""
+    preference = _PREFERENCES.get(op, Preference())._asdict().get(device_type, ())
+    found = [
+        name
+        for name in preference
+        if _why_not_here(name, op, device_type) is None and supports(name, op, dtype)
+    ]
+    return [*found, "reference"]
+
+
+@contextlib.contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Let "auto" take the backend `name` for a while, where it can run the op: to measure it beside others."""
+    global _preferred
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:

@@ -20,7 +20,7 @@ pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . br
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mmfast import ops
+from mmfast import backend, ops
 from mmfast.bench import bench_logit_fusion, bench_train, clock, harness, main, peers, report
 from mmfast.bench.harness import Case, Figure, Limits, Options, Row, Work
 from mmfast.commands import app
@@ -90,6 +90,25 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven():
     assert row.missing == {"broken": "failed: RuntimeError: no kernel for this device"}
     with pytest.raises(RuntimeError, match="no kernel"):
         harness.measure(toy(ours=fail), LIMITS, QUICK)
+
+
+def test_our_other_backends_are_peers_and_checked(monkeypatch):
+    monkeypatch.setattr(backend, "candidates", lambda *_: ["triton", "cuda", "reference"])
+    seen = []
+
+    def check(found):
+        seen.append(backend._preferred)
+        assert backend._preferred is None or wrong == "nowhere", "error 1.0e+00 against float64"
+
+    for wrong in ("nowhere", "cuda"):
+        (case,) = harness.with_rivals("toy", [toy(check=check, peers={})], QUICK)
+        row = harness.measure(case, LIMITS, QUICK)
+        if wrong == "nowhere":
+            assert set(row.peers) == {"mmfast, cuda"}
+        else:
+            assert row.missing == {"mmfast, cuda": "failed: AssertionError: error 1.0e+00 against float64"}
+    (train,) = harness.with_rivals("train", [toy(peers={})], QUICK)
+    assert train.peers == {}
 
 
 def test_a_long_call_is_made_once():
