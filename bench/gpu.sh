@@ -77,13 +77,13 @@ if [ "$cuda" = 1 ]; then
 fi
 
 if command -v ncu >/dev/null; then
-    # Of the limits: bytes a second to memory and operations of the matrix units, both in per cent.
-    metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
-    metrics+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
+    # Bandwidth reached and how busy each pipe was, the matrix units' among them, in per cent.
+    sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis)
     mkdir -p "$results"
     step "ncu, shapley_values and duc_loss" 90 \
-        ncu --target-processes all --kernel-name 'regex:shapley|duc|info_nce' --metrics "$metrics" --csv \
-        --log-file "$results/ncu.csv" "$python" -P -m mmfast.bench.profiled && cat "$results/ncu.csv"
+        ncu --target-processes all --kernel-name 'regex:shapley|duc|info_nce' "${sections[@]}" \
+        --print-details all --csv --log-file "$results/ncu.csv" "$python" -P -m mmfast.bench.profiled &&
+        cat "$results/ncu.csv"
 else
     note "not run  hardware counters: ncu is not installed"
 fi

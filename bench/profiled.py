@@ -1,4 +1,4 @@
-"""The kernels whose hardware counters bench/gpu.sh has ncu read, each run once: python -m mmfast.bench.profiled."""
+"""The kernels whose counters bench/gpu.sh has ncu read, each run once: python -m mmfast.bench.profiled."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
 
 @contextlib.contextmanager
 def preferring(name: str) -> Iterator[None]:
-    """Let "auto" take the backend `name` for a while, where it can run the op: to measure it beside others."""
+    """Let "auto" take the backend `name` for a while, where it can run the op: to time it beside others."""
     global _preferred
     before, _preferred = _preferred, name
     try:
