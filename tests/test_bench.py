@@ -103,7 +103,7 @@ def test_our_other_backends_are_peers_and_checked(monkeypatch):
         (case,) = harness.with_rivals("toy", [mine], QUICK)
         row = harness.measure(case, LIMITS, QUICK)
         if wrong:
-            assert row.missing == {"mmfast, cuda": "failed: AssertionError: error 1.0e+00 against float64"}
+            assert "error 1.0e+00 against float64" in row.missing["mmfast, cuda"]
         else:
             assert set(row.peers) == {"mmfast, cuda"}
     (train,) = harness.with_rivals("train", [toy(peers={})], QUICK)
