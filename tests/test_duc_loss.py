@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 
+import cuda_emulated
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
