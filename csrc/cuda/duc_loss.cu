@@ -1,5 +1,34 @@
 // The dimension-decoupled unidirectional contrastive loss: loss and gradient of every ordered pair (m, n) in
 // one sweep over the keys, as attention with values = keys.
+//
+//   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
+//   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
+//
+// A first kernel lists the columns of each pair, a second closes them up and lays queries and keys out in
+// global memory exactly as the main one wants them in shared memory: in half precision swizzled panels of 64
+// columns, so that a key tile is one copy of consecutive bytes. The main kernel sweeps the key tiles: scores
+// on matrix units, online softmax in registers, residual, both products from the same tile. The last puts
+// columns back in their places, sums over teachers in order and reduces the losses. The number of columns
+// stays on the device: of the kernels for up to 64, 128, 256, 512 columns and for more, all that a pair may
+// need are launched, and blocks of another one's pairs return at once. Where the queries alone would leave a
+// large GPU idle, the keys are split over blocks, by sizes only and put together in order: the result is the
+// same on every device and in every run.
+//
+//   sm_90a        duc_loss_sm90a.cu: bulk copies on a barrier by one thread, wgmma by two warpgroups that
+//   take turns;
+//                 up to 512 columns
+//   sm_80, later  duc_loss_mma.cuh: cp.async, ldmatrix, mma.sync; more than 256 columns are split over
+//   blocks, each of
+//                 which sums the scores over all of them
+//   float32, 64   duc_loss_plain.cuh: fused multiply-adds on registers, columns split by 128 (64)
+//
+// Floors, one pair of N = 16,384, d = 256, bfloat16, H100: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
+// of inputs and residual, 0.008 ms at 3.0 TB/s, and 42 MB for packing and putting back, 0.014 ms; besides N^2
+// exponentials, 0.075 ms at 16 a clock and multiprocessor, of one warpgroup while the other multiplies. A
+// block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache. Predicted: 0.50
+// ms, 70% of the matrix rate; on mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s, of which two blocks'
+// common scores make 6.9 ms; predicted 9 ms. Compiled for every architecture without spills; not timed yet on
+// a GPU.
 #include <algorithm>
 
 #include "duc_loss_mma.cuh"
@@ -12,9 +41,14 @@ namespace {
 using namespace duc;
 
 constexpr const char* kOp = "duc_loss_fwd";
-constexpr int64_t kRowMultiple = 128;
+constexpr int64_t kMaxModalities = 256, kMaxPairs = 65535;
+// To what all tiles of queries, and of keys, come out even.
+constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+unsigned blocks_of(int64_t n, int64_t per_block) {
+  return static_cast<unsigned>((n + per_block - 1) / per_block);
+}
 
 // The whole call; the sizes of all that Python has taken memory for.
 struct Call {
@@ -22,8 +56,11 @@ struct Call {
   Sweep sweep;
   const View* views;     // [M, 2] on the host
   const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
-  int num_processors, capability;
+  int num_processors;
+  bool is_hopper;
   void* stream;
+
+  Tiling tiling() const { return is_hopper ? kHopperTiling : kMmaTiling; }
 
   // Whether a pair may fall into the slot.
   bool has_slot(const Tiling& tiling, int slot) const {
@@ -37,7 +74,8 @@ struct Call {
   template <class Kernel, class... More>
   void pack(Kernel* kernel, int rows, const More&... more) const {
     const int num_modalities = columns.num_modalities, kinds = 2 * std::max(1, num_modalities - 1);
-    const int64_t num_rows = round_up(std::max(sweep.num_queries, sweep.num_keys), kRowMultiple);
+    const int64_t num_rows =
+        std::max(round_up(sweep.num_queries, kQueryMultiple), round_up(sweep.num_keys, kKeyMultiple));
     for (int first = 0; first < num_modalities; first += kMaxViews) {
       const int number = std::min(kMaxViews, num_modalities - first);
       Views some{};
@@ -45,7 +83,7 @@ struct Call {
         some.features[i] = views[2 * (first + i)];
         some.keys[i] = views[2 * (first + i) + 1];
       }
-      const dim3 grid(static_cast<unsigned>(num_rows / rows), kinds * number);
+      const dim3 grid(blocks_of(num_rows, rows), kinds * number);
       MMFAST_LAUNCH((kernel), grid, kBlock, 0, stream, columns, some, first, more...);
     }
   }
@@ -57,20 +95,17 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 }
 
 template <class Tile>
-void sweep_plain(const Call& call, void* queries, void* keys, void* keys_by_row) {
+void sweep_plain(const Call& call, typename Tile::T* queries, typename Tile::T* keys,
+                 typename Tile::T* keys_by_row) {
   using T = typename Tile::T;
   const Sweep& sweep = call.sweep;
-  call.pack(&duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step, static_cast<T*>(queries),
-            static_cast<T*>(keys), static_cast<T*>(keys_by_row), sweep.query_stride, sweep.key_stride,
-            sweep.width, sweep.num_queries, sweep.num_keys);
+  call.pack(&duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step, queries, keys, keys_by_row,
+            sweep.query_stride, sweep.key_stride, sweep.width, sweep.num_queries, sweep.num_keys);
   const auto kernel = &duc_plain_kernel<Tile>;
   allow_shared_memory(kernel, Tile::shared_bytes);
-  const int64_t num_slices =
-      sweep.residual == nullptr ? 1 : round_up(sweep.width, Tile::columns) / Tile::columns;
-  const dim3 grid(static_cast<unsigned>(round_up(sweep.num_queries, Tile::rows) / Tile::rows),
-                  static_cast<unsigned>(num_slices), sweep.num_pairs);
-  MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep,
-                static_cast<const T*>(keys_by_row));
+  const unsigned num_slices = sweep.residual == nullptr ? 1 : blocks_of(sweep.width, Tile::columns);
+  const dim3 grid(blocks_of(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
+  MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep, keys_by_row);
 }
 
 template <class T, int slot, int stages>
@@ -78,17 +113,16 @@ void sweep_mma(const Call& call) {
   const auto kernel = &duc_mma_kernel<T, slot, stages>;
   constexpr int bytes = MmaTile<1 << slot, kMmaTiling.keys[slot], stages>::shared_bytes;
   allow_shared_memory(kernel, bytes);
-  const dim3 grid(static_cast<unsigned>(round_up(call.sweep.num_queries, kMmaRows) / kMmaRows), 1,
-                  call.sweep.num_pairs);
-  MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, call.sweep, kMmaTiling);
+  const Sweep& sweep = call.sweep;
+  const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
+  MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, sweep, kMmaTiling);
 }
 
 // Every slot that may hold a pair gets a launch, in which the blocks of other pairs return at once.
 template <class T>
 void sweep_half(const Call& call, T* queries, T* keys) {
   const Sweep& sweep = call.sweep;
-  const bool is_hopper = call.capability == 9;
-  const Tiling tiling = is_hopper ? kHopperTiling : kMmaTiling;
+  const Tiling tiling = call.tiling();
   call.pack(&duc_pack_panels_kernel<T>, kQueryRows, tiling, queries, keys, sweep.query_stride,
             sweep.key_stride, sweep.num_queries, sweep.num_keys);
   for (int slot = 0; slot <= tiling.wide; ++slot) {
@@ -96,12 +130,11 @@ void sweep_half(const Call& call, T* queries, T* keys) {
     if (slot == tiling.wide) {
       const auto kernel = &duc_mma_wide_kernel<T>;
       allow_shared_memory(kernel, kWideShared);
-      const int64_t columns = kWidePanels * kPanel,
-                    num_slices = sweep.residual == nullptr ? 1 : round_up(sweep.width, columns) / columns;
-      const dim3 grid(static_cast<unsigned>(round_up(sweep.num_queries, kMmaRows) / kMmaRows),
-                      static_cast<unsigned>(num_slices), sweep.num_pairs);
+      const unsigned num_slices =
+          sweep.residual == nullptr ? 1 : blocks_of(sweep.width, kWidePanels * kPanel);
+      const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), num_slices, sweep.num_pairs * sweep.num_splits);
       MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
-    } else if (is_hopper) {
+    } else if (call.is_hopper) {
       launch_hopper(kOp, std::is_same_v<T, __half>, slot, sweep, call.stream);
     } else if (slot == 0) {
       sweep_mma<T, 0, 3>(call);
@@ -114,17 +147,14 @@ void sweep_half(const Call& call, T* queries, T* keys) {
 }
 
 template <class T>
-void sweep(const Call& call, void* packed) {
+void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row) {
   const Sweep& sweep = call.sweep;
-  T* const queries = static_cast<T*>(packed);
-  T* const keys = queries + sweep.num_pairs * sweep.query_stride;
-  T* const keys_by_row = keys + sweep.num_pairs * sweep.key_stride;
   if constexpr (std::is_same_v<T, double>) {
     sweep_plain<PlainTile<double, 4, 2, 4>>(call, queries, keys, keys_by_row);
   } else if constexpr (std::is_same_v<T, float>) {
     using Large = PlainTile<float, 8, 4, 8>;
-    const int64_t slices = round_up(sweep.width, Large::columns) / Large::columns;
-    const int64_t blocks = round_up(sweep.num_queries, Large::rows) / Large::rows * slices * sweep.num_pairs;
+    const int64_t blocks = int64_t{1} * blocks_of(sweep.num_queries, Large::rows) * sweep.num_splits *
+                           blocks_of(sweep.width, Large::columns) * sweep.num_pairs;
     if (blocks >= call.num_processors) return sweep_plain<Large>(call, queries, keys, keys_by_row);
     sweep_plain<PlainTile<float, 4, 4, 8>>(call, queries, keys, keys_by_row);
   } else {
@@ -133,64 +163,96 @@ void sweep(const Call& call, void* packed) {
 }
 
 template <class T>
-void run(Call& call, void* packed, void* loss, void* residuals, int reduction) {
-  Sweep& sweep = call.sweep;
-  sweep.queries = packed;
-  sweep.keys = static_cast<T*>(packed) + sweep.num_pairs * sweep.query_stride;
+void run(const Call& call, void* packed, void* partial, void* loss, void* residuals, int reduction) {
+  using A = accumulate_t<T>;
   if (call.columns.effective != nullptr)
-    MMFAST_LAUNCH((&duc_columns_kernel), sweep.num_pairs, kBlock, 0, call.stream, call.columns);
-  mmfast::sweep<T>(call, packed);
-  const int64_t rows = sweep.residual == nullptr ? 0 : call.columns.num_modalities * sweep.num_queries;
-  constexpr int rows_per_block = kFinishBlock / kWarp;
-  MMFAST_LAUNCH((&duc_finish_kernel<T>),
-                static_cast<unsigned>(1 + round_up(rows, rows_per_block) / rows_per_block), kFinishBlock, 0,
-                call.stream, call.columns, static_cast<const accumulate_t<T>*>(sweep.losses), sweep.residual,
-                static_cast<accumulate_t<T>*>(loss), static_cast<T*>(residuals), sweep.num_pairs,
-                sweep.num_queries, sweep.width, sweep.is_rounded, reduction);
+    MMFAST_LAUNCH((&duc_columns_kernel), call.sweep.num_pairs, kBlock, 0, call.stream, call.columns);
+  Call parts = call;
+  Sweep& sweep = parts.sweep;
+  T* const queries = static_cast<T*>(packed);
+  T* const keys = queries + sweep.num_pairs * sweep.query_stride;
+  T* const keys_by_row = keys + sweep.num_pairs * sweep.key_stride;
+  sweep.queries = queries, sweep.keys = keys;
+  const int64_t rows = sweep.num_pairs * sweep.num_queries;
+  const bool is_split = sweep.num_splits > 1;
+  if (is_split) {
+    const bool has_residual = sweep.residual != nullptr;
+    sweep.losses = static_cast<A*>(partial) + (has_residual ? sweep.num_splits * rows * sweep.width : 0);
+    sweep.residual = has_residual ? partial : nullptr;
+    sweep.is_rounded = false;
+  }
+  sweep_all<T>(parts, queries, keys, keys_by_row);
+  if (is_split) {
+    Sweep whole = call.sweep;
+    whole.keys = keys;
+    const dim3 grid(blocks_of(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
+    MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, call.tiling(), keys_by_row,
+                  static_cast<const A*>(sweep.losses), static_cast<const A*>(sweep.residual),
+                  static_cast<A*>(whole.losses));
+  }
+  const Sweep& whole = call.sweep;
+  const unsigned blocks =
+      whole.residual == nullptr
+          ? 0
+          : blocks_of(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
+  MMFAST_LAUNCH((&duc_finish_kernel<T>), 1 + blocks, kFinishBlock, 0, call.stream, call.columns,
+                static_cast<const A*>(whole.losses), whole.residual, static_cast<A*>(loss),
+                static_cast<T*>(residuals), whole.num_pairs, whole.num_queries, whole.width, whole.is_rounded,
+                reduction);
 }
 
-void duc_loss_fwd(const int64_t* views,   // [M, 6] on the host: address, strides of a feature, of its keys
-                  const void* effective,  // bool [M, D], contiguous; nullptr: keys[0] teaches features[0] all
-                  void* columns,          // int32 [P (2 D + 1)], P = M (M - 1) or 1
-                  void* packed,           // [P, N + K (+ K in wide floats), W], N and K as multiples of 128
-                  void* packed_residual,  // [P, N, W]; nullptr: no residuals
-                  void* losses,           // [P, N]
-                  void* loss,             // [] or [N]
-                  void* residuals,        // [M, N, D]
-                  int64_t num_modalities, int64_t num_queries, int64_t num_keys, int64_t num_dims,
-                  int64_t width, const int64_t* sizes,  // [M, M] on the host; nullptr: not known
-                  bool is_rounded, double temperature, int64_t offset, int64_t reduction, int64_t dtype,
-                  int64_t device, void* stream) {
-  if (num_queries == 0 || num_dims == 0) return;
-  const DeviceGuard guard(kOp, static_cast<int>(device));
+void duc_loss_fwd(
+    const int64_t* views,   // [M, 6] on the host: address, strides of a feature, of its keys
+    const void* effective,  // bool [M, D], contiguous; nullptr: keys[0] teaches features[0] all
+    void* columns,          // int32 [P (2 D + 1)], P = M (M - 1) or 1
+    void* packed,           // [P, N + K (+ K in wide floats), W], N to a multiple of 128, K of 384
+    void* packed_residual,  // [P, N, W]; nullptr: no residuals
+    void* partial,          // [splits, P, N, W (if residuals) + 3] in the dtype of sums; nullptr: 1 split
+    void* losses,           // [P, N]
+    void* loss,             // [] or [N]
+    void* residuals,        // [M, N, D]
+    int64_t num_modalities, int64_t num_queries, int64_t num_keys, int64_t num_dims, int64_t width,
+    const int64_t* sizes,  // [M, M] on the host; nullptr: not known
+    int64_t num_splits, bool is_rounded, double temperature, int64_t offset, int64_t reduction, int64_t dtype,
+    int64_t device, void* stream) {
   const int64_t num_pairs = effective == nullptr ? 1 : num_modalities * (num_modalities - 1);
-  if (num_pairs < 1 || num_pairs > 65535)
-    throw std::invalid_argument(std::string(kOp) + ": num_modalities must lie in [2, 256]");
+  if (num_queries == 0 || num_dims == 0 || num_pairs == 0) return;
+  const int64_t num_blocks = num_pairs * num_splits;
+  if (num_modalities > kMaxModalities || num_blocks > kMaxPairs || num_splits > kWarp) {
+    throw std::invalid_argument(std::string(kOp) + ": more than " + std::to_string(kMaxModalities) +
+                                " modalities, or more than " + std::to_string(kWarp) + " parts of keys");
+  }
+  const DeviceGuard guard(kOp, static_cast<int>(device));
   Call call{};
-  View list[2 * 256];
+  View list[2 * kMaxModalities];
   for (int i = 0; i < 2 * num_modalities; ++i)
     list[i] = {reinterpret_cast<const void*>(views[3 * i]), views[3 * i + 1], views[3 * i + 2]};
   int* const indices = static_cast<int*>(columns);
   call.columns = {static_cast<const bool*>(effective), indices,
                   indices + num_pairs * num_dims,      indices + 2 * num_pairs * num_dims,
                   static_cast<int>(num_modalities),    static_cast<int>(num_dims)};
-  call.sweep.residual = packed_residual;
-  call.sweep.losses = losses;
-  call.sweep.counts = effective == nullptr ? nullptr : call.columns.counts;
-  call.sweep.query_stride = round_up(num_queries, kRowMultiple) * width;
-  call.sweep.key_stride = round_up(num_keys, kRowMultiple) * width;
-  call.sweep.num_queries = num_queries, call.sweep.num_keys = num_keys;
-  call.sweep.width = width, call.sweep.offset = offset;
-  call.sweep.num_pairs = static_cast<int>(num_pairs), call.sweep.num_columns = static_cast<int>(num_dims);
-  call.sweep.is_rounded = is_rounded;
-  call.sweep.scale = kLog2E / temperature;
+  Sweep& sweep = call.sweep;
+  sweep.residual = packed_residual, sweep.losses = losses;
+  sweep.counts = effective == nullptr ? nullptr : call.columns.counts;
+  sweep.query_stride = round_up(num_queries, kQueryMultiple) * width;
+  sweep.key_stride = round_up(num_keys, kKeyMultiple) * width;
+  sweep.num_queries = num_queries, sweep.num_keys = num_keys;
+  sweep.width = width, sweep.offset = offset;
+  sweep.num_pairs = static_cast<int>(num_pairs), sweep.num_columns = static_cast<int>(num_dims);
+  sweep.num_splits = static_cast<int>(num_splits);
+  sweep.is_rounded = is_rounded;
+  sweep.scale = kLog2E / temperature;
   call.views = list, call.sizes = sizes, call.stream = stream;
-  check_cuda(kOp, cudaDeviceGetAttribute(&call.num_processors, cudaDevAttrMultiProcessorCount,
-                                         static_cast<int>(device)));
-  check_cuda(kOp, cudaDeviceGetAttribute(&call.capability, cudaDevAttrComputeCapabilityMajor,
-                                         static_cast<int>(device)));
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(kOp, cudaDeviceGetAttribute(&value, which, static_cast<int>(device)));
+    return value;
+  };
+  call.num_processors = attribute(cudaDevAttrMultiProcessorCount);
+  call.is_hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
   dispatch_dtype(kOp, dtype, [&](auto* type) {
-    run<std::remove_pointer_t<decltype(type)>>(call, packed, loss, residuals, static_cast<int>(reduction));
+    using T = std::remove_pointer_t<decltype(type)>;
+    run<T>(call, packed, partial, loss, residuals, static_cast<int>(reduction));
   });
   check_cuda(kOp, cudaGetLastError());
 }

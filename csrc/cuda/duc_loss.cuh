@@ -11,16 +11,32 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 struct Sweep {
   const void* queries;  // packed, query_stride elements a pair
   const void* keys;     // packed, key_stride elements a pair
-  void* residual;       // [P, N, W]; nullptr: not wanted
-  void* losses;         // [P, N]
-  const int* counts;    // [P], columns in use; nullptr: num_columns in every pair
+  void* residual;       // [splits, P, N, W]; nullptr: not wanted
+  void* losses;       // [P, N]; for several splits [3, splits, P, N]: maximum, sum and own score of each row
+  const int* counts;  // [P], columns in use; nullptr: num_columns in every pair
   int64_t query_stride, key_stride;
   int64_t num_queries, num_keys, width, offset;
-  int num_pairs, num_columns;
+  int num_pairs, num_columns, num_splits;
   bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums
   double scale;     // log2(e) / temperature: exp(s / temperature) = 2^(s scale)
 
   __device__ int count(int pair) const { return counts == nullptr ? num_columns : counts[pair]; }
+};
+
+// A block's pair and key tiles. Where queries are few their keys are split over blocks, each of which then
+// leaves the residual relative to its own maximum and sum and without the own key, for duc_merge_kernel.
+struct Share {
+  int pair, index;  // of the block's results: split P + pair
+  int64_t first_tile, end_tile;
+
+  __device__ Share(const Sweep& sweep, int tile_keys) {
+    const int split = blockIdx.z / sweep.num_pairs;
+    const int64_t num_tiles = (sweep.num_keys + tile_keys - 1) / tile_keys;
+    pair = blockIdx.z % sweep.num_pairs;
+    index = blockIdx.z;
+    first_tile = split * num_tiles / sweep.num_splits;
+    end_tile = (split + 1) * num_tiles / sweep.num_splits;
+  }
 };
 
 // Half precision lies in panels of 64 columns, so that a row of a panel is 128 bytes, of which chunk c of
@@ -99,6 +115,21 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
   }
 }
 
+// Weights as the left operand: the layouts of accumulators and operands agree.
+template <class T, int keys>
+__device__ __forceinline__ void round_weights(uint32_t (&p)[keys / 16][4], const float (&s)[keys / 2]) {
+#pragma unroll
+  for (int i = 0; i < keys / 4; ++i) p[i / 4][i % 4] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
+}
+
+template <int n>
+__device__ __forceinline__ void scale_rows(float (&acc)[n], const float (&factor)[2]) {
+  // After a few tiles maxima seldom change.
+  if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
+#pragma unroll
+  for (int i = 0; i < n; ++i) acc[i] *= factor[i / 2 % 2];
+}
+
 // Sums over the four threads of a row, after the last tile.
 __device__ inline void finish_rows(TwoRows& rows) {
 #pragma unroll
@@ -111,33 +142,78 @@ __device__ inline void finish_rows(TwoRows& rows) {
   }
 }
 
+// CUDA's functions by type: a C++ compiler would take the float to double.
+template <class A>
+__device__ __forceinline__ A power_of_two(A x) {
+  if constexpr (std::is_same_v<A, float>) {
+    return exp2f(x);
+  } else {
+    return exp2(x);
+  }
+}
+template <class A>
+__device__ __forceinline__ A larger(A x, A y) {
+  if constexpr (std::is_same_v<A, float>) {
+    return fmaxf(x, y);
+  } else {
+    return fmax(x, y);
+  }
+}
+template <class A>
+__device__ __forceinline__ A multiply_add(A x, A y, A z) {
+  if constexpr (std::is_same_v<A, float>) {
+    return fmaf(x, y, z);
+  } else {
+    return fma(x, y, z);
+  }
+}
+template <class A>
+__device__ __forceinline__ A natural_log(A x) {
+  if constexpr (std::is_same_v<A, float>) {
+    return logf(x);
+  } else {
+    return log(x);
+  }
+}
+
 // The maximum and the own score come from the same product: where they are one, this is log(sum) exactly.
 template <class A>
 __device__ A loss_of(A sum, A max, A own_score, A scale) {
-  return log(sum) + (max - own_score) * (scale * static_cast<A>(kLn2));
+  return natural_log(sum) + (max - own_score) * (scale * static_cast<A>(kLn2));
+}
+
+// Writes a row's loss, or what it will be made of.
+template <class A>
+__device__ void store_loss(const Sweep& sweep, int index, int64_t row, A sum, A max, A own_score) {
+  A* const target = static_cast<A*>(sweep.losses) + index * sweep.num_queries + row;
+  if (sweep.num_splits == 1) {
+    *target = loss_of(sum, max, own_score, static_cast<A>(sweep.scale));
+  } else {
+    const int64_t plane = sweep.num_splits * sweep.num_pairs * sweep.num_queries;
+    target[0] = max, target[plane] = sum, target[2 * plane] = own_score;
+  }
 }
 
 // Writes the losses of a warp's 16 rows.
-__device__ __forceinline__ void store_losses(const Sweep& sweep, int pair, int64_t first_row,
+__device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
                                              const TwoRows& rows) {
   const int lane = threadIdx.x % kWarp;
-  const float scale = static_cast<float>(sweep.scale);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
-    static_cast<float*>(sweep.losses)[pair * sweep.num_queries + row] =
-        loss_of(rows.sum[h], rows.max[h], rows.own_score[h], scale);
+    store_loss(sweep, index, row, rows.sum[h], rows.max[h], rows.own_score[h]);
   }
 }
 
 // Writes, from first_column on, the residuals p k - own key of a warp's 16 rows.
 template <class T, int columns, int tile_keys>
-__device__ __forceinline__ void store_residuals(const Sweep& sweep, int pair, int64_t first_row,
+__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
                                                 const TwoRows& rows, const float (&acc)[columns / 2],
                                                 int first_column, int count, int num_panels) {
   const int lane = threadIdx.x % kWarp, t = lane % 4, left = count - first_column - 2 * t;
-  const T* keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
+  const T* keys = static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride;
+  const float own_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
@@ -148,15 +224,15 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, int pair, in
     const int r = static_cast<int>(own_row - tile * tile_keys);
     const T* const own =
         keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
-    const int64_t target = ((pair * sweep.num_queries + row) * sweep.width + first_column) / 2 + t;
+    const int64_t target = ((share.index * sweep.num_queries + row) * sweep.width + first_column) / 2 + t;
     const auto store = [&](auto* residual) {
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
         if (8 * i >= left) continue;
         const auto k =
             *reinterpret_cast<const Pack<T, 2>*>(own + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
-        const float low = acc[4 * i + 2 * h] * inverse - static_cast<float>(k.values[0]);
-        const float high = acc[4 * i + 2 * h + 1] * inverse - static_cast<float>(k.values[1]);
+        const float low = acc[4 * i + 2 * h] * inverse - own_factor * static_cast<float>(k.values[0]);
+        const float high = acc[4 * i + 2 * h + 1] * inverse - own_factor * static_cast<float>(k.values[1]);
         if constexpr (sizeof(*residual) == 4) {
           residual[target + 4 * i] = pack_pair<T>(low, high);
         } else {

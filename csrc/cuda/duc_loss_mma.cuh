@@ -45,13 +45,6 @@ __device__ __forceinline__ void add_scores(float (&s)[keys / 2], uint32_t query_
   }
 }
 
-// Weights as the left operand: the layouts of accumulators and operands agree.
-template <class T, int keys>
-__device__ __forceinline__ void round_weights(uint32_t (&p)[keys / 16][4], const float (&s)[keys / 2]) {
-#pragma unroll
-  for (int i = 0; i < keys / 4; ++i) p[i / 4][i % 4] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
-}
-
 // acc[.., 32 panel + ..] += weights times a panel of keys.
 template <class T, int keys>
 __device__ __forceinline__ void add_weighted(float* acc, const uint32_t (&p)[keys / 16][4],
@@ -71,12 +64,6 @@ __device__ __forceinline__ void add_weighted(float* acc, const uint32_t (&p)[key
   }
 }
 
-template <int n>
-__device__ __forceinline__ void scale_rows(float (&acc)[n], const float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) acc[i] *= factor[i / 2 % 2];
-}
-
 template <int panels, int keys, int stages_>
 struct MmaTile {
   static constexpr int stages = stages_, query_bytes = kMmaRows * panels * kPanelRowBytes,
@@ -89,33 +76,33 @@ template <class T, int slot, int stages>
 __global__ void __launch_bounds__(kMmaBlock) duc_mma_kernel(Sweep sweep, Tiling tiling) {
   constexpr int num_panels = 1 << slot, keys = kMmaTiling.keys[slot];
   using Tile = MmaTile<num_panels, keys, stages>;
-  const int pair = blockIdx.z, count = sweep.count(pair);
+  const Share share(sweep, keys);
+  const int count = sweep.count(share.pair);
   if (count == 0 || tiling.slot(count) != slot) return;
   MMFAST_DYNAMIC_SHARED(shared);
   const uint32_t queries = shared_address(shared), tiles = queries + Tile::query_bytes;
   const int warp = threadIdx.x / kWarp;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kMmaRows;
-  const int64_t num_tiles = (sweep.num_keys + keys - 1) / keys;
-  const auto* const source =
-      static_cast<const unsigned char*>(sweep.keys) + pair * sweep.key_stride * static_cast<int>(sizeof(T));
+  const auto* const source = static_cast<const unsigned char*>(sweep.keys) +
+                             share.pair * sweep.key_stride * static_cast<int>(sizeof(T));
   const auto copy_tile = [&](int64_t tile) {
-    if (tile < num_tiles)
+    if (tile < share.end_tile)
       copy_bytes(tiles + static_cast<uint32_t>(tile % stages) * Tile::key_bytes,
                  source + tile * Tile::key_bytes, Tile::key_bytes);
     cp_async_commit();
   };
-  copy_bytes(
-      queries,
-      static_cast<const T*>(sweep.queries) + pair * sweep.query_stride + first_row * num_panels * kPanel,
-      Tile::query_bytes);
-  for (int i = 0; i < stages - 1; ++i) copy_tile(i);
+  copy_bytes(queries,
+             static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
+                 first_row * num_panels * kPanel,
+             Tile::query_bytes);
+  for (int i = 0; i < stages - 1; ++i) copy_tile(share.first_tile + i);
 
   const float scale = static_cast<float>(sweep.scale);
   const int64_t first_own = sweep.offset + first_row + 16 * warp;
   const uint32_t own_queries = queries + warp / 4 * (num_panels * kQueryRows * kPanelRowBytes);
   float acc[32 * num_panels] = {};
   TwoRows rows;
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+  for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     cp_async_wait<stages - 2>();
     __syncthreads();
     // Into the stage that all have left.
@@ -138,9 +125,9 @@ __global__ void __launch_bounds__(kMmaBlock) duc_mma_kernel(Sweep sweep, Tiling 
   }
   cp_async_wait<0>();
   finish_rows(rows);
-  store_losses(sweep, pair, first_row + 16 * warp, rows);
+  store_losses(sweep, share.index, first_row + 16 * warp, rows);
   if (sweep.residual == nullptr) return;
-  store_residuals<T, 64 * num_panels, keys>(sweep, pair, first_row + 16 * warp, rows, acc, 0, count,
+  store_residuals<T, 64 * num_panels, keys>(sweep, share, first_row + 16 * warp, rows, acc, 0, count,
                                             num_panels);
 }
 
@@ -152,24 +139,25 @@ constexpr int kWideStage = kWideQueryBytes + kWideKeyBytes, kWideShared = kWideS
 
 template <class T>
 __global__ void __launch_bounds__(kMmaBlock) duc_mma_wide_kernel(Sweep sweep, Tiling tiling) {
-  const int pair = blockIdx.z, count = sweep.count(pair), first_panel = blockIdx.y * kWidePanels;
+  const Share share(sweep, kWideKeys);
+  const int count = sweep.count(share.pair), first_panel = blockIdx.y * kWidePanels;
   const int num_panels = (count + kPanel - 1) / kPanel;
   if (tiling.slot(count) != tiling.wide || first_panel >= num_panels) return;
   MMFAST_DYNAMIC_SHARED(shared);
   const uint32_t stages = shared_address(shared);
   const int warp = threadIdx.x / kWarp, num_own = min(kWidePanels, num_panels - first_panel);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kMmaRows;
-  const int64_t num_tiles = (sweep.num_keys + kWideKeys - 1) / kWideKeys;
   const int steps = num_panels + (sweep.residual == nullptr ? 0 : num_own);
   constexpr int size = sizeof(T);
   const auto* const queries = static_cast<const unsigned char*>(sweep.queries) +
-                              (pair * sweep.query_stride + first_row * num_panels * kPanel) * size;
-  const auto* const keys = static_cast<const unsigned char*>(sweep.keys) + pair * sweep.key_stride * size;
+                              (share.pair * sweep.query_stride + first_row * num_panels * kPanel) * size;
+  const auto* const keys =
+      static_cast<const unsigned char*>(sweep.keys) + share.pair * sweep.key_stride * size;
 
-  int64_t next_tile = 0;
+  int64_t next_tile = share.first_tile;
   int next_step = 0, next_stage = 0, stage = 0;
   const auto copy_next = [&] {
-    if (next_tile < num_tiles) {
+    if (next_tile < share.end_tile) {
       const uint32_t target = stages + next_stage * kWideStage;
       const bool is_score = next_step < num_panels;
       const int panel = is_score ? next_step : first_panel + next_step - num_panels;
@@ -201,7 +189,7 @@ __global__ void __launch_bounds__(kMmaBlock) duc_mma_wide_kernel(Sweep sweep, Ti
   const int64_t first_own = sweep.offset + first_row + 16 * warp;
   float acc[32 * kWidePanels] = {};
   TwoRows rows;
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+  for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     float s[kWideKeys / 2] = {}, decay[2];
     for (int panel = 0; panel < num_panels; ++panel) {
       const uint32_t current = begin_step();
@@ -219,9 +207,9 @@ __global__ void __launch_bounds__(kMmaBlock) duc_mma_wide_kernel(Sweep sweep, Ti
   }
   cp_async_wait<0>();
   finish_rows(rows);
-  if (first_panel == 0) store_losses(sweep, pair, first_row + 16 * warp, rows);
+  if (first_panel == 0) store_losses(sweep, share.index, first_row + 16 * warp, rows);
   if (sweep.residual == nullptr) return;
-  store_residuals<T, 64 * kWidePanels, kWideKeys>(sweep, pair, first_row + 16 * warp, rows, acc,
+  store_residuals<T, 64 * kWidePanels, kWideKeys>(sweep, share, first_row + 16 * warp, rows, acc,
                                                   first_panel * kPanel, count, num_panels);
 }
 

@@ -163,6 +163,61 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+// Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    duc_merge_kernel(Sweep sweep, Tiling tiling, const T* __restrict__ keys_by_row,  // [P, key_stride]
+                     const accumulate_t<T>* __restrict__ statistics,                 // [3, splits, P, N]
+                     const accumulate_t<T>* __restrict__ partial,                    // [splits, P, N, W]
+                     accumulate_t<T>* __restrict__ losses) {                         // [P, N]
+  using A = accumulate_t<T>;
+  const int lane = threadIdx.x % kWarp, pair = blockIdx.y, count = sweep.count(pair);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
+  if (count == 0 || row >= sweep.num_queries) return;
+  const int64_t place = pair * sweep.num_queries + row, split_stride = sweep.num_pairs * sweep.num_queries;
+  const int64_t plane = sweep.num_splits * split_stride;
+  const bool is_split = lane < sweep.num_splits;
+  const A* const mine = statistics + lane * split_stride + place;
+  const A max = is_split ? mine[0] : -INFINITY;
+  A top = max, own_score = is_split ? mine[2 * plane] : A(0);
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
+    own_score += __shfl_xor_sync(0xffffffffu, own_score, distance);
+  }
+  const A scale = static_cast<A>(sweep.scale);
+  const A sum = is_split ? mine[plane] * power_of_two((max - top) * scale) : A(0);
+  A total = sum;
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    total += __shfl_xor_sync(0xffffffffu, total, distance);
+  if (lane == 0) losses[place] = loss_of(total, top, own_score, scale);
+  if (sweep.residual == nullptr) return;
+  const A weight = sum / total;
+  const int num_panels = tiling.num_panels(count), tile_keys = tiling.keys[tiling.slot(count)];
+  const T* const keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
+  for (int start = 0; start < count; start += kWarp) {
+    const int column = start + lane;
+    A residual = 0;
+    for (int split = 0; split < sweep.num_splits; ++split) {
+      const A factor = __shfl_sync(0xffffffffu, weight, split);
+      if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
+    }
+    if (column >= count) continue;
+    const int64_t own_row = sweep.offset + row, target = place * sweep.width + column;
+    if constexpr (sizeof(T) == 2) {
+      residual -= static_cast<A>(keys[packed_index(own_row, column, tile_keys, num_panels)]);
+    } else {
+      residual -= keys_by_row[pair * sweep.key_stride + own_row * sweep.width + column];
+    }
+    if (sweep.is_rounded) {
+      static_cast<T*>(sweep.residual)[target] = static_cast<T>(residual);
+    } else {
+      static_cast<A*>(sweep.residual)[target] = residual;
+    }
+  }
+}
+
 enum Reduction { kMean, kSum, kNone };
 
 // The first block reduces the losses, each of the others puts the residuals of 32 rows back, a warp a row.

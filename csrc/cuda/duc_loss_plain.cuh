@@ -46,7 +46,7 @@ __device__ __forceinline__ void add_outer(T (&d)[rows][columns], const T (&a)[ro
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
 #pragma unroll
-    for (int j = 0; j < columns; ++j) d[i][j] = fma(a[i], b[j], d[i][j]);
+    for (int j = 0; j < columns; ++j) d[i][j] = multiply_add(a[i], b[j], d[i][j]);
   }
 }
 
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(256)
   using T = typename Tile::T;
   constexpr int kRows = Tile::thread_rows, kKeys = Tile::thread_keys, kColumns = Tile::thread_columns;
   constexpr int vector = Tile::vector, step = Tile::step, unroll = 32 / sizeof(T);
-  const int pair = blockIdx.z, count = sweep.count(pair), first_column = blockIdx.y * Tile::columns;
+  const Share share(sweep, Tile::keys);
+  const int pair = share.pair, count = sweep.count(pair), first_column = blockIdx.y * Tile::columns;
   if (first_column >= count) return;
   MMFAST_DYNAMIC_SHARED(shared);
   T* const stages = reinterpret_cast<T*>(shared);
@@ -65,7 +66,6 @@ __global__ void __launch_bounds__(256)
 
   const int thread_row = threadIdx.x / 16, thread_column = threadIdx.x % 16;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * Tile::rows, width = sweep.width;
-  const int64_t num_tiles = (sweep.num_keys + Tile::keys - 1) / Tile::keys;
   const T* const queries =
       static_cast<const T*>(sweep.queries) + pair * sweep.query_stride + first_row * width;
   const T* const keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(256)
   const int valid_columns = static_cast<int>(min(static_cast<int64_t>(Tile::columns), width - first_column));
 
   // What is copied next: a step of a tile, into a stage.
-  int64_t next_tile = 0;
+  int64_t next_tile = share.first_tile;
   int next_step = 0, next_stage = 0, stage = 0;
   const auto copy_next = [&] {
-    if (next_tile < num_tiles) {
+    if (next_tile < share.end_tile) {
       const uint32_t target = shared_address(stages + next_stage * Tile::stage);
       if (next_step < score_steps) {
         const T* const q = queries + static_cast<int64_t>(next_step) * step * Tile::rows;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(256)
   T acc[kRows][kColumns] = {}, row_max[kRows], row_sum[kRows] = {}, own_score[kRows] = {};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) row_max[i] = -INFINITY;
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+  for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     T s[kRows][kKeys] = {};
     for (int part = 0; part < score_steps; ++part) {
       const T* const current = begin_step();
@@ -146,17 +146,17 @@ __global__ void __launch_bounds__(256)
     for (int i = 0; i < kRows; ++i) {
       T top = row_max[i];
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) top = fmax(top, s[i][j]);
+      for (int j = 0; j < kKeys; ++j) top = larger(top, s[i][j]);
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2)
-        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, distance));
-      const T decay = exp2((row_max[i] - top) * scale);
+        top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
+      const T decay = power_of_two((row_max[i] - top) * scale);
       row_max[i] = top;
       row_sum[i] *= decay;
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         // The difference before the scale: a large score's rounding stays out of the exponent.
-        s[i][j] = exp2((s[i][j] - top) * scale);
+        s[i][j] = power_of_two((s[i][j] - top) * scale);
         row_sum[i] += s[i][j];
       }
 #pragma unroll
@@ -197,15 +197,15 @@ __global__ void __launch_bounds__(256)
     }
     const int64_t row = first_row + spread<vector>(thread_row, i);
     if (row >= sweep.num_queries) continue;
-    const int64_t place = pair * sweep.num_queries + row;
+    const int64_t place = share.index * sweep.num_queries + row;
     if (first_column == 0 && thread_column == 0)
-      static_cast<T*>(sweep.losses)[place] = loss_of(row_sum[i], row_max[i], own_score[i], scale);
+      store_loss(sweep, share.index, row, row_sum[i], row_max[i], own_score[i]);
     if (!has_residual) continue;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int column = spread<vector>(thread_column, j);
       if (first_column + column >= count) continue;
-      const T own = values[(sweep.offset + row) * width + column];
+      const T own = sweep.num_splits == 1 ? values[(sweep.offset + row) * width + column] : T(0);
       static_cast<T*>(sweep.residual)[place * width + first_column + column] = acc[i][j] / row_sum[i] - own;
     }
   }

@@ -46,14 +46,19 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading_byt
          swizzle_128 << 62;
 }
 
+// The same so many bytes on; shared memory is too small for a carry out of the address.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + bytes / 16);
+}
+
 // Begins scores = q k^T over all panels of 64 queries and a key tile.
 template <class T, class H>
 __device__ __forceinline__ void begin_scores(float (&s)[H::keys / 2], uint32_t queries, uint32_t tile) {
-  const uint32_t first = recomputed(queries);
+  const uint64_t q = descriptor(recomputed(queries), 16), b = descriptor(tile, 16);
 #pragma unroll
   for (int k = 0; k < H::panels * 4; ++k) {
-    const uint64_t q = descriptor(first + k / 4 * (kQueryRows * kPanelRow) + k % 4 * 32, 16);
-    Wgmma<T, H::keys>::scores(s, q, descriptor(tile + k / 4 * H::panel_bytes + k % 4 * 32, 16), k > 0);
+    Wgmma<T, H::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRow) + k % 4 * 32),
+                              advanced(b, k / 4 * H::panel_bytes + k % 4 * 32), k > 0);
   }
   wgmma_commit();
 }
@@ -62,9 +67,10 @@ __device__ __forceinline__ void begin_scores(float (&s)[H::keys / 2], uint32_t q
 template <class T, class H>
 __device__ __forceinline__ void begin_weighted(float (&acc)[H::columns / 2],
                                                const uint32_t (&p)[H::keys / 16][4], uint32_t tile) {
+  const uint64_t b = descriptor(tile, H::panel_bytes);
 #pragma unroll
   for (int k = 0; k < H::keys / 16; ++k)
-    Wgmma<T, H::columns>::weighted(acc, p[k], descriptor(tile + k * 16 * kPanelRow, H::panel_bytes));
+    Wgmma<T, H::columns>::weighted(acc, p[k], advanced(b, k * 16 * kPanelRow));
   wgmma_commit();
 }
 
@@ -73,14 +79,15 @@ template <class T, int slot, bool has_residual>
 __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tiling tiling) {
   using H = Hopper<slot>;
   constexpr int keys = H::keys, stages = H::stages;
-  const int pair = blockIdx.z, count = sweep.count(pair);
+  const Share share(sweep, keys);
+  const int count = sweep.count(share.pair);
   if (count == 0 || tiling.slot(count) != slot) return;
   MMFAST_DYNAMIC_SHARED(shared);
   MMFAST_SHARED(uint64_t, barriers, [1 + 2 * stages]);
   const uint32_t queries = shared_address(shared), tiles = queries + H::query_bytes;
   const uint32_t query_ready = shared_address(barriers), full = query_ready + 8, empty = full + 8 * stages;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * H::rows;
-  const int num_tiles = static_cast<int>((sweep.num_keys + keys - 1) / keys);
+  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
   if (threadIdx.x == 0) {
     mbarrier_init(query_ready, 1);
     for (int stage = 0; stage < stages; ++stage) {
@@ -96,9 +103,10 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
   if (threadIdx.x < kGroup) {
     release_registers<24>();
     if (threadIdx.x != 0) return;
-    const auto* const query_source =
-        static_cast<const T*>(sweep.queries) + pair * sweep.query_stride + first_row * (H::panels * kPanel);
-    const auto* const key_source = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
+    const auto* const query_source = static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
+                                     first_row * (H::panels * kPanel);
+    const auto* const key_source = static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride +
+                                   share.first_tile * (keys * H::panels * kPanel);
     mbarrier_expect(query_ready, H::query_bytes);
     bulk_copy(queries, query_source, H::query_bytes, query_ready);
     int stage = 0, parity = 1;
@@ -127,12 +135,8 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
     const auto release = [&](int stage) {
       if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty + 8 * stage);
     };
-    const auto round_weights = [&] {
-#pragma unroll
-      for (int i = 0; i < keys / 4; ++i) p[i / 4][i % 4] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
-    };
     const auto add_tile = [&](int tile) {
-      const int64_t first_key = static_cast<int64_t>(tile) * keys;
+      const int64_t first_key = (share.first_tile + tile) * keys;
       online_softmax<keys>(s, rows, decay, first_key, first_own, sweep.num_keys, scale);
     };
     // The first consumer begins.
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
     wgmma_wait<0>();
     hold_registers(s);
     add_tile(0);
-    round_weights();
+    round_weights<T, keys>(p, s);
     int last_stage = 0, stage = 1, parity = 0;
     for (int tile = 1; tile < num_tiles; ++tile) {
       if constexpr (!has_residual) release(last_stage);
@@ -168,9 +172,8 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
         wgmma_wait<0>();
         hold_registers(acc);
         release(last_stage);
-#pragma unroll
-        for (int i = 0; i < H::columns / 2; ++i) acc[i] *= decay[i / 2 % 2];
-        round_weights();
+        scale_rows(acc, decay);
+        round_weights<T, keys>(p, s);
       }
       last_stage = stage;
       if (++stage == stages) stage = 0, parity ^= 1;
@@ -186,9 +189,9 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
     if (consumer == 0) begin_turn();
     finish_rows(rows);
     const int first_column = H::is_split ? consumer * H::columns : 0;
-    if (first_column == 0) store_losses(sweep, pair, first_warp_row, rows);
+    if (first_column == 0) store_losses(sweep, share.index, first_warp_row, rows);
     if constexpr (has_residual)
-      store_residuals<T, H::columns, keys>(sweep, pair, first_warp_row, rows, acc, first_column, count,
+      store_residuals<T, H::columns, keys>(sweep, share, first_warp_row, rows, acc, first_column, count,
                                            H::panels);
   }
 }
@@ -198,7 +201,8 @@ void launch(const char* op, const Sweep& sweep, void* stream) {
   using H = Hopper<slot>;
   const auto kernel = &duc_hopper_kernel<T, slot, has_residual>;
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, H::shared_bytes));
-  const dim3 grid(static_cast<unsigned>((sweep.num_queries + H::rows - 1) / H::rows), 1, sweep.num_pairs);
+  const dim3 grid(static_cast<unsigned>((sweep.num_queries + H::rows - 1) / H::rows), 1,
+                  sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kBlock, H::shared_bytes, stream, sweep, kHopperTiling);
 }
 

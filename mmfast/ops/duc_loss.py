@@ -348,8 +348,10 @@ def _run_cuda(
     if num_columns > 512:
         width = -(-num_columns // 64) * 64
     wide = query.dtype.itemsize > 2
-    num_rows = sum(-(-rows // 128) * 128 for rows in (num_samples, num_keys, num_keys)[: 3 if wide else 2])
+    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * (2 if wide else 1)
     packed = query.new_empty(num_pairs * num_rows * width)
+    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU's processors the keys are split.
+    num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
     # Sums over several teachers are rounded once.
     is_rounded = effective is None or len(features) == 2
     packed_residual = query.new_empty(
@@ -357,6 +359,8 @@ def _run_cuda(
         dtype=query.dtype if is_rounded else accumulation_dtype(query.dtype),
     )
     losses = loss.new_empty(num_pairs, num_samples)
+    num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
+    partial = loss.new_empty(num_partial)
     indices = loss.new_empty(num_pairs * (2 * num_dims + 1), dtype=torch.int32)
     views = array("q")
     for feature, key in zip(features, keys, strict=True):
@@ -369,6 +373,7 @@ def _run_cuda(
         indices.data_ptr(),
         packed.data_ptr(),
         packed_residual.data_ptr() if with_residual else 0,
+        partial.data_ptr(),
         losses.data_ptr(),
         loss.data_ptr(),
         residuals.data_ptr() if with_residual else 0,
@@ -378,6 +383,7 @@ def _run_cuda(
         num_dims,
         width,
         known.buffer_info()[0] if sizes else 0,
+        num_splits,
         is_rounded,
         temperature,
         offset,
