@@ -250,7 +250,7 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
 
 // Keys of a tile in the kernels for sm_90a, and their launch for pairs of a slot below `wide`. They are in an
 // object of their own, compiled for that architecture alone.
-constexpr Tiling kHopperTiling{{128, 128, 64, 64, 64}, 4};
+constexpr Tiling kHopperTiling{{128, 128, 96, 64, 64}, 4};
 void launch_hopper(const char* op, bool is_half, int slot, const Sweep& sweep, void* stream);
 
 }  // namespace mmfast::duc

@@ -169,6 +169,9 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
       hold_registers(s);
       add_tile(tile);
       if constexpr (has_residual) {
+        // The exponentials are taken while the products before are under way.
+        hold_registers(s);
+        finish_first(rows.sum[0] + rows.sum[1]);
         wgmma_wait<0>();
         hold_registers(acc);
         release(last_stage);

@@ -85,6 +85,18 @@ __device__ __forceinline__ uint32_t recomputed(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+// A loop that is never entered, on a number that is never negative: the assembler, which would put the wait
+// that follows at the front of its block, has to leave it behind what computes the number.
+__device__ __forceinline__ void finish_first(float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred again;\n"
+      "again_%=: setp.lt.f32 again, %0, 0f00000000;\n"
+      "@again nanosleep.u32 1;\n"
+      "@again bra again_%=;\n"
+      "}" ::"f"(x)
+      : "memory");
+}
 
 // Products of a warpgroup, d [64, n] in float32, begun here and complete after a wait. Each warp has 16 rows,
 // laid out as those of mma_m16n8k16, eight columns after eight.

@@ -41,6 +41,7 @@ void wgmma_wait() {
 }
 template <int n>
 void hold_registers(float (&)[n]) {}
+inline void finish_first(float) {}
 inline uint32_t recomputed(uint32_t value) { return value; }
 
 template <class T, int n>
