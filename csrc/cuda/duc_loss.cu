@@ -11,16 +11,13 @@
 // columns back in their places, sums over teachers in order and reduces the losses. The number of columns
 // stays on the device: of the kernels for up to 64, 128, 256, 512 columns and for more, all that a pair may
 // need are launched, and blocks of another one's pairs return at once. Where the queries alone would leave a
-// large GPU idle, the keys are split over blocks, by sizes only and put together in order: the result is the
-// same on every device and in every run.
+// large GPU idle, the keys are split over blocks, as sizes alone decide, and put together in order.
 //
-//   sm_90a        duc_loss_sm90a.cu: bulk copies on a barrier by one thread, wgmma by two warpgroups that
-//   take turns;
-//                 up to 512 columns
-//   sm_80, later  duc_loss_mma.cuh: cp.async, ldmatrix, mma.sync; more than 256 columns are split over
-//   blocks, each of
-//                 which sums the scores over all of them
-//   float32, 64   duc_loss_plain.cuh: fused multiply-adds on registers, columns split by 128 (64)
+//   duc_loss_sm90a.cu   Hopper, up to 512 columns: bulk copies, wgmma by two warpgroups that take turns
+//   duc_loss_mma.cuh    sm_80 and later: cp.async, ldmatrix, mma.sync; above 256 columns the residual is
+//   split
+//                       over blocks, each of which sums the scores over all columns
+//   duc_loss_plain.cuh  float32 and float64: multiply-adds in registers, the residual split by 128 and 64
 //
 // Floors, one pair of N = 16,384, d = 256, bfloat16, H100: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
 // of inputs and residual, 0.008 ms at 3.0 TB/s, and 42 MB for packing and putting back, 0.014 ms; besides N^2
@@ -42,7 +39,7 @@ using namespace duc;
 
 constexpr const char* kOp = "duc_loss_fwd";
 constexpr int64_t kMaxModalities = 256, kMaxPairs = 65535;
-// To what all tiles of queries, and of keys, come out even.
+// Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
 constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -57,7 +54,7 @@ struct Call {
   const View* views;     // [M, 2] on the host
   const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
   int num_processors;
-  bool is_hopper;
+  bool is_hopper, reads_keys;
   void* stream;
 
   Tiling tiling() const { return is_hopper ? kHopperTiling : kMmaTiling; }
@@ -94,10 +91,8 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
   check_cuda(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
-template <class Tile>
-void sweep_plain(const Call& call, typename Tile::T* queries, typename Tile::T* keys,
-                 typename Tile::T* keys_by_row) {
-  using T = typename Tile::T;
+template <class Tile, class T>
+void sweep_plain(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyRows<T>& rows_of_keys) {
   const Sweep& sweep = call.sweep;
   call.pack(&duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step, queries, keys, keys_by_row,
             sweep.query_stride, sweep.key_stride, sweep.width, sweep.num_queries, sweep.num_keys);
@@ -105,7 +100,7 @@ void sweep_plain(const Call& call, typename Tile::T* queries, typename Tile::T* 
   allow_shared_memory(kernel, Tile::shared_bytes);
   const unsigned num_slices = sweep.residual == nullptr ? 1 : blocks_of(sweep.width, Tile::columns);
   const dim3 grid(blocks_of(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
-  MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep, keys_by_row);
+  MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep, rows_of_keys);
 }
 
 template <class T, int slot, int stages>
@@ -147,16 +142,17 @@ void sweep_half(const Call& call, T* queries, T* keys) {
 }
 
 template <class T>
-void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row) {
+void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyRows<T>& rows_of_keys) {
   const Sweep& sweep = call.sweep;
   if constexpr (std::is_same_v<T, double>) {
-    sweep_plain<PlainTile<double, 4, 2, 4>>(call, queries, keys, keys_by_row);
+    sweep_plain<PlainTile<double, 4, 2, 4>>(call, queries, keys, keys_by_row, rows_of_keys);
   } else if constexpr (std::is_same_v<T, float>) {
     using Large = PlainTile<float, 8, 4, 8>;
     const int64_t blocks = int64_t{1} * blocks_of(sweep.num_queries, Large::rows) * sweep.num_splits *
                            blocks_of(sweep.width, Large::columns) * sweep.num_pairs;
-    if (blocks >= call.num_processors) return sweep_plain<Large>(call, queries, keys, keys_by_row);
-    sweep_plain<PlainTile<float, 4, 4, 8>>(call, queries, keys, keys_by_row);
+    if (blocks >= call.num_processors)
+      return sweep_plain<Large>(call, queries, keys, keys_by_row, rows_of_keys);
+    sweep_plain<PlainTile<float, 4, 4, 8>>(call, queries, keys, keys_by_row, rows_of_keys);
   } else {
     sweep_half<T>(call, queries, keys);
   }
@@ -171,7 +167,13 @@ void run(const Call& call, void* packed, void* partial, void* loss, void* residu
   Sweep& sweep = parts.sweep;
   T* const queries = static_cast<T*>(packed);
   T* const keys = queries + sweep.num_pairs * sweep.query_stride;
-  T* const keys_by_row = keys + sweep.num_pairs * sweep.key_stride;
+  // Rows of keys that can be read as they lie are not packed once more.
+  T* const keys_by_row = call.reads_keys ? nullptr : keys + sweep.num_pairs * sweep.key_stride;
+  KeyRows<T> rows_of_keys{keys_by_row, sweep.key_stride, sweep.width, sweep.width};
+  if (call.reads_keys) {
+    const View& view = call.views[1];
+    rows_of_keys = {static_cast<const T*>(view.data), 0, view.stride_row, call.columns.num_dims};
+  }
   sweep.queries = queries, sweep.keys = keys;
   const int64_t rows = sweep.num_pairs * sweep.num_queries;
   const bool is_split = sweep.num_splits > 1;
@@ -180,41 +182,42 @@ void run(const Call& call, void* packed, void* partial, void* loss, void* residu
     sweep.losses = static_cast<A*>(partial) + (has_residual ? sweep.num_splits * rows * sweep.width : 0);
     sweep.residual = has_residual ? partial : nullptr;
     sweep.is_rounded = false;
+    sweep.residual_width = sweep.width;
   }
-  sweep_all<T>(parts, queries, keys, keys_by_row);
+  sweep_all<T>(parts, queries, keys, keys_by_row, rows_of_keys);
   if (is_split) {
     Sweep whole = call.sweep;
     whole.keys = keys;
     const dim3 grid(blocks_of(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
-    MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, call.tiling(), keys_by_row,
+    MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, call.tiling(), rows_of_keys,
                   static_cast<const A*>(sweep.losses), static_cast<const A*>(sweep.residual),
                   static_cast<A*>(whole.losses));
   }
   const Sweep& whole = call.sweep;
   const unsigned blocks =
-      whole.residual == nullptr
+      whole.residual == residuals
           ? 0
           : blocks_of(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
   MMFAST_LAUNCH((&duc_finish_kernel<T>), 1 + blocks, kFinishBlock, 0, call.stream, call.columns,
                 static_cast<const A*>(whole.losses), whole.residual, static_cast<A*>(loss),
-                static_cast<T*>(residuals), whole.num_pairs, whole.num_queries, whole.width, whole.is_rounded,
-                reduction);
+                static_cast<T*>(residuals), whole.num_pairs, whole.num_queries, whole.residual_width,
+                whole.is_rounded, reduction);
 }
 
 void duc_loss_fwd(
     const int64_t* views,   // [M, 6] on the host: address, strides of a feature, of its keys
     const void* effective,  // bool [M, D], contiguous; nullptr: keys[0] teaches features[0] all
     void* columns,          // int32 [P (2 D + 1)], P = M (M - 1) or 1
-    void* packed,           // [P, N + K (+ K in wide floats), W], N to a multiple of 128, K of 384
-    void* packed_residual,  // [P, N, W]; nullptr: no residuals
-    void* partial,          // [splits, P, N, W (if residuals) + 3] in the dtype of sums; nullptr: 1 split
+    void* packed,  // [P, N + K, W], in wide floats [P, N + 2 K, W] unless reads_keys; N, K rounded up
+    void* packed_residual,  // [P, N, W]; `residuals` itself if all columns are taken; nullptr: not wanted
+    void* partial,          // [splits, P, N, W (if residuals) + 3] in the dtype of sums; unused for 1 split
     void* losses,           // [P, N]
     void* loss,             // [] or [N]
     void* residuals,        // [M, N, D]
     int64_t num_modalities, int64_t num_queries, int64_t num_keys, int64_t num_dims, int64_t width,
     const int64_t* sizes,  // [M, M] on the host; nullptr: not known
-    int64_t num_splits, bool is_rounded, double temperature, int64_t offset, int64_t reduction, int64_t dtype,
-    int64_t device, void* stream) {
+    int64_t num_splits, bool reads_keys, bool is_rounded, double temperature, int64_t offset,
+    int64_t reduction, int64_t dtype, int64_t device, void* stream) {
   const int64_t num_pairs = effective == nullptr ? 1 : num_modalities * (num_modalities - 1);
   if (num_queries == 0 || num_dims == 0 || num_pairs == 0) return;
   const int64_t num_blocks = num_pairs * num_splits;
@@ -238,6 +241,8 @@ void duc_loss_fwd(
   sweep.key_stride = round_up(num_keys, kKeyMultiple) * width;
   sweep.num_queries = num_queries, sweep.num_keys = num_keys;
   sweep.width = width, sweep.offset = offset;
+  sweep.residual_width = packed_residual == residuals ? num_dims : width;
+  call.reads_keys = reads_keys;
   sweep.num_pairs = static_cast<int>(num_pairs), sweep.num_columns = static_cast<int>(num_dims);
   sweep.num_splits = static_cast<int>(num_splits);
   sweep.is_rounded = is_rounded;

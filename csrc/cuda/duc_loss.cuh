@@ -11,11 +11,11 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 struct Sweep {
   const void* queries;  // packed, query_stride elements a pair
   const void* keys;     // packed, key_stride elements a pair
-  void* residual;       // [splits, P, N, W]; nullptr: not wanted
+  void* residual;       // [splits, P, N, residual_width]; nullptr: not wanted
   void* losses;       // [P, N]; for several splits [3, splits, P, N]: maximum, sum and own score of each row
   const int* counts;  // [P], columns in use; nullptr: num_columns in every pair
   int64_t query_stride, key_stride;
-  int64_t num_queries, num_keys, width, offset;
+  int64_t num_queries, num_keys, width, residual_width, offset;
   int num_pairs, num_columns, num_splits;
   bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums
   double scale;     // log2(e) / temperature: exp(s / temperature) = 2^(s scale)
@@ -37,6 +37,13 @@ struct Share {
     first_tile = split * num_tiles / sweep.num_splits;
     end_tile = (split + 1) * num_tiles / sweep.num_splits;
   }
+};
+
+// The keys row by row, whose rows begin at multiples of 16 bytes.
+template <class T>
+struct KeyRows {
+  const T* data;
+  int64_t stride_pair, stride_row, num_columns;
 };
 
 // Half precision lies in panels of 64 columns, so that a row of a panel is 128 bytes, of which chunk c of
@@ -224,7 +231,8 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
     const int r = static_cast<int>(own_row - tile * tile_keys);
     const T* const own =
         keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
-    const int64_t target = ((share.index * sweep.num_queries + row) * sweep.width + first_column) / 2 + t;
+    const int64_t target =
+        ((share.index * sweep.num_queries + row) * sweep.residual_width + first_column) / 2 + t;
     const auto store = [&](auto* residual) {
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {

@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Wide floats: for the scores transposed, tile after tile of `rows` rows, [W, rows] each; keys also as they
-// are, [K, W]. A block takes 32 rows; those past the end of the last tile and the columns up to a multiple of
-// `multiple` are zeros.
+// Wide floats: for the scores transposed, tile after tile of `rows` rows, [W, rows] each; keys also by row,
+// [K, W], unless keys_by_row is nullptr. A block takes 32 rows; those past the end of the last tile and the
+// columns up to a multiple of `multiple` are zeros.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     duc_pack_plain_kernel(Columns columns, Views views, int first_modality, int query_rows, int key_rows,
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * tile;
   if (first_row >= end) return;
   T* target = part.is_keys ? keys + part.pair * key_stride : queries + part.pair * query_stride;
-  T* by_row = keys_by_row + part.pair * key_stride;
+  T* const by_row = part.is_keys && keys_by_row != nullptr ? keys_by_row + part.pair * key_stride : nullptr;
   const T* source = static_cast<const T*>(part.view.data);
   const int filled = (count + multiple - 1) / multiple * multiple;
   MMFAST_SHARED(T, turned, [tile][tile + 1]);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBlock)
       const bool is_inside = row < num_rows && position < count;
       const T x = is_inside ? source[row * part.view.stride_row + column * part.view.stride_dim] : T(0);
       turned[lane][r] = x;
-      if (part.is_keys && position < filled) by_row[row * width + position] = x;
+      if (by_row != nullptr && position < filled) by_row[row * width + position] = x;
     }
     __syncthreads();
     for (int c = warp; c < tile && start + c < filled; c += kBlock / kWarp) {
@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(kBlock)
 // Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    duc_merge_kernel(Sweep sweep, Tiling tiling, const T* __restrict__ keys_by_row,  // [P, key_stride]
-                     const accumulate_t<T>* __restrict__ statistics,                 // [3, splits, P, N]
-                     const accumulate_t<T>* __restrict__ partial,                    // [splits, P, N, W]
-                     accumulate_t<T>* __restrict__ losses) {                         // [P, N]
+    duc_merge_kernel(Sweep sweep, Tiling tiling, KeyRows<T> rows_of_keys,  // in wide floats
+                     const accumulate_t<T>* __restrict__ statistics,       // [3, splits, P, N]
+                     const accumulate_t<T>* __restrict__ partial,          // [splits, P, N, W]
+                     accumulate_t<T>* __restrict__ losses) {               // [P, N]
   using A = accumulate_t<T>;
   const int lane = threadIdx.x % kWarp, pair = blockIdx.y, count = sweep.count(pair);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
@@ -204,11 +204,12 @@ __global__ void __launch_bounds__(kBlock)
       if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
     }
     if (column >= count) continue;
-    const int64_t own_row = sweep.offset + row, target = place * sweep.width + column;
+    const int64_t own_row = sweep.offset + row, target = place * sweep.residual_width + column;
     if constexpr (sizeof(T) == 2) {
       residual -= static_cast<A>(keys[packed_index(own_row, column, tile_keys, num_panels)]);
     } else {
-      residual -= keys_by_row[pair * sweep.key_stride + own_row * sweep.width + column];
+      residual -=
+          rows_of_keys.data[pair * rows_of_keys.stride_pair + own_row * rows_of_keys.stride_row + column];
     }
     if (sweep.is_rounded) {
       static_cast<T*>(sweep.residual)[target] = static_cast<T>(residual);

@@ -52,8 +52,7 @@ __device__ __forceinline__ void add_outer(T (&d)[rows][columns], const T (&a)[ro
 
 // Grid: blocks of queries, blocks of the residual's columns, pairs.
 template <class Tile>
-__global__ void __launch_bounds__(256)
-    duc_plain_kernel(Sweep sweep, const typename Tile::T* __restrict__ keys_by_row) {
+__global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typename Tile::T> rows_of_keys) {
   using T = typename Tile::T;
   constexpr int kRows = Tile::thread_rows, kKeys = Tile::thread_keys, kColumns = Tile::thread_columns;
   constexpr int vector = Tile::vector, step = Tile::step, unroll = 32 / sizeof(T);
@@ -69,11 +68,13 @@ __global__ void __launch_bounds__(256)
   const T* const queries =
       static_cast<const T*>(sweep.queries) + pair * sweep.query_stride + first_row * width;
   const T* const keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
-  const T* const values = keys_by_row + pair * sweep.key_stride + first_column;
+  const T* const values = rows_of_keys.data + pair * rows_of_keys.stride_pair + first_column;
+  const int64_t stride_value = rows_of_keys.stride_row;
   const bool has_residual = sweep.residual != nullptr;
   const int score_steps = (count + step - 1) / step;
   const int steps = score_steps + (has_residual ? Tile::keys / step : 0);
-  const int valid_columns = static_cast<int>(min(static_cast<int64_t>(Tile::columns), width - first_column));
+  const int valid_columns =
+      static_cast<int>(min(static_cast<int64_t>(Tile::columns), rows_of_keys.num_columns - first_column));
 
   // What is copied next: a step of a tile, into a stage.
   int64_t next_tile = share.first_tile;
@@ -92,8 +93,14 @@ __global__ void __launch_bounds__(256)
         const int64_t key = next_tile * Tile::keys + (next_step - score_steps) * step;
         for (int i = threadIdx.x * vector; i < Tile::weigh_stage; i += 256 * vector) {
           const int r = i / Tile::columns, c = i % Tile::columns;
-          // Beyond the packed columns there is nothing to read, and nothing computed from it is kept.
-          if (c < valid_columns) cp_async_16(target + i * sizeof(T), values + (key + r) * width + c);
+          // Beyond the columns there is nothing to read, and nothing computed from it is kept; weights of
+          // keys beyond the last are 0, but 0 times what is there by chance may not be.
+          if (c >= valid_columns) continue;
+          if (key + r < sweep.num_keys) {
+            cp_async_16(target + i * sizeof(T), values + (key + r) * stride_value + c);
+          } else {
+            *reinterpret_cast<Pack<T, vector>*>(stages + next_stage * Tile::stage + i) = {};
+          }
         }
       }
     }
@@ -205,8 +212,9 @@ __global__ void __launch_bounds__(256)
     for (int j = 0; j < kColumns; ++j) {
       const int column = spread<vector>(thread_column, j);
       if (first_column + column >= count) continue;
-      const T own = sweep.num_splits == 1 ? values[(sweep.offset + row) * width + column] : T(0);
-      static_cast<T*>(sweep.residual)[place * width + first_column + column] = acc[i][j] / row_sum[i] - own;
+      const T own = sweep.num_splits == 1 ? values[(sweep.offset + row) * stride_value + column] : T(0);
+      static_cast<T*>(sweep.residual)[place * sweep.residual_width + first_column + column] =
+          acc[i][j] / row_sum[i] - own;
     }
   }
 }

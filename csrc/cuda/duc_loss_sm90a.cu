@@ -1,21 +1,22 @@
-// The sweep of duc_loss in half precision on Hopper, compiled for sm_90a alone: bulk copies by one thread,
-// products of warpgroups (wgmma) by two others, which change places over exponentials and products.
+// The sweep of duc_loss in half precision on Hopper, compiled for sm_90a alone: one thread has tiles copied
+// in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products.
 //
 // Layout and descriptors. A panel, [rows][64 columns] of 16 bits with chunk c of 16 bytes of row r at place
 // c ^ (r % 8), is what PTX calls the 128-byte swizzle, Swizzle<3, 4, 3>: bits 4-6 of an address are changed
-// by bits 7-9, so panels begin at multiples of 1,024 bytes. In units of T = 8 elements, PTX has two canonical
-// layouts of it (PTX ISA, "asynchronous warpgroup level canonical layouts"), and a panel is both:
-//   K-major, ((8, m), (T, 2)) : ((8T, SBO), (1, T)), for scores = q k^T. "Rows" are queries or keys, K the
-//   dimensions:
-//     a row takes 8 T = 128 bytes, the next eight rows begin SBO = 1,024 bytes on. Of the 64 dimensions in a
-//     row a product takes 16, 32 bytes; the next 16 begin 32 bytes on in the same swizzle, since the hardware
-//     applies that to addresses. LBO is not used.
-//   MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)), for p k: K are keys now, 8 T = 128 bytes apart,
-//   the
-//     next eight keys SBO = 1,024 bytes on; N are columns, 64 side by side, the next 64 LBO = one panel of
-//     the tile on. The next 16 keys begin 2,048 bytes on.
-// A descriptor has address, LBO and SBO in units of 16 bytes at bits 0, 16 and 32, a base offset of 0 at bit
-// 49, and at bit 62 the number of the swizzle, 1.
+// by bits 7-9, so panels begin at multiples of 1,024 bytes. In elements of 16 bits, T = 8 of them in 16
+// bytes, PTX has two canonical layouts under it (PTX ISA, "asynchronous warpgroup level canonical layouts"),
+// and a panel is both at once:
+//
+//   K-major, ((8, m), (T, 2)) : ((8T, SBO), (1, T)), for scores = q k^T; K are the dimensions. A row, of a
+//   query or key, takes 8T = 128 bytes; eight rows on is SBO = 1,024 bytes. A product takes 16 of the 64
+//   dimensions, 32 bytes; the next 16 begin 32 bytes on, as the swizzle works on addresses. No LBO.
+//
+//   MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)), for p k; K are the keys, 8T = 128 bytes apart,
+//   eight of them on is SBO = 1,024 bytes. 64 columns are side by side, the next 64 LBO = one panel of the
+//   tile on. The next 16 keys begin 2,048 bytes on.
+//
+// A descriptor holds address, LBO and SBO in units of 16 bytes at bits 0, 16 and 32, a base offset of 0 at
+// bit 49, and at bit 62 the number of the swizzle, 1.
 #include "duc_loss.cuh"
 #include "hopper.cuh"
 
@@ -24,8 +25,7 @@ namespace {
 
 constexpr int kGroup = 128, kConsumers = 2, kBlock = (1 + kConsumers) * kGroup, kPanelRow = 2 * kPanel;
 
-// Up to 256 columns each consumer has 64 queries of its own; at 512 both have the same 64, and half the
-// columns.
+// Up to 256 columns each of the consumers has 64 queries; at 512 both have the same 64 and half the columns.
 template <int slot>
 struct Hopper {
   static constexpr int panels = 1 << slot, keys = kHopperTiling.keys[slot];
@@ -34,9 +34,9 @@ struct Hopper {
   static constexpr int rows = is_split ? kQueryRows : kConsumers * kQueryRows;
   static constexpr int query_bytes = rows * panels * kPanelRow, panel_bytes = keys * kPanelRow,
                        tile_bytes = panels * panel_bytes;
-  // What fits, up to four tiles.
-  static constexpr int fitting = (227 * 1024 - 1024 - query_bytes) / tile_bytes;
-  static constexpr int stages = fitting < 4 ? fitting : 4, shared_bytes = query_bytes + stages * tile_bytes;
+  // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
+  static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
+  static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
   static_assert(stages >= 2, "one tile is used while the next is copied");
 };
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
   if (count == 0 || tiling.slot(count) != slot) return;
   MMFAST_DYNAMIC_SHARED(shared);
   MMFAST_SHARED(uint64_t, barriers, [1 + 2 * stages]);
-  const uint32_t queries = shared_address(shared), tiles = queries + H::query_bytes;
+  const uint32_t queries = (shared_address(shared) + 1023) / 1024 * 1024, tiles = queries + H::query_bytes;
   const uint32_t query_ready = shared_address(barriers), full = query_ready + 8, empty = full + 8 * stages;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * H::rows;
   const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
   }
   __syncthreads();
 
-  // In front of one branch, as setmaxnreg wants it.
+  // Registers are handed over at the head of the two branches, as setmaxnreg wants it.
   if (threadIdx.x < kGroup) {
     release_registers<24>();
     if (threadIdx.x != 0) return;

@@ -320,6 +320,14 @@ def _run_cpu(
     return loss, residuals
 
 
+def _has_aligned_rows(
+    x: Tensor,  # [N, D]
+) -> bool:
+    """Return whether rows are in one piece each, and begin and end at multiples of 16 bytes."""
+    lengths = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
+    return x.stride(1) == 1 and all(length % 16 == 0 for length in lengths)
+
+
 def _run_cuda(
     features: list[Tensor],  # M of [N, D]
     keys: list[Tensor],  # M of [K, D]
@@ -343,21 +351,24 @@ def _run_cuda(
         if reduction == "sum":
             loss.mul_(num_samples)
         return loss, residuals.zero_()
-    # Up to 512 columns in panels of a power of two times 64, beyond in any number of panels.
-    width = max(64, 1 << (num_columns - 1).bit_length())
-    if num_columns > 512:
-        width = -(-num_columns // 64) * 64
+    # In half precision up to 512 columns take a power of two of panels, otherwise any number of panels.
     wide = query.dtype.itemsize > 2
-    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * (2 if wide else 1)
+    width = -(-num_columns // 64) * 64
+    if not wide and num_columns <= 512:
+        width = max(64, 1 << (num_columns - 1).bit_length())
+    # Where all columns are taken, rows that can be read 16 bytes at a time need no second copy.
+    reads_keys = wide and effective is None and _has_aligned_rows(keys[0])
+    num_copies = 2 if wide and not reads_keys else 1
+    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * num_copies
     packed = query.new_empty(num_pairs * num_rows * width)
-    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU's processors the keys are split.
+    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
     num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
     # Sums over several teachers are rounded once.
     is_rounded = effective is None or len(features) == 2
-    packed_residual = query.new_empty(
-        (num_pairs, num_samples, width) if with_residual else 0,
-        dtype=query.dtype if is_rounded else accumulation_dtype(query.dtype),
-    )
+    packed_residual = residuals
+    if with_residual and (effective is not None or num_dims % 2):
+        dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
+        packed_residual = query.new_empty(num_pairs, num_samples, width, dtype=dtype)
     losses = loss.new_empty(num_pairs, num_samples)
     num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
     partial = loss.new_empty(num_partial)
@@ -384,6 +395,7 @@ def _run_cuda(
         width,
         known.buffer_info()[0] if sizes else 0,
         num_splits,
+        reads_keys,
         is_rounded,
         temperature,
         offset,

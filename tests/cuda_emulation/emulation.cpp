@@ -35,6 +35,7 @@ namespace {
 constexpr int kMaxThreads = 1024, kWarp = 32, kMasks = 8, kBarriers = 16;
 constexpr std::size_t kStack = 256 << 10, kGuard = 4096, kShared = 227 << 10, kSharedByDefault = 48 << 10;
 constexpr unsigned char kPoison = 0xff;
+constexpr std::size_t kPoisonedStack = 8 << 10;
 
 struct Fiber {
   unsigned char* stack = nullptr;
@@ -98,8 +99,17 @@ void complete(Barrier& barrier) {
   __builtin_unreachable();
 }
 
+// What a kernel leaves uninitialised among its local variables is read as poison, too.
+__attribute__((noinline)) void poison_stack() {
+  unsigned char below[kPoisonedStack];
+  std::memset(below, kPoison, sizeof below);
+  // Not to be left out as without effect.
+  asm volatile("" ::"r"(below) : "memory");
+}
+
 void fiber_main() {
   for (;;) {
+    poison_stack();
     body(body_arguments);
     Fiber& fiber = fibers[current];
     fiber.is_done = true;
