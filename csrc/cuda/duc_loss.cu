@@ -14,18 +14,16 @@
 // large GPU idle, the keys are split over blocks, as sizes alone decide, and put together in order.
 //
 //   duc_loss_sm90a.cu   Hopper, up to 512 columns: bulk copies, wgmma by two warpgroups that take turns
-//   duc_loss_mma.cuh    sm_80 and later: cp.async, ldmatrix, mma.sync; above 256 columns the residual is
-//   split
-//                       over blocks, each of which sums the scores over all columns
-//   duc_loss_plain.cuh  float32 and float64: multiply-adds in registers, the residual split by 128 and 64
+//   duc_loss_mma.cuh    sm_80 and later: cp.async, ldmatrix, mma.sync; blocks take 256 columns of the
+//                       residual each, and all of them sum the scores over all columns
+//   duc_loss_plain.cuh  float32 and float64: multiply-adds in registers, blocks of 256, 128 or 64 columns
 //
-// Floors, one pair of N = 16,384, d = 256, bfloat16, H100: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
-// of inputs and residual, 0.008 ms at 3.0 TB/s, and 42 MB for packing and putting back, 0.014 ms; besides N^2
-// exponentials, 0.075 ms at 16 a clock and multiprocessor, of one warpgroup while the other multiplies. A
-// block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache. Predicted: 0.50
-// ms, 70% of the matrix rate; on mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s, of which two blocks'
-// common scores make 6.9 ms; predicted 9 ms. Compiled for every architecture without spills; not timed yet on
-// a GPU.
+// Floors, one pair of N = 16,384, d = 256, H100. bfloat16: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
+// of inputs and residual, 0.008 ms at 3.0 TB/s, and 17 MB written and read again by packing, 0.011 ms; N^2
+// exponentials, 0.075 ms at 16 a clock and multiprocessor, which one warpgroup takes while the other
+// multiplies. A block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache.
+// Predicted: 0.50 ms, 70% of the matrix rate; with mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s,
+// predicted 7 ms. Compiled for every architecture without spills; not timed yet on a GPU.
 #include <algorithm>
 
 #include "duc_loss_mma.cuh"
@@ -147,12 +145,25 @@ void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyR
   if constexpr (std::is_same_v<T, double>) {
     sweep_plain<PlainTile<double, 4, 2, 4>>(call, queries, keys, keys_by_row, rows_of_keys);
   } else if constexpr (std::is_same_v<T, float>) {
+    using Wide = PlainTile<float, 8, 4, 16>;
     using Large = PlainTile<float, 8, 4, 8>;
-    const int64_t blocks = int64_t{1} * blocks_of(sweep.num_queries, Large::rows) * sweep.num_splits *
-                           blocks_of(sweep.width, Large::columns) * sweep.num_pairs;
-    if (blocks >= call.num_processors)
-      return sweep_plain<Large>(call, queries, keys, keys_by_row, rows_of_keys);
-    sweep_plain<PlainTile<float, 4, 4, 8>>(call, queries, keys, keys_by_row, rows_of_keys);
+    using Small = PlainTile<float, 4, 4, 8>;
+    // Turns of the multiprocessors, times what a block multiplies for a key: scores and its slice of columns.
+    const auto duration = [&](auto tile) {
+      using Tile = decltype(tile);
+      const int64_t blocks = int64_t{1} * sweep.num_pairs * sweep.num_splits *
+                             blocks_of(sweep.num_queries, Tile::rows) * blocks_of(sweep.width, Tile::columns);
+      return blocks_of(blocks, call.num_processors) * Tile::rows * (sweep.width + Tile::columns);
+    };
+    // Small tiles read shared memory more often for what they multiply.
+    const double wide = duration(Wide{}), large = duration(Large{}), small = 1.4 * duration(Small{});
+    if (sweep.residual != nullptr && wide < std::min(large, small)) {
+      sweep_plain<Wide>(call, queries, keys, keys_by_row, rows_of_keys);
+    } else if (large < small) {
+      sweep_plain<Large>(call, queries, keys, keys_by_row, rows_of_keys);
+    } else {
+      sweep_plain<Small>(call, queries, keys, keys_by_row, rows_of_keys);
+    }
   } else {
     sweep_half<T>(call, queries, keys);
   }

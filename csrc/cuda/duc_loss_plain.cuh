@@ -18,7 +18,7 @@ struct PlainTile {
   static constexpr int vector = 16 / sizeof(T), step = 16, stages = 3;
   static constexpr int score_stage = step * (rows + keys), weigh_stage = step * columns;
   static constexpr int stage = score_stage > weigh_stage ? score_stage : weigh_stage;
-  // Weights by key; the padding spreads the stores of neighbouring keys over the banks.
+  // Weights by key; the padding spreads what neighbouring threads store over the banks.
   static constexpr int weight_stride = rows + vector;
   static constexpr int shared_bytes = (stages * stage + keys * weight_stride) * static_cast<int>(sizeof(T));
 };
@@ -27,6 +27,12 @@ struct PlainTile {
 template <int vector>
 __device__ __forceinline__ int spread(int t, int i) {
   return (i / vector * 16 + t) * vector + i % vector;
+}
+
+// Where the weights of a key are: 16 threads' first keys side by side, then their second ones.
+template <int vector>
+__device__ __forceinline__ int place_of(int key) {
+  return (key / (16 * vector) * vector + key % vector) * 16 + key / vector % 16;
 }
 
 template <int n, class T>
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
     // The last reads of the weights lie before the barriers of the steps in between.
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
-      T* const target = weights + spread<vector>(thread_column, j) * Tile::weight_stride;
+      T* const target = weights + (j * 16 + thread_column) * Tile::weight_stride;
 #pragma unroll
       for (int i = 0; i < kRows; i += vector) {
         Pack<T, vector> pack;
@@ -187,7 +193,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
 #pragma unroll unroll
       for (int key = 0; key < step; ++key) {
         T p[kRows], v[kColumns];
-        load_spread(p, weights + (part * step + key) * Tile::weight_stride, thread_row);
+        load_spread(p, weights + place_of<vector>(part * step + key) * Tile::weight_stride, thread_row);
         load_spread(v, current + key * Tile::columns, thread_column);
         add_outer(acc, p, v);
       }
