@@ -214,7 +214,11 @@ def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[floa
         members.setdefault(theta.device, []).append(index)
     launch = _backend.extension("cuda").partial_reinit
     for indices in members.values():
-        plan = _plan(*([values[index] for index in indices] for values in (params, init_params, alphas)))
+        plan = _plan(
+            [params[index] for index in indices],
+            [init_params[index] for index in indices],
+            [alphas[index] for index in indices],
+        )
         launch(plan.data_ptr(), len(plan), *_backend.stream_of(params[indices[0]]))
 
 
