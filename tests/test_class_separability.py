@@ -157,8 +157,8 @@ def test_moments_close_to_truth(shape, dtype, backend):
     check_gradient(features, labels, num_classes, backend)
 
 
-# Of the CUDA kernel a block takes 64 samples and 16 a class, up to 64 classes; a warp 512 bytes of a row.
-@pytest.mark.parametrize("shape", [(600, 9, 40), (150, 20, 66), (200, 260, 3), (70, 1030, 2)], ids=str)
+# Of the CUDA kernel a block takes 64 samples, or 16 of each of up to 128 classes, a warp 512 bytes of a row.
+@pytest.mark.parametrize("shape", [(600, 9, 40), (100, 20, 130), (200, 260, 3), (70, 1030, 2)], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [(torch.float32, "contiguous"), (torch.float32, "unaligned"), (torch.float16, "rows apart")],
@@ -177,7 +177,7 @@ def test_many_classes_and_wide_rows(dtype, shape, layout, backend):
     assert torch.equal(hits, reference.dimension_hits(features, labels, centroids))
 
 
-@pytest.mark.parametrize("num_classes", [5, 70], ids="C={}".format)
+@pytest.mark.parametrize("num_classes", [5, 130], ids="C={}".format)
 def test_labels_that_name_no_class_are_left_out(num_classes, backend, device, monkeypatch):
     if backend in ("reference", "cpu"):
         pytest.skip("labels on a CPU are checked")

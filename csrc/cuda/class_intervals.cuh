@@ -36,7 +36,7 @@ __device__ A first_nearer(double a, double b, bool tie_to_b) {
 }
 
 // Classes of a thread of the intervals, columns and groups of classes of a block.
-constexpr int kOwnClasses = 4, kIntervalColumns = 64, kClassGroups = kBlock / kIntervalColumns;
+constexpr int kOwnClasses = 2, kIntervalColumns = 64, kClassGroups = kBlock / kIntervalColumns;
 
 // Centroid k is nearest to x just when low[k] <= x < high[k]; of equal distances the lowest class is nearest.
 template <class K, class A>
@@ -50,30 +50,42 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int first =
       static_cast<int>(blockIdx.x / num_slabs * kClassGroups + threadIdx.x / kIntervalColumns) * kOwnClasses;
   if (column >= num_columns || first >= num_classes) return;
-  K own[kOwnClasses], below[kOwnClasses], above[kOwnClasses];
-  int below_class[kOwnClasses], above_class[kOwnClasses];
-  bool is_beaten[kOwnClasses];
   const auto centroid = [&](int k) {
     const K c = centroids[k * num_columns + column];
     return is_finite(c) ? c : infinity;
   };
+  K own[kOwnClasses], below[kOwnClasses], above[kOwnClasses];
 #pragma unroll
   for (int i = 0; i < kOwnClasses; ++i) {
     own[i] = first + i < num_classes ? centroid(first + i) : infinity;
     below[i] = -infinity, above[i] = infinity;
-    below_class[i] = above_class[i] = 0;
-    is_beaten[i] = false;
   }
-#pragma unroll 2
+#pragma unroll 4
   for (int k = 0; k < num_classes; ++k) {
     const K other = centroid(k);
 #pragma unroll
     for (int i = 0; i < kOwnClasses; ++i) {
-      // The first class of those that share a centroid is the one that can win.
-      if (other < own[i] && other > below[i]) below[i] = other, below_class[i] = k;
-      if (other > own[i] && other < above[i]) above[i] = other, above_class[i] = k;
-      is_beaten[i] = is_beaten[i] || (other == own[i] && k < first + i);
+      if (other < own[i]) below[i] = max(below[i], other);
+      if (other > own[i]) above[i] = min(above[i], other);
     }
+  }
+  // Of those that share a centroid only the lowest class can win: who among the lower ones holds these three?
+  bool is_beaten[kOwnClasses] = {}, is_below_lower[kOwnClasses] = {}, is_above_lower[kOwnClasses] = {};
+  const auto compare = [&](int i, K other) {
+    is_beaten[i] = is_beaten[i] || other == own[i];
+    is_below_lower[i] = is_below_lower[i] || other == below[i];
+    is_above_lower[i] = is_above_lower[i] || other == above[i];
+  };
+#pragma unroll 4
+  for (int k = 0; k < first; ++k) {
+    const K other = centroid(k);
+#pragma unroll
+    for (int i = 0; i < kOwnClasses; ++i) compare(i, other);
+  }
+#pragma unroll
+  for (int i = 0; i < kOwnClasses; ++i) {
+#pragma unroll
+    for (int j = 0; j < i; ++j) compare(i, own[j]);
   }
 #pragma unroll
   for (int i = 0; i < kOwnClasses; ++i) {
@@ -82,8 +94,8 @@ __global__ void __launch_bounds__(kBlock, 2)
     // Empty, where the centroid is not finite or a lower class's.
     A from = infinity_of(A{}), to = -infinity_of(A{});
     if (!is_beaten[i] && own[i] < infinity) {
-      from = below[i] == -infinity ? lowest_of(A{}) : first_nearer<A>(below[i], own[i], k < below_class[i]);
-      to = above[i] == infinity ? infinity_of(A{}) : first_nearer<A>(own[i], above[i], above_class[i] < k);
+      from = below[i] == -infinity ? lowest_of(A{}) : first_nearer<A>(below[i], own[i], !is_below_lower[i]);
+      to = above[i] == infinity ? infinity_of(A{}) : first_nearer<A>(own[i], above[i], is_above_lower[i]);
     }
     low[k * num_columns + column] = from;
     high[k * num_columns + column] = to;

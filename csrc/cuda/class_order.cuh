@@ -9,7 +9,7 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBlock = 256, kWarps = kBlock / kWarp;
 // Rows of a block, and classes up to which a block orders its rows itself.
-constexpr int kMaxRows = 1024, kMaxOwnClasses = 64;
+constexpr int kMaxRows = 1024, kMaxOwnClasses = 128;
 
 template <class A>
 __device__ bool is_finite(A x) {

@@ -246,19 +246,25 @@ def _moments_fwd_cpu(
     return count, mean, var
 
 
-# What a block of the CUDA kernel takes: samples, and classes by which it orders its samples itself.
-_MOST_ROWS, _MOST_OWN_CLASSES = 1024, 64
+# What a block of the CUDA kernel takes: samples, and classes by which it can order its samples itself.
+_MOST_ROWS, _MOST_OWN_CLASSES = 1024, 128
+# What blocks that do so leave of each class stays in the second-level cache up to so many numbers.
+_MOST_PARTS = 2**20
 # Two blocks for each multiprocessor of an H100. Fixed: the same bits on every GPU.
 _BLOCKS = 264
 
 
-def _rows_per_block(num_samples: int, num_dims: int, num_classes: int, itemsize: int) -> int:
-    """Return how many samples a block sums: enough of each class, and enough blocks."""
+def _blocks_of_moments(
+    num_samples: int, num_dims: int, num_classes: int, itemsize: int
+) -> tuple[int, bool]:  # samples a block, whether it orders them itself
+    """Return how the CUDA kernel shares out the samples: enough of a class to a block, and enough blocks."""
     slabs = max(1, -(-num_dims * itemsize // 512))
     rows = max(64, -(-num_samples * slabs // _BLOCKS))
-    if num_classes <= _MOST_OWN_CLASSES:
+    few_parts = num_samples * num_dims * num_classes <= _MOST_PARTS * _MOST_ROWS
+    is_ordering = num_classes <= _MOST_OWN_CLASSES // 2 or (num_classes <= _MOST_OWN_CLASSES and few_parts)
+    if is_ordering:
         rows = max(rows, 16 * num_classes)
-    return min(_MOST_ROWS, -(-rows // 16) * 16)
+    return min(_MOST_ROWS, -(-rows // 16) * 16), is_ordering
 
 
 def _moments_fwd_cuda(
@@ -269,10 +275,9 @@ def _moments_fwd_cuda(
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cuda")
     features = unbroken_rows(features)
     num_samples, num_dims = features.shape
-    rows = _rows_per_block(num_samples, num_dims, num_classes, features.element_size())
+    rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
     num_blocks = -(-num_samples // rows)
-    is_ordered_inside = num_classes <= _MOST_OWN_CLASSES
-    if is_ordered_inside:
+    if is_ordering:
         labels, order, sorted_labels = labels.long().contiguous(), None, None
         num_parts = num_blocks * num_classes
         part_count = count.new_empty(num_parts, dtype=torch.int32)
@@ -284,7 +289,7 @@ def _moments_fwd_cuda(
     part_mean = torch.empty_like(part_squares, dtype=torch.float32 if is_half else torch.float64)
     _backend.extension("cuda").class_separability_moments_fwd(
         features.data_ptr(),
-        labels.data_ptr() if is_ordered_inside else 0,
+        labels.data_ptr() if is_ordering else 0,
         0 if order is None else order.data_ptr(),
         0 if sorted_labels is None else sorted_labels.data_ptr(),
         part_mean.data_ptr(),
