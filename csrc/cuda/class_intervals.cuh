@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kBlock, 2)
     class_intervals_kernel(const K* __restrict__ centroids,  // [C, D]
                            A* __restrict__ low,              // [C, D]
                            A* __restrict__ high,             // [C, D]
-                           int num_classes, int64_t num_columns, int64_t num_slabs) {
+                           int num_classes, int64_t num_columns, unsigned num_slabs) {
   const K infinity = infinity_of(K{});
-  const int64_t column = blockIdx.x % num_slabs * kIntervalColumns + threadIdx.x % kIntervalColumns;
+  const int64_t slab = blockIdx.x % num_slabs;
+  const int64_t column = slab * kIntervalColumns + threadIdx.x % kIntervalColumns;
   const int first =
       static_cast<int>(blockIdx.x / num_slabs * kClassGroups + threadIdx.x / kIntervalColumns) * kOwnClasses;
   if (column >= num_columns || first >= num_classes) return;

@@ -21,8 +21,8 @@ template <class T, int n>
 struct Moments {
   using A = accumulate_t<T>;
   using M = part_mean_t<T>;
-  M mean[n];
-  A squares[n];
+  Pack<M, n> mean;
+  Pack<A, n> squares;
 
   // Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
   // variances", 1979.
@@ -30,10 +30,10 @@ struct Moments {
     const A share = static_cast<A>(other_count) / static_cast<A>(count + other_count);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const A delta = static_cast<A>(other_mean[i] - mean[i]);
-      squares[i] += other_squares[i] + delta * delta * (static_cast<A>(count) * share);
+      const A delta = static_cast<A>(other_mean[i] - mean.values[i]);
+      squares.values[i] += other_squares[i] + delta * delta * (static_cast<A>(count) * share);
       // An infinite mean must not become NaN.
-      mean[i] = is_finite(delta) ? mean[i] + delta * share : mean[i] + other_mean[i];
+      mean.values[i] += is_finite(delta) ? delta * share : other_mean[i];
     }
   }
 };
@@ -74,8 +74,8 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const A rest = squares[i] - sum[i] * (sum[i] * scale);
-      result.mean[i] = static_cast<part_mean_t<T>>(shift[i]) + sum[i] * scale;
-      result.squares[i] = rest < 0 ? A(0) : rest;
+      result.mean.values[i] = static_cast<part_mean_t<T>>(shift[i]) + sum[i] * scale;
+      result.squares.values[i] = rest < 0 ? A(0) : rest;
     }
     return result;
   }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kBlock, 2)
                              accumulate_t<T>* __restrict__ part_squares,  // [parts, D]
                              int* __restrict__ part_count,                // [blocks, C], or null
                              int64_t num_rows, int64_t num_columns, int num_classes, int64_t stride,
-                             int rows_per_block, int64_t num_slabs) {
+                             int rows_per_block, unsigned num_slabs) {
   using A = accumulate_t<T>;
   using M = part_mean_t<T>;
   MMFAST_SHARED(int64_t, rows, [kMaxRows]);
@@ -147,17 +147,15 @@ __global__ void __launch_bounds__(kBlock, 2)
   const auto write = [&](const Moments<T, n>& moments) {
     if (!has_columns || k < 0 || k >= num_classes) return;
     const int64_t at = (order == nullptr ? block * num_classes + k : block + k) * num_columns + column;
-    auto* means = reinterpret_cast<Pack<M, n>*>(part_mean + at);
-    auto* squares = reinterpret_cast<Pack<A, n>*>(part_squares + at);
-#pragma unroll
-    for (int i = 0; i < n; ++i) means->values[i] = moments.mean[i], squares->values[i] = moments.squares[i];
+    *reinterpret_cast<Pack<M, n>*>(part_mean + at) = moments.mean;
+    *reinterpret_cast<Pack<A, n>*>(part_squares + at) = moments.squares;
   };
   const auto carry = [&](const Moments<T, n>& moments) {
     if (lane == 0) carried_class[warp] = k, carried_count[warp] = count;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      carried_mean[warp][lane * n + i] = moments.mean[i];
-      carried_squares[warp][lane * n + i] = moments.squares[i];
+      carried_mean[warp][lane * n + i] = moments.mean.values[i];
+      carried_squares[warp][lane * n + i] = moments.squares.values[i];
     }
   };
   if (lane == 0) carried_count[warp] = 0;
@@ -234,7 +232,7 @@ __device__ inline int64_t lower_bound(const int* sorted, int64_t size, int64_t k
 
 // Merges the parts of one class, a column a lane; the warps share the parts.
 template <class M, class A>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     class_moments_merge_kernel(const M* __restrict__ part_mean,        // [parts, D]
                                const A* __restrict__ part_squares,     // [parts, D]
                                const int* __restrict__ part_count,     // [blocks, C], or null
@@ -243,13 +241,13 @@ __global__ void __launch_bounds__(kBlock)
                                A* __restrict__ mean,                   // [C, D]
                                A* __restrict__ var,                    // [C, D]
                                int64_t num_rows, int64_t num_columns, int num_classes, int64_t num_blocks,
-                               int rows_per_block, int64_t num_groups) {
+                               int rows_per_block, unsigned num_groups) {
   constexpr int batch = 4;
   MMFAST_SHARED(int64_t, counts, [kWarps][kWarp]);
   MMFAST_SHARED(double, means, [kWarps][kWarp]);
   MMFAST_SHARED(double, squares, [kWarps][kWarp]);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t k = blockIdx.x / num_groups, column = blockIdx.x % num_groups * kWarp + lane;
+  const int64_t k = blockIdx.x / num_groups, group = blockIdx.x % num_groups, column = group * kWarp + lane;
   const bool has_column = column < num_columns;
 
   // The blocks that hold samples of the class.

@@ -61,11 +61,12 @@ __global__ void __launch_bounds__(kBlock)
                              const accumulate_t<T>* __restrict__ mean,   // [C, D]
                              T* __restrict__ dx,                         // [N, D]
                              int64_t num_rows, int64_t num_columns, int num_classes, int64_t stride,
-                             int log_lanes, int64_t num_slabs) {
+                             int log_lanes, unsigned num_slabs) {
   using A = accumulate_t<T>;
   const Position<n> position(log_lanes, blockIdx.x % num_slabs);
   if (position.column >= num_columns) return;
-  const int64_t first = blockIdx.x / num_slabs * (kRows * position.num_groups) + position.group;
+  const int64_t block = blockIdx.x / num_slabs;
+  const int64_t first = block * kRows * position.num_groups + position.group;
   Pack<T, n> loaded[kRows];
   int64_t label[kRows];
 #pragma unroll
@@ -104,14 +105,15 @@ __global__ void __launch_bounds__(kBlock)
                           const accumulate_t<T>* __restrict__ high,  // [C, D]
                           unsigned long long* __restrict__ hits,     // [D], zeros
                           int64_t num_rows, int64_t num_columns, int num_classes, int64_t stride,
-                          int log_lanes, int64_t num_slabs, int64_t rows_per_block) {
+                          int log_lanes, unsigned num_slabs, int64_t rows_per_block) {
   using A = accumulate_t<T>;
   MMFAST_SHARED(int, sums, [kWarp * n]);
   for (int i = threadIdx.x; i < kWarp * n; i += kBlock) sums[i] = 0;
   __syncthreads();
 
-  const Position<n> position(log_lanes, blockIdx.x % num_slabs);
-  const int64_t begin = blockIdx.x / num_slabs * rows_per_block;
+  const int64_t block = blockIdx.x / num_slabs, slab = blockIdx.x % num_slabs;
+  const Position<n> position(log_lanes, slab);
+  const int64_t begin = block * rows_per_block;
   const int64_t end = min(begin + rows_per_block, num_rows);
   const bool has_columns = position.column < num_columns;
   int inside[n] = {};
@@ -151,10 +153,10 @@ __global__ void __launch_bounds__(kBlock)
     }
   }
   __syncthreads();
-  const int64_t slab = (blockIdx.x % num_slabs << log_lanes) * n;
+  const int64_t first_column = (slab << log_lanes) * n;
   for (int i = threadIdx.x; i < n << log_lanes; i += kBlock) {
     // Behind the last column nothing was found.
-    if (sums[i] > 0) atomicAdd(hits + slab + i, static_cast<unsigned long long>(sums[i]));
+    if (sums[i] > 0) atomicAdd(hits + first_column + i, static_cast<unsigned long long>(sums[i]));
   }
 }
 
@@ -178,12 +180,12 @@ void with_packs(const char* op, int64_t dtype, const void* x, int64_t num_column
 // Lanes that a row is spread over, as a power of two, and how often those go into a row.
 struct Slabs {
   int log_lanes = 0;
-  int64_t count;
+  unsigned count;
 
   Slabs(int64_t num_columns, int n) {
     const int64_t packs = divide_up(num_columns, n);
     while (log_lanes < 5 && 1 << log_lanes < packs) ++log_lanes;
-    count = divide_up(packs, 1 << log_lanes);
+    count = static_cast<unsigned>(divide_up(packs, 1 << log_lanes));
   }
 };
 
@@ -218,8 +220,8 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
     // Without columns there are still samples to count.
-    const int64_t num_slabs = num_dims == 0 ? 1 : divide_up(num_dims, kWarp * n);
-    const int64_t num_groups = num_dims == 0 ? 1 : divide_up(num_dims, kWarp);
+    const auto num_slabs = static_cast<unsigned>(num_dims == 0 ? 1 : divide_up(num_dims, kWarp * n));
+    const auto num_groups = static_cast<unsigned>(num_dims == 0 ? 1 : divide_up(num_dims, kWarp));
     using M = part_mean_t<T>;
     M* const means = static_cast<M*>(part_mean);
     A* const squares = static_cast<A*>(part_squares);
@@ -285,7 +287,7 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
     A *const low = static_cast<A*>(intervals), *const high = low + num_classes * num_dims;
-    const int64_t interval_slabs = divide_up(num_dims, kIntervalColumns);
+    const auto interval_slabs = static_cast<unsigned>(divide_up(num_dims, kIntervalColumns));
     const auto interval_blocks =
         static_cast<unsigned>(interval_slabs * divide_up(num_classes, kClassGroups * kOwnClasses));
     if (centroid_dtype == 1) {

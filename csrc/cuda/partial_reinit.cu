@@ -46,12 +46,21 @@ struct Blend {
   }
 };
 
+// Says that an address which came out of memory leads to global memory.
+template <class T>
+__device__ T* in_global_memory(T* address) {
+#ifndef MMFAST_EMULATED
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 template <class T>
 __device__ void blend_piece(const Piece& piece, int lane) {
   constexpr int n = 16 / sizeof(T);
   using Vector = Pack<T, n>;
-  T* const theta = static_cast<T*>(piece.theta);
-  const T* const theta_0 = static_cast<const T*>(piece.theta_0);
+  T* const theta = in_global_memory(static_cast<T*>(piece.theta));
+  const T* const theta_0 = in_global_memory(static_cast<const T*>(piece.theta_0));
   const Blend<T> blend(piece.alpha);
 
   // Elements before the first vector: all, where the tensors never lie on 16 bytes together.
