@@ -1,0 +1,518 @@
+// HEAD
+#include "additive_sample.cuh"
+#include "coalition_utilities.cuh"
+
+namespace mmfast {
+namespace {
+
+constexpr int kBlock = 128;
+// What a block may have of shared memory without asking.
+constexpr int64_t kShared = 47 << 10;
+
+template <class P>
+__global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock) additive_shapley_fwd_kernel(
+    Problem<typename P::T> problem, typename P::T* __restrict__ phi,  // [N, M]
+    accumulate_t<typename P::T>* __restrict__ parts,                  // [splits, N, M] if not null
+    Weights<accumulate_t<typename P::T>> weights) {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  constexpr int K = P::K, J = 1 << K;
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
+  MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
+  MMFAST_DYNAMIC_SHARED(columns);
+  share_weights(weights, a, b);
+
+  const Team<P::is_block> team(problem.threads, scratch);
+  const Classes classes(problem.C, problem.is_packed, team);
+  const int samples = static_cast<int>(blockDim.x) / team.size();
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * samples + threadIdx.x / team.size();
+  // A team without a sample works on the last one, since all lanes take part in the exchanges.
+  const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
+  Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
+  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = 0;
+
+  // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+  const bool is_smooth = problem.utility >= kProbability;
+  A origin = is_smooth && parts != nullptr ? sample.exact_utility(0) : A(0);
+  A total[J] = {}, shared = 0;
+  const unsigned count = (1u << sample.outer) / gridDim.y, begin = blockIdx.y * count;
+  for (unsigned others = begin; others < begin + count; ++others) {
+    sample.visit(others);
+    A u[J] = {};
+    sample.utilities(u);
+    if (others == begin && is_smooth) {
+      if (parts == nullptr)
+        origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
+      if (!(origin - origin == 0)) origin = 0;
+    }
+    const int size = __popc(others);
+    A folded = 0;
+#pragma unroll
+    for (int i = 0; i < J; ++i) {
+      if (i >= left || first + i >= 1 << M) continue;
+      const int players = size + __popc(first + i);
+      const A utility = u[i] - origin;
+      // b is 0 for all players together, whose utility may be infinite.
+      if (players < M) shared += b[players] * utility;
+      const A weighted = a[players] * utility;
+      total[i] += weighted;
+      folded += weighted;
+    }
+    for (unsigned rest = others; rest != 0; rest &= rest - 1)
+      sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
+  }
+
+  const bool is_live = wanted < problem.N && team.warp == 0;
+  const auto store = [&](int m, A value) {
+    if (!is_live || m >= M || team.lane != m % team.threads) return;
+    if (parts == nullptr) {
+      phi[n * M + m] = static_cast<T>(value);
+    } else {
+      parts[(blockIdx.y * problem.N + n) * M + m] = value;
+    }
+  };
+  for (int m = 0; m < sample.outer; ++m)
+    store(m, team.template sum_parts<J>(sample.column(m, P::sum) - shared));
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    A value = -shared;
+#pragma unroll
+    for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? total[i] : A(0);
+    store(sample.outer + k, team.template sum_parts<J>(value));
+  }
+}
+
+// The gradients of a sample with respect to its own classes' partial logits, as a thread adds them up.
+template <class P>
+struct Gradients {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  using Out = std::conditional_t<P::is_block, A, T>;
+  static constexpr int K = P::K, J = 1 << K;
+
+  const Sample<P>& sample;
+  Out* dpartial_logits;  // [M, N, C], those of the sample
+  int64_t stride;        // N C
+  A* dbias_row;          // [C] of the block, if is_block
+  A* dbase;              // [kHeld] unless is_block
+  A dpart[K][kHeld], own_part[K], own_base;
+
+  __device__ Gradients(const Sample<P>& sample, Out* dpartial_logits, int64_t stride, A* dbias_row, A* dbase)
+      : sample(sample), dpartial_logits(dpartial_logits), stride(stride), dbias_row(dbias_row), dbase(dbase) {
+    own_base = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      own_part[k] = 0;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) dpart[k][i] = 0;
+    }
+    for (int m = 0; m < sample.outer; ++m) {
+      sample.column(m, P::sum) = 0;
+      if constexpr (!P::is_block) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) sample.column(m, P::gradients + i) = 0;
+      }
+    }
+  }
+
+  // Adds x[j], the gradient with respect to coalition j's logit of one class.
+  __device__ void add(int chunk, int i, const A (&x)[J]) {
+    A sum[J];
+#pragma unroll
+    for (int j = 0; j < J; ++j) sum[j] = x[j];
+    A halves[K];
+#pragma unroll
+    for (int k = K - 1; k >= 0; --k) {
+      halves[k] = sum[1 << k];
+#pragma unroll
+      for (int j = 1; j < 1 << k; ++j) halves[k] += sum[(1 << k) + j];
+#pragma unroll
+      for (int j = 0; j < 1 << k; ++j) sum[j] += sum[(1 << k) + j];
+    }
+    if constexpr (P::is_block) {
+      const int c = sample.classes.class_of(chunk, i);
+      if (c >= sample.classes.C) return;
+      // Only this thread comes to this class; the first coalition finds nothing there yet.
+      const bool is_first = sample.members == 0;
+      if (is_first) {
+        for (int m = 0; m < sample.outer; ++m) dpartial_logits[m * stride + c] = 0;
+      }
+      if (dbias_row != nullptr) dbias_row[c] += sum[0];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (sample.outer + k >= sample.problem.M) continue;
+        Out& target = dpartial_logits[(sample.outer + k) * stride + c];
+        target = is_first ? halves[k] : target + halves[k];
+      }
+      for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
+        dpartial_logits[(__ffs(static_cast<int>(rest)) - 1) * stride + c] += sum[0];
+    } else {
+      dbase[i] += sum[0];
+#pragma unroll
+      for (int k = 0; k < K; ++k) dpart[k][i] += halves[k];
+      for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
+        sample.column(__ffs(static_cast<int>(rest)) - 1, P::gradients + i) += sum[0];
+    }
+  }
+
+  // Adds the gradient with respect to the label's logit of coalition j.
+  __device__ void add_own(int j, A gradient) {
+    own_base += gradient;
+#pragma unroll
+    for (int k = 0; k < K; ++k) own_part[k] += j >> k & 1 ? gradient : A(0);
+    for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
+      sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += gradient;
+  }
+
+  // What a thread added up of the label's goes to the thread of the label's class.
+  __device__ void finish(bool is_live) {
+    const auto& team = sample.team;
+    finish_own(team.template sum_parts<J>(own_base), dbias_row, dbase);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int m = sample.outer + k;
+      Out* row = dpartial_logits + m * stride;
+      const A own = team.template sum_parts<J>(own_part[k]);
+      if (m < sample.problem.M) finish_row(own, row, dpart[k], is_live);
+    }
+    for (int m = 0; m < sample.outer; ++m) {
+      A gradients[kHeld];
+      if constexpr (!P::is_block) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) gradients[i] = sample.column(m, P::gradients + i);
+      }
+      const A own = team.template sum_parts<J>(sample.column(m, P::sum));
+      finish_row(own, dpartial_logits + m * stride, gradients, is_live);
+    }
+  }
+
+  template <class Row>
+  __device__ void finish_own(A own, Row* row, A* held) const {
+    const Classes& classes = sample.classes;
+    if constexpr (P::is_block) {
+      if (row == nullptr) return;
+      for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          if (classes.class_of(chunk, i) == sample.label) row[sample.label] += own;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) held[i] += classes.class_of(0, i) == sample.label ? own : A(0);
+    }
+  }
+
+  __device__ void finish_row(A own, Out* row, A (&held)[kHeld], bool is_live) const {
+    finish_own(own, row, held);
+    if constexpr (!P::is_block) {
+      if (is_live) sample.classes.store(row, 0, held);
+    }
+  }
+};
+
+// Adds the gradients of the last modalities' coalition j with exponentials of sums, where products were too
+// small. All lanes of the warp come along; those whose team needs it not add zeros.
+template <class P, class A>
+__device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gradients<P>& gradients) {
+  constexpr int J = 1 << P::K;
+  const auto& problem = sample.problem;
+  const bool is_needed = sample.team.all(is_mine ? 1 : 0, Sum()) > 0;
+  const Coalition<typename P::T> source{problem, sample.classes, sample.data, sample.with_last(j)};
+  const Softmax<A> softmax = softmax_of(source, sample.label, source.own(sample.label), sample.team);
+  const A total = softmax.own + softmax.others;
+  const A weight = (problem.utility == kProbability ? du * (softmax.own / total) : du) / total;
+  A z[kHeld];
+  source.load(0, z);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    A x[J];
+    const bool counts = is_needed && sample.is_other(0, i);
+    const A gradient = counts ? -weight * exponential(z[i] - softmax.top) : A(0);
+#pragma unroll
+    for (int l = 0; l < J; ++l) x[l] = l == j ? gradient : A(0);
+    gradients.add(0, i, x);
+  }
+  if (is_mine) gradients.add_own(j, weight * softmax.others);
+}
+
+// Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
+template <class A>
+__device__ void sum_bias(const Team<false>& team, const Classes& classes, A (&dbase)[kHeld], A* row) {
+  MMFAST_SHARED(A, sums, [kBlock / kWarp][kWarp][kHeld]);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, num_warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    for (int distance = team.threads; distance < kWarp; distance *= 2)
+      dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
+    sums[warp][team.lane][i] = dbase[i];
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= team.threads) return;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    for (int w = 1; w < num_warps; ++w) dbase[i] += sums[w][team.lane][i];
+  }
+  classes.store(row, 0, dbase);
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock)
+    additive_shapley_bwd_kernel(const typename P::T* __restrict__ dphi,  // [N, M]
+                                Problem<typename P::T> problem,
+                                typename Gradients<P>::Out* dpartial_logits,  // [M, N, C]
+                                accumulate_t<typename P::T>* dbias,           // [blocks, C] or null
+                                Weights<accumulate_t<typename P::T>> weights) {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  constexpr int K = P::K, J = 1 << K;
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
+  MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
+  MMFAST_DYNAMIC_SHARED(columns);
+  share_weights(weights, a, b);
+
+  const Team<P::is_block> team(problem.threads, scratch);
+  const Classes classes(problem.C, problem.is_packed, team);
+  const int samples = static_cast<int>(blockDim.x) / team.size();
+  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  A* const dbias_row =
+      P::is_block && dbias != nullptr ? dbias + blockIdx.x * static_cast<int64_t>(problem.C) : nullptr;
+  A dbase[kHeld] = {};
+  if (dbias_row != nullptr) {
+    for (int chunk = 0; chunk < classes.chunks(); ++chunk) classes.store(dbias_row, chunk, dbase);
+  }
+
+  const int64_t num_groups = (problem.N + samples - 1) / samples;
+  for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
+    const int64_t wanted = group * samples + threadIdx.x / team.size();
+    const bool is_live = wanted < problem.N;
+    const int64_t n = is_live ? wanted : problem.N - 1;
+    Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
+    Gradients<P> gradients(sample, dpartial_logits + n * problem.C, problem.N * problem.C, dbias_row, dbase);
+    // A team without a sample adds nothing to the bias's gradient.
+    const auto dphi_of = [&](int m) { return is_live && m < M ? static_cast<A>(dphi[n * M + m]) : A(0); };
+    A dphi_sum = 0, last_dphi[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
+    for (int m = 0; m < sample.outer; ++m) dphi_sum += dphi_of(m);
+
+    for (unsigned others = 0; others < 1u << sample.outer; ++others) {
+      sample.visit(others);
+      const int size = __popc(others);
+      A here = 0;
+      for (unsigned rest = others; rest != 0; rest &= rest - 1)
+        here += dphi_of(__ffs(static_cast<int>(rest)) - 1);
+      // The gradient with respect to the utility of a coalition j.
+      const auto du_of = [&](int j) {
+        if (j >= 1 << M) return A(0);
+        A inside = here;
+#pragma unroll
+        for (int k = 0; k < K; ++k) inside += j >> k & 1 ? last_dphi[k] : A(0);
+        const int players = size + __popc(j);
+        return a[players] * inside - b[players] * dphi_sum;
+      };
+      A scale[J] = {};
+      if constexpr (P::is_softmax) {
+        A y[J], others_sum[J], tops[J];
+        unsigned flags = 0;
+        sample.find_sums(y, others_sum, tops);
+#pragma unroll
+        for (int i = 0; i < J; ++i) {
+          if (i >= left) continue;
+          const A e = exponential(y[i]), total = e + others_sum[i], du = du_of(first + i);
+          if (P::is_product && !(total >= kLeastSum<A>)) {
+            flags |= 1u << i;
+            continue;
+          }
+          scale[i] = (problem.utility == kProbability ? du * (e / total) : du) / total;
+          gradients.add_own(first + i, scale[i] * others_sum[i]);
+        }
+        team.template gather<J>(scale);
+        sample.for_leaves([&](int chunk, int i, A(&x)[J]) {
+#pragma unroll
+          for (int j = 0; j < J; ++j) x[j] = -scale[j] * (P::is_product ? x[j] : exponential(x[j] - tops[j]));
+          gradients.add(chunk, i, x);
+        });
+        if constexpr (P::is_product) {
+          sample.for_flagged(
+              flags, [&](int j, bool is_mine) { add_exact(sample, du_of(j), j, is_mine, gradients); });
+        }
+      } else {
+        A tops[J];
+        int runner_up[J];
+        sample.find_tops(tops);
+        team.template gather<J>(tops);
+#pragma unroll
+        for (int j = 0; j < J; ++j) runner_up[j] = kNoClass;
+        sample.for_leaves([&](int chunk, int i, const A(&x)[J]) {
+          const int c = classes.class_of(chunk, i);
+#pragma unroll
+          for (int j = 0; j < J; ++j) {
+            if (c < classes.C && x[j] == tops[j]) runner_up[j] = Min()(runner_up[j], c);
+          }
+        });
+        team.template scatter<J>(runner_up, Min());
+#pragma unroll
+        for (int i = 0; i < J; ++i) {
+          if (i >= left) continue;
+          scale[i] = du_of(first + i);
+          gradients.add_own(first + i, scale[i]);
+        }
+        team.template gather<J>(runner_up);
+        team.template gather<J>(scale);
+        sample.for_leaves([&](int chunk, int i, A(&x)[J]) {
+          const int c = classes.class_of(chunk, i);
+#pragma unroll
+          for (int j = 0; j < J; ++j) x[j] = c == runner_up[j] ? -scale[j] : A(0);
+          gradients.add(chunk, i, x);
+        });
+      }
+    }
+    gradients.finish(is_live);
+  }
+  if constexpr (!P::is_block) {
+    if (dbias != nullptr)
+      sum_bias(team, classes, dbase, dbias + blockIdx.x * static_cast<int64_t>(problem.C));
+  }
+}
+
+// Calls function(Plan) with the plan for T, M and C.
+template <class T, bool is_backward, class Function>
+void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
+  const auto with_utility = [&](auto is_softmax) {
+    if (C > kWarp * kHeld) return function(Plan<T, 2, is_softmax, true, is_backward>{});
+    if (M < 3) return function(Plan<T, 2, is_softmax, false, is_backward>{});
+    return function(Plan<T, 3, is_softmax, false, is_backward>{});
+  };
+  if (utility == kProbability || utility == kLogProbability) return with_utility(std::true_type{});
+  return with_utility(std::false_type{});
+}
+
+struct Geometry {
+  int block;
+  int64_t shared, num_groups;  // groups: of samples, one for each team of a block
+};
+
+template <class P>
+Geometry make_geometry(const Problem<typename P::T>& problem) {
+  const int outer = problem.M > P::K ? problem.M - P::K : 0;
+  const int64_t bytes = int64_t{outer} * P::entries * sizeof(accumulate_t<typename P::T>);
+  int block = kBlock, samples = 1;
+  if constexpr (P::is_block) {
+    block = kWarp * (problem.C <= 256 ? 2 : problem.C <= 2048 ? 4 : kMaxWarps);
+  } else {
+    while (block > kWarp && (block * bytes > kShared || block / 2 >= problem.N * problem.threads)) block /= 2;
+    samples = block / problem.threads;
+  }
+  return {block, block * bytes, (problem.N + samples - 1) / samples};
+}
+
+void check_problem(const char* op, int64_t M, int64_t C) {
+  if (M < 1 || M > kMaxPlayers) {
+    throw std::invalid_argument(std::string(op) + ": M must lie in [1, 20], got " + std::to_string(M));
+  }
+  if (C > std::numeric_limits<int>::max() / 2) {
+    throw std::invalid_argument(std::string(op) + ": too many classes, " + std::to_string(C));
+  }
+}
+
+void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
+                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const void* bias,            // [C] contiguous in the type of accumulation, or null
+                          void* phi,                   // [N, M] contiguous
+                          void* parts,                 // [splits, N, M] in that type, to be summed, or null
+                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
+                          int64_t stride_c, int64_t utility, int64_t dtype,
+                          int64_t splits,  // a power of two, at most 2^(M-3); 1 if `parts` is null
+                          int64_t device, void* stream) {
+  constexpr const char* op = "additive_shapley_fwd";
+  check_problem(op, M, C);
+  if (N == 0) return;
+  const DeviceGuard guard(op, static_cast<int>(device));
+  dispatch_dtype(op, dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    const bool is_packed =
+        fits_packs<T>(partial_logits, C, stride_c) && stride_m % kHeld == 0 && stride_n % kHeld == 0;
+    const Problem<T> problem{static_cast<const T*>(partial_logits),
+                             labels,
+                             static_cast<const A*>(bias),
+                             N,
+                             stride_m,
+                             stride_n,
+                             stride_c,
+                             static_cast<int>(M),
+                             static_cast<int>(C),
+                             static_cast<int>(utility),
+                             lanes_for(C),
+                             is_packed};
+    with_plan<T, false>(M, C, utility, [&](auto plan) {
+      using P = decltype(plan);
+      const Geometry geometry = make_geometry<P>(problem);
+      const dim3 grid(static_cast<unsigned>(geometry.num_groups), static_cast<unsigned>(splits));
+      MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream, problem,
+                    static_cast<T*>(phi), static_cast<A*>(parts),
+                    Weights<A>(problem.M, utility == kCardinality));
+    });
+  });
+  check_cuda(op, cudaGetLastError());
+}
+
+void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
+                          const void* partial_logits,  // [M, N, C], strides in elements
+                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const void* bias,            // [C] contiguous in the type of accumulation, or null
+                          void* dpartial_logits,       // [M, N, C] contiguous; in that type if C > 128
+                          void* dbias,                 // [rows, C] in that type, to be summed, or null
+                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
+                          int64_t stride_c, int64_t utility, int64_t dtype,
+                          int64_t rows,  // at least 1
+                          int64_t device, void* stream) {
+  constexpr const char* op = "additive_shapley_bwd";
+  check_problem(op, M, C);
+  if (N * C == 0) return;
+  const DeviceGuard guard(op, static_cast<int>(device));
+  dispatch_dtype(op, dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    with_plan<T, true>(M, C, utility, [&](auto plan) {
+      using P = decltype(plan);
+      using Out = typename Gradients<P>::Out;
+      const bool is_packed = fits_packs<T>(partial_logits, C, stride_c) && stride_m % kHeld == 0 &&
+                             stride_n % kHeld == 0 && fits_packs<Out>(dpartial_logits, C, 1) &&
+                             fits_packs<A>(dbias, C, 1);
+      const Problem<T> problem{static_cast<const T*>(partial_logits),
+                               labels,
+                               static_cast<const A*>(bias),
+                               N,
+                               stride_m,
+                               stride_n,
+                               stride_c,
+                               static_cast<int>(M),
+                               static_cast<int>(C),
+                               static_cast<int>(utility),
+                               lanes_for(C),
+                               is_packed};
+      const Geometry geometry = make_geometry<P>(problem);
+      const int64_t most = dbias == nullptr ? int64_t{1} << 30 : rows;
+      const int64_t grid = geometry.num_groups < most ? geometry.num_groups : most;
+      if (dbias != nullptr && grid < rows) {
+        check_cuda(op, cudaMemsetAsync(static_cast<A*>(dbias) + grid * C, 0, (rows - grid) * C * sizeof(A),
+                                       static_cast<cudaStream_t>(stream)));
+      }
+      MMFAST_LAUNCH((additive_shapley_bwd_kernel<P>), static_cast<unsigned>(grid), geometry.block,
+                    geometry.shared, stream, static_cast<const T*>(dphi), problem,
+                    static_cast<Out*>(dpartial_logits), static_cast<A*>(dbias), Weights<A>(problem.M));
+    });
+  });
+  check_cuda(op, cudaGetLastError());
+}
+
+MMFAST_REGISTER(additive_shapley_fwd)
+MMFAST_REGISTER(additive_shapley_bwd)
+
+}  // namespace
+}  // namespace mmfast

@@ -1,0 +1,284 @@
+// What the kernels of additive_shapley.cu share: threads that work on one sample together, and utilities.
+#pragma once
+
+#include <limits>
+
+#include "shapley.cuh"
+
+namespace mmfast {
+namespace {
+
+// Classes that a thread takes at a time.
+constexpr int kHeld = 4;
+constexpr int kMaxWarps = 8, kMaxLeaves = 8;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kNoClass = std::numeric_limits<int>::max();
+
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+enum Utility : int { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
+
+struct Sum {
+  template <class V>
+  __device__ V operator()(V x, V y) const {
+    return x + y;
+  }
+};
+
+// The larger, or the one that is no NaN.
+struct Max {
+  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
+  __device__ double operator()(double x, double y) const { return fmax(x, y); }
+};
+
+struct Min {
+  __device__ int operator()(int x, int y) const { return x < y ? x : y; }
+};
+
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+
+// The threads of one sample: 1 to 32 lanes of a warp or, if `is_block`, all warps of a block. A warp's lanes
+// always run through the same steps, whatever teams they belong to.
+template <bool is_block>
+struct Team {
+  int threads;      // in a warp, a power of two
+  int lane;         // in [0, threads)
+  int warp, warps;  // 0 and 1 unless is_block
+  double* scratch;  // [kMaxLeaves, kMaxWarps] shared, if is_block
+
+  __device__ Team(int threads, double* scratch)
+      : threads(is_block ? kWarp : threads),
+        lane(static_cast<int>(threadIdx.x) % (is_block ? kWarp : threads)),
+        warp(is_block ? static_cast<int>(threadIdx.x) / kWarp : 0),
+        warps(is_block ? static_cast<int>(blockDim.x) / kWarp : 1),
+        scratch(scratch) {}
+
+  __device__ int index() const { return warp * kWarp + lane; }
+  __device__ int size() const { return warps * threads; }
+
+  template <class V, class Operation>
+  __device__ V across_warps(V x, Operation operation, int slot, bool is_writer) const {
+    if constexpr (is_block) {
+      V* values = reinterpret_cast<V*>(scratch) + slot * kMaxWarps;
+      if (is_writer) values[warp] = x;
+      __syncthreads();
+      x = values[0];
+      for (int w = 1; w < warps; ++w) x = operation(x, values[w]);
+      // The next exchange writes here again.
+      __syncthreads();
+    }
+    return x;
+  }
+
+  // Over all threads, to each of them.
+  template <class V, class Operation>
+  __device__ V all(V x, Operation operation) const {
+    for (int distance = threads / 2; distance > 0; distance /= 2)
+      x = operation(x, __shfl_xor_sync(kAllLanes, x, distance));
+    return across_warps(x, operation, 0, lane == 0);
+  }
+
+  // Each of J numbers over all threads; one shuffle a number, nearly, however many lanes there are. A thread
+  // ends with numbers first<J>() .. + left<J>() at x[0]; with more lanes than numbers, group<J>() of them
+  // share one.
+  template <int J, class V, class Operation>
+  __device__ void scatter(V (&x)[J], Operation operation) const {
+    int distance = threads / 2;
+#pragma unroll
+    for (int half = J / 2; half > 0; half /= 2) {
+      if (distance > 0) {
+        const bool is_upper = lane & distance;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+          const V sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
+          x[i] = operation(kept, __shfl_xor_sync(kAllLanes, sent, distance));
+        }
+        distance /= 2;
+      }
+    }
+    for (; distance > 0; distance /= 2) x[0] = operation(x[0], __shfl_xor_sync(kAllLanes, x[0], distance));
+    x[0] = across_warps(x[0], operation, first<J>(), lane % group<J>() == 0);
+  }
+  template <int J>
+  __device__ int group() const {
+    return threads > J ? threads / J : 1;
+  }
+  template <int J>
+  __device__ int left() const {
+    return threads < J ? J / threads : 1;
+  }
+  template <int J>
+  __device__ int first() const {
+    return lane / group<J>() * left<J>();
+  }
+
+  // What scatter left with single threads, to all of them.
+  template <int J, class V>
+  __device__ void gather(V (&x)[J]) const {
+#pragma unroll
+    for (int half = 1; half < J; half *= 2) {
+      const int distance = threads * half / J;
+      if (distance > 0) {
+        const bool is_upper = lane & distance;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+          const V mine = x[i], other = __shfl_xor_sync(kAllLanes, mine, distance);
+          x[i] = is_upper ? other : mine;
+          x[half + i] = is_upper ? mine : other;
+        }
+      }
+    }
+  }
+
+  // The sum over what scatter left with the lanes of a warp, to each of them.
+  template <int J, class V>
+  __device__ V sum_parts(V x) const {
+    for (int distance = threads / 2; distance >= group<J>() && distance > 0; distance /= 2)
+      x += __shfl_xor_sync(kAllLanes, x, distance);
+    return x;
+  }
+};
+
+// How the classes of a sample are dealt out to a team: four neighbours to a thread where vectors can be
+// loaded, else one to each thread in turn; in chunks if there are more.
+struct Classes {
+  int C, first, step, span;
+  bool is_packed;
+
+  template <bool is_block>
+  __device__ Classes(int C, bool is_packed, const Team<is_block>& team)
+      : C(C),
+        first(is_packed ? team.index() * kHeld : team.index()),
+        step(is_packed ? 1 : team.size()),
+        span(team.size() * kHeld),
+        is_packed(is_packed) {}
+
+  __device__ int class_of(int chunk, int i) const { return chunk * span + first + i * step; }
+  __device__ int chunks() const { return (C + span - 1) / span; }
+
+  // 0 beyond the last class.
+  template <class T, class A>
+  __device__ void load(const T* row, int64_t stride_c, int chunk, A (&z)[kHeld]) const {
+    if (is_packed) {
+      Pack<T, kHeld> loaded{};
+      if (class_of(chunk, 0) < C) loaded = *reinterpret_cast<const Pack<T, kHeld>*>(row + class_of(chunk, 0));
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) z[i] = static_cast<A>(loaded.values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int c = class_of(chunk, i);
+        z[i] = c < C ? static_cast<A>(row[c * stride_c]) : A(0);
+      }
+    }
+  }
+
+  // As load, of numbers side by side that need not be aligned.
+  template <class A>
+  __device__ void load_scalars(const A* row, int chunk, A (&z)[kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int c = class_of(chunk, i);
+      z[i] = c < C ? row[c] : A(0);
+    }
+  }
+
+  template <class T, class A>
+  __device__ void store(T* row, int chunk, const A (&z)[kHeld]) const {
+    if (is_packed) {
+      if (class_of(chunk, 0) >= C) return;
+      Pack<T, kHeld> stored;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) stored.values[i] = static_cast<T>(z[i]);
+      *reinterpret_cast<Pack<T, kHeld>*>(row + class_of(chunk, 0)) = stored;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int c = class_of(chunk, i);
+        if (c < C) row[c] = static_cast<T>(z[i]);
+      }
+    }
+  }
+};
+
+template <class T>
+bool fits_packs(const void* address, int64_t C, int64_t stride_c) {
+  return stride_c == 1 && C % kHeld == 0 &&
+         reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, kHeld>) == 0;
+}
+
+// Lanes of a warp that hold a sample's classes at once, if there are enough.
+inline int lanes_for(int64_t C) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes * kHeld < C) lanes *= 2;
+  return lanes;
+}
+
+template <class A>
+struct Softmax {
+  A top, own, others;  // of exp(z - top): the label's, and the sum over all other classes
+};
+
+// Logits of one sample, `source.load(chunk, z)`: exact, class by class, NaN and infinities as torch has them.
+template <class A, class Source, bool is_block>
+__device__ Softmax<A> softmax_of(const Source& source, int label, A own, const Team<is_block>& team) {
+  const Classes& classes = source.classes;
+  const int chunks = classes.chunks();
+  A z[kHeld], top = own, others = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    source.load(chunk, z);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int c = classes.class_of(chunk, i);
+      if (c < classes.C && c != label) top = Max()(top, z[i]);
+    }
+  }
+  top = team.all(top, Max());
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    source.load(chunk, z);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int c = classes.class_of(chunk, i);
+      if (c < classes.C && c != label) others += exponential(z[i] - top);
+    }
+  }
+  return {top, exponential(own - top), team.all(others, Sum())};
+}
+
+// "cardinality" as "correct".
+template <class A, class Source, bool is_block>
+__device__ A utility_of(const Source& source, int label, A own, int utility, const Team<is_block>& team) {
+  if (utility == kProbability || utility == kLogProbability) {
+    const Softmax<A> softmax = softmax_of(source, label, own, team);
+    const A total = softmax.own + softmax.others;
+    return utility == kProbability ? softmax.own / total : own - softmax.top - logarithm(total);
+  }
+  const Classes& classes = source.classes;
+  const int chunks = classes.chunks();
+  A z[kHeld], top = -kInfinity<A>, poison = 0;
+  int beaten = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    source.load(chunk, z);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int c = classes.class_of(chunk, i);
+      if (c >= classes.C || c == label) continue;
+      const bool is_nan = z[i] != z[i];
+      top = Max()(top, z[i]);
+      poison += is_nan ? z[i] : A(0);
+      // Of equal logits the first counts as largest, and a NaN as larger than all numbers.
+      beaten |= z[i] > own || (is_nan && own == own) || (c < label && (z[i] == own || is_nan));
+    }
+  }
+  if (utility != kMargin) return team.all(beaten, Sum()) == 0 ? A(1) : A(0);
+  top = team.all(top, Max());
+  // The maximum passes over a NaN.
+  return own - top + team.all(poison, Sum());
+}
+
+}  // namespace
+}  // namespace mmfast
