@@ -17,6 +17,8 @@ struct Problem {
   bool is_packed;
 };
 
+constexpr int kBlock = 128;
+
 // Below it, products of exponentials may have lost what counts.
 template <class A>
 constexpr A kLeastSum = std::is_same_v<A, double> ? 0x1p-200 : 0x1p-60f;
@@ -37,6 +39,7 @@ struct Coalition {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) z[i] = 0;
     }
+#pragma unroll 1
     for (unsigned rest = members; rest != 0; rest &= rest - 1) {
       A part[kHeld];
       classes.load(sample + (__ffs(static_cast<int>(rest)) - 1) * problem.stride_m, problem.stride_c, chunk,
@@ -49,12 +52,32 @@ struct Coalition {
   __device__ A own(int label) const {
     if (label < 0) return 0;
     A sum = problem.bias == nullptr ? A(0) : problem.bias[label];
+#pragma unroll 1
     for (unsigned rest = members; rest != 0; rest &= rest - 1)
       sum += static_cast<A>(
           sample[(__ffs(static_cast<int>(rest)) - 1) * problem.stride_m + label * problem.stride_c]);
     return sum;
   }
 };
+
+// Rarely needed. All lanes of the warp come along.
+template <class T, bool is_block>
+__device__ accumulate_t<T> exact_utility(const Problem<T>& problem, const T* sample, int label,
+                                         unsigned members, double* scratch) {
+  const Team<is_block> team(problem.threads, scratch);
+  const Classes classes(problem.C, problem.is_packed, team);
+  const Coalition<T> source{problem, classes, sample, members};
+  return utility_of(source, label, source.own(label), problem.utility, team);
+}
+
+template <class T>
+__device__ Softmax<accumulate_t<T>> exact_softmax(const Problem<T>& problem, const T* sample, int label,
+                                                  unsigned members) {
+  const Team<false> team(problem.threads, nullptr);
+  const Classes classes(problem.C, problem.is_packed, team);
+  const Coalition<T> source{problem, classes, sample, members};
+  return softmax_of(source, label, source.own(label), team);
+}
 
 // How a kernel runs: K modalities decided in registers, by a team of lanes that hold all classes or by a
 // block that loops over them; `entries` numbers a modality and thread in shared memory.
@@ -65,6 +88,15 @@ struct Plan {
   static constexpr bool is_softmax = is_softmax_, is_block = is_block_;
   // Exponentials of the modalities are multiplied, instead of logits added.
   static constexpr bool is_product = is_softmax && !is_block;
+  // Whether there may be more than K modalities.
+  static constexpr bool has_outer = is_block || K == 3;
+  // Blocks of a multiprocessor at once, as many as no register need be spilled for.
+  static constexpr int max_threads = is_block ? kMaxWarps * kWarp : kBlock;
+  static constexpr int min_blocks = sizeof(T) == 8              ? 1
+                                    : is_block                  ? 2
+                                    : is_backward && is_softmax ? (K == 2 ? 5 : 3)
+                                    : K == 2                    ? 7
+                                                                : 5;
   // In a column of shared memory: what adds up over coalitions, the label's partial logit, those of the
   // thread's classes, their gradients.
   static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + kHeld;
@@ -130,16 +162,16 @@ struct Sample {
         classes(classes),
         columns(columns),
         data(problem.partial_logits + n * problem.stride_n),
-        outer(problem.M > K ? problem.M - K : 0),
+        outer(P::has_outer && problem.M > K ? problem.M - K : 0),
         is_tame(true),
         members(0) {
     // Labels on a GPU are not checked; -1 stands for those that lie outside.
     const int64_t y = problem.labels[n];
     label = y >= 0 && y < problem.C ? static_cast<int>(y) : -1;
-    own_base = problem.bias != nullptr && label >= 0 ? problem.bias[label] : A(0);
-#pragma unroll
-    for (int k = 0; k < K; ++k) own_part[k] = own_of(outer + k);
     if constexpr (P::is_block) {
+      own_base = problem.bias != nullptr && label >= 0 ? problem.bias[label] : A(0);
+#pragma unroll
+      for (int k = 0; k < K; ++k) own_part[k] = own_of(outer + k);
       if constexpr (!P::is_softmax) check_all();
     } else {
       hold();
@@ -153,9 +185,11 @@ struct Sample {
 
   __device__ void check_all() {
     A loaded[kHeld];
+#pragma unroll 1
     for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
       load_base(chunk, loaded);
       check(loaded);
+#pragma unroll 1
       for (int m = 0; m < problem.M; ++m) {
         load_part(m, chunk, loaded);
         check(loaded);
@@ -173,6 +207,14 @@ struct Sample {
     return top;
   }
 
+  // The label's logit if this thread holds it, else 0.
+  __device__ A own_in(const A (&z)[kHeld]) const {
+    A own = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) own = classes.class_of(0, i) == label ? z[i] : own;
+    return own;
+  }
+
   // exp(z - top), 0 where there is the label or no class.
   __device__ void exponentiate(A top, A (&z)[kHeld]) const {
 #pragma unroll
@@ -184,10 +226,16 @@ struct Sample {
     load_base(0, base);
 #pragma unroll
     for (int k = 0; k < K; ++k) load_part(outer + k, 0, part[k]);
+    // Not loaded by itself: that would have to wait for the label.
+    A owns[4] = {own_in(base), own_in(part[0]), own_in(part[1]), K == 3 ? own_in(part[K - 1]) : A(0)};
+    team.template scatter<4>(owns, Sum());
+    team.template gather<4>(owns);
+    own_base = owns[0];
+#pragma unroll
+    for (int k = 0; k < K; ++k) own_part[k] = owns[1 + k];
     if constexpr (P::is_product) {
       A tops[4] = {problem.bias == nullptr ? A(0) : largest(base), largest(part[0]), largest(part[1]),
-                   -kInfinity<A>};
-      if constexpr (K == 3) tops[3] = largest(part[2]);
+                   K == 3 ? largest(part[K - 1]) : A(0)};
       team.template scatter<4>(tops, Max());
       team.template gather<4>(tops);
       exponentiate(tops[0], base);
@@ -206,9 +254,11 @@ struct Sample {
         exclude(0, 0, part[k]);
       }
     }
+#pragma unroll 1
     for (int m = 0; m < outer; ++m) {
       A loaded[kHeld], top = 0;
       load_part(m, 0, loaded);
+      const A own_loaded = team.all(own_in(loaded), Sum());
       if constexpr (P::is_product) {
         top = team.all(largest(loaded), Max());
         exponentiate(top, loaded);
@@ -216,7 +266,7 @@ struct Sample {
         check(loaded);
         exclude(0, 0, loaded);
       }
-      column(m, P::own) = own_of(m) - top;
+      column(m, P::own) = own_loaded - top;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) column(m, P::parts + i) = loaded[i];
     }
@@ -229,6 +279,7 @@ struct Sample {
     own = own_base;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) z[i] = P::is_block ? A(0) : base[i];
+#pragma unroll 1
     for (unsigned rest = coalition; rest != 0; rest &= rest - 1) {
       const int m = __ffs(static_cast<int>(rest)) - 1;
       if constexpr (P::is_block) {
@@ -258,6 +309,7 @@ struct Sample {
   template <class Function>
   __device__ void for_leaves(Function&& function) const {
     if constexpr (P::is_block) {
+#pragma unroll 1
       for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
         A first[kHeld], last[K][kHeld];
         Coalition<T>{problem, classes, data, members}.load(chunk, first);
@@ -344,9 +396,8 @@ struct Sample {
     }
   }
 
-  __device__ A exact_utility(unsigned coalition) const {
-    const Coalition<T> source{problem, classes, data, coalition};
-    return utility_of(source, label, source.own(label), problem.utility, team);
+  __device__ A exact_utility_of(unsigned coalition) const {
+    return exact_utility<T, P::is_block>(problem, data, label, coalition, team.scratch);
   }
 
   // Of the coalitions left with the thread, "cardinality" as "correct".
@@ -379,7 +430,7 @@ struct Sample {
       }
     }
     for_flagged(flags, [&](int j, bool is_mine) {
-      const A exact = exact_utility(with_last(j));
+      const A exact = exact_utility_of(with_last(j));
 #pragma unroll
       for (int i = 0; i < J; ++i) u[i] = is_mine && i == j - first ? exact : u[i];
     });

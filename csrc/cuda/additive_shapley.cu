@@ -5,14 +5,13 @@
 namespace mmfast {
 namespace {
 
-constexpr int kBlock = 128;
 // What a block may have of shared memory without asking.
 constexpr int64_t kShared = 47 << 10;
 
 template <class P>
-__global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock) additive_shapley_fwd_kernel(
-    Problem<typename P::T> problem, typename P::T* __restrict__ phi,  // [N, M]
-    accumulate_t<typename P::T>* __restrict__ parts,                  // [splits, N, M] if not null
+__global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shapley_fwd_kernel(
+    const __grid_constant__ Problem<typename P::T> problem, typename P::T* __restrict__ phi,  // [N, M]
+    accumulate_t<typename P::T>* __restrict__ parts,  // [splits, N, M] if not null
     Weights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
@@ -31,13 +30,16 @@ __global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock) addi
   const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
   Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
   const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+#pragma unroll 1
   for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = 0;
 
   // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
   const bool is_smooth = problem.utility >= kProbability;
-  A origin = is_smooth && parts != nullptr ? sample.exact_utility(0) : A(0);
+  A origin = is_smooth && parts != nullptr ? sample.exact_utility_of(0) : A(0);
   A total[J] = {}, shared = 0;
-  const unsigned count = (1u << sample.outer) / gridDim.y, begin = blockIdx.y * count;
+  const unsigned count = (P::has_outer ? (1u << sample.outer) / gridDim.y : 1u),
+                 begin = P::has_outer ? blockIdx.y * count : 0u;
+#pragma unroll 1
   for (unsigned others = begin; others < begin + count; ++others) {
     sample.visit(others);
     A u[J] = {};
@@ -60,6 +62,7 @@ __global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock) addi
       total[i] += weighted;
       folded += weighted;
     }
+#pragma unroll 1
     for (unsigned rest = others; rest != 0; rest &= rest - 1)
       sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
   }
@@ -73,6 +76,7 @@ __global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock) addi
       parts[(blockIdx.y * problem.N + n) * M + m] = value;
     }
   };
+#pragma unroll 1
   for (int m = 0; m < sample.outer; ++m)
     store(m, team.template sum_parts<J>(sample.column(m, P::sum) - shared));
 #pragma unroll
@@ -108,6 +112,7 @@ struct Gradients {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) dpart[k][i] = 0;
     }
+#pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) {
       sample.column(m, P::sum) = 0;
       if constexpr (!P::is_block) {
@@ -137,6 +142,7 @@ struct Gradients {
       // Only this thread comes to this class; the first coalition finds nothing there yet.
       const bool is_first = sample.members == 0;
       if (is_first) {
+#pragma unroll 1
         for (int m = 0; m < sample.outer; ++m) dpartial_logits[m * stride + c] = 0;
       }
       if (dbias_row != nullptr) dbias_row[c] += sum[0];
@@ -146,12 +152,14 @@ struct Gradients {
         Out& target = dpartial_logits[(sample.outer + k) * stride + c];
         target = is_first ? halves[k] : target + halves[k];
       }
+#pragma unroll 1
       for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
         dpartial_logits[(__ffs(static_cast<int>(rest)) - 1) * stride + c] += sum[0];
     } else {
       dbase[i] += sum[0];
 #pragma unroll
       for (int k = 0; k < K; ++k) dpart[k][i] += halves[k];
+#pragma unroll 1
       for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
         sample.column(__ffs(static_cast<int>(rest)) - 1, P::gradients + i) += sum[0];
     }
@@ -162,6 +170,7 @@ struct Gradients {
     own_base += gradient;
 #pragma unroll
     for (int k = 0; k < K; ++k) own_part[k] += j >> k & 1 ? gradient : A(0);
+#pragma unroll 1
     for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
       sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += gradient;
   }
@@ -177,6 +186,7 @@ struct Gradients {
       const A own = team.template sum_parts<J>(own_part[k]);
       if (m < sample.problem.M) finish_row(own, row, dpart[k], is_live);
     }
+#pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) {
       A gradients[kHeld];
       if constexpr (!P::is_block) {
@@ -193,6 +203,7 @@ struct Gradients {
     const Classes& classes = sample.classes;
     if constexpr (P::is_block) {
       if (row == nullptr) return;
+#pragma unroll 1
       for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
@@ -221,7 +232,7 @@ __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gr
   const auto& problem = sample.problem;
   const bool is_needed = sample.team.all(is_mine ? 1 : 0, Sum()) > 0;
   const Coalition<typename P::T> source{problem, sample.classes, sample.data, sample.with_last(j)};
-  const Softmax<A> softmax = softmax_of(source, sample.label, source.own(sample.label), sample.team);
+  const auto softmax = exact_softmax(problem, sample.data, sample.label, source.members);
   const A total = softmax.own + softmax.others;
   const A weight = (problem.utility == kProbability ? du * (softmax.own / total) : du) / total;
   A z[kHeld];
@@ -245,6 +256,7 @@ __device__ void sum_bias(const Team<false>& team, const Classes& classes, A (&db
   const int warp = static_cast<int>(threadIdx.x) / kWarp, num_warps = static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
+#pragma unroll 1
     for (int distance = team.threads; distance < kWarp; distance *= 2)
       dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
     sums[warp][team.lane][i] = dbase[i];
@@ -253,15 +265,16 @@ __device__ void sum_bias(const Team<false>& team, const Classes& classes, A (&db
   if (static_cast<int>(threadIdx.x) >= team.threads) return;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
+#pragma unroll 1
     for (int w = 1; w < num_warps; ++w) dbase[i] += sums[w][team.lane][i];
   }
   classes.store(row, 0, dbase);
 }
 
 template <class P>
-__global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock)
+__global__ void __launch_bounds__(P::max_threads, P::min_blocks)
     additive_shapley_bwd_kernel(const typename P::T* __restrict__ dphi,  // [N, M]
-                                Problem<typename P::T> problem,
+                                const __grid_constant__ Problem<typename P::T> problem,
                                 typename Gradients<P>::Out* dpartial_logits,  // [M, N, C]
                                 accumulate_t<typename P::T>* dbias,           // [blocks, C] or null
                                 Weights<accumulate_t<typename P::T>> weights) {
@@ -282,10 +295,12 @@ __global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock)
       P::is_block && dbias != nullptr ? dbias + blockIdx.x * static_cast<int64_t>(problem.C) : nullptr;
   A dbase[kHeld] = {};
   if (dbias_row != nullptr) {
+#pragma unroll 1
     for (int chunk = 0; chunk < classes.chunks(); ++chunk) classes.store(dbias_row, chunk, dbase);
   }
 
   const int64_t num_groups = (problem.N + samples - 1) / samples;
+#pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
     const int64_t wanted = group * samples + threadIdx.x / team.size();
     const bool is_live = wanted < problem.N;
@@ -297,12 +312,15 @@ __global__ void __launch_bounds__(P::is_block ? kMaxWarps * kWarp : kBlock)
     A dphi_sum = 0, last_dphi[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
+#pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) dphi_sum += dphi_of(m);
 
-    for (unsigned others = 0; others < 1u << sample.outer; ++others) {
+#pragma unroll 1
+    for (unsigned others = 0; others < (P::has_outer ? 1u << sample.outer : 1u); ++others) {
       sample.visit(others);
       const int size = __popc(others);
       A here = 0;
+#pragma unroll 1
       for (unsigned rest = others; rest != 0; rest &= rest - 1)
         here += dphi_of(__ffs(static_cast<int>(rest)) - 1);
       // The gradient with respect to the utility of a coalition j.

@@ -37,9 +37,10 @@ struct Min {
 };
 
 __device__ inline float exponential(float x) { return expf(x); }
-__device__ inline double exponential(double x) { return exp(x); }
+// Not inlined, as it is long, nor the logarithm.
+__device__ __noinline__ double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
-__device__ inline double logarithm(double x) { return log(x); }
+__device__ __noinline__ double logarithm(double x) { return log(x); }
 
 // The threads of one sample: 1 to 32 lanes of a warp or, if `is_block`, all warps of a block. A warp's lanes
 // always run through the same steps, whatever teams they belong to.
@@ -67,6 +68,7 @@ struct Team {
       if (is_writer) values[warp] = x;
       __syncthreads();
       x = values[0];
+#pragma unroll 1
       for (int w = 1; w < warps; ++w) x = operation(x, values[w]);
       // The next exchange writes here again.
       __syncthreads();
@@ -77,6 +79,7 @@ struct Team {
   // Over all threads, to each of them.
   template <class V, class Operation>
   __device__ V all(V x, Operation operation) const {
+#pragma unroll 1
     for (int distance = threads / 2; distance > 0; distance /= 2)
       x = operation(x, __shfl_xor_sync(kAllLanes, x, distance));
     return across_warps(x, operation, 0, lane == 0);
@@ -100,6 +103,7 @@ struct Team {
         distance /= 2;
       }
     }
+#pragma unroll 1
     for (; distance > 0; distance /= 2) x[0] = operation(x[0], __shfl_xor_sync(kAllLanes, x[0], distance));
     x[0] = across_warps(x[0], operation, first<J>(), lane % group<J>() == 0);
   }
@@ -137,6 +141,7 @@ struct Team {
   // The sum over what scatter left with the lanes of a warp, to each of them.
   template <int J, class V>
   __device__ V sum_parts(V x) const {
+#pragma unroll 1
     for (int distance = threads / 2; distance >= group<J>() && distance > 0; distance /= 2)
       x += __shfl_xor_sync(kAllLanes, x, distance);
     return x;
@@ -229,6 +234,7 @@ __device__ Softmax<A> softmax_of(const Source& source, int label, A own, const T
   const Classes& classes = source.classes;
   const int chunks = classes.chunks();
   A z[kHeld], top = own, others = 0;
+#pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll
@@ -238,6 +244,7 @@ __device__ Softmax<A> softmax_of(const Source& source, int label, A own, const T
     }
   }
   top = team.all(top, Max());
+#pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll
@@ -261,6 +268,7 @@ __device__ A utility_of(const Source& source, int label, A own, int utility, con
   const int chunks = classes.chunks();
   A z[kHeld], top = -kInfinity<A>, poison = 0;
   int beaten = 0;
+#pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kRowsBlock)
   A z[kHeld], own_gradient = du, weight = 0, top = -kInfinity<A>;
   int runner_up = kNoClass;
   if (table.utility == kMargin) {
+#pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       row.load(chunk, z);
 #pragma unroll
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kRowsBlock)
       }
     }
     top = team.all(top, Max());
+#pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       row.load(chunk, z);
 #pragma unroll
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(kRowsBlock)
     top = softmax.top;
   }
   if (wanted >= table.num_rows) return;
+#pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     row.load(chunk, z);
 #pragma unroll
