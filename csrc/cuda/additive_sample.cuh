@@ -15,6 +15,7 @@ struct Problem {
   int64_t N, stride_m, stride_n, stride_c;
   int M, C, utility, threads;
   bool is_packed;
+  Format format;
 };
 
 constexpr int kBlock = 128;
@@ -54,30 +55,11 @@ struct Coalition {
     A sum = problem.bias == nullptr ? A(0) : problem.bias[label];
 #pragma unroll 1
     for (unsigned rest = members; rest != 0; rest &= rest - 1)
-      sum += static_cast<A>(
+      sum += classes.format.widen(
           sample[(__ffs(static_cast<int>(rest)) - 1) * problem.stride_m + label * problem.stride_c]);
     return sum;
   }
 };
-
-// Rarely needed. All lanes of the warp come along.
-template <class T, bool is_block>
-__device__ accumulate_t<T> exact_utility(const Problem<T>& problem, const T* sample, int label,
-                                         unsigned members, double* scratch) {
-  const Team<is_block> team(problem.threads, scratch);
-  const Classes classes(problem.C, problem.is_packed, team);
-  const Coalition<T> source{problem, classes, sample, members};
-  return utility_of(source, label, source.own(label), problem.utility, team);
-}
-
-template <class T>
-__device__ Softmax<accumulate_t<T>> exact_softmax(const Problem<T>& problem, const T* sample, int label,
-                                                  unsigned members) {
-  const Team<false> team(problem.threads, nullptr);
-  const Classes classes(problem.C, problem.is_packed, team);
-  const Coalition<T> source{problem, classes, sample, members};
-  return softmax_of(source, label, source.own(label), team);
-}
 
 // How a kernel runs: K modalities decided in registers, by a team of lanes that hold all classes or by a
 // block that loops over them; `entries` numbers a modality and thread in shared memory.
@@ -92,15 +74,20 @@ struct Plan {
   static constexpr bool has_outer = is_block || K == 3;
   // Blocks of a multiprocessor at once, as many as no register need be spilled for.
   static constexpr int max_threads = is_block ? kMaxWarps * kWarp : kBlock;
-  static constexpr int min_blocks = sizeof(T) == 8              ? 1
-                                    : is_block                  ? 2
-                                    : is_backward && is_softmax ? (K == 2 ? 5 : 3)
-                                    : K == 2                    ? 7
-                                                                : 5;
+  static constexpr int min_blocks = sizeof(T) == 8 ? 1
+                                    : is_block     ? 2
+                                    : is_backward  ? (K == 2       ? 5
+                                                      : is_softmax ? 3
+                                                                   : 4)
+                                    : K == 2       ? 7
+                                                   : 5;
   // In a column of shared memory: what adds up over coalitions, the label's partial logit, those of the
-  // thread's classes, their gradients.
-  static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + kHeld;
-  static constexpr int entries = is_block ? 1 : is_backward ? gradients + kHeld : gradients;
+  // thread's classes, then their gradients or the sums before the last restart.
+  static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + kHeld,
+                       earlier = is_block ? 1 : gradients;
+  static constexpr int entries = is_backward ? (is_block ? 1 : gradients + kHeld) : earlier + 1;
+  // Below the columns: such sums for the last modalities, and those all modalities share.
+  static constexpr int extra = is_backward || !has_outer ? 0 : (1 << K) + 1;
 };
 
 template <class P>
@@ -125,10 +112,15 @@ struct Sample {
     return columns[(m * P::entries + entry) * static_cast<int>(blockDim.x)];
   }
 
+  __device__ A& extra(int i) const {
+    return columns[(outer * P::entries + i) * static_cast<int>(blockDim.x)];
+  }
+
   // 0 beyond the last modality.
   __device__ A own_of(int m) const {
-    return m < problem.M && label >= 0 ? static_cast<A>(data[m * problem.stride_m + label * problem.stride_c])
-                                       : A(0);
+    return m < problem.M && label >= 0
+               ? classes.format.widen(data[m * problem.stride_m + label * problem.stride_c])
+               : A(0);
   }
 
   __device__ void load_part(int m, int chunk, A (&z)[kHeld]) const {
@@ -306,8 +298,8 @@ struct Sample {
 
   // Calls function(chunk, i, x) for the thread's classes: x[j] is the logit of coalition j, or its
   // exponential if P::is_product.
-  template <class Function>
-  __device__ void for_leaves(Function&& function) const {
+  template <class Function, class After>
+  __device__ void for_leaves(Function&& function, After&& after) const {
     if constexpr (P::is_block) {
 #pragma unroll 1
       for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
@@ -320,10 +312,16 @@ struct Sample {
           exclude(chunk, 0, last[k]);
         }
         spread(chunk, first, last, function);
+        after(chunk);
       }
     } else {
       spread(0, z, part, function);
+      after(0);
     }
+  }
+  template <class Function>
+  __device__ void for_leaves(Function&& function) const {
+    for_leaves(function, [](int) {});
   }
 
   template <class Function>
@@ -396,8 +394,12 @@ struct Sample {
     }
   }
 
-  __device__ A exact_utility_of(unsigned coalition) const {
-    return exact_utility<T, P::is_block>(problem, data, label, coalition, team.scratch);
+  // Rarely needed. All lanes of the warp come along.
+  __device__ A exact_utility(unsigned coalition) const {
+    const Coalition<T> source{problem, classes, data, coalition};
+    const A own = source.own(label);
+    if constexpr (P::is_softmax) return softmax_utility(source, label, own, problem.utility, team);
+    return largest_utility(source, label, own, problem.utility, team);
   }
 
   // Of the coalitions left with the thread, "cardinality" as "correct".
@@ -430,7 +432,7 @@ struct Sample {
       }
     }
     for_flagged(flags, [&](int j, bool is_mine) {
-      const A exact = exact_utility_of(with_last(j));
+      const A exact = exact_utility(with_last(j));
 #pragma unroll
       for (int i = 0; i < J; ++i) u[i] = is_mine && i == j - first ? exact : u[i];
     });

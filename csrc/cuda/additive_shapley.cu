@@ -5,6 +5,8 @@
 namespace mmfast {
 namespace {
 
+// Coalitions of outer modalities after which sums begin anew, so that no long one rounds away what is added.
+constexpr unsigned kRestart = 256;
 // What a block may have of shared memory without asking.
 constexpr int64_t kShared = 47 << 10;
 
@@ -23,7 +25,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   share_weights(weights, a, b);
 
   const Team<P::is_block> team(problem.threads, scratch);
-  const Classes classes(problem.C, problem.is_packed, team);
+  const Classes classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = static_cast<int>(blockDim.x) / team.size();
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * samples + threadIdx.x / team.size();
   // A team without a sample works on the last one, since all lanes take part in the exchanges.
@@ -31,23 +33,33 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
   const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
 #pragma unroll 1
-  for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = 0;
+  for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
 
   // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
   const bool is_smooth = problem.utility >= kProbability;
-  A origin = is_smooth && parts != nullptr ? sample.exact_utility_of(0) : A(0);
-  A total[J] = {}, shared = 0;
-  const unsigned count = (P::has_outer ? (1u << sample.outer) / gridDim.y : 1u),
+  A total[J] = {}, shared = 0, origin = 0;
+  const unsigned count = P::has_outer ? (1u << sample.outer) / gridDim.y : 1u,
                  begin = P::has_outer ? blockIdx.y * count : 0u;
+  const bool is_long = P::has_outer && count > kRestart;
+  if (is_long) {
+#pragma unroll
+    for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
+  }
+  // A block that begins elsewhere comes to the empty coalition for its utility alone.
+  bool is_visit = is_smooth && begin != 0;
 #pragma unroll 1
-  for (unsigned others = begin; others < begin + count; ++others) {
+  for (unsigned others = is_visit ? 0 : begin; others < begin + count;) {
     sample.visit(others);
     A u[J] = {};
     sample.utilities(u);
-    if (others == begin && is_smooth) {
-      if (parts == nullptr)
-        origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
+    if (others == 0 && is_smooth) {
+      origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
       if (!(origin - origin == 0)) origin = 0;
+    }
+    if (P::has_outer && is_visit) {
+      is_visit = false;
+      others = begin;
+      continue;
     }
     const int size = __popc(others);
     A folded = 0;
@@ -65,20 +77,40 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 #pragma unroll 1
     for (unsigned rest = others; rest != 0; rest &= rest - 1)
       sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
+    ++others;
+    if (is_long && others % kRestart == 0) {
+#pragma unroll 1
+      for (int m = 0; m < sample.outer; ++m) {
+        sample.column(m, P::earlier) += sample.column(m, P::sum);
+        sample.column(m, P::sum) = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < J; ++i) {
+        sample.extra(i) += total[i];
+        total[i] = 0;
+      }
+      sample.extra(J) += shared;
+      shared = 0;
+    }
+  }
+  if (is_long) {
+#pragma unroll
+    for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
+    shared = sample.extra(J);
   }
 
   const bool is_live = wanted < problem.N && team.warp == 0;
   const auto store = [&](int m, A value) {
     if (!is_live || m >= M || team.lane != m % team.threads) return;
     if (parts == nullptr) {
-      phi[n * M + m] = static_cast<T>(value);
+      phi[n * M + m] = problem.format.template narrow<T>(value);
     } else {
       parts[(blockIdx.y * problem.N + n) * M + m] = value;
     }
   };
 #pragma unroll 1
   for (int m = 0; m < sample.outer; ++m)
-    store(m, team.template sum_parts<J>(sample.column(m, P::sum) - shared));
+    store(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) - shared));
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     A value = -shared;
@@ -101,7 +133,7 @@ struct Gradients {
   int64_t stride;        // N C
   A* dbias_row;          // [C] of the block, if is_block
   A* dbase;              // [kHeld] unless is_block
-  A dpart[K][kHeld], own_part[K], own_base;
+  A dpart[K][kHeld], own_part[K], own_base, here[kHeld];
 
   __device__ Gradients(const Sample<P>& sample, Out* dpartial_logits, int64_t stride, A* dbias_row, A* dbase)
       : sample(sample), dpartial_logits(dpartial_logits), stride(stride), dbias_row(dbias_row), dbase(dbase) {
@@ -136,33 +168,62 @@ struct Gradients {
 #pragma unroll
       for (int j = 0; j < 1 << k; ++j) sum[j] += sum[(1 << k) + j];
     }
+    here[i] = sum[0];
     if constexpr (P::is_block) {
       const int c = sample.classes.class_of(chunk, i);
       if (c >= sample.classes.C) return;
       // Only this thread comes to this class; the first coalition finds nothing there yet.
-      const bool is_first = sample.members == 0;
-      if (is_first) {
-#pragma unroll 1
-        for (int m = 0; m < sample.outer; ++m) dpartial_logits[m * stride + c] = 0;
-      }
       if (dbias_row != nullptr) dbias_row[c] += sum[0];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         if (sample.outer + k >= sample.problem.M) continue;
         Out& target = dpartial_logits[(sample.outer + k) * stride + c];
-        target = is_first ? halves[k] : target + halves[k];
+        target = sample.members == 0 ? halves[k] : target + halves[k];
       }
-#pragma unroll 1
-      for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
-        dpartial_logits[(__ffs(static_cast<int>(rest)) - 1) * stride + c] += sum[0];
     } else {
       dbase[i] += sum[0];
 #pragma unroll
       for (int k = 0; k < K; ++k) dpart[k][i] += halves[k];
-#pragma unroll 1
-      for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
-        sample.column(__ffs(static_cast<int>(rest)) - 1, P::gradients + i) += sum[0];
     }
+  }
+
+  // After the classes of a chunk: adds to the outer modalities what the coalition holds of them.
+  __device__ void add_outer(int chunk) {
+    if constexpr (P::is_block) {
+      const Classes& classes = sample.classes;
+#pragma unroll 1
+      for (int m = 0; m < sample.outer; ++m) {
+        if (sample.members != 0 && !(sample.members >> m & 1)) continue;
+        Out* row = dpartial_logits + m * stride;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          const int c = classes.class_of(chunk, i);
+          if (c < classes.C) row[c] = sample.members == 0 ? A(0) : row[c] + here[i];
+        }
+      }
+    } else {
+      add_to_columns(here);
+    }
+  }
+
+  __device__ void add_to_columns(const A (&gradient)[kHeld]) const {
+#pragma unroll 1
+    for (unsigned rest = sample.members; rest != 0; rest &= rest - 1) {
+      const int m = __ffs(static_cast<int>(rest)) - 1;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) sample.column(m, P::gradients + i) += gradient[i];
+    }
+  }
+
+  // Adds the gradient with respect to the thread's logits of coalition j, unless is_block.
+  __device__ void add_one(int j, const A (&gradient)[kHeld]) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      dbase[i] += gradient[i];
+#pragma unroll
+      for (int k = 0; k < K; ++k) dpart[k][i] += j >> k & 1 ? gradient[i] : A(0);
+    }
+    add_to_columns(gradient);
   }
 
   // Adds the gradient with respect to the label's logit of coalition j.
@@ -228,24 +289,18 @@ struct Gradients {
 // small. All lanes of the warp come along; those whose team needs it not add zeros.
 template <class P, class A>
 __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gradients<P>& gradients) {
-  constexpr int J = 1 << P::K;
   const auto& problem = sample.problem;
   const bool is_needed = sample.team.all(is_mine ? 1 : 0, Sum()) > 0;
   const Coalition<typename P::T> source{problem, sample.classes, sample.data, sample.with_last(j)};
-  const auto softmax = exact_softmax(problem, sample.data, sample.label, source.members);
+  const Softmax<A> softmax = softmax_of(source, sample.label, source.own(sample.label), sample.team);
   const A total = softmax.own + softmax.others;
   const A weight = (problem.utility == kProbability ? du * (softmax.own / total) : du) / total;
   A z[kHeld];
   source.load(0, z);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    A x[J];
-    const bool counts = is_needed && sample.is_other(0, i);
-    const A gradient = counts ? -weight * exponential(z[i] - softmax.top) : A(0);
-#pragma unroll
-    for (int l = 0; l < J; ++l) x[l] = l == j ? gradient : A(0);
-    gradients.add(0, i, x);
-  }
+  for (int i = 0; i < kHeld; ++i)
+    z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
+  gradients.add_one(j, z);
   if (is_mine) gradients.add_own(j, weight * softmax.others);
 }
 
@@ -288,7 +343,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
   share_weights(weights, a, b);
 
   const Team<P::is_block> team(problem.threads, scratch);
-  const Classes classes(problem.C, problem.is_packed, team);
+  const Classes classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = static_cast<int>(blockDim.x) / team.size();
   const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
   A* const dbias_row =
@@ -308,7 +363,9 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
     Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
     Gradients<P> gradients(sample, dpartial_logits + n * problem.C, problem.N * problem.C, dbias_row, dbase);
     // A team without a sample adds nothing to the bias's gradient.
-    const auto dphi_of = [&](int m) { return is_live && m < M ? static_cast<A>(dphi[n * M + m]) : A(0); };
+    const auto dphi_of = [&](int m) {
+      return is_live && m < M ? problem.format.widen(dphi[n * M + m]) : A(0);
+    };
     A dphi_sum = 0, last_dphi[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
@@ -349,11 +406,14 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
           gradients.add_own(first + i, scale[i] * others_sum[i]);
         }
         team.template gather<J>(scale);
-        sample.for_leaves([&](int chunk, int i, A(&x)[J]) {
+        sample.for_leaves(
+            [&](int chunk, int i, A(&x)[J]) {
 #pragma unroll
-          for (int j = 0; j < J; ++j) x[j] = -scale[j] * (P::is_product ? x[j] : exponential(x[j] - tops[j]));
-          gradients.add(chunk, i, x);
-        });
+              for (int j = 0; j < J; ++j)
+                x[j] = -scale[j] * (P::is_product ? x[j] : exponential(x[j] - tops[j]));
+              gradients.add(chunk, i, x);
+            },
+            [&](int chunk) { gradients.add_outer(chunk); });
         if constexpr (P::is_product) {
           sample.for_flagged(
               flags, [&](int j, bool is_mine) { add_exact(sample, du_of(j), j, is_mine, gradients); });
@@ -381,12 +441,14 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
         }
         team.template gather<J>(runner_up);
         team.template gather<J>(scale);
-        sample.for_leaves([&](int chunk, int i, A(&x)[J]) {
-          const int c = classes.class_of(chunk, i);
+        sample.for_leaves(
+            [&](int chunk, int i, A(&x)[J]) {
+              const int c = classes.class_of(chunk, i);
 #pragma unroll
-          for (int j = 0; j < J; ++j) x[j] = c == runner_up[j] ? -scale[j] : A(0);
-          gradients.add(chunk, i, x);
-        });
+              for (int j = 0; j < J; ++j) x[j] = c == runner_up[j] ? -scale[j] : A(0);
+              gradients.add(chunk, i, x);
+            },
+            [&](int chunk) { gradients.add_outer(chunk); });
       }
     }
     gradients.finish(is_live);
@@ -402,7 +464,10 @@ template <class T, bool is_backward, class Function>
 void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
   const auto with_utility = [&](auto is_softmax) {
     if (C > kWarp * kHeld) return function(Plan<T, 2, is_softmax, true, is_backward>{});
-    if (M < 3) return function(Plan<T, 2, is_softmax, false, is_backward>{});
+    // Fewer kernels of float64 need be compiled.
+    if constexpr (sizeof(T) < 8) {
+      if (M < 3) return function(Plan<T, 2, is_softmax, false, is_backward>{});
+    }
     return function(Plan<T, 3, is_softmax, false, is_backward>{});
   };
   if (utility == kProbability || utility == kLogProbability) return with_utility(std::true_type{});
@@ -417,10 +482,11 @@ struct Geometry {
 template <class P>
 Geometry make_geometry(const Problem<typename P::T>& problem) {
   const int outer = problem.M > P::K ? problem.M - P::K : 0;
-  const int64_t bytes = int64_t{outer} * P::entries * sizeof(accumulate_t<typename P::T>);
+  const int64_t bytes = (int64_t{outer} * P::entries + P::extra) * sizeof(accumulate_t<typename P::T>);
   int block = kBlock, samples = 1;
   if constexpr (P::is_block) {
     block = kWarp * (problem.C <= 256 ? 2 : problem.C <= 2048 ? 4 : kMaxWarps);
+    while (block * bytes > kShared) block /= 2;
   } else {
     while (block > kWarp && (block * bytes > kShared || block / 2 >= problem.N * problem.threads)) block /= 2;
     samples = block / problem.threads;
@@ -450,7 +516,7 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
   check_problem(op, M, C);
   if (N == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  dispatch_dtype(op, dtype, [&](auto* type) {
+  dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     const bool is_packed =
@@ -466,7 +532,8 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
                              static_cast<int>(C),
                              static_cast<int>(utility),
                              lanes_for(C),
-                             is_packed};
+                             is_packed,
+                             format};
     with_plan<T, false>(M, C, utility, [&](auto plan) {
       using P = decltype(plan);
       const Geometry geometry = make_geometry<P>(problem);
@@ -493,7 +560,7 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
   check_problem(op, M, C);
   if (N * C == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  dispatch_dtype(op, dtype, [&](auto* type) {
+  dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     with_plan<T, true>(M, C, utility, [&](auto plan) {
@@ -513,7 +580,8 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
                                static_cast<int>(C),
                                static_cast<int>(utility),
                                lanes_for(C),
-                               is_packed};
+                               is_packed,
+                               format};
       const Geometry geometry = make_geometry<P>(problem);
       const int64_t most = dbias == nullptr ? int64_t{1} << 30 : rows;
       const int64_t grid = geometry.num_groups < most ? geometry.num_groups : most;

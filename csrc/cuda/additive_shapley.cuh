@@ -19,6 +19,57 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 enum Utility : int { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
+// A bfloat16 or a float16: which, a kernel is told when it runs. To widen both is cheap, and half as many
+// kernels need be compiled.
+struct Half16 {
+  uint16_t bits;
+};
+
+struct Format {
+  bool is_bfloat;
+
+  template <class T>
+  __device__ accumulate_t<T> widen(T x) const {
+    if constexpr (std::is_same_v<T, Half16>) {
+      __half half;
+      memcpy(&half, &x, sizeof x);
+      return is_bfloat ? __uint_as_float(static_cast<unsigned>(x.bits) << 16) : __half2float(half);
+    } else {
+      return x;
+    }
+  }
+
+  template <class T, class A>
+  __device__ T narrow(A x) const {
+    if constexpr (std::is_same_v<T, Half16>) {
+      const __half half = __float2half_rn(x);
+      const __nv_bfloat16 bfloat = __float2bfloat16_rn(x);
+      Half16 result;
+      if (is_bfloat) {
+        memcpy(&result, &bfloat, sizeof result);
+      } else {
+        memcpy(&result, &half, sizeof result);
+      }
+      return result;
+    } else {
+      return x;
+    }
+  }
+};
+
+// As dispatch_dtype, calling function(pointer to storage, format).
+template <class Function>
+void dispatch_storage(const char* op, int64_t dtype, Function&& function) {
+  dispatch_dtype(op, dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) == sizeof(Half16)) {
+      function(static_cast<Half16*>(nullptr), Format{std::is_same_v<T, __nv_bfloat16>});
+    } else {
+      function(type, Format{false});
+    }
+  });
+}
+
 struct Sum {
   template <class V>
   __device__ V operator()(V x, V y) const {
@@ -153,14 +204,16 @@ struct Team {
 struct Classes {
   int C, first, step, span;
   bool is_packed;
+  Format format;
 
   template <bool is_block>
-  __device__ Classes(int C, bool is_packed, const Team<is_block>& team)
+  __device__ Classes(int C, bool is_packed, Format format, const Team<is_block>& team)
       : C(C),
         first(is_packed ? team.index() * kHeld : team.index()),
         step(is_packed ? 1 : team.size()),
         span(team.size() * kHeld),
-        is_packed(is_packed) {}
+        is_packed(is_packed),
+        format(format) {}
 
   __device__ int class_of(int chunk, int i) const { return chunk * span + first + i * step; }
   __device__ int chunks() const { return (C + span - 1) / span; }
@@ -172,12 +225,12 @@ struct Classes {
       Pack<T, kHeld> loaded{};
       if (class_of(chunk, 0) < C) loaded = *reinterpret_cast<const Pack<T, kHeld>*>(row + class_of(chunk, 0));
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) z[i] = static_cast<A>(loaded.values[i]);
+      for (int i = 0; i < kHeld; ++i) z[i] = format.widen(loaded.values[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const int c = class_of(chunk, i);
-        z[i] = c < C ? static_cast<A>(row[c * stride_c]) : A(0);
+        z[i] = c < C ? format.widen(row[c * stride_c]) : A(0);
       }
     }
   }
@@ -198,13 +251,13 @@ struct Classes {
       if (class_of(chunk, 0) >= C) return;
       Pack<T, kHeld> stored;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) stored.values[i] = static_cast<T>(z[i]);
+      for (int i = 0; i < kHeld; ++i) stored.values[i] = format.narrow<T>(z[i]);
       *reinterpret_cast<Pack<T, kHeld>*>(row + class_of(chunk, 0)) = stored;
     } else {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const int c = class_of(chunk, i);
-        if (c < C) row[c] = static_cast<T>(z[i]);
+        if (c < C) row[c] = format.narrow<T>(z[i]);
       }
     }
   }
@@ -256,14 +309,19 @@ __device__ Softmax<A> softmax_of(const Source& source, int label, A own, const T
   return {top, exponential(own - top), team.all(others, Sum())};
 }
 
-// "cardinality" as "correct".
+// "probability" or "log_probability".
 template <class A, class Source, bool is_block>
-__device__ A utility_of(const Source& source, int label, A own, int utility, const Team<is_block>& team) {
-  if (utility == kProbability || utility == kLogProbability) {
-    const Softmax<A> softmax = softmax_of(source, label, own, team);
-    const A total = softmax.own + softmax.others;
-    return utility == kProbability ? softmax.own / total : own - softmax.top - logarithm(total);
-  }
+__device__ A softmax_utility(const Source& source, int label, A own, int utility,
+                             const Team<is_block>& team) {
+  const Softmax<A> softmax = softmax_of(source, label, own, team);
+  const A total = softmax.own + softmax.others;
+  return utility == kProbability ? softmax.own / total : own - softmax.top - logarithm(total);
+}
+
+// "margin" or "correct", which stands for "cardinality", too.
+template <class A, class Source, bool is_block>
+__device__ A largest_utility(const Source& source, int label, A own, int utility,
+                             const Team<is_block>& team) {
   const Classes& classes = source.classes;
   const int chunks = classes.chunks();
   A z[kHeld], top = -kInfinity<A>, poison = 0;

@@ -21,6 +21,7 @@ struct Table {
   int64_t stride_n, stride_s, stride_c;
   int utility, threads;
   bool is_packed;
+  Format format;
 };
 
 // The logits of a row; those of the first chunk stay in registers.
@@ -33,7 +34,7 @@ struct TableRow {
   A held[kHeld];
 
   __device__ TableRow(const Table<T>& table, int64_t index, const Team<false>& team)
-      : classes(table.C, table.is_packed, team),
+      : classes(table.C, table.is_packed, table.format, team),
         row(table.logits + index / table.S * table.stride_n + index % table.S * table.stride_s),
         stride_c(table.stride_c) {
     classes.load(row, stride_c, 0, held);
@@ -47,7 +48,7 @@ struct TableRow {
 
   // Labels on a GPU are not checked: 0 in place of what lies outside.
   __device__ A own(int64_t label) const {
-    return label >= 0 && label < classes.C ? static_cast<A>(row[label * stride_c]) : A(0);
+    return label >= 0 && label < classes.C ? classes.format.widen(row[label * stride_c]) : A(0);
   }
 };
 
@@ -63,9 +64,12 @@ __global__ void __launch_bounds__(kRowsBlock)
   const int64_t index = wanted < table.num_rows ? wanted : table.num_rows - 1;
   const TableRow<T> row(table, index, team);
   const int64_t label = table.labels[index / table.S];
-  A u = utility_of(row, static_cast<int>(label), row.own(label), table.utility, team);
+  const int y = static_cast<int>(label);
+  const bool is_softmax = table.utility == kProbability || table.utility == kLogProbability;
+  A u = is_softmax ? softmax_utility(row, y, row.own(label), table.utility, team)
+                   : largest_utility(row, y, row.own(label), table.utility, team);
   if (table.utility == kCardinality) u *= static_cast<A>(__popcll(index % table.S));
-  if (wanted < table.num_rows && team.lane == 0) values[index] = static_cast<T>(u);
+  if (wanted < table.num_rows && team.lane == 0) values[index] = table.format.template narrow<T>(u);
 }
 
 template <class T>
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kRowsBlock)
   const int64_t index = wanted < table.num_rows ? wanted : table.num_rows - 1;
   const TableRow<T> row(table, index, team);
   const int label = static_cast<int>(table.labels[index / table.S]);
-  const A own = row.own(label), du = static_cast<A>(dvalues[index]);
+  const A own = row.own(label), du = table.format.widen(dvalues[index]);
   const Classes& classes = row.classes;
   const int chunks = classes.chunks();
 
@@ -132,8 +136,8 @@ __global__ void __launch_bounds__(kRowsBlock)
 
 template <class T>
 Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_t S, int64_t C,
-                    int64_t stride_n, int64_t stride_s, int64_t stride_c, int64_t utility,
-                    const void* output) {
+                    int64_t stride_n, int64_t stride_s, int64_t stride_c, int64_t utility, const void* output,
+                    Format format) {
   const bool is_packed = fits_packs<T>(logits, C, stride_c) && stride_n % kHeld == 0 &&
                          stride_s % kHeld == 0 && (output == nullptr || fits_packs<T>(output, C, 1));
   return {static_cast<const T*>(logits), labels,       N * S,    static_cast<int>(S),
@@ -155,9 +159,10 @@ void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in el
   constexpr const char* op = "coalition_utilities_fwd";
   if (N * S == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  dispatch_dtype(op, dtype, [&](auto* type) {
+  dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto table = make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, nullptr);
+    const auto table =
+        make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, nullptr, format);
     MMFAST_LAUNCH((coalition_utilities_fwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream, table,
                   static_cast<T*>(values));
   });
@@ -173,9 +178,10 @@ void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
   constexpr const char* op = "coalition_utilities_bwd";
   if (N * S == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  dispatch_dtype(op, dtype, [&](auto* type) {
+  dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto table = make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, dlogits);
+    const auto table =
+        make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, dlogits, format);
     MMFAST_LAUNCH((coalition_utilities_bwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream,
                   static_cast<const T*>(dvalues), table, static_cast<T*>(dlogits));
   });
