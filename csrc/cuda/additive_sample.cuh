@@ -71,7 +71,7 @@ struct Plan {
   // Exponentials of the modalities are multiplied, instead of logits added.
   static constexpr bool is_product = is_softmax && !is_block;
   // Whether there may be more than K modalities.
-  static constexpr bool has_outer = is_block || K == 3;
+  static constexpr bool has_outer = is_block || K == 3 || sizeof(T) == 8;
   // Blocks of a multiprocessor at once, as many as no register need be spilled for.
   static constexpr int max_threads = is_block ? kMaxWarps * kWarp : kBlock;
   static constexpr int min_blocks = sizeof(T) == 8 ? 1

@@ -464,11 +464,13 @@ template <class T, bool is_backward, class Function>
 void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
   const auto with_utility = [&](auto is_softmax) {
     if (C > kWarp * kHeld) return function(Plan<T, 2, is_softmax, true, is_backward>{});
-    // Fewer kernels of float64 need be compiled.
-    if constexpr (sizeof(T) < 8) {
+    // Eight coalitions in float64 do not fit into registers.
+    if constexpr (sizeof(T) == 8) {
+      return function(Plan<T, 2, is_softmax, false, is_backward>{});
+    } else {
       if (M < 3) return function(Plan<T, 2, is_softmax, false, is_backward>{});
+      return function(Plan<T, 3, is_softmax, false, is_backward>{});
     }
-    return function(Plan<T, 3, is_softmax, false, is_backward>{});
   };
   if (utility == kProbability || utility == kLogProbability) return with_utility(std::true_type{});
   return with_utility(std::false_type{});
