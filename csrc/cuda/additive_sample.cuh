@@ -28,25 +28,26 @@ constexpr A kLeastSum = std::is_same_v<A, double> ? 0x1p-200 : 0x1p-60f;
 template <class T>
 struct Coalition {
   using A = accumulate_t<T>;
+  static constexpr int H = kHeld<T>;
   const Problem<T>& problem;
-  const Classes& classes;
+  const Classes<H>& classes;
   const T* sample;
   unsigned members;
 
-  __device__ void load(int chunk, A (&z)[kHeld]) const {
+  __device__ void load(int chunk, A (&z)[H]) const {
     if (problem.bias != nullptr) {
       classes.load_scalars(problem.bias, chunk, z);
     } else {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) z[i] = 0;
+      for (int i = 0; i < H; ++i) z[i] = 0;
     }
 #pragma unroll 1
     for (unsigned rest = members; rest != 0; rest &= rest - 1) {
-      A part[kHeld];
+      A part[H];
       classes.load(sample + (__ffs(static_cast<int>(rest)) - 1) * problem.stride_m, problem.stride_c, chunk,
                    part);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) z[i] += part[i];
+      for (int i = 0; i < H; ++i) z[i] += part[i];
     }
   }
 
@@ -66,26 +67,25 @@ struct Coalition {
 template <class T_, int K_, bool is_softmax_, bool is_block_, bool is_backward>
 struct Plan {
   using T = T_;
-  static constexpr int K = K_;
+  static constexpr int K = K_, H = kHeld<T>;
   static constexpr bool is_softmax = is_softmax_, is_block = is_block_;
   // Exponentials of the modalities are multiplied, instead of logits added.
   static constexpr bool is_product = is_softmax && !is_block;
   // Whether there may be more than K modalities.
   static constexpr bool has_outer = is_block || K == 3 || sizeof(T) == 8;
   // Blocks of a multiprocessor at once, as many as no register need be spilled for.
+  static constexpr int most_blocks() {
+    if (sizeof(T) == 8) return 1;
+    if (is_block) return 2;
+    if (is_backward) return is_softmax ? (K == 2 ? 5 : 3) - (H > 4) : (K == 2 ? 5 : 4) - (H > 4 ? 5 - K : 0);
+    return K == 2 ? (H > 4 ? 6 : 7) : (H > 4 ? 4 : 5);
+  }
   static constexpr int max_threads = is_block ? kMaxWarps * kWarp : kBlock;
-  static constexpr int min_blocks = sizeof(T) == 8 ? 1
-                                    : is_block     ? 2
-                                    : is_backward  ? (K == 2       ? 5
-                                                      : is_softmax ? 3
-                                                                   : 4)
-                                    : K == 2       ? 7
-                                                   : 5;
+  static constexpr int min_blocks = most_blocks();
   // In a column of shared memory: what adds up over coalitions, the label's partial logit, those of the
   // thread's classes, then their gradients or the sums before the last restart.
-  static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + kHeld,
-                       earlier = is_block ? 1 : gradients;
-  static constexpr int entries = is_backward ? (is_block ? 1 : gradients + kHeld) : earlier + 1;
+  static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + H, earlier = is_block ? 1 : gradients;
+  static constexpr int entries = is_backward ? (is_block ? 1 : gradients + H) : earlier + 1;
   // Below the columns: such sums for the last modalities, and those all modalities share.
   static constexpr int extra = is_backward || !has_outer ? 0 : (1 << K) + 1;
 };
@@ -94,19 +94,19 @@ template <class P>
 struct Sample {
   using T = typename P::T;
   using A = accumulate_t<T>;
-  static constexpr int K = P::K, J = 1 << K;
+  static constexpr int K = P::K, J = 1 << K, H = P::H;
 
   const Problem<T>& problem;
   const Team<P::is_block>& team;
-  const Classes& classes;
+  const Classes<H>& classes;
   A* columns;  // [D, entries, threads of the block], those of this thread
   const T* data;
   int label, outer;  // outer: D = M - K modalities, not decided in registers
   bool is_tame;      // neither NaN nor +inf
-  A part[K][kHeld], base[kHeld], own_part[K], own_base;
+  A part[K][H], base[H], own_part[K], own_base;
   // Of the coalition that visit() was called for.
   unsigned members;
-  A z[kHeld], own;
+  A z[H], own;
 
   __device__ A& column(int m, int entry) const {
     return columns[(m * P::entries + entry) * static_cast<int>(blockDim.x)];
@@ -123,16 +123,16 @@ struct Sample {
                : A(0);
   }
 
-  __device__ void load_part(int m, int chunk, A (&z)[kHeld]) const {
+  __device__ void load_part(int m, int chunk, A (&z)[H]) const {
     if (m < problem.M) {
       classes.load(data + m * problem.stride_m, problem.stride_c, chunk, z);
     } else {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) z[i] = 0;
+      for (int i = 0; i < H; ++i) z[i] = 0;
     }
   }
 
-  __device__ void load_base(int chunk, A (&z)[kHeld]) const {
+  __device__ void load_base(int chunk, A (&z)[H]) const {
     Coalition<T>{problem, classes, data, 0}.load(chunk, z);
   }
 
@@ -142,12 +142,12 @@ struct Sample {
   }
 
   // Puts `excluded` where there is the label or no class.
-  __device__ void exclude(int chunk, A excluded, A (&z)[kHeld]) const {
+  __device__ void exclude(int chunk, A excluded, A (&z)[H]) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) z[i] = is_other(chunk, i) ? z[i] : excluded;
+    for (int i = 0; i < H; ++i) z[i] = is_other(chunk, i) ? z[i] : excluded;
   }
 
-  __device__ Sample(const Problem<T>& problem, const Team<P::is_block>& team, const Classes& classes,
+  __device__ Sample(const Problem<T>& problem, const Team<P::is_block>& team, const Classes<H>& classes,
                     A* columns, int64_t n)
       : problem(problem),
         team(team),
@@ -170,13 +170,13 @@ struct Sample {
     }
   }
 
-  __device__ void check(const A (&z)[kHeld]) {
+  __device__ void check(const A (&z)[H]) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) is_tame &= z[i] < kInfinity<A>;
+    for (int i = 0; i < H; ++i) is_tame &= z[i] < kInfinity<A>;
   }
 
   __device__ void check_all() {
-    A loaded[kHeld];
+    A loaded[H];
 #pragma unroll 1
     for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
       load_base(chunk, loaded);
@@ -190,27 +190,27 @@ struct Sample {
     is_tame = team.all(is_tame ? 1 : 0, Min()) != 0;
   }
 
-  __device__ A largest(const A (&z)[kHeld]) const {
+  __device__ A largest(const A (&z)[H]) const {
     A top = -kInfinity<A>;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       if (classes.class_of(0, i) < classes.C) top = Max()(top, z[i]);
     }
     return top;
   }
 
   // The label's logit if this thread holds it, else 0.
-  __device__ A own_in(const A (&z)[kHeld]) const {
+  __device__ A own_in(const A (&z)[H]) const {
     A own = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) own = classes.class_of(0, i) == label ? z[i] : own;
+    for (int i = 0; i < H; ++i) own = classes.class_of(0, i) == label ? z[i] : own;
     return own;
   }
 
   // exp(z - top), 0 where there is the label or no class.
-  __device__ void exponentiate(A top, A (&z)[kHeld]) const {
+  __device__ void exponentiate(A top, A (&z)[H]) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) z[i] = is_other(0, i) ? exponential(z[i] - top) : A(0);
+    for (int i = 0; i < H; ++i) z[i] = is_other(0, i) ? exponential(z[i] - top) : A(0);
   }
 
   // Takes all classes into registers and, of the outer modalities, into the columns.
@@ -248,7 +248,7 @@ struct Sample {
     }
 #pragma unroll 1
     for (int m = 0; m < outer; ++m) {
-      A loaded[kHeld], top = 0;
+      A loaded[H], top = 0;
       load_part(m, 0, loaded);
       const A own_loaded = team.all(own_in(loaded), Sum());
       if constexpr (P::is_product) {
@@ -260,7 +260,7 @@ struct Sample {
       }
       column(m, P::own) = own_loaded - top;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) column(m, P::parts + i) = loaded[i];
+      for (int i = 0; i < H; ++i) column(m, P::parts + i) = loaded[i];
     }
     if constexpr (!P::is_softmax) is_tame = team.all(is_tame ? 1 : 0, Min()) != 0;
   }
@@ -270,7 +270,7 @@ struct Sample {
     members = coalition;
     own = own_base;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) z[i] = P::is_block ? A(0) : base[i];
+    for (int i = 0; i < H; ++i) z[i] = P::is_block ? A(0) : base[i];
 #pragma unroll 1
     for (unsigned rest = coalition; rest != 0; rest &= rest - 1) {
       const int m = __ffs(static_cast<int>(rest)) - 1;
@@ -279,7 +279,7 @@ struct Sample {
       } else {
         own += column(m, P::own);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
+        for (int i = 0; i < H; ++i) {
           const A term = column(m, P::parts + i);
           z[i] = P::is_product ? z[i] * term : z[i] + term;
         }
@@ -303,7 +303,7 @@ struct Sample {
     if constexpr (P::is_block) {
 #pragma unroll 1
       for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
-        A first[kHeld], last[K][kHeld];
+        A first[H], last[K][H];
         Coalition<T>{problem, classes, data, members}.load(chunk, first);
         exclude(chunk, -kInfinity<A>, first);
 #pragma unroll
@@ -325,10 +325,9 @@ struct Sample {
   }
 
   template <class Function>
-  __device__ void spread(int chunk, const A (&first)[kHeld], const A (&last)[K][kHeld],
-                         Function&& function) const {
+  __device__ void spread(int chunk, const A (&first)[H], const A (&last)[K][H], Function&& function) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       A x[J];
       x[0] = first[i];
 #pragma unroll

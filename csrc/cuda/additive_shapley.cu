@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
     Weights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
-  constexpr int K = P::K, J = 1 << K;
+  constexpr int K = P::K, J = 1 << K, H = P::H;
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
   MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   share_weights(weights, a, b);
 
   const Team<P::is_block> team(problem.threads, scratch);
-  const Classes classes(problem.C, problem.is_packed, problem.format, team);
+  const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = static_cast<int>(blockDim.x) / team.size();
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * samples + threadIdx.x / team.size();
   // A team without a sample works on the last one, since all lanes take part in the exchanges.
@@ -126,14 +126,14 @@ struct Gradients {
   using T = typename P::T;
   using A = accumulate_t<T>;
   using Out = std::conditional_t<P::is_block, A, T>;
-  static constexpr int K = P::K, J = 1 << K;
+  static constexpr int K = P::K, J = 1 << K, H = P::H;
 
   const Sample<P>& sample;
   Out* dpartial_logits;  // [M, N, C], those of the sample
   int64_t stride;        // N C
   A* dbias_row;          // [C] of the block, if is_block
-  A* dbase;              // [kHeld] unless is_block
-  A dpart[K][kHeld], own_part[K], own_base, here[kHeld];
+  A* dbase;              // [H] unless is_block
+  A dpart[K][H], own_part[K], own_base, here[H];
 
   __device__ Gradients(const Sample<P>& sample, Out* dpartial_logits, int64_t stride, A* dbias_row, A* dbase)
       : sample(sample), dpartial_logits(dpartial_logits), stride(stride), dbias_row(dbias_row), dbase(dbase) {
@@ -142,14 +142,14 @@ struct Gradients {
     for (int k = 0; k < K; ++k) {
       own_part[k] = 0;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) dpart[k][i] = 0;
+      for (int i = 0; i < H; ++i) dpart[k][i] = 0;
     }
 #pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) {
       sample.column(m, P::sum) = 0;
       if constexpr (!P::is_block) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) sample.column(m, P::gradients + i) = 0;
+        for (int i = 0; i < H; ++i) sample.column(m, P::gradients + i) = 0;
       }
     }
   }
@@ -190,13 +190,13 @@ struct Gradients {
   // After the classes of a chunk: adds to the outer modalities what the coalition holds of them.
   __device__ void add_outer(int chunk) {
     if constexpr (P::is_block) {
-      const Classes& classes = sample.classes;
+      const Classes<H>& classes = sample.classes;
 #pragma unroll 1
       for (int m = 0; m < sample.outer; ++m) {
         if (sample.members != 0 && !(sample.members >> m & 1)) continue;
         Out* row = dpartial_logits + m * stride;
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
+        for (int i = 0; i < H; ++i) {
           const int c = classes.class_of(chunk, i);
           if (c < classes.C) row[c] = sample.members == 0 ? A(0) : row[c] + here[i];
         }
@@ -206,19 +206,19 @@ struct Gradients {
     }
   }
 
-  __device__ void add_to_columns(const A (&gradient)[kHeld]) const {
+  __device__ void add_to_columns(const A (&gradient)[H]) const {
 #pragma unroll 1
     for (unsigned rest = sample.members; rest != 0; rest &= rest - 1) {
       const int m = __ffs(static_cast<int>(rest)) - 1;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) sample.column(m, P::gradients + i) += gradient[i];
+      for (int i = 0; i < H; ++i) sample.column(m, P::gradients + i) += gradient[i];
     }
   }
 
   // Adds the gradient with respect to the thread's logits of coalition j, unless is_block.
-  __device__ void add_one(int j, const A (&gradient)[kHeld]) {
+  __device__ void add_one(int j, const A (&gradient)[H]) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       dbase[i] += gradient[i];
 #pragma unroll
       for (int k = 0; k < K; ++k) dpart[k][i] += j >> k & 1 ? gradient[i] : A(0);
@@ -249,10 +249,10 @@ struct Gradients {
     }
 #pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) {
-      A gradients[kHeld];
+      A gradients[H];
       if constexpr (!P::is_block) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) gradients[i] = sample.column(m, P::gradients + i);
+        for (int i = 0; i < H; ++i) gradients[i] = sample.column(m, P::gradients + i);
       }
       const A own = team.template sum_parts<J>(sample.column(m, P::sum));
       finish_row(own, dpartial_logits + m * stride, gradients, is_live);
@@ -261,23 +261,23 @@ struct Gradients {
 
   template <class Row>
   __device__ void finish_own(A own, Row* row, A* held) const {
-    const Classes& classes = sample.classes;
+    const Classes<H>& classes = sample.classes;
     if constexpr (P::is_block) {
       if (row == nullptr) return;
 #pragma unroll 1
       for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
+        for (int i = 0; i < H; ++i) {
           if (classes.class_of(chunk, i) == sample.label) row[sample.label] += own;
         }
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) held[i] += classes.class_of(0, i) == sample.label ? own : A(0);
+      for (int i = 0; i < H; ++i) held[i] += classes.class_of(0, i) == sample.label ? own : A(0);
     }
   }
 
-  __device__ void finish_row(A own, Out* row, A (&held)[kHeld], bool is_live) const {
+  __device__ void finish_row(A own, Out* row, A (&held)[H], bool is_live) const {
     finish_own(own, row, held);
     if constexpr (!P::is_block) {
       if (is_live) sample.classes.store(row, 0, held);
@@ -289,28 +289,29 @@ struct Gradients {
 // small. All lanes of the warp come along; those whose team needs it not add zeros.
 template <class P, class A>
 __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gradients<P>& gradients) {
+  constexpr int H = P::H;
   const auto& problem = sample.problem;
   const bool is_needed = sample.team.all(is_mine ? 1 : 0, Sum()) > 0;
   const Coalition<typename P::T> source{problem, sample.classes, sample.data, sample.with_last(j)};
   const Softmax<A> softmax = softmax_of(source, sample.label, source.own(sample.label), sample.team);
   const A total = softmax.own + softmax.others;
   const A weight = (problem.utility == kProbability ? du * (softmax.own / total) : du) / total;
-  A z[kHeld];
+  A z[H];
   source.load(0, z);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
+  for (int i = 0; i < H; ++i)
     z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
   gradients.add_one(j, z);
   if (is_mine) gradients.add_own(j, weight * softmax.others);
 }
 
 // Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
-template <class A>
-__device__ void sum_bias(const Team<false>& team, const Classes& classes, A (&dbase)[kHeld], A* row) {
-  MMFAST_SHARED(A, sums, [kBlock / kWarp][kWarp][kHeld]);
+template <class A, int H>
+__device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (&dbase)[H], A* row) {
+  MMFAST_SHARED(A, sums, [kBlock / kWarp][kWarp][H]);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, num_warps = static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < H; ++i) {
 #pragma unroll 1
     for (int distance = team.threads; distance < kWarp; distance *= 2)
       dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
@@ -319,7 +320,7 @@ __device__ void sum_bias(const Team<false>& team, const Classes& classes, A (&db
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= team.threads) return;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < H; ++i) {
 #pragma unroll 1
     for (int w = 1; w < num_warps; ++w) dbase[i] += sums[w][team.lane][i];
   }
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
                                 Weights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
-  constexpr int K = P::K, J = 1 << K;
+  constexpr int K = P::K, J = 1 << K, H = P::H;
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
   MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
@@ -343,12 +344,12 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
   share_weights(weights, a, b);
 
   const Team<P::is_block> team(problem.threads, scratch);
-  const Classes classes(problem.C, problem.is_packed, problem.format, team);
+  const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = static_cast<int>(blockDim.x) / team.size();
   const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
   A* const dbias_row =
       P::is_block && dbias != nullptr ? dbias + blockIdx.x * static_cast<int64_t>(problem.C) : nullptr;
-  A dbase[kHeld] = {};
+  A dbase[H] = {};
   if (dbias_row != nullptr) {
 #pragma unroll 1
     for (int chunk = 0; chunk < classes.chunks(); ++chunk) classes.store(dbias_row, chunk, dbase);
@@ -463,7 +464,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
 template <class T, bool is_backward, class Function>
 void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
   const auto with_utility = [&](auto is_softmax) {
-    if (C > kWarp * kHeld) return function(Plan<T, 2, is_softmax, true, is_backward>{});
+    if (C > kWarp * kHeld<T>) return function(Plan<T, 2, is_softmax, true, is_backward>{});
     // Eight coalitions in float64 do not fit into registers.
     if constexpr (sizeof(T) == 8) {
       return function(Plan<T, 2, is_softmax, false, is_backward>{});
@@ -487,7 +488,7 @@ Geometry make_geometry(const Problem<typename P::T>& problem) {
   const int64_t bytes = (int64_t{outer} * P::entries + P::extra) * sizeof(accumulate_t<typename P::T>);
   int block = kBlock, samples = 1;
   if constexpr (P::is_block) {
-    block = kWarp * (problem.C <= 256 ? 2 : problem.C <= 2048 ? 4 : kMaxWarps);
+    block = kWarp * (problem.C <= 64 * P::H ? 2 : problem.C <= 512 * P::H ? 4 : kMaxWarps);
     while (block * bytes > kShared) block /= 2;
   } else {
     while (block > kWarp && (block * bytes > kShared || block / 2 >= problem.N * problem.threads)) block /= 2;
@@ -521,8 +522,8 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    const bool is_packed =
-        fits_packs<T>(partial_logits, C, stride_c) && stride_m % kHeld == 0 && stride_n % kHeld == 0;
+    const bool is_packed = fits_packs<T, kHeld<T>>(partial_logits, C, stride_c) && stride_m % kHeld<T> == 0 &&
+                           stride_n % kHeld<T> == 0;
     const Problem<T> problem{static_cast<const T*>(partial_logits),
                              labels,
                              static_cast<const A*>(bias),
@@ -533,7 +534,7 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
                              static_cast<int>(M),
                              static_cast<int>(C),
                              static_cast<int>(utility),
-                             lanes_for(C),
+                             lanes_for<kHeld<T>>(C),
                              is_packed,
                              format};
     with_plan<T, false>(M, C, utility, [&](auto plan) {
@@ -568,9 +569,10 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
     with_plan<T, true>(M, C, utility, [&](auto plan) {
       using P = decltype(plan);
       using Out = typename Gradients<P>::Out;
-      const bool is_packed = fits_packs<T>(partial_logits, C, stride_c) && stride_m % kHeld == 0 &&
-                             stride_n % kHeld == 0 && fits_packs<Out>(dpartial_logits, C, 1) &&
-                             fits_packs<A>(dbias, C, 1);
+      const bool is_packed = fits_packs<T, kHeld<T>>(partial_logits, C, stride_c) &&
+                             stride_m % kHeld<T> == 0 && stride_n % kHeld<T> == 0 &&
+                             fits_packs<Out, kHeld<T>>(dpartial_logits, C, 1) &&
+                             fits_packs<A, kHeld<T>>(dbias, C, 1);
       const Problem<T> problem{static_cast<const T*>(partial_logits),
                                labels,
                                static_cast<const A*>(bias),
@@ -581,7 +583,7 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
                                static_cast<int>(M),
                                static_cast<int>(C),
                                static_cast<int>(utility),
-                               lanes_for(C),
+                               lanes_for<kHeld<T>>(C),
                                is_packed,
                                format};
       const Geometry geometry = make_geometry<P>(problem);

@@ -8,8 +8,9 @@
 namespace mmfast {
 namespace {
 
-// Classes that a thread takes at a time.
-constexpr int kHeld = 4;
+// Classes that a thread takes at a time: those of a vector of 16 bytes.
+template <class T>
+constexpr int kHeld = sizeof(T) == 2 ? 8 : 4;
 constexpr int kMaxWarps = 8, kMaxLeaves = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNoClass = std::numeric_limits<int>::max();
@@ -199,8 +200,9 @@ struct Team {
   }
 };
 
-// How the classes of a sample are dealt out to a team: four neighbours to a thread where vectors can be
-// loaded, else one to each thread in turn; in chunks if there are more.
+// How the classes of a sample are dealt out to a team: H neighbours to a thread where vectors can be loaded,
+// else one to each thread in turn; in chunks if there are more.
+template <int H>
 struct Classes {
   int C, first, step, span;
   bool is_packed;
@@ -209,9 +211,9 @@ struct Classes {
   template <bool is_block>
   __device__ Classes(int C, bool is_packed, Format format, const Team<is_block>& team)
       : C(C),
-        first(is_packed ? team.index() * kHeld : team.index()),
+        first(is_packed ? team.index() * H : team.index()),
         step(is_packed ? 1 : team.size()),
-        span(team.size() * kHeld),
+        span(team.size() * H),
         is_packed(is_packed),
         format(format) {}
 
@@ -220,15 +222,15 @@ struct Classes {
 
   // 0 beyond the last class.
   template <class T, class A>
-  __device__ void load(const T* row, int64_t stride_c, int chunk, A (&z)[kHeld]) const {
+  __device__ void load(const T* row, int64_t stride_c, int chunk, A (&z)[H]) const {
     if (is_packed) {
-      Pack<T, kHeld> loaded{};
-      if (class_of(chunk, 0) < C) loaded = *reinterpret_cast<const Pack<T, kHeld>*>(row + class_of(chunk, 0));
+      Pack<T, H> loaded{};
+      if (class_of(chunk, 0) < C) loaded = *reinterpret_cast<const Pack<T, H>*>(row + class_of(chunk, 0));
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) z[i] = format.widen(loaded.values[i]);
+      for (int i = 0; i < H; ++i) z[i] = format.widen(loaded.values[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < H; ++i) {
         const int c = class_of(chunk, i);
         z[i] = c < C ? format.widen(row[c * stride_c]) : A(0);
       }
@@ -237,25 +239,25 @@ struct Classes {
 
   // As load, of numbers side by side that need not be aligned.
   template <class A>
-  __device__ void load_scalars(const A* row, int chunk, A (&z)[kHeld]) const {
+  __device__ void load_scalars(const A* row, int chunk, A (&z)[H]) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       const int c = class_of(chunk, i);
       z[i] = c < C ? row[c] : A(0);
     }
   }
 
   template <class T, class A>
-  __device__ void store(T* row, int chunk, const A (&z)[kHeld]) const {
+  __device__ void store(T* row, int chunk, const A (&z)[H]) const {
     if (is_packed) {
       if (class_of(chunk, 0) >= C) return;
-      Pack<T, kHeld> stored;
+      Pack<T, H> stored;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) stored.values[i] = format.narrow<T>(z[i]);
-      *reinterpret_cast<Pack<T, kHeld>*>(row + class_of(chunk, 0)) = stored;
+      for (int i = 0; i < H; ++i) stored.values[i] = format.narrow<T>(z[i]);
+      *reinterpret_cast<Pack<T, H>*>(row + class_of(chunk, 0)) = stored;
     } else {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < H; ++i) {
         const int c = class_of(chunk, i);
         if (c < C) row[c] = format.narrow<T>(z[i]);
       }
@@ -263,16 +265,16 @@ struct Classes {
   }
 };
 
-template <class T>
+template <class T, int H>
 bool fits_packs(const void* address, int64_t C, int64_t stride_c) {
-  return stride_c == 1 && C % kHeld == 0 &&
-         reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, kHeld>) == 0;
+  return stride_c == 1 && C % H == 0 && reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, H>) == 0;
 }
 
 // Lanes of a warp that hold a sample's classes at once, if there are enough.
-inline int lanes_for(int64_t C) {
+template <int H>
+int lanes_for(int64_t C) {
   int lanes = 1;
-  while (lanes < kWarp && lanes * kHeld < C) lanes *= 2;
+  while (lanes < kWarp && lanes * H < C) lanes *= 2;
   return lanes;
 }
 
@@ -284,14 +286,15 @@ struct Softmax {
 // Logits of one sample, `source.load(chunk, z)`: exact, class by class, NaN and infinities as torch has them.
 template <class A, class Source, bool is_block>
 __device__ Softmax<A> softmax_of(const Source& source, int label, A own, const Team<is_block>& team) {
-  const Classes& classes = source.classes;
+  const auto& classes = source.classes;
+  constexpr int H = Source::H;
   const int chunks = classes.chunks();
-  A z[kHeld], top = own, others = 0;
+  A z[H], top = own, others = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       const int c = classes.class_of(chunk, i);
       if (c < classes.C && c != label) top = Max()(top, z[i]);
     }
@@ -301,7 +304,7 @@ __device__ Softmax<A> softmax_of(const Source& source, int label, A own, const T
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       const int c = classes.class_of(chunk, i);
       if (c < classes.C && c != label) others += exponential(z[i] - top);
     }
@@ -322,15 +325,16 @@ __device__ A softmax_utility(const Source& source, int label, A own, int utility
 template <class A, class Source, bool is_block>
 __device__ A largest_utility(const Source& source, int label, A own, int utility,
                              const Team<is_block>& team) {
-  const Classes& classes = source.classes;
+  const auto& classes = source.classes;
+  constexpr int H = Source::H;
   const int chunks = classes.chunks();
-  A z[kHeld], top = -kInfinity<A>, poison = 0;
+  A z[H], top = -kInfinity<A>, poison = 0;
   int beaten = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     source.load(chunk, z);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       const int c = classes.class_of(chunk, i);
       if (c >= classes.C || c == label) continue;
       const bool is_nan = z[i] != z[i];

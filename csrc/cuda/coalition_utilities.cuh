@@ -28,10 +28,11 @@ struct Table {
 template <class T>
 struct TableRow {
   using A = accumulate_t<T>;
-  Classes classes;
+  static constexpr int H = kHeld<T>;
+  Classes<H> classes;
   const T* row;
   int64_t stride_c;
-  A held[kHeld];
+  A held[H];
 
   __device__ TableRow(const Table<T>& table, int64_t index, const Team<false>& team)
       : classes(table.C, table.is_packed, table.format, team),
@@ -40,10 +41,10 @@ struct TableRow {
     classes.load(row, stride_c, 0, held);
   }
 
-  __device__ void load(int chunk, A (&z)[kHeld]) const {
+  __device__ void load(int chunk, A (&z)[H]) const {
     if (chunk > 0) return classes.load(row, stride_c, chunk, z);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) z[i] = held[i];
+    for (int i = 0; i < H; ++i) z[i] = held[i];
   }
 
   // Labels on a GPU are not checked: 0 in place of what lies outside.
@@ -53,7 +54,7 @@ struct TableRow {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowsBlock)
+__global__ void __launch_bounds__(kRowsBlock, 2)
     coalition_utilities_fwd_kernel(Table<T> table,
                                    T* __restrict__ values) {  // [N, S]
   using A = accumulate_t<T>;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kRowsBlock)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowsBlock)
+__global__ void __launch_bounds__(kRowsBlock, 2)
     coalition_utilities_bwd_kernel(const T* __restrict__ dvalues,  // [N, S]
                                    Table<T> table,
                                    T* __restrict__ dlogits) {  // [N, S, C]
@@ -85,17 +86,18 @@ __global__ void __launch_bounds__(kRowsBlock)
   const TableRow<T> row(table, index, team);
   const int label = static_cast<int>(table.labels[index / table.S]);
   const A own = row.own(label), du = table.format.widen(dvalues[index]);
-  const Classes& classes = row.classes;
+  const auto& classes = row.classes;
+  constexpr int H = kHeld<T>;
   const int chunks = classes.chunks();
 
-  A z[kHeld], own_gradient = du, weight = 0, top = -kInfinity<A>;
+  A z[H], own_gradient = du, weight = 0, top = -kInfinity<A>;
   int runner_up = kNoClass;
   if (table.utility == kMargin) {
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       row.load(chunk, z);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < H; ++i) {
         const int c = classes.class_of(chunk, i);
         if (c < classes.C && c != label) top = Max()(top, z[i]);
       }
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kRowsBlock)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       row.load(chunk, z);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < H; ++i) {
         const int c = classes.class_of(chunk, i);
         const A x = c == label ? -kInfinity<A> : z[i];
         if (c < classes.C && x == top) runner_up = Min()(runner_up, c);
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kRowsBlock)
   for (int chunk = 0; chunk < chunks; ++chunk) {
     row.load(chunk, z);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < H; ++i) {
       const int c = classes.class_of(chunk, i);
       const A other = table.utility == kMargin ? (c == runner_up ? -du : A(0))
                                                : (c == label ? A(0) : -weight * exponential(z[i] - top));
@@ -138,11 +140,20 @@ template <class T>
 Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_t S, int64_t C,
                     int64_t stride_n, int64_t stride_s, int64_t stride_c, int64_t utility, const void* output,
                     Format format) {
-  const bool is_packed = fits_packs<T>(logits, C, stride_c) && stride_n % kHeld == 0 &&
-                         stride_s % kHeld == 0 && (output == nullptr || fits_packs<T>(output, C, 1));
-  return {static_cast<const T*>(logits), labels,       N * S,    static_cast<int>(S),
-          static_cast<int>(C),           stride_n,     stride_s, stride_c,
-          static_cast<int>(utility),     lanes_for(C), is_packed};
+  const bool is_packed = fits_packs<T, kHeld<T>>(logits, C, stride_c) && stride_n % kHeld<T> == 0 &&
+                         stride_s % kHeld<T> == 0 &&
+                         (output == nullptr || fits_packs<T, kHeld<T>>(output, C, 1));
+  return {static_cast<const T*>(logits),
+          labels,
+          N * S,
+          static_cast<int>(S),
+          static_cast<int>(C),
+          stride_n,
+          stride_s,
+          stride_c,
+          static_cast<int>(utility),
+          lanes_for<kHeld<T>>(C),
+          is_packed};
 }
 
 template <class T>

@@ -218,8 +218,6 @@ def _run_cpu(
     )
 
 
-# Where more classes are to be held, a team of threads loops over them: csrc/cuda/additive_shapley.cuh.
-_CUDA_HELD_CLASSES = 128
 # Rows of sums over samples that the bias's gradient is added up from.
 _CUDA_ROWS = 1024
 # Threads that fill the largest GPU; with fewer, blocks share the coalitions of a sample.
@@ -409,11 +407,9 @@ def _bwd_cuda(
     operand, wide_bias = _wide_operands(partial_logits, bias)
     _, num_samples, num_classes = operand.shape
     dtype = accumulation_dtype(operand.dtype)
-    gradient = torch.empty(
-        operand.shape,
-        dtype=dtype if num_classes > _CUDA_HELD_CLASSES else operand.dtype,
-        device=operand.device,
-    )
+    # Of more classes than the lanes of a warp hold, the kernel adds up the gradients in memory.
+    is_held = num_classes <= (256 if operand.element_size() == 2 else 128)
+    gradient = torch.empty(operand.shape, dtype=operand.dtype if is_held else dtype, device=operand.device)
     rows = min(num_samples, _CUDA_ROWS)
     sums = None if bias is None else operand.new_empty(rows, num_classes, dtype=dtype)
     if operand.numel() > 0:
