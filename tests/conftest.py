@@ -21,7 +21,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cuda_emulated
-
 from mmfast import backend as _backend
 
 # The same examples in every run: a failure belongs to the change that brought it.

@@ -42,9 +42,9 @@ def compiler() -> list[str]:
     return command if shutil.which(command[0]) else []
 
 
-def _folder() -> Path:
-    """Return where the library for these sources lies: a new folder for every change."""
-    digest = hashlib.sha256(repr((compiler(), FLAGS, CHECKED)).encode())
+def _folder(kernels: list[Path]) -> Path:
+    """Return where the library of these kernels lies: a new folder for every change."""
+    digest = hashlib.sha256(repr((compiler(), FLAGS, CHECKED, kernels)).encode())
     headers = [ROOT / "csrc/registry.h", *(path for folder in SOURCES for path in folder.iterdir())]
     for path in sorted(path for path in headers if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -59,15 +59,15 @@ def _compile(source: Path, folder: Path) -> str:
     return str(target)
 
 
-def build() -> Path:
+def build(kernels: list[Path]) -> Path:
     """Return the library, compiled if need be; processes that ask at the same time wait for one."""
-    folder = _folder()
+    folder = _folder(kernels)
     library = folder / "emulated.so"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            sources = [SOURCES[0] / "emulation.cpp", *sorted(SOURCES[1].glob("*.cu"))]
+            sources = [SOURCES[0] / "emulation.cpp", *kernels]
             try:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     objects = list(pool.map(lambda source: _compile(source, folder), sources))
@@ -104,10 +104,10 @@ class EmulatedModule:
         seed: of the order in which threads and blocks run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: list[Path]) -> None:
         self.compute_capability, self.seed = 8, 0
         self._shown: list[tuple[weakref.ref, int, int]] = []
-        self._library = ctypes.CDLL(str(build()))
+        self._library = ctypes.CDLL(str(build(kernels)))
         self._library.mmfast_emulated_entry.restype = ctypes.POINTER(_Entry)
         index = 0
         while entry := self._library.mmfast_emulated_entry(index):
@@ -148,7 +148,7 @@ class EmulatedModule:
 
 @functools.cache
 def _module() -> EmulatedModule:
-    return EmulatedModule()
+    return EmulatedModule(sorted((ROOT / "csrc/cuda").glob("*.cu")))
 
 
 @contextmanager

@@ -30,23 +30,23 @@ struct Plan {
 
 // Sums n numbers over `threads` lanes. Lane l ends with the sums of numbers l * left .. + left, left = max(1,
 // n / threads), or, with more lanes than numbers, every lane of a group of threads / n with the sum of its
-// group's number.
-template <int threads, int n, class A>
-__device__ void sum_over_lanes(A (&x)[n], int lane) {
-  constexpr int exchanges = log2_up(threads) < log2_up(n) ? log2_up(threads) : log2_up(n);
+// group's number. `count` numbers are left. A recursion, because nvcc puts x into memory where it does not
+// unroll both loops of a nest.
+template <int threads, int count, int n, class A>
+__device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
+  if constexpr (threads > 1) {
+    constexpr int distance = threads / 2, half = count / 2;
+    if constexpr (count > 1) {
+      const bool is_upper = lane & distance;
 #pragma unroll
-  for (int step = 0; step < exchanges; ++step) {
-    const int half = n >> (step + 1), distance = threads >> (step + 1);
-    const bool is_upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
-      x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+      for (int i = 0; i < half; ++i) {
+        const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
+        x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+      }
+    } else {
+      x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
     }
-  }
-#pragma unroll
-  for (int distance = threads >> (exchanges + 1); distance > 0; distance /= 2) {
-    x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
+    sum_over_lanes<distance, (count > 1 ? half : 1)>(x, lane);
   }
 }
 
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int m = 0; m < P::players; ++m) sums[m] -= shared;
 
   const int lane = thread % lanes;
-  sum_over_lanes<lanes>(sums, lane);
+  sum_over_lanes<lanes, padded>(sums, lane);
   constexpr int left = padded > lanes ? padded / lanes : 1, group = lanes > padded ? lanes / padded : 1;
   T* target = phi + row * num_players;
   if constexpr (P::threads <= kWarp) {
