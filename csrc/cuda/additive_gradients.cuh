@@ -210,7 +210,7 @@ __device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (
 #pragma unroll 1
     for (int distance = team.threads; distance < kWarp; distance *= 2)
       dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
-    sums[warp][team.lane][i] = dbase[i];
+    if (static_cast<int>(threadIdx.x) % kWarp < team.threads) sums[warp][team.lane][i] = dbase[i];
   }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= team.threads) return;
