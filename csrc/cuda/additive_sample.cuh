@@ -75,8 +75,8 @@ struct Plan {
   static constexpr bool has_outer = is_block || K == 3 || sizeof(T) == 8;
   // Blocks of a multiprocessor at once, as many as no register need be spilled for.
   static constexpr int most_blocks() {
-    if (sizeof(T) == 8) return 1;
-    if (is_block) return 2;
+    if (is_block) return sizeof(T) == 8 ? 1 : 2;
+    if (sizeof(T) == 8) return is_backward ? 2 : 3;
     if (is_backward) return is_softmax ? (K == 2 ? 5 : 3) - (H > 4) : (K == 2 ? 5 : 4) - (H > 4 ? 5 - K : 0);
     return K == 2 ? (H > 4 ? 6 : 7) : (H > 4 ? 4 : 5);
   }

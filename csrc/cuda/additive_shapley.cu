@@ -30,6 +30,8 @@
 // bandwidth. M = 8: 8.2 G elements of coalitions, two operations each, 16 G, 0.5 ms at 30 T a second (no
 // multiply-adds) where the bytes take 0.35 ms; predicted 0.9 ms. Compiled for every architecture without
 // spills; not timed yet on a GPU.
+#include <algorithm>
+
 #include "additive_gradients.cuh"
 #include "additive_sample.cuh"
 #include "coalition_utilities.cuh"
@@ -60,96 +62,100 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   const Team<P::is_block> team(problem.threads, scratch);
   const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = static_cast<int>(blockDim.x) / team.size();
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * samples + threadIdx.x / team.size();
-  // A team without a sample works on the last one, since all lanes take part in the exchanges.
-  const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
-  Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
-  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  const int64_t num_groups = (problem.N + samples - 1) / samples;
 #pragma unroll 1
-  for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
+  for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
+    const int64_t wanted = group * samples + threadIdx.x / team.size();
+    // A team without a sample works on the last one, since all lanes take part in the exchanges.
+    const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
+    Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
+    const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
 
-  // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
-  const bool is_smooth = problem.utility >= kProbability;
-  A total[J] = {}, shared = 0, origin = 0;
-  const unsigned count = P::has_outer ? (1u << sample.outer) / gridDim.y : 1u,
-                 begin = P::has_outer ? blockIdx.y * count : 0u;
-  const bool is_long = P::has_outer && count > kRestart;
-  if (is_long) {
+    // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
+    const bool is_smooth = problem.utility >= kProbability;
+    A total[J] = {}, shared = 0, origin = 0;
+    const unsigned count = P::has_outer ? (1u << sample.outer) / gridDim.y : 1u,
+                   begin = P::has_outer ? blockIdx.y * count : 0u;
+    const bool is_long = P::has_outer && count > kRestart;
+    if (is_long) {
 #pragma unroll
-    for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
-  }
-  // A block that begins elsewhere comes to the empty coalition for its utility alone.
-  bool is_visit = is_smooth && begin != 0;
-#pragma unroll 1
-  for (unsigned others = is_visit ? 0 : begin; others < begin + count;) {
-    sample.visit(others);
-    A u[J] = {};
-    sample.utilities(u);
-    if (others == 0 && is_smooth) {
-      origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
-      if (!(origin - origin == 0)) origin = 0;
+      for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
     }
-    if (P::has_outer && is_visit) {
-      is_visit = false;
-      others = begin;
-      continue;
-    }
-    const int size = __popc(others);
-    A folded = 0;
-#pragma unroll
-    for (int i = 0; i < J; ++i) {
-      if (i >= left || first + i >= 1 << M) continue;
-      const int players = size + __popc(first + i);
-      const A utility = u[i] - origin;
-      // b is 0 for all players together, whose utility may be infinite.
-      if (players < M) shared += b[players] * utility;
-      const A weighted = a[players] * utility;
-      total[i] += weighted;
-      folded += weighted;
-    }
+    // A block that begins elsewhere comes to the empty coalition for its utility alone.
+    bool is_visit = is_smooth && begin != 0;
 #pragma unroll 1
-    for (unsigned rest = others; rest != 0; rest &= rest - 1)
-      sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
-    ++others;
-    if (is_long && others % kRestart == 0) {
-#pragma unroll 1
-      for (int m = 0; m < sample.outer; ++m) {
-        sample.column(m, P::earlier) += sample.column(m, P::sum);
-        sample.column(m, P::sum) = 0;
+    for (unsigned others = is_visit ? 0 : begin; others < begin + count;) {
+      sample.visit(others);
+      A u[J] = {};
+      sample.utilities(u);
+      if (others == 0 && is_smooth) {
+        origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
+        if (!(origin - origin == 0)) origin = 0;
       }
+      if (P::has_outer && is_visit) {
+        is_visit = false;
+        others = begin;
+        continue;
+      }
+      const int size = __popc(others);
+      A folded = 0;
 #pragma unroll
       for (int i = 0; i < J; ++i) {
-        sample.extra(i) += total[i];
-        total[i] = 0;
+        if (i >= left || first + i >= 1 << M) continue;
+        const int players = size + __popc(first + i);
+        const A utility = u[i] - origin;
+        // b is 0 for all players together, whose utility may be infinite.
+        if (players < M) shared += b[players] * utility;
+        const A weighted = a[players] * utility;
+        total[i] += weighted;
+        folded += weighted;
       }
-      sample.extra(J) += shared;
-      shared = 0;
-    }
-  }
-  if (is_long) {
-#pragma unroll
-    for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
-    shared = sample.extra(J);
-  }
-
-  const bool is_live = wanted < problem.N && team.warp == 0;
-  const auto store = [&](int m, A value) {
-    if (!is_live || m >= M || team.lane != m % team.threads) return;
-    if (parts == nullptr) {
-      phi[n * M + m] = problem.format.template narrow<T>(value);
-    } else {
-      parts[(blockIdx.y * problem.N + n) * M + m] = value;
-    }
-  };
 #pragma unroll 1
-  for (int m = 0; m < sample.outer; ++m)
-    store(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) - shared));
+      for (unsigned rest = others; rest != 0; rest &= rest - 1)
+        sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
+      ++others;
+      if (is_long && others % kRestart == 0) {
+#pragma unroll 1
+        for (int m = 0; m < sample.outer; ++m) {
+          sample.column(m, P::earlier) += sample.column(m, P::sum);
+          sample.column(m, P::sum) = 0;
+        }
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    A value = -shared;
+        for (int i = 0; i < J; ++i) {
+          sample.extra(i) += total[i];
+          total[i] = 0;
+        }
+        sample.extra(J) += shared;
+        shared = 0;
+      }
+    }
+    if (is_long) {
 #pragma unroll
-    for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? total[i] : A(0);
-    store(sample.outer + k, team.template sum_parts<J>(value));
+      for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
+      shared = sample.extra(J);
+    }
+
+    const bool is_live = wanted < problem.N && team.warp == 0;
+    const auto store = [&](int m, A value) {
+      if (!is_live || m >= M || team.lane != m % team.threads) return;
+      if (parts == nullptr) {
+        phi[n * M + m] = problem.format.template narrow<T>(value);
+      } else {
+        parts[(blockIdx.y * problem.N + n) * M + m] = value;
+      }
+    };
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m)
+      store(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) - shared));
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      A value = -shared;
+#pragma unroll
+      for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? total[i] : A(0);
+      store(sample.outer + k, team.template sum_parts<J>(value));
+    }
   }
 }
 
@@ -178,7 +184,8 @@ struct Geometry {
 template <class P>
 Geometry make_geometry(const Problem<typename P::T>& problem) {
   const int outer = problem.M > P::K ? problem.M - P::K : 0;
-  const int64_t bytes = (int64_t{outer} * P::entries + P::extra) * sizeof(accumulate_t<typename P::T>);
+  const int extra = int64_t{1} << outer > kRestart ? P::extra : 0;
+  const int64_t bytes = (int64_t{outer} * P::entries + extra) * sizeof(accumulate_t<typename P::T>);
   int block = kBlock, samples = 1;
   if constexpr (P::is_block) {
     block = kWarp * (problem.C <= 64 * P::H ? 2 : problem.C <= 512 * P::H ? 4 : kMaxWarps);
@@ -233,7 +240,15 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
     with_plan<T, false>(M, C, utility, [&](auto plan) {
       using P = decltype(plan);
       const Geometry geometry = make_geometry<P>(problem);
-      const dim3 grid(static_cast<unsigned>(geometry.num_groups), static_cast<unsigned>(splits));
+      int64_t blocks = geometry.num_groups;
+      if (!P::is_block && geometry.shared == 0) {
+        // As many as run at once: where reading is all the work, to start a block for every group costs time.
+        int multiprocessors = 0;
+        check_cuda(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                              static_cast<int>(device)));
+        blocks = std::min<int64_t>(blocks, int64_t{multiprocessors} * P::min_blocks);
+      }
+      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
       MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream, problem,
                     static_cast<T*>(phi), static_cast<A*>(parts),
                     Weights<A>(problem.M, utility == kCardinality));
