@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _wide
 from ._tuning import choose
 
 
@@ -274,14 +274,7 @@ def _duc_loss_unpack_kernel(
     tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
 
 
-_ACC = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.float32,
-    torch.float16: tl.float32,
-}
 _PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
-_PACK_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 class _Tile(NamedTuple):
@@ -398,7 +391,7 @@ def _run(
     residual: Tensor | None,  # [P, N, W], contiguous
 ) -> Tensor:  # [P, N]
     num_pairs, num_queries, width = queries.shape
-    losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries))
+    losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries.dtype))
     target, num_processors = _machine(queries.device)
     precision = _precision(queries.dtype)
     common, tiles = _choices(target, queries.dtype, precision, width)
@@ -434,16 +427,12 @@ def _run(
             scale - high,
             HAS_RESIDUAL=residual is not None,
             PRECISION=precision,
-            ACC=_ACC[queries.dtype],
+            ACC=_acc(queries.dtype),
             **common,
             **blocks,
             **options,
         )
     return losses
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -496,7 +485,7 @@ def _packed(
                 *mask.stride(),
                 HAS_MASK=effective is not None,
                 **_PACK_BLOCKS,
-                **_PACK_OPTIONS,
+                **_OPTIONS,
             )
     return queries, packed_keys, positions, counts
 
@@ -522,9 +511,9 @@ def _unpacked(
             *like.shape,
             residual.shape[-1],
             num_modalities - 1,
-            ACC=_ACC[like.dtype],
+            ACC=_acc(like.dtype),
             **_PACK_BLOCKS,
-            **_PACK_OPTIONS,
+            **_OPTIONS,
         )
     return residuals
 
@@ -543,14 +532,14 @@ def duc_loss_fwd(
     num_modalities, feature = len(features), features[0]
     num_columns = max(sizes, default=feature.shape[1])
     if num_modalities == 1 or num_columns == 0 or feature.shape[0] == 0:
-        losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature))
+        losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature.dtype))
         shape = (num_modalities, *feature.shape) if with_residual else (0,)
         return _reduced(losses, reduction), feature.new_zeros(shape)
     queries, packed_keys, positions, counts = _packed(features, keys, effective, num_columns)
     residual = None
     if with_residual:
         # Sums over several teachers are rounded once.
-        dtype = _wide(feature) if num_modalities > 2 else feature.dtype
+        dtype = _wide(feature.dtype) if num_modalities > 2 else feature.dtype
         residual = torch.empty_like(queries, dtype=dtype)
     losses = _run(queries, packed_keys, counts, temperature, offset, residual)
     del queries, packed_keys
@@ -571,7 +560,7 @@ def info_nce_fwd(
     """Return the loss of one pair in all columns, and temperature times the gradient of its sum."""
     if query.numel() == 0:
         # Without dimensions all scores are 0.
-        losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query))
+        losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query.dtype))
         return _reduced(losses, reduction), query.new_empty(query.shape if with_residual else 0)
     if _is_ready(query) and _is_ready(key):
         queries, keys = query[None], key[None]
@@ -587,7 +576,6 @@ def info_nce_fwd(
 def compile_configurations(target: int | str) -> list[tuple]:
     """Return (kernel, types, constexprs, options, matrix instructions) of all that is to compile."""
     configurations: list[tuple] = []
-    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
     cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
     cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
     cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
@@ -596,12 +584,11 @@ def compile_configurations(target: int | str) -> list[tuple]:
         cases += [(torch.float32, "tf32", 128, True)]
     for dtype, precision, width, with_residual in cases:
         common, tiles = _choices(target, dtype, precision, width)
-        x, acc = f"*{elements[dtype]}:16", "*fp64:16" if dtype == torch.float64 else "*fp32:16"
-        kinds = [x, x, "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
-        types = dict(zip(_duc_loss_fwd_kernel.arg_names, kinds))
-        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _ACC[dtype], **common}
+        x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
+        types = [x, x, "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
         if not with_residual:
-            del types["residual_ptr"]
+            del types[4]
             constants["residual_ptr"] = None
         if not with_residual or dtype == torch.float16:
             # Much the same code as above: the largest tile may stand for all.
@@ -609,16 +596,14 @@ def compile_configurations(target: int | str) -> list[tuple]:
         instructions = "warp" if precision == "tf32" else "warpgroup" if dtype.itemsize == 2 else None
         for tile in tiles:
             blocks, options = _arguments(tile)
-            item = (_duc_loss_fwd_kernel, types, {**constants, **blocks}, options, instructions)
-            configurations.append(item)
+            item = _configuration(_duc_loss_fwd_kernel, types, {**constants, **blocks}, options)
+            configurations.append((*item, instructions))
     for element in ("bf16", "fp32"):
         x = f"*{element}:16"
-        kinds = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
-        types = dict(zip(_duc_loss_pack_kernel.arg_names, kinds + ["i64"] * 6))
+        types = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
         constants = {**_PACK_BLOCKS, "HAS_MASK": True}
-        configurations.append((_duc_loss_pack_kernel, types, constants, _PACK_OPTIONS))
-        kinds = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
-        types = dict(zip(_duc_loss_unpack_kernel.arg_names, kinds))
+        configurations.append(_configuration(_duc_loss_pack_kernel, types + ["i64"] * 6, constants))
+        types = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
         constants = {**_PACK_BLOCKS, "ACC": tl.float32}
-        configurations.append((_duc_loss_unpack_kernel, types, constants, _PACK_OPTIONS))
+        configurations.append(_configuration(_duc_loss_unpack_kernel, types, constants))
     return configurations

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _bits, _on
+from ._common import _ELEMENT, _OPTIONS, _bits, _configuration, _number, _on, _wide
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _update_projector_kernel(
         squares += tl.load(parts_ptr + num_parts + offs, mask=offs < num_parts, other=0.0)
     # Once P has next to nothing left along h, h^T P h is rounding: no division by less than its size.
     rounding = tl.sum(squares, axis=0) * EPS * D
-    alpha = tl.cast(tl.cast(alpha_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    alpha = _number(alpha_bits, ACC)
     root = tl.sqrt(tl.maximum(rounding, alpha) + tl.maximum(tl.sum(kept, axis=0), 0.0))
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -119,15 +119,6 @@ def _project_gradient_kernel(
     out = tl.sum(products, axis=1)
     out_ptrs = out_ptr + offs_c[:, None] * D + offs_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_d[None, :])
-
-
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def _update_blocks(size: int, dtype: torch.dtype) -> dict:
@@ -194,7 +185,7 @@ def project_gradient(
     projected = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     if projected.numel() == 0:
         return projected
-    acc = torch.promote_types(torch.promote_types(grad.dtype, projector.dtype), torch.float32)
+    acc = _wide(torch.promote_types(grad.dtype, projector.dtype))
     blocks = _product_blocks(num_rows, acc)
     grid = (triton.cdiv(size, blocks["BLOCK_D"]), triton.cdiv(num_rows, blocks["BLOCK_C"]))
     with _on(grad.device):
@@ -217,9 +208,8 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, _OPTIONS))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     for dtype in (torch.float32, torch.float64):
         acc = _ELEMENT[dtype]

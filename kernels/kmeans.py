@@ -20,7 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _by_class, _chunk_edges, _class_of_chunk, _most_chunks, _on
+from ._common import (
+    _ELEMENT,
+    _OPTIONS,
+    _acc,
+    _by_class,
+    _chunk_edges,
+    _class_of_chunk,
+    _configuration,
+    _most_chunks,
+    _on,
+    _rows_of_chunk,
+    _wide,
+)
 
 _NO_CLUSTER = tl.constexpr(0x7FFFFFFF)
 
@@ -97,12 +109,9 @@ def _cluster_sums_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     k = _class_of_chunk(chunk, chunks_ptr, K, BLOCK_C)
     if k < K:
-        first = tl.load(edges_ptr + k) + (chunk - tl.load(chunks_ptr + k)) * BLOCK_R
-        offs_r = first + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < tl.load(edges_ptr + k + 1)
+        rows, mask_r, _ = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, chunks_ptr, BLOCK_R)
         offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
-        rows = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
         mask = mask_r[:, None] & mask_d[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + offs_d[None, :] * stride_xd
         offset = tl.load(offset_ptr + offs_d, mask=mask_d, other=0.0)
@@ -192,18 +201,7 @@ def _count_pairs_kernel(
     tl.atomic_add(table_ptr + k * C + y, one, mask=mask_n)
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _MOVE_BLOCKS = {"BLOCK_R": 128, "BLOCK_D": 16}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _assign_blocks(num_clusters: int, dtype: torch.dtype) -> dict:
@@ -235,7 +233,7 @@ class _Lloyd:
         self.features, self.num_clusters = features, num_clusters
         self.dtype = _wide(features.dtype)
         self.variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
-        self.acc = _ELEMENT[self.dtype]
+        self.acc = _acc(features.dtype)
         self.samples = (features.shape[0], features.shape[1], *features.stride())
         self.assignments = features.new_full((features.shape[0],), -1, dtype=torch.int32)
 
@@ -378,16 +376,14 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        options = {**_OPTIONS, "num_warps": constants.pop("num_warps", _OPTIONS["num_warps"])}
-        names = [name for name in kernel.arg_names if name not in constants]
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     index, size, stride = "*i64", "i32", "i64"
     for dtype, element in _ELEMENT.items():
         wide = _wide(dtype)
-        x, acc = f"*{element}", f"*{_ELEMENT[wide]}"
-        constants = {"stride_xd": 1, "ACC": _ELEMENT[wide]}
+        x, acc = f"*{element}", f"*{_acc(dtype)}"
+        constants = {"stride_xd": 1, "ACC": _acc(dtype)}
         for num_clusters in (8, 64):
             blocks = _assign_blocks(num_clusters, dtype)
             types = [x, acc, acc, "*i32", "*i32", size, size, size, stride]
@@ -399,7 +395,7 @@ def compile_configurations() -> list[tuple]:
             types = [x, acc, acc, "*i32", acc, size, size, stride]
             add(_squared_distances_kernel, types, constants | _distance_blocks(num_dims, dtype))
         if dtype == wide:
-            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size], dict(_MOVE_BLOCKS))
+            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size], _MOVE_BLOCKS)
     for label in ("*i64", "*i32"):
         add(_count_pairs_kernel, [index, label, index, size, size, stride, stride], {"BLOCK_N": 512})
     return configurations

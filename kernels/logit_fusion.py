@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _bits, _on
+from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _wide
 
 # By their places, as in mmfast/ops/logit_fusion.py.
 _ENTROPY = tl.constexpr(0)
@@ -57,6 +57,14 @@ def _load_logits(
 def _shifted(z, top):
     # Before the first number the maximum is -inf, and what comes after has nothing to be taken from.
     return z - tl.where(top == float("-inf"), 0.0, top)[:, :, None]
+
+
+@triton.jit
+def _no_classes(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+    """Return the sums and the maximum before the first class, as `_accumulate` takes them."""
+    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
+    zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    return top, zeros, zeros, tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
 
 
 @triton.jit
@@ -134,11 +142,8 @@ def _logit_fusion_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
-    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    temperature = _number(temperature_bits, ACC)
     if ONE_TILE:
         z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
         top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
@@ -239,11 +244,8 @@ def _logit_fusion_bwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
-    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    temperature = _number(temperature_bits, ACC)
     mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
     dw_ptrs = dw_ptr + offs_m[None, :] * stride_dwm + offs_n[:, None] * stride_dwn
     dw = tl.load(dw_ptrs, mask=mask, other=0.0).to(ACC)
@@ -272,18 +274,6 @@ def _logit_fusion_bwd_kernel(
             _store_dlogits(
                 z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, part, M, N, C, SCORE
             )
-
-
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
@@ -334,7 +324,7 @@ def logit_fusion_fwd(
             *mask_strides,
             SCORE=score,
             HAS_PRESENT=present is not None,
-            ACC=_ELEMENT[_wide(logits.dtype)],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -372,7 +362,7 @@ def logit_fusion_bwd(
             SCORE=score,
             HAS_PRESENT=present is not None,
             LOWEST=torch.finfo(_wide(logits.dtype)).min,
-            ACC=_ELEMENT[_wide(logits.dtype)],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -383,10 +373,8 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": True}
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     sizes, stride = ["i64", "i32", "i32", "i32"], "i64"
     for dtype, element in _ELEMENT.items():
@@ -397,7 +385,7 @@ def compile_configurations() -> list[tuple]:
                 if dtype != wide and (num_classes, score) not in [(31, 0), (10_000, 1)]:
                     continue
                 shape = (num_modalities, num_classes, dtype)
-                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _ELEMENT[wide]}
+                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _acc(dtype)}
                 types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
                 add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
                 constants |= {"stride_dfc": 1, "LOWEST": torch.finfo(wide).min, **_blocks(*shape, "bwd")}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on
 from ._tuning import choose
 
 
@@ -122,15 +122,6 @@ def _blocks(num_players: int, kernel: str) -> dict:
     return blocks
 
 
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_ACC = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.float32,
-    torch.float16: tl.float32,
-}
-
-
 def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
     """Return the constants and the options to launch with: the table's, or those stored for this GPU."""
     default = _blocks(num_players, kernel)
@@ -170,7 +161,7 @@ def shapley_values_fwd(
             rows.shape[0],
             *rows.stride(),
             M=num_players,
-            ACC=_ACC[utilities.dtype],
+            ACC=_acc(utilities.dtype),
             **blocks,
             **options,
         )
@@ -195,7 +186,7 @@ def shapley_values_bwd(
             rows.shape[0],
             *rows.stride(),
             M=num_players,
-            ACC=_ACC[dphi.dtype],
+            ACC=_acc(dphi.dtype),
             **blocks,
             **options,
         )
@@ -205,16 +196,11 @@ def shapley_values_bwd(
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
-    for element, acc in (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32")):
-        pointers = [f"*{element}", f"*{element}"]
+    for dtype, element in _ELEMENT.items():
+        types = [f"*{element}", f"*{element}", "i32", "i64", "i64"]
         # Tiles depend on M alone, so two dtypes take part with all of them and two with the extremes.
-        for num_players in (1, 2, 3, 5, 8, 12, 20) if element in ("fp32", "bf16") else (1, 20):
+        for num_players in (1, 2, 3, 5, 8, 12, 20) if dtype in (torch.float32, torch.bfloat16) else (1, 20):
             for name, kernel in (("fwd", _shapley_values_fwd_kernel), ("bwd", _shapley_values_bwd_kernel)):
-                constants = {
-                    "M": num_players,
-                    **_blocks(num_players, name),
-                    "ACC": tl.float64 if acc == "fp64" else tl.float32,
-                }
-                arguments = zip(kernel.arg_names, [*pointers, "i32", "i64", "i64"])
-                configurations.append((kernel, dict(arguments), constants, _OPTIONS))
+                constants = {"M": num_players, **_blocks(num_players, name), "ACC": _acc(dtype)}
+                configurations.append(_configuration(kernel, types, constants))
     return configurations
