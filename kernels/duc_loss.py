@@ -27,112 +27,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _wide
+from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._duc_loss_columns import _column_configurations, _packed, _unpacked
+from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose
-
-
-@triton.jit
-def _pack(
-    x_ptr,  # [N, D]
-    effective_ptr,  # [M, D]
-    out_ptr,  # [N, W]
-    positions_ptr,  # [D]
-    N,
-    D,
-    W,
-    teacher,
-    student,
-    stride_xn,
-    stride_xd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Close up the columns the teacher teaches the student, fill up with zeros, return their number."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    out_ptrs = out_ptr + offs_n * W
-    filled = 0
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        taken = offs_d < D
-        if HAS_MASK:
-            effective_ptrs = effective_ptr + offs_d * stride_ed
-            taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
-            taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
-        position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
-        mask = mask_n[:, None] & taken[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask)
-        tl.store(out_ptrs[:, None] + position[None, :], x, mask=mask)
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(positions_ptr + offs_d, tl.where(taken, position, -1), mask=offs_d < D)
-        filled += tl.sum(taken.to(tl.int32), 0)
-    for start in range(filled // BLOCK_D * BLOCK_D, W, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        padding = (offs_d >= filled) & (offs_d < W)
-        zeros = tl.zeros((BLOCK_N, BLOCK_D), dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptrs[:, None] + offs_d[None, :], zeros, mask=mask_n[:, None] & padding[None, :])
-    return filled
-
-
-@triton.jit
-def _duc_loss_pack_kernel(
-    features_ptr,  # [N, D] of one modality
-    keys_ptr,  # [K, D] of the same modality
-    effective_ptr,  # [M, D]; None: one pair, all columns
-    packed_queries_ptr,  # [P, N, W]
-    packed_keys_ptr,  # [P, K, W]
-    positions_ptr,  # [P, D]: where a column went, -1 where nowhere
-    counts_ptr,  # [P]
-    N,
-    K,
-    D,
-    W,
-    modality,
-    num_others,
-    stride_fn,
-    stride_fd,
-    stride_kn,
-    stride_kd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # In the first half of its pairs the modality teaches and gives its keys, in the second it learns.
-    teaches = tl.program_id(1) < num_others
-    other = tl.program_id(1) % num_others
-    other += (other >= modality).to(tl.int32)
-    teacher = tl.where(teaches, modality, other)
-    student = tl.where(teaches, other, modality)
-    pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-    if not HAS_MASK:
-        pair = pair * 0
-    if teaches:
-        filled = _pack(
-            keys_ptr, effective_ptr, packed_keys_ptr + pair * K * W, positions_ptr + pair * D, K, D, W,
-            teacher, student, stride_kn, stride_kd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(counts_ptr + pair, filled)
-    else:
-        _pack(
-            features_ptr, effective_ptr, packed_queries_ptr + pair * N * W, positions_ptr + pair * D, N, D, W,
-            teacher, student, stride_fn, stride_fd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -245,125 +151,6 @@ def _duc_loss_fwd_kernel(
             tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _duc_loss_unpack_kernel(
-    packed_ptr,  # [P, N, W] residuals of every pair
-    positions_ptr,  # [P, D]
-    residuals_ptr,  # [M, N, D]
-    N,
-    D,
-    W,
-    num_others,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    student = tl.program_id(2)
-    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
-    # Teacher after teacher, so the sum's order is always the same.
-    for other in range(num_others):
-        teacher = other + (other >= student).to(tl.int32)
-        pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-        position = tl.load(positions_ptr + pair * D + offs_d, mask=offs_d < D, other=-1)
-        packed_ptrs = packed_ptr + (pair * N + offs_n)[:, None] * W + position[None, :]
-        total += tl.load(packed_ptrs, mask=mask & (position >= 0)[None, :], other=0.0).to(ACC)
-    residuals_ptrs = residuals_ptr + (student.to(tl.int64) * N + offs_n)[:, None] * D + offs_d[None, :]
-    tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
-
-
-_PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
-
-
-class _Tile(NamedTuple):
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-# Tiles of half precision: by compute capability (from this one on) or vendor, then by the dimensions of a
-# tile, most queries first. Chosen so that nothing spills and all fits; none has been timed.
-_SMALL = {  # 99 KiB of shared memory
-    64: [_Tile(128, 64, 8, 2), _Tile(64, 64, 4, 2)],
-    128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 2)],
-    256: [_Tile(64, 32, 8, 2)],
-}
-_HALF: dict[int | str, dict[int, list[_Tile]]] = {
-    80: {
-        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 3)],
-        256: [_Tile(64, 32, 8, 2)],
-    },
-    86: _SMALL,
-    90: {
-        64: [_Tile(128, 128, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        256: [_Tile(128, 64, 8, 3), _Tile(64, 64, 8, 2)],
-    },
-    100: {
-        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        256: [_Tile(64, 64, 8, 2)],
-    },
-    120: _SMALL,
-    "gfx": {64: [_Tile(64, 64, 4, 2)], 128: [_Tile(128, 32, 4, 2)]},
-}
-_HALF_WIDE = _Tile(64, 64, 8, 2)
-# The same of float32 where it is not rounded to tf32; off matrix units fewer queries are as good as many.
-_FLOAT32 = {64: [_Tile(64, 32, 8, 2), _Tile(16, 32, 4, 2)], 128: [_Tile(32, 32, 8, 2), _Tile(16, 32, 4, 2)]}
-_TF32 = _Tile(64, 32, 8, 2)
-_FLOAT64 = _Tile(32, 16, 4, 2)
-_INTERPRETED = _Tile(128, 64, 4, 2)
-# How fast tiles of so many queries are expected to be; guesses until they are timed.
-_RATE = {128: 1.0, 64: 0.8, 32: 0.5, 16: 0.3}
-
-
-def _choices(
-    target: int | str,  # compute capability, AMD's name of an architecture, or "interpreter"
-    dtype: torch.dtype,
-    precision: str,  # of float32, "ieee" or "tf32"
-    width: int,
-) -> tuple[dict, list[_Tile]]:
-    """Return the constants that all tiles for this width have in common, and these tiles."""
-    block_d = max(64, triton.next_power_of_2(width))
-    if target == "interpreter":
-        # It takes its time by the operation, whatever the size of a tile.
-        wide = dtype.itemsize > 2 or width > 256
-        return {"BLOCK_D": min(256, block_d), "BLOCK_C": 64, "WIDE": wide}, [_INTERPRETED]
-    if dtype == torch.float64:
-        return {"BLOCK_D": 64, "BLOCK_C": 16, "WIDE": True}, [_FLOAT64]
-    if dtype == torch.float32:
-        # Whole operands would fill the registers, so they are taken in short pieces.
-        block_d = min(128, block_d)
-        tiles, block_c = (_FLOAT32[block_d], 16) if precision == "ieee" else ([_TF32], 32)
-        return {"BLOCK_D": block_d, "BLOCK_C": block_c, "WIDE": True}, tiles
-    known = [capability for capability in _HALF if isinstance(capability, int)]
-    if isinstance(target, str):
-        family: int | str = "gfx"
-    else:
-        family = max((capability for capability in known if capability <= target), default=86)
-    if block_d not in _HALF[family]:
-        return {"BLOCK_D": 256 if family in (90, 100) else 128, "BLOCK_C": 64, "WIDE": True}, [_HALF_WIDE]
-    return {"BLOCK_D": block_d, "BLOCK_C": 16, "WIDE": False}, _HALF[family][block_d]
-
-
-def _candidates(tiles: list[_Tile]) -> list[dict]:
-    """Return what tuning is to try: the table's tiles, and their neighbours that a device may refuse."""
-    queries = {number for tile in tiles for number in (tile.queries // 2, tile.queries)}
-    keys = {number for tile in tiles for number in (tile.keys // 2, tile.keys, 2 * tile.keys)}
-    shapes = itertools.product(sorted(queries), sorted(keys), (4, 8), (2, 3, 4))
-    return [_Tile(*shape)._asdict() for shape in shapes if shape[0] >= 16 and shape[1] >= 16]
-
-
-def _arguments(tile: _Tile) -> tuple[dict, dict]:
-    """Return constants and options of a tile."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return {"BLOCK_N": tile.queries, "BLOCK_K": tile.keys}, options
-
-
 @functools.cache
 def _machine(device: torch.device) -> tuple[int | str, int]:
     """Return architecture and number of multiprocessors."""
@@ -446,78 +233,6 @@ def _is_ready(x: Tensor) -> bool:
     return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def _packed(
-    features: Sequence[Tensor],  # M of [N, D]
-    keys: Sequence[Tensor],  # M of [K, D]
-    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
-    num_columns: int,  # in the widest pair
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [P, N, W], [P, K, W], [P, D], [P]
-    """Return queries and keys of all pairs, the place of each column, -1 for none, and their number."""
-    query, key = features[0], keys[0]
-    num_others = max(1, len(features) - 1)
-    num_pairs = 1 if effective is None else len(features) * num_others
-    # Rows of a multiple of 16 elements are loaded 16 bytes at a time.
-    width = triton.cdiv(num_columns, 16) * 16
-    queries = query.new_empty(num_pairs, query.shape[0], width)
-    packed_keys = query.new_empty(num_pairs, key.shape[0], width)
-    positions = query.new_empty(num_pairs, query.shape[1], dtype=torch.int32)
-    counts = query.new_empty(num_pairs, dtype=torch.int32)
-    mask = query if effective is None else effective.view(torch.uint8)
-    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2 * num_others)
-    with _on(query.device):
-        for modality, (feature, own_keys) in enumerate(zip(features, keys)):
-            _duc_loss_pack_kernel[grid](
-                feature,
-                own_keys,
-                mask,
-                queries,
-                packed_keys,
-                positions,
-                counts,
-                query.shape[0],
-                key.shape[0],
-                query.shape[1],
-                width,
-                modality,
-                num_others,
-                *feature.stride(),
-                *own_keys.stride(),
-                *mask.stride(),
-                HAS_MASK=effective is not None,
-                **_PACK_BLOCKS,
-                **_OPTIONS,
-            )
-    return queries, packed_keys, positions, counts
-
-
-def _unpacked(
-    residual: Tensor,  # [P, N, W]
-    positions: Tensor,  # [P, D]
-    like: Tensor,  # [N, D]
-    num_modalities: int,
-) -> Tensor:  # [M, N, D]
-    """Return each student's residuals summed over its teachers, columns back in their places."""
-    residuals = like.new_empty(num_modalities, *like.shape)
-    grid = (
-        triton.cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
-        triton.cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),
-        num_modalities,
-    )
-    with _on(like.device):
-        _duc_loss_unpack_kernel[grid](
-            residual,
-            positions,
-            residuals,
-            *like.shape,
-            residual.shape[-1],
-            num_modalities - 1,
-            ACC=_acc(like.dtype),
-            **_PACK_BLOCKS,
-            **_OPTIONS,
-        )
-    return residuals
-
-
 def duc_loss_fwd(
     features: Sequence[Tensor],  # M of [N, D]
     keys: Sequence[Tensor],  # M of [K, D]
@@ -598,12 +313,4 @@ def compile_configurations(target: int | str) -> list[tuple]:
             blocks, options = _arguments(tile)
             item = _configuration(_duc_loss_fwd_kernel, types, {**constants, **blocks}, options)
             configurations.append((*item, instructions))
-    for element in ("bf16", "fp32"):
-        x = f"*{element}:16"
-        types = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
-        constants = {**_PACK_BLOCKS, "HAS_MASK": True}
-        configurations.append(_configuration(_duc_loss_pack_kernel, types + ["i64"] * 6, constants))
-        types = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
-        constants = {**_PACK_BLOCKS, "ACC": tl.float32}
-        configurations.append(_configuration(_duc_loss_unpack_kernel, types, constants))
-    return configurations
+    return configurations + _column_configurations()
