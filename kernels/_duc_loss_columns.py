@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,6 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _OPTIONS, _acc, _configuration, _on
+
+
+@triton.jit
+def _fitted(count):
+    """Return the elements of a packed row: with a multiple of 16 rows are loaded 16 bytes at a time."""
+    return (count + 15) // 16 * 16
+
+
+@triton.jit
+def _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK: tl.constexpr):
+    """Return which of some columns the teacher teaches the student."""
+    taken = offs_d < D
+    if HAS_MASK:
+        effective_ptrs = effective_ptr + offs_d * stride_ed
+        taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
+        taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
+    return taken
 
 
 @triton.jit
@@ -31,18 +49,14 @@ def _pack(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Close up the columns the teacher teaches the student, fill up with zeros, return their number."""
+    """Close up the columns the teacher teaches the student, and fill up with zeros."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     out_ptrs = out_ptr + offs_n * W
     filled = 0
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        taken = offs_d < D
-        if HAS_MASK:
-            effective_ptrs = effective_ptr + offs_d * stride_ed
-            taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
-            taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
+        taken = _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK)
         position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
         mask = mask_n[:, None] & taken[None, :]
         x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask)
@@ -50,31 +64,30 @@ def _pack(
         if HAS_MASK & (tl.program_id(0) == 0):
             tl.store(positions_ptr + offs_d, tl.where(taken, position, -1), mask=offs_d < D)
         filled += tl.sum(taken.to(tl.int32), 0)
-    for start in range(filled // BLOCK_D * BLOCK_D, W, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        padding = (offs_d >= filled) & (offs_d < W)
-        zeros = tl.zeros((BLOCK_N, BLOCK_D), dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptrs[:, None] + offs_d[None, :], zeros, mask=mask_n[:, None] & padding[None, :])
-    return filled
+    offs_p = filled + tl.arange(0, 16)
+    zeros = tl.zeros((BLOCK_N, 16), dtype=out_ptr.dtype.element_ty)
+    tl.store(out_ptrs[:, None] + offs_p[None, :], zeros, mask=mask_n[:, None] & (offs_p < W)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pair", "start", "teacher", "student"])
 def _duc_loss_pack_kernel(
-    features_ptr,  # [N, D] of one modality
-    keys_ptr,  # [K, D] of the same modality
-    effective_ptr,  # [M, D]; None: one pair, all columns
-    packed_queries_ptr,  # [P, N, W]
-    packed_keys_ptr,  # [P, K, W]
+    query_ptr,  # [N, D] of the student
+    key_ptr,  # [K, D] of the teacher
+    effective_ptr,  # [M, D]; anything where there is one pair with all columns
+    packed_queries_ptr,  # [N, W] of every pair
+    packed_keys_ptr,  # [K, W] of every pair
     positions_ptr,  # [P, D]: where a column went, -1 where nowhere
     counts_ptr,  # [P]
+    starts_ptr,  # [P]
     N,
     K,
     D,
-    W,
-    modality,
-    num_others,
-    stride_fn,
-    stride_fd,
+    pair,
+    start,  # of the pair among the columns of all pairs, in pieces of 16
+    teacher,
+    student,
+    stride_qn,
+    stride_qd,
     stride_kn,
     stride_kd,
     stride_em,
@@ -83,37 +96,40 @@ def _duc_loss_pack_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # In the first half of its pairs the modality teaches and gives its keys, in the second it learns.
-    teaches = tl.program_id(1) < num_others
-    other = tl.program_id(1) % num_others
-    other += (other >= modality).to(tl.int32)
-    teacher = tl.where(teaches, modality, other)
-    student = tl.where(teaches, other, modality)
-    pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-    if not HAS_MASK:
-        pair = pair * 0
-    if teaches:
-        filled = _pack(
-            keys_ptr, effective_ptr, packed_keys_ptr + pair * K * W, positions_ptr + pair * D, K, D, W,
+    count = D
+    positions_ptr += tl.cast(pair, tl.int64) * D
+    if HAS_MASK:
+        count = 0
+        for first in range(0, D, BLOCK_D):
+            offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)
+            taken = _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK)
+            count += tl.sum(taken.to(tl.int32), 0)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(counts_ptr + pair, count)
+            tl.store(starts_ptr + pair, start)
+    W = _fitted(count)
+    column = tl.cast(start, tl.int64) * 16
+    if tl.program_id(1) == 0:
+        _pack(
+            key_ptr, effective_ptr, packed_keys_ptr + column * K, positions_ptr, K, D, W,
             teacher, student, stride_kn, stride_kd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(counts_ptr + pair, filled)
     else:
         _pack(
-            features_ptr, effective_ptr, packed_queries_ptr + pair * N * W, positions_ptr + pair * D, N, D, W,
-            teacher, student, stride_fn, stride_fd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
+            query_ptr, effective_ptr, packed_queries_ptr + column * N, positions_ptr, N, D, W,
+            teacher, student, stride_qn, stride_qd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def _duc_loss_unpack_kernel(
-    packed_ptr,  # [P, N, W] residuals of every pair
+    packed_ptr,  # [N, W] residuals of every pair
+    counts_ptr,  # [P]
+    starts_ptr,  # [P]
     positions_ptr,  # [P, D]
     residuals_ptr,  # [M, N, D]
     N,
     D,
-    W,
     num_others,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,8 +144,12 @@ def _duc_loss_unpack_kernel(
     for other in range(num_others):
         teacher = other + (other >= student).to(tl.int32)
         pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-        position = tl.load(positions_ptr + pair * D + offs_d, mask=offs_d < D, other=-1)
-        packed_ptrs = packed_ptr + (pair * N + offs_n)[:, None] * W + position[None, :]
+        # The positions of a pair without columns need not have been written.
+        count = tl.load(counts_ptr + pair)
+        column = tl.load(starts_ptr + pair).to(tl.int64) * 16
+        written = offs_d < tl.where(count > 0, D, 0)
+        position = tl.load(positions_ptr + pair * D + offs_d, mask=written, other=-1)
+        packed_ptrs = packed_ptr + column * N + offs_n[:, None] * _fitted(count) + position[None, :]
         total += tl.load(packed_ptrs, mask=mask & (position >= 0)[None, :], other=0.0).to(ACC)
     residuals_ptrs = residuals_ptr + (student.to(tl.int64) * N + offs_n)[:, None] * D + offs_d[None, :]
     tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
@@ -138,53 +158,75 @@ def _duc_loss_unpack_kernel(
 _PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
 
 
+class _Columns(NamedTuple):
+    """Which columns each pair has, and where its rows lie among those of all pairs."""
+
+    counts: Tensor  # int32 [P]
+    starts: Tensor  # int32 [P]: of the pair among the columns of all pairs, in pieces of 16
+    positions: Tensor  # int32 [P, D]: where a column went, -1 where nowhere
+
+
 def _packed(
     features: Sequence[Tensor],  # M of [N, D]
     keys: Sequence[Tensor],  # M of [K, D]
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
-    num_columns: int,  # in the widest pair
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [P, N, W], [P, K, W], [P, D], [P]
-    """Return queries and keys of all pairs, the place of each column, -1 for none, and their number."""
+    sizes: Sequence[int],  # M^2 numbers of columns; none: not known on the host
+) -> tuple[Tensor, Tensor, _Columns]:
+    """Return the rows of queries and of keys, [N, W] and [K, W] pair after pair, and what is where.
+
+    W is a pair's own. Where the host knows it, rows take no more memory than they fill; where it does not,
+    every pair has room for all columns.
+    """
     query, key = features[0], keys[0]
-    num_others = max(1, len(features) - 1)
-    num_pairs = 1 if effective is None else len(features) * num_others
-    # Rows of a multiple of 16 elements are loaded 16 bytes at a time.
-    width = triton.cdiv(num_columns, 16) * 16
-    queries = query.new_empty(num_pairs, query.shape[0], width)
-    packed_keys = query.new_empty(num_pairs, key.shape[0], width)
-    positions = query.new_empty(num_pairs, query.shape[1], dtype=torch.int32)
-    counts = query.new_empty(num_pairs, dtype=torch.int32)
+    num_modalities, num_dims = len(features), query.shape[1]
+    numbers = range(num_modalities)
+    pairs = [(m, n) for m in numbers for n in numbers if m != n] if effective is not None else [(0, 0)]
+    pieces = [triton.cdiv(sizes[m * num_modalities + n] if sizes else num_dims, 16) for m, n in pairs]
+    num_columns = 16 * sum(pieces)
+    queries, packed_keys = (
+        query.new_empty(query.shape[0] * num_columns),
+        key.new_empty(len(key) * num_columns),
+    )
+    # Nobody else writes those of pairs that are known to have no columns.
+    counts, starts = query.new_zeros(2, len(pairs), dtype=torch.int32)
+    columns = _Columns(counts, starts, query.new_empty(len(pairs), num_dims, dtype=torch.int32))
     mask = query if effective is None else effective.view(torch.uint8)
-    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2 * num_others)
+    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2)
     with _on(query.device):
-        for modality, (feature, own_keys) in enumerate(zip(features, keys)):
+        start = 0
+        for pair, ((teacher, student), size) in enumerate(zip(pairs, pieces)):
+            if size == 0:
+                continue
             _duc_loss_pack_kernel[grid](
-                feature,
-                own_keys,
+                features[student],
+                keys[teacher],
                 mask,
                 queries,
                 packed_keys,
-                positions,
-                counts,
+                columns.positions,
+                columns.counts,
+                columns.starts,
                 query.shape[0],
                 key.shape[0],
-                query.shape[1],
-                width,
-                modality,
-                num_others,
-                *feature.stride(),
-                *own_keys.stride(),
+                num_dims,
+                pair,
+                start,
+                teacher,
+                student,
+                *features[student].stride(),
+                *keys[teacher].stride(),
                 *mask.stride(),
                 HAS_MASK=effective is not None,
                 **_PACK_BLOCKS,
                 **_OPTIONS,
             )
-    return queries, packed_keys, positions, counts
+            start += size
+    return queries, packed_keys, columns
 
 
 def _unpacked(
-    residual: Tensor,  # [P, N, W]
-    positions: Tensor,  # [P, D]
+    residual: Tensor,  # [N, W] pair after pair
+    columns: _Columns,
     like: Tensor,  # [N, D]
     num_modalities: int,
 ) -> Tensor:  # [M, N, D]
@@ -198,10 +240,9 @@ def _unpacked(
     with _on(like.device):
         _duc_loss_unpack_kernel[grid](
             residual,
-            positions,
+            *columns,
             residuals,
             *like.shape,
-            residual.shape[-1],
             num_modalities - 1,
             ACC=_acc(like.dtype),
             **_PACK_BLOCKS,
@@ -213,12 +254,13 @@ def _unpacked(
 def _column_configurations() -> list[tuple]:
     """Return what of this file is to compile ahead of time."""
     configurations = []
+    index = "*i32:16"
     for element in ("bf16", "fp32"):
         x = f"*{element}:16"
-        types = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
+        types = [x, x, "*u8:16", x, x, index, index, "*i32", *["i32"] * 7, *["i64"] * 6]
         constants = {**_PACK_BLOCKS, "HAS_MASK": True}
-        configurations.append(_configuration(_duc_loss_pack_kernel, types + ["i64"] * 6, constants))
-        types = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
+        configurations.append(_configuration(_duc_loss_pack_kernel, types, constants))
+        types = ["*fp32:16", index, "*i32", index, x, "i32", "i32", "i32"]
         constants = {**_PACK_BLOCKS, "ACC": tl.float32}
         configurations.append(_configuration(_duc_loss_unpack_kernel, types, constants))
     return configurations

@@ -36,21 +36,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _configuration, _on, _wide
-from ._duc_loss_columns import _column_configurations, _packed, _unpacked
+from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _unpacked
 from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose
 
 
 @triton.jit
 def _duc_loss_fwd_kernel(
-    q_ptr,  # [P, N, W]
-    k_ptr,  # [P, K, W]
-    counts_ptr,  # [P], the columns in use; None: all
+    q_ptr,  # [N, W] of every pair
+    k_ptr,  # [K, W] of every pair
+    counts_ptr,  # [P], the columns a pair has; None: one pair
+    starts_ptr,  # [P], where its columns begin, in pieces of 16; None: one pair
     losses_ptr,  # [P, N]
-    residual_ptr,  # [P, N, W]; None: not wanted
+    residual_ptr,  # [N, W] of every pair; None: not wanted
     N,
     K,
-    W,
+    W,  # of one pair; of several each has its own
     offset,
     scale_high,
     scale_low,
@@ -80,12 +81,15 @@ def _duc_loss_fwd_kernel(
     # A program past the columns in use has nothing to write.
     if first_column < count:
         scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
-        q_ptr += (pair * N + first_row) * W
-        k_ptr += pair * K * W
+        width = W if counts_ptr is None else _fitted(count)
+        # In elements from here: the pair's rows come after those of the pairs before it.
+        column = 0 if counts_ptr is None else tl.load(starts_ptr + pair).to(tl.int64) * 16
+        q_ptr += column * N + first_row.to(tl.int64) * width
+        k_ptr += column * K
         offs_d = first_column + tl.arange(0, BLOCK_D)
-        mask_d = (offs_d < W)[None, :]
-        offs_qn = (rows * W)[:, None]
-        offs_kn = (keys * W)[:, None]
+        mask_d = (offs_d < width)[None, :]
+        offs_qn = (rows * width)[:, None]
+        offs_kn = (keys * width)[:, None]
         if not WIDE:
             q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
@@ -108,7 +112,7 @@ def _duc_loss_fwd_kernel(
                     tile = tl.where(own_from + step < own_to, own_from + step, num_tiles - 1)
                 else:
                     tile = step + tl.where(step >= own_from, own_to - own_from, 0)
-                tile_ptr = k_ptr + tile.to(tl.int64) * BLOCK_K * W
+                tile_ptr = k_ptr + tile.to(tl.int64) * BLOCK_K * width
                 mask_k = tile * BLOCK_K + keys < K
                 if HAS_RESIDUAL or not WIDE:
                     mask = mask_k[:, None] & mask_d if MASKED else mask_d
@@ -117,7 +121,7 @@ def _duc_loss_fwd_kernel(
                     s = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
                     for start in range(0, count, BLOCK_C):
                         offs_c = start + tl.arange(0, BLOCK_C)
-                        mask_c = (offs_c < W)[None, :]
+                        mask_c = (offs_c < width)[None, :]
                         q_mask = mask_n[:, None] & mask_c
                         q_part = tl.load(q_ptr + (offs_qn + offs_c[None, :]), mask=q_mask, other=0.0)
                         k_mask = mask_k[:, None] & mask_c if MASKED else mask_c
@@ -145,9 +149,9 @@ def _duc_loss_fwd_kernel(
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
             mask = mask_n[:, None] & mask_d
-            own_keys = tl.load(k_ptr + own.to(tl.int64) * W + offs, mask=mask, other=0.0).to(ACC)
+            own_keys = tl.load(k_ptr + own.to(tl.int64) * width + offs, mask=mask, other=0.0).to(ACC)
             residual = acc / row_sum[:, None] - own_keys
-            residual_ptr += (pair * N + first_row) * W
+            residual_ptr += column * N + first_row.to(tl.int64) * width
             tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
@@ -170,14 +174,17 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _run(
-    queries: Tensor,  # [P, N, W], contiguous
-    keys: Tensor,  # [P, K, W], contiguous
-    counts: Tensor | None,  # int32 [P]
+    queries: Tensor,  # [N, W] of every pair, contiguous
+    keys: Tensor,  # [K, W] of every pair, contiguous
+    columns: _Columns | None,  # None: one pair
+    num_queries: int,
+    num_keys: int,
+    width: int,  # W of the widest pair
     temperature: float,
     offset: int,
-    residual: Tensor | None,  # [P, N, W], contiguous
+    residual: Tensor | None,  # [N, W] of every pair, contiguous
 ) -> Tensor:  # [P, N]
-    num_pairs, num_queries, width = queries.shape
+    num_pairs = 1 if columns is None else len(columns.counts)
     losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries.dtype))
     target, num_processors = _machine(queries.device)
     precision = _precision(queries.dtype)
@@ -203,11 +210,12 @@ def _run(
         _duc_loss_fwd_kernel[grid](
             queries,
             keys,
-            counts,
+            None if columns is None else columns.counts,
+            None if columns is None else columns.starts,
             losses,
             residual,
             num_queries,
-            keys.shape[1],
+            num_keys,
             width,
             offset,
             high,
@@ -250,18 +258,20 @@ def duc_loss_fwd(
         losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature.dtype))
         shape = (num_modalities, *feature.shape) if with_residual else (0,)
         return _reduced(losses, reduction), feature.new_zeros(shape)
-    queries, packed_keys, positions, counts = _packed(features, keys, effective, num_columns)
+    queries, packed_keys, columns = _packed(features, keys, effective, sizes)
     residual = None
     if with_residual:
         # Sums over several teachers are rounded once.
         dtype = _wide(feature.dtype) if num_modalities > 2 else feature.dtype
         residual = torch.empty_like(queries, dtype=dtype)
-    losses = _run(queries, packed_keys, counts, temperature, offset, residual)
+    width = 16 * triton.cdiv(num_columns, 16)
+    shape = (len(feature), len(keys[0]), width)
+    losses = _run(queries, packed_keys, columns, *shape, temperature, offset, residual)
     del queries, packed_keys
     loss = _reduced(losses, reduction)
     if residual is None:
         return loss, feature.new_empty(0)
-    return loss, _unpacked(residual, positions, feature, num_modalities)
+    return loss, _unpacked(residual, columns, feature, num_modalities)
 
 
 def info_nce_fwd(
@@ -277,15 +287,16 @@ def info_nce_fwd(
         # Without dimensions all scores are 0.
         losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query.dtype))
         return _reduced(losses, reduction), query.new_empty(query.shape if with_residual else 0)
-    if _is_ready(query) and _is_ready(key):
-        queries, keys = query[None], key[None]
-    else:
-        queries, keys, _, _ = _packed([query], [key], None, query.shape[1])
+    queries, keys = query, key
+    if not (_is_ready(query) and _is_ready(key)):
+        queries, keys, _ = _packed([query], [key], None, ())
+    width = 16 * triton.cdiv(query.shape[1], 16)
     residual = torch.empty_like(queries) if with_residual else None
-    loss = _reduced(_run(queries, keys, None, temperature, offset, residual), reduction)
+    losses = _run(queries, keys, None, len(query), len(key), width, temperature, offset, residual)
+    loss = _reduced(losses, reduction)
     if residual is None:
         return loss, query.new_empty(0)
-    return loss, residual[0, :, : query.shape[1]].contiguous()
+    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous()
 
 
 def compile_configurations(target: int | str) -> list[tuple]:
@@ -300,10 +311,10 @@ def compile_configurations(target: int | str) -> list[tuple]:
     for dtype, precision, width, with_residual in cases:
         common, tiles = _choices(target, dtype, precision, width)
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
-        types = [x, x, "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        types = [x, x, "*i32:16", "*i32", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
         constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
         if not with_residual:
-            del types[4]
+            del types[5]
             constants["residual_ptr"] = None
         if not with_residual or dtype == torch.float16:
             # Much the same code as above: the largest tile may stand for all.

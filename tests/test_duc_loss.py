@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import backend as _backend
 from mmfast import ops
@@ -424,6 +425,41 @@ def test_layouts(backend, device):
     strided = [feature.T.contiguous().T.requires_grad_() for feature in features]
     loss = ops.duc_loss(strided, effective.T.contiguous().T, backend=backend)
     torch.testing.assert_close((loss.detach(), torch.autograd.grad(loss, strided)), expected)
+
+
+@pytest.mark.parametrize("taught", [(70, 0), (40, 30), (1, 0, 33)], ids=str)
+def test_triton_takes_memory_for_the_columns_there_are(taught):
+    if reason := _backend.why_not("triton"):
+        pytest.skip(reason)
+    kernels, device = _backend.kernels("duc_loss"), "cpu" if _backend.interpreting() else "cuda"
+    num_modalities, num_samples, num_dims = len(taught), 100, 70
+    # A modality alone is effective in its columns, which it teaches all others.
+    effective = torch.zeros(num_modalities, num_dims, dtype=torch.bool, device=device)
+    for modality, number in enumerate(taught):
+        effective[modality, sum(taught[:modality]) :][:number] = True
+    features = list(torch.randn(num_modalities, num_samples, num_dims, device=device))
+    fitted = (num_modalities - 1) * sum(-(-number // 16) * 16 for number in taught)
+    whole = num_modalities * (num_modalities - 1) * 80
+    found = []
+    for sizes, columns in ((ops.DucDims(effective).sizes, fitted), ((), whole)):
+        allocated = []
+
+        class Spy(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, allocated=allocated):
+                out = function(*args, **(kwargs or {}))
+                if "empty" in str(function) or "zeros" in str(function):
+                    allocated.append(out.numel())
+                return out
+
+        with Spy():
+            results = kernels.duc_loss_fwd(features, features, effective, sizes, 1.0, 0, "none", True)
+        found.append(results)
+        # Queries, keys and their residuals; besides, a few numbers of each pair's samples and dimensions.
+        least = 3 * num_samples * columns + results[1].numel()
+        pairs = num_modalities * (num_modalities - 1)
+        assert least <= sum(allocated) <= least + pairs * (num_samples + num_dims + 2)
+    for known, unknown in zip(*found, strict=True):
+        assert torch.equal(known, unknown)
 
 
 def test_chunks_of_queries_give_the_whole(monkeypatch, backend, device):
