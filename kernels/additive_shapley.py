@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/additive_shapley.py.
 _CARDINALITY = tl.constexpr(0)
@@ -410,6 +411,18 @@ def _blocks(num_classes: int, acc: torch.dtype, kernel: str) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": num_warps}
 
 
+def _chosen(
+    logits: Tensor,  # [M, N, C] or [S, N, C]
+    kernel: str,  # as for _blocks; its first word tells
+) -> dict:
+    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
+    length, num_samples, num_classes = logits.shape
+    blocks = _blocks(num_classes, _wide(logits.dtype), kernel.split()[0])
+    key = f"{kernel} {logits.dtype} {length} C<={blocks['BLOCK_C']} {size_class(num_samples)}"
+    # A tile holds all classes.
+    return tuned("additive_shapley", key, blocks, logits.device, "BLOCK_N", "num_warps")
+
+
 def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> int:
     """Return how many modalities are decided in registers."""
     held = blocks["BLOCK_N"] * blocks["BLOCK_C"] * acc.itemsize // (4 * 32 * blocks["num_warps"])
@@ -430,7 +443,7 @@ def additive_shapley_fwd(
     if phi.numel() == 0:
         return phi
     acc = _wide(partial_logits.dtype)
-    blocks = _blocks(num_classes, acc, "fwd")
+    blocks = _chosen(partial_logits, "fwd")
     last = _last(num_modalities, blocks, acc, "fwd")
     num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
     wanted = triton.next_power_of_2(triton.cdiv(_ENOUGH_BLOCKS, num_blocks))
@@ -470,7 +483,7 @@ def additive_shapley_bwd(
     """Return the gradients of a smooth utility's values, in the dtype of accumulation."""
     num_modalities, num_samples, num_classes = partial_logits.shape
     acc = _wide(partial_logits.dtype)
-    blocks = _blocks(num_classes, acc, "bwd")
+    blocks = _chosen(partial_logits, "bwd")
     last = _last(num_modalities, blocks, acc, "bwd")
     num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
     allocate = torch.empty if num_modalities == last else torch.zeros
@@ -512,8 +525,7 @@ def coalition_utilities_fwd(
     values = logits.new_empty(num_samples, num_coalitions)
     if values.numel() == 0:
         return values
-    acc = _wide(logits.dtype)
-    blocks = _blocks(num_classes, acc, "rows")
+    blocks = _chosen(logits.transpose(0, 1), "rows")
     with _on(logits.device):
         _coalition_utilities_fwd_kernel[(triton.cdiv(values.numel(), blocks["BLOCK_N"]),)](
             logits,
@@ -525,7 +537,7 @@ def coalition_utilities_fwd(
             labels.stride(0),
             LOG_S=num_coalitions.bit_length() - 1,
             UTILITY=utility,
-            ACC=_acc(acc),
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -543,8 +555,7 @@ def coalition_utilities_bwd(
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if dlogits.numel() == 0:
         return dlogits
-    acc = _wide(logits.dtype)
-    blocks = _blocks(num_classes, acc, "rows")
+    blocks = _chosen(logits.transpose(0, 1), "rows bwd")
     with _on(logits.device):
         _coalition_utilities_bwd_kernel[(triton.cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
             dutilities.contiguous(),
@@ -557,7 +568,7 @@ def coalition_utilities_bwd(
             labels.stride(0),
             LOG_S=num_coalitions.bit_length() - 1,
             UTILITY=utility,
-            ACC=_acc(acc),
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )

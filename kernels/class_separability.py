@@ -32,6 +32,7 @@ from ._common import (
     _rows_of_chunk,
     _wide,
 )
+from ._tuning import size_class, tuned
 
 
 @triton.jit
@@ -287,6 +288,14 @@ def _row_blocks(num_dims: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_N": 8192 // _wide(dtype).itemsize // block_d, "BLOCK_D": block_d}
 
 
+def _chosen(kernel: str, features: Tensor, blocks: dict) -> dict:
+    """Return what to launch a kernel over samples with: the table's tile, or that stored for this GPU."""
+    num_samples, num_dims = features.shape
+    key = f"{kernel} {features.dtype} D<={triton.next_power_of_2(num_dims)} {size_class(num_samples)}"
+    names = [name for name in blocks if name != "BLOCK_C"]
+    return tuned("class_separability", key, _OPTIONS | blocks, features.device, *names, "num_warps")
+
+
 # Tiles of samples that one block of the hits goes through with the same dimensions.
 _HITS_TILES = 8
 
@@ -307,7 +316,7 @@ def class_moments_fwd(
     count = edges.diff()
     if num_dims == 0:
         return count, mean, var
-    blocks = _moments_blocks(num_dims, features.dtype)
+    blocks = _chosen("moments", features, _moments_blocks(num_dims, features.dtype))
     chunk = blocks["BLOCK_R"]
     chunks = _chunk_edges(edges, chunk)
     max_chunks = _most_chunks(num_samples, num_classes, chunk)
@@ -326,7 +335,6 @@ def class_moments_fwd(
             *features.stride(),
             ACC=_acc(features.dtype),
             **blocks,
-            **_OPTIONS,
         )
         _class_moments_merge_kernel[(num_classes, triton.cdiv(num_dims, _MERGE_BLOCKS["BLOCK_D"]))](
             chunk_mean,
@@ -357,7 +365,7 @@ def class_moments_bwd(
     if dfeatures.numel() == 0:
         return dfeatures
     dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
-    blocks = _row_blocks(num_dims, features.dtype)
+    blocks = _chosen("moments bwd", features, _row_blocks(num_dims, features.dtype))
     grid = (triton.cdiv(num_samples, blocks["BLOCK_N"]), triton.cdiv(num_dims, blocks["BLOCK_D"]))
     with _on(features.device):
         _class_moments_bwd_kernel[grid](
@@ -375,7 +383,6 @@ def class_moments_bwd(
             labels.stride(0),
             ACC=_ELEMENT[mean.dtype],
             **blocks,
-            **_OPTIONS,
         )
     return dfeatures
 
@@ -420,7 +427,7 @@ def dimension_hits(
         return hits
     wide = _wide(features.dtype)
     low, high = class_intervals(centroids, wide)
-    blocks = _row_blocks(num_dims, features.dtype)
+    blocks = _chosen("hits", features, _row_blocks(num_dims, features.dtype))
     rows = _HITS_TILES * blocks["BLOCK_N"]
     with _on(features.device):
         _dimension_hits_kernel[(triton.cdiv(num_samples, rows), triton.cdiv(num_dims, blocks["BLOCK_D"]))](
@@ -437,7 +444,6 @@ def dimension_hits(
             TILES=_HITS_TILES,
             ACC=_acc(features.dtype),
             **blocks,
-            **_OPTIONS,
         )
     return hits
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from ._common import _ELEMENT, _acc, _configuration, _on, _wide
 from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _unpacked
 from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
-from ._tuning import choose
+from ._tuning import choose, size_class
 
 
 @triton.jit
@@ -196,9 +196,9 @@ def _run(
         return triton.cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
 
     # Queries by powers of four: what counts is how many programs there are for the processors.
-    size = (num_pairs * num_queries).bit_length() // 2
+    size = size_class(num_pairs * num_queries)
     part = "loss" if residual is None else "both"
-    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} N<4^{size + 1}"
+    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} {size}"
     default = min(tiles, key=duration)._asdict()
     chosen = choose("duc_loss", key, default, lambda: _candidates(tiles), queries.device)
     blocks, options = _arguments(_Tile(**chosen))

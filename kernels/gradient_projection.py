@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _OPTIONS, _bits, _configuration, _number, _on, _wide
+from ._tuning import tuned
 
 
 @triton.jit
@@ -144,7 +145,9 @@ def update_projector_(
     # Symmetric: the transpose is the same matrix, and one of the two may have its rows in one piece.
     rows = projector if projector.stride(0) >= projector.stride(1) else projector.T
     acc = _ELEMENT[projector.dtype]
-    blocks = _update_blocks(size, projector.dtype)
+    key = f"update {projector.dtype} D<={triton.next_power_of_2(size)}"
+    blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
+    blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
     num_parts = triton.cdiv(size, blocks["BLOCK_R"])
     ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts)
     with _on(projector.device):
@@ -158,7 +161,6 @@ def update_projector_(
             *mean_feature.stride(),
             ACC=acc,
             **blocks,
-            **_OPTIONS,
         )
         _update_projector_kernel[(num_parts, triton.cdiv(size, blocks["BLOCK_D"]))](
             rows,
@@ -172,7 +174,6 @@ def update_projector_(
             BLOCK_P=128,
             ACC=acc,
             **blocks,
-            **_OPTIONS,
         )
 
 
@@ -186,7 +187,9 @@ def project_gradient(
     if projected.numel() == 0:
         return projected
     acc = _wide(torch.promote_types(grad.dtype, projector.dtype))
-    blocks = _product_blocks(num_rows, acc)
+    key = f"product {acc} C<={triton.next_power_of_2(num_rows)} D<={triton.next_power_of_2(size)}"
+    blocks = {**_OPTIONS, **_product_blocks(num_rows, acc)}
+    blocks = tuned("gradient_projection", key, blocks, grad.device, "BLOCK_K", "BLOCK_D", "num_warps")
     grid = (triton.cdiv(size, blocks["BLOCK_D"]), triton.cdiv(num_rows, blocks["BLOCK_C"]))
     with _on(grad.device):
         _project_gradient_kernel[grid](
@@ -199,7 +202,6 @@ def project_gradient(
             *projector.stride(),
             ACC=_ELEMENT[acc],
             **blocks,
-            **_OPTIONS,
         )
     return projected
 

@@ -33,6 +33,7 @@ from ._common import (
     _rows_of_chunk,
     _wide,
 )
+from ._tuning import size_class, tuned
 
 _NO_CLUSTER = tl.constexpr(0x7FFFFFFF)
 
@@ -237,11 +238,23 @@ class _Lloyd:
         self.samples = (features.shape[0], features.shape[1], *features.stride())
         self.assignments = features.new_full((features.shape[0],), -1, dtype=torch.int32)
 
+    def chosen(self, kernel: str, blocks: dict, *names: str, least: int = 1) -> dict:
+        """Return what to launch a kernel with: the table's tile, or that stored for this GPU."""
+        num_samples, num_dims, *_ = self.samples
+        width = triton.next_power_of_2(num_dims)
+        key = f"{kernel} {self.features.dtype} D<={width} {size_class(num_samples)}"
+        launch, device = _OPTIONS | blocks, self.features.device
+        return tuned("kmeans", key, launch, device, *names, "num_warps", least=least)
+
     def assign(self, centroids: Tensor) -> Tensor:  # [K, D] -> int32 []
         """Assign every sample to the nearest centroid and return how many changed."""
         num_samples, num_dims, *strides = self.samples
         changed = self.assignments.new_zeros(())
         blocks = _assign_blocks(self.num_clusters, self.dtype)
+        # Operands of matrix products have at least 16 rows.
+        least = 16 if blocks["DOT"] else 1
+        kernel = f"assign K<={triton.next_power_of_2(self.num_clusters)}"
+        blocks = self.chosen(kernel, blocks, "BLOCK_N", "BLOCK_K", least=least)
         _assign_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
@@ -253,7 +266,7 @@ class _Lloyd:
             num_dims,
             *strides,
             ACC=self.acc,
-            **{**_OPTIONS, **blocks},
+            **blocks,
         )
         return changed
 
@@ -264,7 +277,7 @@ class _Lloyd:
     ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], int64 [K], float64 []
         """Return the means of the clusters, their sizes, and the summed squared movement to the means."""
         num_samples, num_dims, *strides = self.samples
-        blocks = _sums_blocks(num_dims, self.features.dtype)
+        blocks = self.chosen("sums", _sums_blocks(num_dims, self.features.dtype), "BLOCK_R", "BLOCK_D")
         order, edges = _by_class(assignments, self.num_clusters)
         chunks = _chunk_edges(edges, blocks["BLOCK_R"])
         most = _most_chunks(num_samples, self.num_clusters, blocks["BLOCK_R"])
@@ -281,7 +294,6 @@ class _Lloyd:
             *strides,
             ACC=self.acc,
             **blocks,
-            **_OPTIONS,
         )
         grid = (self.num_clusters, triton.cdiv(num_dims, _MOVE_BLOCKS["BLOCK_D"]))
         moved, shift = torch.empty_like(centroids), centroids.new_empty(grid, dtype=torch.float64)
@@ -292,6 +304,7 @@ class _Lloyd:
         num_samples, num_dims, *strides = self.samples
         distance = centroids.new_empty(num_samples)
         blocks = _distance_blocks(num_dims, self.features.dtype)
+        blocks = self.chosen("distances", blocks, "BLOCK_N", "BLOCK_D")
         _squared_distances_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
@@ -303,7 +316,6 @@ class _Lloyd:
             *strides,
             ACC=self.acc,
             **blocks,
-            **_OPTIONS,
         )
         return distance
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _wide
+from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/logit_fusion.py.
 _ENTROPY = tl.constexpr(0)
@@ -293,6 +294,20 @@ def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: s
     }
 
 
+def _chosen(
+    logits: Tensor,  # [M, N, C]
+    kernel: str,
+) -> dict:
+    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
+    num_modalities, num_samples, num_classes = logits.shape
+    blocks = _blocks(num_modalities, num_classes, logits.dtype, kernel)
+    classes = f"C<={blocks['BLOCK_C']}" if blocks["ONE_TILE"] else "C in tiles"
+    key = f"{kernel} {logits.dtype} M<={blocks['BLOCK_M']} {classes} {size_class(num_samples)}"
+    # One tile holds all classes, several may be of any size.
+    names = ("BLOCK_N",) if blocks["ONE_TILE"] else ("BLOCK_N", "BLOCK_C")
+    return tuned("logit_fusion", key, blocks, logits.device, *names, "num_warps")
+
+
 def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (
         (None, 0, 0) if present is None else (present.view(torch.uint8), present.stride(0), present.stride(1))
@@ -306,11 +321,11 @@ def logit_fusion_fwd(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
     """Return the fused logits and the weights; any strides."""
-    num_modalities, num_samples, num_classes = logits.shape
+    _, num_samples, num_classes = logits.shape
     fused, weights = logits.new_empty(num_samples, num_classes), logits.new_empty(logits.shape[:2])
     if num_samples == 0:
         return fused, weights
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, "fwd")
+    blocks = _chosen(logits, "fwd")
     mask, *mask_strides = _operands(present)
     with _on(logits.device):
         _logit_fusion_fwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
@@ -340,11 +355,11 @@ def logit_fusion_bwd(
     temperature: float,
 ) -> Tensor:  # [M, N, C]
     """Return the gradient with respect to the logits; any strides."""
-    num_modalities, num_samples, num_classes = logits.shape
+    num_samples = logits.shape[1]
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if num_samples == 0:
         return dlogits
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, "bwd")
+    blocks = _chosen(logits, "bwd")
     mask, *mask_strides = _operands(present)
     with _on(logits.device):
         _logit_fusion_bwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](

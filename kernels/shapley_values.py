@@ -122,7 +122,7 @@ def _blocks(num_players: int, kernel: str) -> dict:
     return blocks
 
 
-def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
+def _chosen(kernel: str, x: Tensor, num_players: int) -> dict:
     """Return the constants and the options to launch with: the table's, or those stored for this GPU."""
     default = _blocks(num_players, kernel)
     tile = {"BLOCK_N": default["BLOCK_N"], "BLOCK_S": default["BLOCK_S"], "num_warps": _OPTIONS["num_warps"]}
@@ -136,11 +136,7 @@ def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
         ]
 
     chosen = choose("shapley_values", f"{kernel} {x.dtype} M={num_players}", tile, candidates, x.device)
-    num_warps = chosen["num_warps"]
-    return default | {name: chosen[name] for name in ("BLOCK_N", "BLOCK_S")}, {
-        **_OPTIONS,
-        "num_warps": num_warps,
-    }
+    return {**_OPTIONS, **default, **chosen}
 
 
 def shapley_values_fwd(
@@ -152,7 +148,7 @@ def shapley_values_fwd(
     if phi.numel() == 0:
         return phi
     rows = utilities.reshape(-1, utilities.shape[-1])
-    blocks, options = _chosen("fwd", rows, num_players)
+    blocks = _chosen("fwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]),)
     with _on(utilities.device):
         _shapley_values_fwd_kernel[grid](
@@ -163,7 +159,6 @@ def shapley_values_fwd(
             M=num_players,
             ACC=_acc(utilities.dtype),
             **blocks,
-            **options,
         )
     return phi
 
@@ -177,7 +172,7 @@ def shapley_values_bwd(
     if dv.numel() == 0:
         return dv
     rows = dphi.reshape(-1, num_players)
-    blocks, options = _chosen("bwd", rows, num_players)
+    blocks = _chosen("bwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
     with _on(dphi.device):
         _shapley_values_bwd_kernel[grid](
@@ -188,7 +183,6 @@ def shapley_values_bwd(
             M=num_players,
             ACC=_acc(dphi.dtype),
             **blocks,
-            **options,
         )
     return dv
 
