@@ -155,7 +155,7 @@ def _duc_loss_unpack_kernel(
     tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
 
 
-_PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
+_PACK_BLOCKS = {"BLOCK_N": 16, "BLOCK_D": 128}
 
 
 class _Columns(NamedTuple):

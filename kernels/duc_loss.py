@@ -8,10 +8,13 @@ For every ordered pair of modalities, over the dimensions d that the first teach
 A first kernel closes up the columns of each pair, so that the others read 16 bytes at a time whatever the
 mask; the main one is attention with values = keys over (blocks of queries, columns of the residual, pairs): a
 key tile is loaded once for both products, the maximum and the sum go along, s_ii is taken from the same tile.
-A last one puts columns back in their places and sums over teachers, in their order. The number of columns
-stays on the device: where the host does not know it, memory is taken for all of them. Above 256 dimensions
-the queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores
-over pieces of d for itself.
+A last one puts columns back in their places and sums over teachers, in their order. Above 256 dimensions the
+queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores over
+pieces of d for itself.
+
+Memory: queries, keys and residuals of every pair, N numbers a column. N = 65,536, 512 columns in all pairs
+together, float32: 3 x 134 MB. The number of columns stays on the device: where the host does not know it,
+every pair takes memory for all D.
 
 Order: blocks of queries run fastest and all meet the keys in the same order, so what runs at one time reads
 the same keys, from the second cache. A block of 128 queries makes 256 operations of a byte of keys: 3.1 TB/s
@@ -82,9 +85,11 @@ def _duc_loss_fwd_kernel(
     if first_column < count:
         scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
         width = W if counts_ptr is None else _fitted(count)
-        # In elements from here: the pair's rows come after those of the pairs before it.
-        column = 0 if counts_ptr is None else tl.load(starts_ptr + pair).to(tl.int64) * 16
-        q_ptr += column * N + first_row.to(tl.int64) * width
+        # The pair's rows come after those of the pairs before it. `pair` is 0 where there is one: not in so
+        # many words, as ptxas then keeps all in registers.
+        column = pair * W if counts_ptr is None else tl.load(starts_ptr + pair).to(tl.int64) * 16
+        first = column * N + first_row.to(tl.int64) * width
+        q_ptr += first
         k_ptr += column * K
         offs_d = first_column + tl.arange(0, BLOCK_D)
         mask_d = (offs_d < width)[None, :]
@@ -151,7 +156,7 @@ def _duc_loss_fwd_kernel(
             mask = mask_n[:, None] & mask_d
             own_keys = tl.load(k_ptr + own.to(tl.int64) * width + offs, mask=mask, other=0.0).to(ACC)
             residual = acc / row_sum[:, None] - own_keys
-            residual_ptr += column * N + first_row.to(tl.int64) * width
+            residual_ptr += first
             tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
@@ -319,6 +324,10 @@ def compile_configurations(target: int | str) -> list[tuple]:
         if not with_residual or dtype == torch.float16:
             # Much the same code as above: the largest tile may stand for all.
             tiles = tiles[:1]
+        if dtype == torch.float16:
+            # One pair, of which all columns count.
+            del types[2:4]
+            constants |= {"counts_ptr": None, "starts_ptr": None}
         instructions = "warp" if precision == "tf32" else "warpgroup" if dtype.itemsize == 2 else None
         for tile in tiles:
             blocks, options = _arguments(tile)
