@@ -39,7 +39,8 @@ X86_LEVELS = {
         *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ],
 }
-# Machine code for each, PTX for the last one the compiler knows.
+# Machine code for each, PTX for the last one the compiler knows. A file *_sm90a.cu is built for 90a alone,
+# the one target that has a warpgroup's matrix instructions.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 # Programs that may stand before the compiler in $CXX.
 LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")
@@ -185,10 +186,9 @@ class Build:
         known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed.split()]
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
         codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
-        flags = [
-            *["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", *host],
-            *["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", *codes],
-        ]
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", *host]
+        # An op's record is read by the linker's section alone.
+        flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-diag-suppress", "177"]
         # Each object's registers and spills, as ptxas states them, lie beside it: $out.ptxas.log.
         self.ninja.rule(
             "nvcc",
@@ -208,12 +208,13 @@ class Build:
         ]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             out = str(self.folder / f"cuda_{source.stem}.o")
+            own = ["-gencode=arch=compute_90a,code=sm_90a"] if source.stem.endswith("_sm90a") else codes
             self.ninja.build(
                 out,
                 "nvcc",
                 str(source.relative_to(ROOT)),
                 implicit=[header for header in HEADERS if not header.startswith("csrc/cpu/")],
-                variables={"flags": shlex.join(flags)},
+                variables={"flags": shlex.join([*flags, *own])},
             )
             objects.append(out)
         self.ninja.build(target, "nvlink", objects, variables={"codes": shlex.join(codes)})

@@ -19,9 +19,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Clock:
     """Times calls on one device: by the processor's clock, or by CUDA events on the current stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, fresh_memory: bool = False) -> None:
         self.on_gpu = device.type == "cuda"
-        if not self.on_gpu:
+        if not self.on_gpu and not fresh_memory:
             _keep_freed_memory()
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:

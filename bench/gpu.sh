@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one command of under nine minutes: a build, the test suite on the GPU (among it
-# CUDA-graph capture and 30 runs that must agree to the bit), compute-sanitizer on a quick subset, benchmarks.
+# CUDA-graph capture and 30 runs that must agree to the bit), compute-sanitizer on a quick subset, the machine code
+# of the CUDA module, counters of the two main kernels from ncu, benchmarks.
 #
 #   bench/gpu.sh [FOLDER]      the results' folder (default: bench/results); PYTHON names the interpreter
 #
@@ -55,7 +56,8 @@ step "build" 150 "$python" -m pip install --quiet --no-deps --no-build-isolation
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 pytest=("$python" -P -m pytest -q -p no:cacheprovider --disable-warnings)
-kernels='triton or cuda or gpu or graph'
+# Not the emulation: what it shows, it shows anywhere.
+kernels='(triton or cuda or gpu or graph) and not emulated'
 ops=(tests/test_every_op.py)
 for file in kernels/[a-z]*.py; do ops+=("tests/test_$(basename "$file")"); done
 step "tests of the kernels, CUDA graphs, 30 runs" 150 "${pytest[@]}" "${workers[@]}" "${ops[@]}" -k "$kernels"
@@ -69,6 +71,22 @@ if command -v compute-sanitizer >/dev/null; then
     done
 else
     note "not run  compute-sanitizer: not installed"
+fi
+
+if [ "$cuda" = 1 ]; then
+    step "machine code of the CUDA module" 60 "$python" tools/inspect_cuda.py || true
+fi
+
+if command -v ncu >/dev/null; then
+    # Bandwidth reached and how busy each pipe was, the matrix units' among them, in per cent.
+    sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis)
+    mkdir -p "$results"
+    step "ncu, shapley_values and duc_loss" 90 \
+        ncu --target-processes all --kernel-name 'regex:shapley|duc|info_nce' "${sections[@]}" \
+        --print-details all --csv --log-file "$results/ncu.csv" "$python" -P -m mmfast.bench.profiled &&
+        cat "$results/ncu.csv"
+else
+    note "not run  hardware counters: ncu is not installed"
 fi
 
 # What is measured after an op is written at once, so a run that is cut short loses only the rest.

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from mmfast import backend
 
 from .clock import Clock
 from .peers import Missing
@@ -33,10 +35,22 @@ _SQUARE = {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; quick measures few small cases, roughly."""
+    """What a run is asked for.
+
+    Attributes:
+        quick: measure few small cases, roughly.
+        device: "cpu" or "cuda".
+        fresh_memory: on a CPU, let large results be new pages at each call, as in a program that changes
+            nothing about its allocator, instead of keeping freed memory.
+    """
 
     quick: bool = False
     device: str = "cpu"
+    fresh_memory: bool = False
+
+    def clock(self) -> Clock:
+        """Return a clock for the device."""
+        return Clock(torch.device(self.device), self.fresh_memory)
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def measure_limits(options: Options) -> Limits:
     """Measure a streaming copy, a streaming read and matrix products on this machine, now."""
-    device = torch.device(options.device)
-    clock = Clock(device)
+    device, clock = torch.device(options.device), options.clock()
     source = torch.randn(_STREAM[device.type], device=device)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
@@ -183,7 +196,7 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
     Raises:
         WrongResultError: the check failed.
     """
-    clock = Clock(torch.device(options.device))
+    clock = options.clock()
     missing = {name: str(peer) for name, peer in case.peers.items() if isinstance(peer, Missing)}
     callable_peers = {name: peer for name, peer in case.peers.items() if not isinstance(peer, Missing)}
     calls = {OURS: case.ours, **callable_peers}
@@ -224,6 +237,30 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
         limit_seconds=limit_seconds,
         ratios={name: figure.seconds / ours.seconds for name, figure in figures.items()},
     )
+
+
+def with_rivals(op: str, cases: Iterable[Case], options: Options) -> Iterator[Case]:
+    """Yield the cases with our call on a GPU's other backends among the peers: what "auto" chooses from."""
+    for case in cases:
+        # The first is measured as ours; the last, plain torch, is what each op's peers are made of.
+        others = backend.candidates(op, options.device, case.dtype)[1:-1] if op != "train" else []
+        yield replace(case, peers=case.peers | {f"{OURS}, {name}": _on(name, case) for name in others})
+
+
+def _on(name: str, case: Case) -> Callable[[], Any]:
+    """Return our call on one backend, whose first result is checked, too."""
+    is_checked = False
+
+    def call() -> Any:
+        nonlocal is_checked
+        with backend.preferring(name):
+            result = case.ours()
+        if not is_checked:
+            case.check(result)
+            is_checked = True
+        return result
+
+    return call
 
 
 def _check(case: Case, result: Any) -> None:

@@ -33,7 +33,15 @@ def load(op: str) -> ModuleType:
     return importlib.import_module(f".{PREFIX}{op}", __package__)
 
 
-def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: Console) -> Path:
+def run(
+    ops: list[str],
+    *,
+    quick: bool,
+    device: str | None,
+    out: Path,
+    console: Console,
+    fresh_memory: bool = False,
+) -> Path:
     """Measure `ops` (all where empty), print their tables, write JSON and pictures; return the JSON's path.
 
     Raises:
@@ -42,7 +50,7 @@ def run(ops: list[str], *, quick: bool, device: str | None, out: Path, console: 
     """
     known = available()
     ops = _chosen(ops, known)
-    options = harness.Options(quick, _device(device))
+    options = harness.Options(quick, _device(device), fresh_memory)
     busy = _load()
     limits = harness.measure_limits(options)
     facts = report.machine_facts(options, limits, busy)
@@ -96,7 +104,7 @@ def _measure(op: str, cases: Any, limits: harness.Limits, options: harness.Optio
     torch.manual_seed(0)
     rows = []
     with console.status(op) as status:
-        for row in harness.run(cases, limits, options):
+        for row in harness.run(harness.with_rivals(op, cases, options), limits, options):
             rows.append(row)
             status.update(f"{op}: {row.case}, {row.direction}")
     return rows

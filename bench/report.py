@@ -48,10 +48,16 @@ def machine_facts(options: Options, limits: Limits, load_average: float | None) 
         "versions": {"mmfast": mmfast.__version__} | _versions(),
         "load_average_before": load_average,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        "allocator": "keeps freed memory, see clock.py" if options.device == "cpu" else "torch",
+        "allocator": _allocator(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "limits": asdict(limits),
     }
+
+
+def _allocator(options: Options) -> str:
+    if options.device != "cpu":
+        return "torch"
+    return "the system's" if options.fresh_memory else "keeps freed memory, see clock.py"
 
 
 def _versions() -> dict[str, str]:

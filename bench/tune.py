@@ -12,7 +12,6 @@ import torch
 from mmfast.files import write_json
 from mmfast.kernels import _tuning as tuning
 
-from .clock import Clock
 from .harness import Case, Options, interleaved
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def _measure(
     case: Case, key: Key, candidates: list[tuning.Config], session: tuning.Session, options: Options
 ) -> dict[int, float]:
     """Return the median seconds of each candidate that runs and is right, by its place; the default is 0."""
-    clock = Clock(torch.device(options.device))
+    clock = options.clock()
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, float] = {}
     for index, candidate in enumerate(candidates):

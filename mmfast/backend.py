@@ -6,19 +6,44 @@ Nothing is probed at import. A compiled module, or triton, is looked for when an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Fastest first, per device type; the first that implements the op is taken. No GPU figures are in yet, so
-# Triton is preferred on GPUs because it needs no toolkit on the user's machine.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+class Preference(NamedTuple):
+    """What "auto" takes for an op, fastest first; the first that is there and takes the dtype."""
+
+    cpu: tuple[str, ...] = ("cpu",)
+    # Until both are timed on a GPU: Triton, which needs no toolkit on the user's machine.
+    cuda: tuple[str, ...] = ("triton", "cuda")
+
+
+# Per op, with the measurement that decided: on the CPU the time of torch.compile, or of the peer named, over
+# ours (bench/results); on a GPU none is in. Sizes at which plain torch wins stand in the op's file.
+_PREFERENCES = {
+    "shapley_values": Preference(),  # CPU 2.4-6.3 of torch.mm
+    "additive_shapley": Preference(),  # CPU forward 3.5-58, backward 2.3-3.6
+    "duc_loss": Preference(),  # CPU 1.4-3.3 from N = 512 on, see _PLAIN_SAMPLES in its file
+    "class_separability": Preference(),  # CPU 7-222
+    "kmeans": Preference(),  # CPU 1.3-2.7 of scikit-learn
+    "partial_reinit": Preference(),  # CPU 1.03-1.14 of _foreach_lerp_, 0.24 with 10,000 tensors of 64
+    "gradient_projection": Preference(),  # CPU 1.6 of eager at D = 512
+    "logit_fusion": Preference(),  # CPU forward 1.9-3.3, with backward 1.5-2.7
+}
+
+
+# What `preferring` names.
+_preferred: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -120,16 +145,21 @@ def resolve(
     # The interpreter can be switched while Python runs. Reading the environment costs more than the rest:
     # ordinary calls on the CPU, which never take Triton, do without.
     ordinary = device_type == "cpu" and backend != "triton"
-    return _resolve(op, backend, device_type, dtype, not ordinary and interpreting())
+    return _resolve(op, backend, device_type, dtype, not ordinary and interpreting(), _preferred)
 
 
 @functools.cache
-def _resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, _interpreted: bool) -> str:
+def _resolve(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    _interpreted: bool,
+    preferred: str | None,
+) -> str:
     if backend == "auto":
-        for candidate in _PREFERENCE.get(device_type, ()):
-            if _why_not_here(candidate, op, device_type) is None and supports(candidate, op, dtype):
-                return candidate
-        return "reference"
+        found = candidates(op, device_type, dtype)
+        return preferred if preferred in found else found[0]
     check_name(backend)
     reason = _why_not_here(backend, op, device_type)
     if reason is None and not supports(backend, op, dtype):
@@ -139,12 +169,39 @@ def _resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, _inter
     return backend
 
 
+def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
+    """Return the backends that can run `op`, the one "auto" takes first, plain torch last."""
+    preference = _PREFERENCES.get(op, Preference())._asdict().get(device_type, ())
+    found = [
+        name
+        for name in preference
+        if _why_not_here(name, op, device_type) is None and supports(name, op, dtype)
+    ]
+    return [*found, "reference"]
+
+
+@contextlib.contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Let "auto" take the backend `name` for a while, where it can run the op: to time it beside others."""
+    global _preferred
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether the kernel of `op` in `backend` computes in `dtype`."""
     if backend == "triton" and interpreting():
         # Triton's interpreter rounds bfloat16 wrongly: a result from it would not be the kernel's.
         return dtype != torch.bfloat16
     return True
+
+
+def stream_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the index of a GPU tensor's device and the handle of the stream work on it goes to."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def check_name(backend: str) -> None:

@@ -37,6 +37,13 @@ def bench(
             help="Measure the tile shapes of the GPU kernels instead, and store the fastest for this GPU.",
         ),
     ] = False,
+    fresh_memory: Annotated[
+        bool,
+        typer.Option(
+            "--fresh-memory",
+            help="On a CPU, let large results be new pages at each call instead of keeping freed memory.",
+        ),
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Measure ops against their peers and this machine's limits: time, bandwidth, operations, memory.
@@ -57,7 +64,14 @@ def bench(
             run_tuning(ops or [], quick=quick, device=device, console=make_console())
             return
         try:
-            run(ops or [], quick=quick, device=device, out=out, console=make_console())
+            run(
+                ops or [],
+                quick=quick,
+                device=device,
+                out=out,
+                console=make_console(),
+                fresh_memory=fresh_memory,
+            )
         except WrongResultError as error:
             print(f"mmfast: {error}; nothing is timed", file=sys.stderr)
             raise typer.Exit(1) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cuda_emulated
 from mmfast import backend as _backend
 
 # The same examples in every run: a failure belongs to the change that brought it.
@@ -33,6 +35,8 @@ FILES = {
     "triton": "kernels/{}.py",
     "cuda": "csrc/cuda/{}.cu",
 }
+# The CUDA kernels once more, run on the CPU.
+EMULATED = "cuda-emulated"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,27 +44,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = Path(metafunc.module.__file__ or "").stem.removeprefix("test_")
         names = [name for name, file in FILES.items() if (ROOT / file.format(op)).exists()]
+        if "cuda" in names:
+            names.append(EMULATED)
         if names:
             metafunc.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend with a kernel for the op; one that cannot run here is skipped and says why."""
-    reason = _backend.why_not(request.param)
-    dtype = request.node.callspec.params.get("dtype")
-    op = Path(request.node.module.__file__).stem.removeprefix("test_")
-    if reason is None and dtype is not None and not _backend.supports(request.param, op, dtype):
-        reason = f"its {op} kernel does not take {dtype} here"
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+    is_emulated = request.param == EMULATED
+    name = "cuda" if is_emulated else request.param
+    if is_emulated and not cuda_emulated.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    with cuda_emulated.emulated() if is_emulated else nullcontext():
+        reason = _backend.why_not(name)
+        dtype = request.node.callspec.params.get("dtype")
+        op = Path(request.node.module.__file__).stem.removeprefix("test_")
+        if reason is None and dtype is not None and not _backend.supports(name, op, dtype):
+            reason = f"its {op} kernel does not take {dtype} here"
+        if reason is not None:
+            pytest.skip(reason)
+        yield name
 
 
 @pytest.fixture
-def device(backend: str) -> torch.device:
+def device(request: pytest.FixtureRequest, backend: str) -> torch.device:
     """The device whose tensors `backend` takes."""
-    on_gpu = backend == "cuda" or (backend == "triton" and not _backend.interpreting())
+    is_emulated = request.node.callspec.params["backend"] == EMULATED
+    on_gpu = (backend == "cuda" and not is_emulated) or (backend == "triton" and not _backend.interpreting())
     return torch.device("cuda" if on_gpu else "cpu")
 
 

@@ -10,6 +10,16 @@ import torch
 from mmfast import backend, ops
 
 
+def test_auto_takes_what_is_preferred_for_a_while():
+    with backend.preferring("reference"):
+        assert backend.resolve("shapley_values", "auto", "cpu", torch.float32) == "reference"
+        assert backend.resolve("shapley_values", "cpu", "cpu", torch.float32) == "cpu"
+        with backend.preferring("cuda"):
+            # What cannot run here is not taken.
+            assert backend.resolve("shapley_values", "auto", "cpu", torch.float32) == "cpu"
+    assert backend.resolve("shapley_values", "auto", "cpu", torch.float32) == "cpu"
+
+
 def test_auto_takes_the_kernel_where_there_is_one():
     for op in ("shapley_values", "partial_reinit"):
         assert backend.resolve(op, "auto", "cpu", torch.float32) == "cpu"

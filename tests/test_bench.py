@@ -20,7 +20,7 @@ pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . br
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mmfast import ops
+from mmfast import backend, ops
 from mmfast.bench import bench_logit_fusion, bench_train, clock, harness, main, peers, report
 from mmfast.bench.harness import Case, Figure, Limits, Options, Row, Work
 from mmfast.commands import app
@@ -90,6 +90,24 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven():
     assert row.missing == {"broken": "failed: RuntimeError: no kernel for this device"}
     with pytest.raises(RuntimeError, match="no kernel"):
         harness.measure(toy(ours=fail), LIMITS, QUICK)
+
+
+def test_our_other_backends_are_peers_and_checked(monkeypatch):
+    monkeypatch.setattr(backend, "candidates", lambda *_: ["triton", "cuda", "reference"])
+
+    def check(found):
+        assert found not in wrong, "error 1.0e+00 against float64"
+
+    for wrong in ([], ["cuda"]):
+        mine = toy(ours=lambda: backend._preferred, check=check, peers={})
+        (case,) = harness.with_rivals("toy", [mine], QUICK)
+        row = harness.measure(case, LIMITS, QUICK)
+        if wrong:
+            assert "error 1.0e+00 against float64" in row.missing["mmfast, cuda"]
+        else:
+            assert set(row.peers) == {"mmfast, cuda"}
+    (train,) = harness.with_rivals("train", [toy(peers={})], QUICK)
+    assert train.peers == {}
 
 
 def test_a_long_call_is_made_once():
@@ -214,7 +232,7 @@ def test_the_command_writes_a_table_a_json_and_a_picture(tiny, tmp_path):
     assert path.name in result.stdout
     assert (tmp_path / "logit_fusion.png").exists()
     found = json.loads(path.read_text())
-    assert found["options"] == {"quick": True, "device": "cpu"}
+    assert found["options"] == {"quick": True, "device": "cpu", "fresh_memory": False}
     machine = found["machine"]
     assert machine["threads"] == torch.get_num_threads()
     assert machine["versions"]["torch"] == torch.__version__

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mmfast import backend as _backend
 from mmfast import ops
+from mmfast.ops import class_separability
 from mmfast.reference import class_separability as reference
 from numerics import assert_close_to_truth, assert_rounded_once
 
@@ -157,6 +158,53 @@ def test_moments_close_to_truth(shape, dtype, backend, device):
     features, labels, num_classes = make(shape, dtype, device=device)
     check_moments(features, labels, num_classes, backend)
     check_gradient(features, labels, num_classes, backend)
+
+
+# Of the CUDA kernel a block takes 64 samples, or 16 of each of up to 128 classes, a warp 512 bytes of a row.
+@pytest.mark.parametrize(
+    ("dtype", "layout", "shape"),
+    [
+        (torch.float32, "contiguous", (600, 9, 40)),
+        (torch.float32, "unaligned", (100, 9, 130)),
+        (torch.float32, "contiguous", (200, 260, 3)),
+        (torch.float32, "unaligned", (200, 260, 3)),
+        (torch.float16, "rows apart", (200, 260, 3)),
+        (torch.float32, "rows apart", (70, 1030, 2)),
+        (torch.float64, "contiguous", (70, 520, 2)),
+        (torch.bfloat16, "contiguous", (70, 520, 9)),
+    ],
+    ids=str,
+)
+def test_many_classes_and_wide_rows(dtype, shape, layout, backend):
+    features, labels, num_classes = make(shape, dtype)
+    if layout != "contiguous":
+        wider = torch.cat([features, features.new_full((len(features), 8), torch.nan)], 1)
+        wider = wider.roll(1, 1) if layout == "unaligned" else wider
+        features = wider[:, 1:-7] if layout == "unaligned" else wider[:, :-8]
+    check_moments(features, labels, num_classes, backend)
+    check_gradient(features, labels, num_classes, backend)
+    centroids = make((num_classes, shape[1], 2), torch.float32)[0]
+    hits = torch.ops.mmfast.dimension_hits(features, labels, centroids, backend)
+    assert torch.equal(hits, reference.dimension_hits(features, labels, centroids))
+
+
+@pytest.mark.parametrize("num_classes", [5, 130], ids="C={}".format)
+def test_labels_that_name_no_class_are_left_out(num_classes, backend, device, monkeypatch):
+    if backend in ("reference", "cpu"):
+        pytest.skip("labels on a CPU are checked")
+    monkeypatch.setattr(class_separability, "check_label_range", lambda *_: None)
+    features, labels, _ = make((100, 9, num_classes), torch.float32)
+    outside = torch.arange(100) % 7 == 3
+    wrong = labels.masked_fill(outside, -1).masked_fill(torch.arange(100) % 14 == 3, num_classes).to(device)
+    features = features.to(device)
+    raw, known = torch.ops.mmfast, ~outside.to(device)
+    expected = reference.class_moments(features[known], wrong[known], num_classes)
+    count, mean, var = raw.class_moments_fwd(features, wrong, num_classes, backend)
+    torch.testing.assert_close((count, mean, var), expected, equal_nan=True)
+    hits = raw.dimension_hits(features, wrong, mean, backend)
+    assert torch.equal(hits, reference.dimension_hits(features[known], wrong[known], mean))
+    dfeatures = raw.class_moments_bwd(mean, var, features, wrong, count, mean, backend)
+    assert not dfeatures[~known].any()
 
 
 @pytest.mark.parametrize("order", ["drift", "outlier first", "outlier last"])

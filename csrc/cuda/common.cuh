@@ -1,9 +1,20 @@
 // What the CUDA ops share: dtypes, the device guard and checked calls.
 #pragma once
 
+#ifdef MMFAST_EMULATED
+// Run on a CPU by the tests: tests/cuda_emulation.
+#include "emulation.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+// A launch and the memory a block shares, in a form that a C++ compiler can be given, too.
+#define MMFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define MMFAST_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define MMFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
 
 #include <cstdint>
 #include <stdexcept>

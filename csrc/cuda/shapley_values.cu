@@ -55,23 +55,23 @@ struct Plan {
 
 // Sums n numbers over `threads` lanes. Lane l ends with the sums of numbers l * left .. + left, left = max(1,
 // n / threads), or, with more lanes than numbers, every lane of a group of threads / n with the sum of its
-// group's number.
-template <int threads, int n, class A>
-__device__ void sum_over_lanes(A (&x)[n], int lane) {
-  constexpr int exchanges = log2_up(threads) < log2_up(n) ? log2_up(threads) : log2_up(n);
+// group's number. `count` numbers are left. A recursion, because nvcc puts x into memory where it does not
+// unroll both loops of a nest.
+template <int threads, int count, int n, class A>
+__device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
+  if constexpr (threads > 1) {
+    constexpr int distance = threads / 2, half = count / 2;
+    if constexpr (count > 1) {
+      const bool is_upper = lane & distance;
 #pragma unroll
-  for (int step = 0; step < exchanges; ++step) {
-    const int half = n >> (step + 1), distance = threads >> (step + 1);
-    const bool is_upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
-      x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+      for (int i = 0; i < half; ++i) {
+        const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
+        x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+      }
+    } else {
+      x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
     }
-  }
-#pragma unroll
-  for (int distance = threads >> (exchanges + 1); distance > 0; distance /= 2) {
-    x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
+    sum_over_lanes<distance, (count > 1 ? half : 1)>(x, lane);
   }
 }
 
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kBlock)
                               bool is_packed, Weights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
   constexpr int lanes = P::threads < kWarp ? P::threads : kWarp, padded = 1 << log2_up(P::players);
-  __shared__ A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   share_weights(weights, a, b);
 
   const int thread = threadIdx.x % P::threads;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int m = 0; m < P::players; ++m) sums[m] -= shared;
 
   const int lane = thread % lanes;
-  sum_over_lanes<lanes>(sums, lane);
+  sum_over_lanes<lanes, padded>(sums, lane);
   constexpr int left = padded > lanes ? padded / lanes : 1, group = lanes > padded ? lanes / padded : 1;
   T* target = phi + row * num_players;
   if constexpr (P::threads <= kWarp) {
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kBlock)
     }
   } else {
     static_assert(padded == kWarp, "one lane a player");
-    __shared__ A warps[P::threads / kWarp][kWarp];
+    MMFAST_SHARED(A, warps, [P::threads / kWarp][kWarp]);
     warps[thread / kWarp][lane] = sums[0];
     __syncthreads();
     if (thread < num_players) {
@@ -168,7 +169,8 @@ __global__ void __launch_bounds__(kBlock)
                               int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_player,
                               bool is_packed, Weights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
-  __shared__ A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   share_weights(weights, a, b);
 
   const int thread = threadIdx.x % P::threads;
@@ -274,10 +276,10 @@ void shapley_values_fwd(const void* v,  // [rows, S], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      shapley_values_fwd_kernel<T, P>
-          <<<num_blocks<P>(num_rows), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row, stride_coalition,
-              fits_packs<T, P>(v, stride_row, stride_coalition), Weights<accumulate_t<T>>(players));
+      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
+                    static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row,
+                    stride_coalition, fits_packs<T, P>(v, stride_row, stride_coalition),
+                    Weights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -296,10 +298,10 @@ void shapley_values_bwd(const void* dphi,  // [rows, M], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      shapley_values_bwd_kernel<T, P>
-          <<<num_blocks<P>(num_rows), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row, stride_player,
-              fits_packs<T, P>(dv, int64_t{1} << players, 1), Weights<accumulate_t<T>>(players));
+      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
+                    static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row,
+                    stride_player, fits_packs<T, P>(dv, int64_t{1} << players, 1),
+                    Weights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());

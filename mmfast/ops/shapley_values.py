@@ -102,11 +102,7 @@ def _run(
     if out.numel() == 0:
         return out
     rows = x.reshape(-1, x.shape[-1])
-    where = (
-        (torch.get_num_threads(),)
-        if chosen == "cpu"
-        else (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
-    )
+    where = (torch.get_num_threads(),) if chosen == "cpu" else _backend.stream_of(x)
     launch = getattr(_backend.extension(chosen), entry)
     launch(
         rows.data_ptr(),

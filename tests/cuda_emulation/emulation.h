@@ -1,0 +1,244 @@
+// Runs CUDA C++ kernels on a CPU, for tests only: csrc/cuda/*.cu compiled as C++ with MMFAST_EMULATED
+// defined.
+//
+// The threads of a block are fibers that run, in shuffled order, up to their next barrier or warp operation;
+// blocks run one after the other, in shuffled order. What a missing barrier leaves unwritten is then read as
+// poison: shared memory begins every block filled with 0xff, a NaN in every floating dtype. Every access to
+// memory is checked (emulation.cpp): inside a tensor the caller showed, inside shared memory, or on the
+// fiber's own stack. What a kernel needs of CUDA is declared here, and nothing else; a name that is missing
+// does not compile.
+//
+// Not emulated: threads of a warp do not run in lockstep (no kernel may count on it), memory is sequentially
+// consistent (a missing fence does not show), and nothing here says how fast a kernel is.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "types.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __align__(n) alignas(n)
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ static
+#define __shared__ static_assert(false, "shared memory is declared by MMFAST_SHARED");
+
+#define MMFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::mmfast::emulation::launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
+// A lambda's static is one per instantiation of the template around it, and so names the array.
+#define MMFAST_SHARED(type, name, ...)                                                 \
+  typedef type name##_array __VA_ARGS__;                                               \
+  name##_array& name = *static_cast<name##_array*>(::mmfast::emulation::shared_memory( \
+      []() -> const void* {                                                            \
+        static char key;                                                               \
+        return &key;                                                                   \
+      }(),                                                                             \
+      sizeof(name##_array), alignof(name##_array)))
+#define MMFAST_DYNAMIC_SHARED(name) unsigned char* const name = ::mmfast::emulation::dynamic_shared_memory()
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace mmfast::emulation {
+
+// Puts the calling fiber to sleep until is_ready(argument).
+void block_until(bool (*is_ready)(void*), void* argument);
+
+template <class Ready>
+void wait_until(Ready&& is_ready) {
+  using Function = std::remove_reference_t<Ready>;
+  block_until([](void* function) { return static_cast<bool>((*static_cast<Function*>(function))()); },
+              &is_ready);
+}
+
+// Stops the kernel: the launch throws std::runtime_error with the kernel's name, block, thread and this text.
+[[noreturn]] void fail(const char* text);
+
+void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment);
+unsigned char* dynamic_shared_memory();
+
+// Waits for `num_threads` threads of the block at barrier `id`; for all that have not returned if it is 0.
+// Returns the sum of their votes.
+int barrier(int id, int num_threads, int vote = 0);
+
+// Gathers `bytes` of every lane of `mask`: [32] values of kLaneBytes each, poison from lanes outside.
+constexpr int kLaneBytes = 64;
+const unsigned char* gather_bytes(unsigned mask, const void* mine, std::size_t bytes);
+
+template <class T>
+struct Lanes {
+  const unsigned char* bytes;
+  T operator[](int lane) const {
+    T value;
+    std::memcpy(&value, bytes + lane * kLaneBytes, sizeof value);
+    return value;
+  }
+};
+
+template <class T>
+Lanes<T> gather(unsigned mask, const T& mine) {
+  static_assert(sizeof(T) <= kLaneBytes, "too much for a lane");
+  return {gather_bytes(mask, &mine, sizeof mine)};
+}
+
+int lane();
+
+using Body = void (*)(void* arguments);
+void run(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, Body body, void* arguments,
+         std::size_t arguments_bytes);
+
+template <class... P, class... A>
+void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(P...),
+            A&&... arguments) {
+  struct Call {
+    void (*kernel)(P...);
+    std::tuple<P...> values;
+  } call{kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
+  run(
+      name, grid, block, shared_bytes,
+      [](void* self) { std::apply(static_cast<Call*>(self)->kernel, static_cast<Call*>(self)->values); },
+      &call, sizeof call);
+}
+
+}  // namespace mmfast::emulation
+
+// Barriers, votes and exchanges.
+inline void __syncthreads() { mmfast::emulation::barrier(0, 0); }
+inline int __syncthreads_count(int predicate) { return mmfast::emulation::barrier(0, 0, predicate != 0); }
+inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) > 0; }
+int __syncthreads_and(int predicate);
+inline void __syncwarp(unsigned mask = ~0u) { mmfast::emulation::gather(mask, 0); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int base = mmfast::emulation::lane() / width * width;
+  return mmfast::emulation::gather(mask, value)[base + source % width];
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
+  const int lane = mmfast::emulation::lane(), source = lane ^ distance;
+  return mmfast::emulation::gather(mask, value)[source / width <= lane / width ? source : lane];
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+  const int lane = mmfast::emulation::lane(), source = lane + static_cast<int>(distance);
+  return mmfast::emulation::gather(mask, value)[source / width == lane / width ? source : lane];
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+  const int lane = mmfast::emulation::lane(), source = lane - static_cast<int>(distance);
+  return mmfast::emulation::gather(mask, value)[source >= lane / width * width ? source : lane];
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto votes = mmfast::emulation::gather(mask, predicate != 0);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= (mask >> lane & 1 && votes[lane]) ? 1u << lane : 0u;
+  return result;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  const auto values = mmfast::emulation::gather(mask, value);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    result |= (mask >> lane & 1 && values[lane] == value) ? 1u << lane : 0u;
+  return result;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value) {
+  const auto values = mmfast::emulation::gather(mask, value);
+  T sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += mask >> lane & 1 ? values[lane] : T(0);
+  return sum;
+}
+
+// Atomics: fibers are not interrupted, so plain operations are atomic.
+template <class T, class V>
+T atomicAdd(T* address, V value) {
+  const T old = *address;
+  *address = old + static_cast<T>(value);
+  return old;
+}
+template <class T, class V>
+T atomicMax(T* address, V value) {
+  const T old = *address;
+  *address = std::max(old, static_cast<T>(value));
+  return old;
+}
+template <class T, class V>
+T atomicMin(T* address, V value) {
+  const T old = *address;
+  *address = std::min(old, static_cast<T>(value));
+  return old;
+}
+template <class T, class V>
+T atomicExch(T* address, V value) {
+  const T old = *address;
+  *address = static_cast<T>(value);
+  return old;
+}
+template <class T, class V, class W>
+T atomicCAS(T* address, V compare, W value) {
+  const T old = *address;
+  if (old == static_cast<T>(compare)) *address = static_cast<T>(value);
+  return old;
+}
+
+// Arithmetic.
+template <class A, class B>
+auto min(A a, B b) -> std::common_type_t<A, B> {
+  return b < a ? b : a;
+}
+template <class A, class B>
+auto max(A a, B b) -> std::common_type_t<A, B> {
+  return a < b ? b : a;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline unsigned __brev(unsigned x) {
+  unsigned result = 0;
+  for (int bit = 0; bit < 32; ++bit) result |= (x >> bit & 1) << (31 - bit);
+  return result;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline double __fma_rn(double x, double y, double z) { return std::fma(x, y, z); }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+
+template <class To, class From>
+To __bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To result;
+  std::memcpy(&result, &x, sizeof result);
+  return result;
+}
+inline unsigned __float_as_uint(float x) { return __bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return __bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return __bit_cast<float>(x); }
+inline float __int_as_float(int x) { return __bit_cast<float>(x); }
+inline long long __double_as_longlong(double x) { return __bit_cast<long long>(x); }
+inline double __longlong_as_double(long long x) { return __bit_cast<double>(x); }
