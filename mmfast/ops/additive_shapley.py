@@ -415,8 +415,10 @@ def _bwd_cuda(
     if operand.numel() > 0:
         outputs = (gradient, sums)
         _run_cuda("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility, (rows,))
-    dbias = partial_logits.new_empty(0) if sums is None else sums.sum(0).to(bias.dtype)
-    return gradient.to(partial_logits.dtype), dbias
+    gradient = gradient.to(partial_logits.dtype)
+    if bias is None or sums is None:
+        return gradient, partial_logits.new_empty(0)
+    return gradient, sums.sum(0).to(bias.dtype)
 
 
 def _utilities_fwd_fake(logits, labels, utility, backend):
