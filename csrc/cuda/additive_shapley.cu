@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 
   const Team<P::is_block> team(problem.threads, scratch);
   const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
-  const int samples = static_cast<int>(blockDim.x) / team.size();
+  const int samples = team.teams();
   const int64_t num_groups = (problem.N + samples - 1) / samples;
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
-    const int64_t wanted = group * samples + threadIdx.x / team.size();
+    const int64_t wanted = group * samples + team.place();
     // A team without a sample works on the last one, since all lanes take part in the exchanges.
     const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
     Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 
     const bool is_live = wanted < problem.N && team.warp == 0;
     const auto store = [&](int m, A value) {
-      if (!is_live || m >= M || team.lane != m % team.threads) return;
+      if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
       if (parts == nullptr) {
         phi[n * M + m] = problem.format.template narrow<T>(value);
       } else {
