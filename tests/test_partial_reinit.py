@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast import ops
+from mmfast.ops import partial_reinit
 from mmfast.reference import partial_reinit as reference
 from numerics import assert_close_to_truth
 
@@ -152,6 +153,18 @@ def test_lists_that_come_again(backend, device):
     for alpha in (0.1, 0.1, 0.7):
         for params in lists:
             check(backend, params, [inits[0][: len(params[0])], inits[1]], alpha)
+
+
+def test_a_plan_made_while_a_graph_is_captured(backend, device, monkeypatch):
+    """The CUDA kernel's is written by a kernel, 120 records at a time, and kept while Python runs."""
+    plans: list[Tensor] = []
+    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: True)
+    monkeypatch.setattr(partial_reinit, "_PLANS", {})
+    monkeypatch.setattr(partial_reinit, "_CAPTURED", plans)
+    params = [make(1 + 20 * index, device=device, seed=index) for index in range(130)]
+    inits = [make(len(theta), device=device, seed=1000) for theta in params]
+    check(backend, params, inits, [index % 5 / 4 for index in range(130)])
+    assert [plan.shape[1] for plan in plans] == ([4] if backend == "cuda" else [])
 
 
 def test_channels_last(backend, device):

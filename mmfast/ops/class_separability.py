@@ -175,6 +175,11 @@ def effective_dimensions(
     return hits * hits.shape[0] > hits.sum()
 
 
+def _where(chosen: str, tensor: Tensor) -> tuple[int, ...]:
+    """Return what a launcher's last arguments are: threads, or a device and its stream."""
+    return (torch.get_num_threads(),) if chosen == "cpu" else _backend.stream_of(tensor)
+
+
 def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name: str = "num_classes") -> None:
     check_float("features", features)
     check_shape("features", features, "N, D", (None, None))
@@ -214,6 +219,8 @@ def _moments_fwd(
     if chosen == "triton":
         launch = _backend.kernels("class_separability").class_moments_fwd
         return launch(unbroken_rows(features), labels, num_classes)
+    if chosen == "cuda":
+        return _moments_fwd_cuda(features, labels, num_classes)
     return _reference.class_moments(features, labels, num_classes)
 
 
@@ -239,6 +246,69 @@ def _moments_fwd_cpu(
     return count, mean, var
 
 
+# What a block of the CUDA kernel takes: samples, and classes by which it can order its samples itself.
+_MOST_ROWS, _MOST_OWN_CLASSES = 1024, 128
+# What blocks that do so leave of each class stays in the second-level cache up to so many numbers.
+_MOST_PARTS = 2**20
+# Two blocks for each multiprocessor of an H100. Fixed: the same bits on every GPU.
+_BLOCKS = 264
+
+
+def _blocks_of_moments(
+    num_samples: int, num_dims: int, num_classes: int, itemsize: int
+) -> tuple[int, bool]:  # samples a block, whether it orders them itself
+    """Return how the CUDA kernel shares out the samples: enough of a class to a block, and enough blocks."""
+    slabs = max(1, -(-num_dims * itemsize // 512))
+    rows = max(64, -(-num_samples * slabs // _BLOCKS))
+    few_parts = num_samples * num_dims * num_classes <= _MOST_PARTS * _MOST_ROWS
+    is_ordering = num_classes <= _MOST_OWN_CLASSES // 2 or (num_classes <= _MOST_OWN_CLASSES and few_parts)
+    if is_ordering:
+        rows = max(rows, 16 * num_classes)
+    return min(_MOST_ROWS, -(-rows // 16) * 16), is_ordering
+
+
+def _moments_fwd_cuda(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
+    count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cuda")
+    features = unbroken_rows(features)
+    num_samples, num_dims = features.shape
+    rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
+    num_blocks = -(-num_samples // rows)
+    if is_ordering:
+        labels, order, sorted_labels = labels.long().contiguous(), None, None
+        num_parts = num_blocks * num_classes
+        part_count = count.new_empty(num_parts, dtype=torch.int32)
+    else:
+        sorted_labels, order = labels.int().sort(stable=True)
+        num_parts, part_count = num_blocks + num_classes, None
+    is_half = features.element_size() == 2
+    part_squares = torch.empty(num_parts, num_dims, dtype=mean.dtype, device=mean.device)
+    part_mean = torch.empty_like(part_squares, dtype=torch.float32 if is_half else torch.float64)
+    _backend.extension("cuda").class_separability_moments_fwd(
+        features.data_ptr(),
+        labels.data_ptr() if is_ordering else 0,
+        0 if order is None else order.data_ptr(),
+        0 if sorted_labels is None else sorted_labels.data_ptr(),
+        part_mean.data_ptr(),
+        part_squares.data_ptr(),
+        0 if part_count is None else part_count.data_ptr(),
+        count.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        num_samples,
+        num_dims,
+        num_classes,
+        features.stride(0),
+        rows,
+        DTYPE_CODE[features.dtype],
+        *_backend.stream_of(features),
+    )
+    return count, mean, var
+
+
 def _moments_bwd(
     dmean: Tensor,  # [C, D]
     dvar: Tensor,  # [C, D]
@@ -249,27 +319,28 @@ def _moments_bwd(
     backend: str,
 ) -> Tensor:  # [N, D]
     chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
-    if chosen == "cpu":
-        return _moments_bwd_cpu(dmean, dvar, features, labels, count, mean)
+    if chosen in ("cpu", "cuda"):
+        return _moments_bwd_run(dmean, dvar, features, labels, count, mean, chosen)
     if chosen == "triton":
         launch = _backend.kernels("class_separability").class_moments_bwd
         return launch(dmean, dvar, features, labels, count, mean)
     return _reference.class_moments_bwd(dmean, dvar, features, labels, count, mean)
 
 
-def _moments_bwd_cpu(
+def _moments_bwd_run(
     dmean: Tensor,  # [C, D]
     dvar: Tensor,  # [C, D]
     features: Tensor,  # [N, D]
     labels: Tensor,  # [N]
     count: Tensor,  # [C]
     mean: Tensor,  # [C, D]
+    chosen: str,  # "cpu" or "cuda"
 ) -> Tensor:  # [N, D]
     dfeatures = features.new_empty(features.shape)
     features, labels = unbroken_rows(features), labels.long().contiguous()
     dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
     count, mean = count.contiguous(), mean.contiguous()
-    _backend.extension("cpu").class_separability_moments_bwd(
+    _backend.extension(chosen).class_separability_moments_bwd(
         dmean.data_ptr(),
         dvar.data_ptr(),
         features.data_ptr(),
@@ -281,7 +352,7 @@ def _moments_bwd_cpu(
         mean.shape[0],
         features.stride(0),
         DTYPE_CODE[features.dtype],
-        torch.get_num_threads(),
+        *_where(chosen, features),
     )
     return dfeatures
 
@@ -300,6 +371,8 @@ def _hits(
     chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
     if chosen == "cpu":
         return _hits_cpu(features, labels, centroids)
+    if chosen == "cuda":
+        return _hits_cuda(features, labels, centroids)
     if chosen == "triton":
         return _backend.kernels("class_separability").dimension_hits(features, labels, centroids)
     return _reference.dimension_hits(features, labels, centroids)
@@ -324,6 +397,31 @@ def _hits_cpu(
         DTYPE_CODE[features.dtype],
         DTYPE_CODE[centroids.dtype],
         torch.get_num_threads(),
+    )
+    return hits
+
+
+def _hits_cuda(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, D]
+) -> Tensor:  # int64 [D]
+    hits = features.new_zeros(features.shape[1], dtype=torch.int64)
+    features, labels = unbroken_rows(features), labels.long().contiguous()
+    centroids = centroids.to(accumulation_dtype(centroids.dtype)).contiguous()
+    intervals = centroids.new_empty(2, *centroids.shape, dtype=accumulation_dtype(features.dtype))
+    _backend.extension("cuda").class_separability_hits(
+        features.data_ptr(),
+        labels.data_ptr(),
+        centroids.data_ptr(),
+        intervals.data_ptr(),
+        hits.data_ptr(),
+        *features.shape,
+        centroids.shape[0],
+        features.stride(0),
+        DTYPE_CODE[features.dtype],
+        DTYPE_CODE[centroids.dtype],
+        *_backend.stream_of(features),
     )
     return hits
 

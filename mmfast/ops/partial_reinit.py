@@ -128,6 +128,100 @@ def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[fl
         launch(*([values[index] for index in indices] for values in (params, init_params, alphas)))
 
 
+# A record of the CUDA kernel's plan: struct Piece of csrc/cuda/partial_reinit.cu, and how much of a tensor it
+# stands for.
+_PIECE = np.dtype(
+    [
+        ("theta", np.int64),
+        ("theta_0", np.int64),
+        ("alpha", np.float64),
+        ("count", np.int32),
+        ("dtype", np.int32),
+    ]
+)
+_PIECE_BYTES = 4096
+# Plans on the device by what they hold and the stream they were copied on, the least recently made first.
+_MAX_PLANS = 16
+_PLANS: dict[tuple, Tensor] = {}
+# Plans that captured graphs read at every replay, which nobody can see the end of.
+_CAPTURED: list[Tensor] = []
+
+
+def _pieces(
+    pointers: np.ndarray,  # int64 [2, P]: addresses of theta and theta_0
+    sizes: np.ndarray,  # int64 [P]
+    itemsizes: np.ndarray,  # int64 [P]
+    codes: np.ndarray,  # int64 [P]
+    alphas: np.ndarray,  # float64 [P]
+) -> np.ndarray:  # [pieces] of _PIECE
+    """Return the records of all tensors; one that alpha = 0 leaves as it is has none."""
+    per_piece = _PIECE_BYTES // itemsizes
+    counts = np.where(alphas == 0, 0, -(-sizes // per_piece))
+    owner = np.repeat(np.arange(len(sizes)), counts)
+    start = (np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)) * per_piece[owner]
+    pieces = np.empty(len(owner), dtype=_PIECE)
+    pieces["theta"], pieces["theta_0"] = pointers[:, owner] + start * itemsizes[owner]
+    pieces["alpha"], pieces["dtype"] = alphas[owner], codes[owner]
+    pieces["count"] = np.minimum(per_piece[owner], sizes[owner] - start)
+    return pieces
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _plan(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> Tensor:  # [pieces, 4]
+    """Return the records on the device; the key holds all they follow from, so none can be out of date."""
+    device, (index, stream) = params[0].device, _backend.stream_of(params[0])
+    contents = (
+        *map(Tensor.data_ptr, params),
+        *map(Tensor.data_ptr, init_params),
+        *map(Tensor.numel, params),
+        *(DTYPE_CODE[theta.dtype] for theta in params),
+        *alphas,
+    )
+    is_capturing = _is_capturing(params[0])
+    plan = _PLANS.get((contents, index, stream))
+    if plan is None and is_capturing:
+        # What another stream copied before the capture began is there when a replay reads it.
+        plan = next((kept for key, kept in _PLANS.items() if key[:2] == (contents, index)), None)
+    if plan is not None:
+        if is_capturing:
+            _CAPTURED.append(plan)
+        return plan
+    table = [contents[start : start + len(params)] for start in range(0, len(contents), len(params))]
+    pointers, sizes, codes = (np.array(rows, dtype=np.int64) for rows in (table[:2], table[2], table[3]))
+    itemsizes = np.array([theta.element_size() for theta in params], dtype=np.int64)
+    pieces = _pieces(pointers, sizes, itemsizes, codes, np.array(alphas))
+    words = torch.from_numpy(pieces.view(np.int64)).view(-1, 4)
+    if is_capturing:
+        # A graph would copy from the host's memory again at each replay; a kernel's arguments it keeps.
+        plan = torch.empty_like(words, device=device)
+        launch = _backend.extension("cuda").partial_reinit_plan
+        launch(words.data_ptr(), plan.data_ptr(), len(words), index, stream)
+        _CAPTURED.append(plan)
+        return plan
+    plan = words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
+    while len(_PLANS) >= _MAX_PLANS:
+        _PLANS.pop(next(iter(_PLANS)), None)
+    _PLANS[contents, index, stream] = plan
+    return plan
+
+
+def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    members: dict[torch.device, list[int]] = {}
+    for index, theta in enumerate(params):
+        members.setdefault(theta.device, []).append(index)
+    launch = _backend.extension("cuda").partial_reinit
+    for indices in members.values():
+        plan = _plan(
+            [params[index] for index in indices],
+            [init_params[index] for index in indices],
+            [alphas[index] for index in indices],
+        )
+        launch(plan.data_ptr(), len(plan), *_backend.stream_of(params[indices[0]]))
+
+
 def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return every pair in one order without gaps: contiguous copies where they are not so themselves."""
     if all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, init_params)):
@@ -166,6 +260,8 @@ def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], 
         _run_dense(_run_cpu, params, init_params, alphas)
     elif chosen == {"triton"}:
         _run_dense(_run_triton, params, init_params, alphas)
+    elif chosen == {"cuda"}:
+        _run_dense(_run_cuda, params, init_params, alphas)
     else:
         # Also for a list over CPU and GPU, whose kernels would each see a part of it.
         _reference.partial_reinit_(params, init_params, alphas)

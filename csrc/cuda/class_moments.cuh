@@ -1,0 +1,306 @@
+// Kernels of the moments of classes; class_separability.cu launches them and says how they work.
+#pragma once
+
+#include "class_order.cuh"
+
+namespace mmfast {
+namespace {
+
+// Rows that a warp loads before it uses the first; the mean of the first such rows is a segment's shift.
+// Packs of eight numbers want registers for their sums.
+template <int n>
+constexpr int kBatch = n == 8 ? 4 : 8;
+
+// The type the means of some samples are kept in until all are merged. Rounded to float32, means of float32
+// numbers far from zero would differ by their rounding; half precision has no such numbers.
+template <class T>
+using part_mean_t = std::conditional_t<sizeof(T) == 2, float, double>;
+
+// Mean and sum of squared deviations of some samples of a class, in `n` columns.
+template <class T, int n>
+struct Moments {
+  using A = accumulate_t<T>;
+  using M = part_mean_t<T>;
+  Pack<M, n> mean;
+  Pack<A, n> squares;
+
+  // Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+  // variances", 1979.
+  __device__ void merge(int count, const M* other_mean, const A* other_squares, int other_count) {
+    const A share = static_cast<A>(other_count) / static_cast<A>(count + other_count);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const A delta = static_cast<A>(other_mean[i] - mean.values[i]);
+      squares.values[i] += other_squares[i] + delta * delta * (static_cast<A>(count) * share);
+      // An infinite mean must not become NaN.
+      mean.values[i] += is_finite(delta) ? delta * share : other_mean[i];
+    }
+  }
+};
+
+// Sums of the deviations of some rows of one class from a shift near their mean: nothing cancels.
+template <class T, int n>
+struct Sums {
+  using A = accumulate_t<T>;
+  A shift[n], sum[n], squares[n];
+
+  // Adds `count` rows of x, up to a warp's, whose first column is this thread's; `is_first` chooses the
+  // shift.
+  __device__ void add(const T* x, int64_t stride, const int64_t* rows, int count, bool is_first) {
+    for (int start = 0; start < count; start += kBatch<n>) {
+      const int batch = min(count - start, kBatch<n>);
+      Pack<T, n> loaded[kBatch<n>];
+#pragma unroll
+      for (int r = 0; r < kBatch<n>; ++r) {
+        if (r < batch) loaded[r] = *reinterpret_cast<const Pack<T, n>*>(x + rows[start + r] * stride);
+      }
+      if (is_first && start == 0) choose_shift(loaded, batch);
+#pragma unroll
+      for (int r = 0; r < kBatch<n>; ++r) {
+        if (r >= batch) continue;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const A deviation = static_cast<A>(loaded[r].values[i]) - shift[i];
+          sum[i] += deviation;
+          squares[i] += deviation * deviation;
+        }
+      }
+    }
+  }
+
+  __device__ Moments<T, n> moments(int count) const {
+    const A scale = A(1) / static_cast<A>(count);
+    Moments<T, n> result;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const A rest = squares[i] - sum[i] * (sum[i] * scale);
+      result.mean.values[i] = static_cast<part_mean_t<T>>(shift[i]) + sum[i] * scale;
+      result.squares.values[i] = rest < 0 ? A(0) : rest;
+    }
+    return result;
+  }
+
+ private:
+  __device__ void choose_shift(const Pack<T, n> (&loaded)[kBatch<n>], int batch) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      A total = 0;
+#pragma unroll
+      for (int r = 0; r < kBatch<n>; ++r) {
+        if (r < batch) total += static_cast<A>(loaded[r].values[i]);
+      }
+      total /= static_cast<A>(batch);
+      // Infinity less infinity would make a NaN of an infinite mean.
+      shift[i] = is_finite(total) ? total : A(0);
+      sum[i] = squares[i] = 0;
+    }
+  }
+};
+
+// A block's share of the moments: `rows_per_block` rows, and the columns of one warp's packs. Its part for
+// class k lies at block * C + k where blocks order their rows, else at block + k: along rows in order of
+// class each step to another part is one to another block, another class or both.
+template <class T, int n>
+__global__ void __launch_bounds__(kBlock, 2)
+    class_moments_fwd_kernel(const T* __restrict__ x,                 // [N, D]
+                             const int64_t* __restrict__ labels,      // [N], or null where `order` is given
+                             const int64_t* __restrict__ order,       // [N] rows by class, or null
+                             const int* __restrict__ sorted_labels,   // [N], or null
+                             part_mean_t<T>* __restrict__ part_mean,  // [parts, D]
+                             accumulate_t<T>* __restrict__ part_squares,  // [parts, D]
+                             int* __restrict__ part_count,                // [blocks, C], or null
+                             int64_t num_rows, int64_t num_columns, int num_classes, int64_t stride,
+                             int rows_per_block, unsigned num_slabs) {
+  using A = accumulate_t<T>;
+  using M = part_mean_t<T>;
+  MMFAST_SHARED(int64_t, rows, [kMaxRows]);
+  MMFAST_SHARED(int, classes, [kMaxRows]);
+  MMFAST_SHARED(int, places, [kWarps * kMaxOwnClasses]);
+  MMFAST_SHARED(int, num_known, [1]);
+  MMFAST_SHARED(M, carried_mean, [kWarps][kWarp * n]);
+  MMFAST_SHARED(A, carried_squares, [kWarps][kWarp * n]);
+  MMFAST_SHARED(int, carried_class, [kWarps]);
+  MMFAST_SHARED(int, carried_count, [kWarps]);
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t block = blockIdx.x / num_slabs, slab = blockIdx.x % num_slabs, first = block * rows_per_block;
+  const int64_t column = (slab * kWarp + lane) * n;
+  const bool has_columns = column < num_columns;
+  int num_listed = static_cast<int>(min(num_rows - first, static_cast<int64_t>(rows_per_block)));
+  if (order == nullptr) {
+    // Each slab orders the same rows, and writes the same counts.
+    num_listed = order_rows(labels, first, num_listed, num_classes, places, rows, classes, num_known,
+                            part_count + block * num_classes);
+  } else {
+    for (int r = threadIdx.x; r < num_listed; r += kBlock) {
+      rows[r] = order[first + r];
+      classes[r] = sorted_labels[first + r];
+    }
+    __syncthreads();
+  }
+
+  const int begin = num_listed * warp / kWarps, end = num_listed * (warp + 1) / kWarps;
+  Sums<T, n> sums{};
+  int k = -1, count = 0;
+  // Whether the segment in hand continues the last one of a warp before.
+  bool is_carried = false;
+  const auto write = [&](const Moments<T, n>& moments) {
+    if (!has_columns || k < 0 || k >= num_classes) return;
+    const int64_t at = (order == nullptr ? block * num_classes + k : block + k) * num_columns + column;
+    *reinterpret_cast<Pack<M, n>*>(part_mean + at) = moments.mean;
+    *reinterpret_cast<Pack<A, n>*>(part_squares + at) = moments.squares;
+  };
+  const auto carry = [&](const Moments<T, n>& moments) {
+    if (lane == 0) carried_class[warp] = k, carried_count[warp] = count;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      carried_mean[warp][lane * n + i] = moments.mean.values[i];
+      carried_squares[warp][lane * n + i] = moments.squares.values[i];
+    }
+  };
+  if (lane == 0) carried_count[warp] = 0;
+  for (int position = begin; position < end;) {
+    const int next = classes[position];
+    if (next != k && count > 0) {
+      const Moments<T, n> moments = sums.moments(count);
+      is_carried ? carry(moments) : write(moments);
+      count = 0;
+    }
+    if (count == 0) {
+      k = next;
+      is_carried = position == begin && begin > 0 && classes[begin - 1] == k;
+    }
+    const bool is_same = position + lane < end && classes[position + lane] == k;
+    const unsigned others = ~__ballot_sync(kAllLanes, is_same);
+    const int length = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
+    if (has_columns) sums.add(x + column, stride, rows + position, length, count == 0);
+    count += length;
+    position += length;
+  }
+  Moments<T, n> moments;
+  if (count > 0) {
+    moments = sums.moments(count);
+    if (is_carried) carry(moments);
+  }
+  __syncthreads();
+  if (count == 0 || is_carried) return;
+  // The rest of this class, from the warps it went on in.
+  for (int other = warp + 1; other < kWarps; ++other) {
+    if (carried_count[other] == 0 || carried_class[other] != k) continue;
+    moments.merge(count, carried_mean[other] + lane * n, carried_squares[other] + lane * n,
+                  carried_count[other]);
+    count += carried_count[other];
+  }
+  write(moments);
+}
+
+// Moments of a class of one column in float64, from parts that come in a fixed order.
+struct Total {
+  int64_t count = 0;
+  double origin = 0, sum = 0, squares = 0;
+
+  __device__ void add(int64_t added, double mean, double added_squares) {
+    if (added == 0) return;
+    // Infinity less infinity would make a NaN of an infinite mean.
+    if (count == 0 && is_finite(mean)) origin = mean;
+    const double deviation = mean - origin, number = static_cast<double>(added);
+    sum += number * deviation;
+    squares += added_squares + number * deviation * deviation;
+    count += added;
+  }
+  // Zero divided by zero: the NaN of a class without samples.
+  __device__ double mean() const { return origin + sum / static_cast<double>(count); }
+  __device__ double squares_about_mean() const {
+    const double rest = squares - sum / static_cast<double>(count) * sum;
+    return rest < 0 ? 0 : rest;
+  }
+};
+
+// Where in `sorted`, [N] in rising order, the numbers from k on begin.
+__device__ inline int64_t lower_bound(const int* sorted, int64_t size, int64_t k) {
+  int64_t low = 0;
+  while (low < size) {
+    const int64_t middle = low + (size - low) / 2;
+    if (sorted[middle] < k) {
+      low = middle + 1;
+    } else {
+      size = middle;
+    }
+  }
+  return low;
+}
+
+// Merges the parts of one class, a column a lane; the warps share the parts.
+template <class M, class A>
+__global__ void __launch_bounds__(kBlock, 2)
+    class_moments_merge_kernel(const M* __restrict__ part_mean,        // [parts, D]
+                               const A* __restrict__ part_squares,     // [parts, D]
+                               const int* __restrict__ part_count,     // [blocks, C], or null
+                               const int* __restrict__ sorted_labels,  // [N], or null
+                               int64_t* __restrict__ count,            // [C]
+                               A* __restrict__ mean,                   // [C, D]
+                               A* __restrict__ var,                    // [C, D]
+                               int64_t num_rows, int64_t num_columns, int num_classes, int64_t num_blocks,
+                               int rows_per_block, unsigned num_groups) {
+  constexpr int batch = 4;
+  MMFAST_SHARED(int64_t, counts, [kWarps][kWarp]);
+  MMFAST_SHARED(double, means, [kWarps][kWarp]);
+  MMFAST_SHARED(double, squares, [kWarps][kWarp]);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t k = blockIdx.x / num_groups, group = blockIdx.x % num_groups, column = group * kWarp + lane;
+  const bool has_column = column < num_columns;
+
+  // The blocks that hold samples of the class.
+  int64_t first = 0, last = 0, begin = 0, end = num_blocks;
+  if (sorted_labels != nullptr) {
+    first = lower_bound(sorted_labels, num_rows, k);
+    last = lower_bound(sorted_labels, num_rows, k + 1);
+    begin = first / rows_per_block;
+    end = first == last ? begin : (last - 1) / rows_per_block + 1;
+  }
+  Total total;
+  for (int64_t start = begin + warp; start < end; start += batch * kWarps) {
+    int64_t added[batch];
+    M means_of[batch];
+    A squares_of[batch];
+    // All loads first. A part without samples is loaded, too, and left out.
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int64_t block = start + i * kWarps;
+      added[i] = 0;
+      if (block >= end) continue;
+      if (sorted_labels == nullptr) {
+        added[i] = part_count[block * num_classes + k];
+      } else {
+        added[i] = min(last, (block + 1) * rows_per_block) - max(first, block * rows_per_block);
+      }
+      if (!has_column) continue;
+      const int64_t at =
+          (sorted_labels == nullptr ? block * num_classes + k : block + k) * num_columns + column;
+      means_of[i] = part_mean[at];
+      squares_of[i] = part_squares[at];
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (has_column) {
+        total.add(added[i], means_of[i], squares_of[i]);
+      } else {
+        total.count += added[i];
+      }
+    }
+  }
+  counts[warp][lane] = total.count;
+  means[warp][lane] = total.mean();
+  squares[warp][lane] = total.squares_about_mean();
+  __syncthreads();
+  if (warp != 0) return;
+  Total all;
+  for (int w = 0; w < kWarps; ++w) all.add(counts[w][lane], means[w][lane], squares[w][lane]);
+  if (lane == 0 && column == 0) count[k] = all.count;
+  if (!has_column) return;
+  mean[k * num_columns + column] = static_cast<A>(all.mean());
+  var[k * num_columns + column] = static_cast<A>(all.squares_about_mean() / static_cast<double>(all.count));
+}
+
+}  // namespace
+}  // namespace mmfast
