@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
 
   const Team<P::is_block> team(problem.threads, scratch);
   const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
-  const int samples = static_cast<int>(blockDim.x) / team.size();
+  const int samples = team.teams();
   const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
   A* const dbias_row =
       P::is_block && dbias != nullptr ? dbias + blockIdx.x * static_cast<int64_t>(problem.C) : nullptr;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
   const int64_t num_groups = (problem.N + samples - 1) / samples;
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
-    const int64_t wanted = group * samples + threadIdx.x / team.size();
+    const int64_t wanted = group * samples + team.place();
     const bool is_live = wanted < problem.N;
     const int64_t n = is_live ? wanted : problem.N - 1;
     Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);

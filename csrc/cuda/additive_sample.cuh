@@ -78,7 +78,7 @@ struct Plan {
     if (is_block) return sizeof(T) == 8 ? 1 : 2;
     if (sizeof(T) == 8) return is_backward ? 2 : 3;
     if (is_backward) return is_softmax ? (K == 2 ? 5 : 3) - (H > 4) : (K == 2 ? 5 : 4) - (H > 4 ? 5 - K : 0);
-    return K == 2 ? (H > 4 ? 6 : 7) : (H > 4 ? 4 : 5);
+    return K == 2 ? (H > 4 ? 6 : 8) : H > 4 ? 3 : 4;
   }
   static constexpr int max_threads = is_block ? kMaxWarps * kWarp : kBlock;
   static constexpr int min_blocks = most_blocks();
@@ -116,6 +116,9 @@ struct Sample {
     return columns[(outer * P::entries + i) * static_cast<int>(blockDim.x)];
   }
 
+  // What a partial logit beyond the last class is, so that it does not show.
+  static constexpr A pad = P::is_product ? -kInfinity<A> : A(0);
+
   // 0 beyond the last modality.
   __device__ A own_of(int m) const {
     return m < problem.M && label >= 0
@@ -125,7 +128,7 @@ struct Sample {
 
   __device__ void load_part(int m, int chunk, A (&z)[H]) const {
     if (m < problem.M) {
-      classes.load(data + m * problem.stride_m, problem.stride_c, chunk, z);
+      classes.load(data + m * problem.stride_m, problem.stride_c, chunk, z, pad);
     } else {
 #pragma unroll
       for (int i = 0; i < H; ++i) z[i] = 0;
@@ -133,7 +136,9 @@ struct Sample {
   }
 
   __device__ void load_base(int chunk, A (&z)[H]) const {
-    Coalition<T>{problem, classes, data, 0}.load(chunk, z);
+    if (problem.bias != nullptr) return classes.load_scalars(problem.bias, chunk, z, pad);
+#pragma unroll
+    for (int i = 0; i < H; ++i) z[i] = 0;
   }
 
   __device__ bool is_other(int chunk, int i) const {
@@ -191,11 +196,9 @@ struct Sample {
   }
 
   __device__ A largest(const A (&z)[H]) const {
-    A top = -kInfinity<A>;
+    A top = z[0];
 #pragma unroll
-    for (int i = 0; i < H; ++i) {
-      if (classes.class_of(0, i) < classes.C) top = Max()(top, z[i]);
-    }
+    for (int i = 1; i < H; ++i) top = Max()(top, z[i]);
     return top;
   }
 
@@ -207,10 +210,10 @@ struct Sample {
     return own;
   }
 
-  // exp(z - top), 0 where there is the label or no class.
+  // exp(z - top), also where there is the label.
   __device__ void exponentiate(A top, A (&z)[H]) const {
 #pragma unroll
-    for (int i = 0; i < H; ++i) z[i] = is_other(0, i) ? exponential(z[i] - top) : A(0);
+    for (int i = 0; i < H; ++i) z[i] = exponential(z[i] - top);
   }
 
   // Takes all classes into registers and, of the outer modalities, into the columns.
@@ -230,7 +233,9 @@ struct Sample {
                    K == 3 ? largest(part[K - 1]) : A(0)};
       team.template scatter<4>(tops, Max());
       team.template gather<4>(tops);
+      // Where it is 0, so are all products: the label's logits are kept apart.
       exponentiate(tops[0], base);
+      exclude(0, 0, base);
       own_base -= tops[0];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -241,10 +246,7 @@ struct Sample {
       check(base);
       exclude(0, -kInfinity<A>, base);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        check(part[k]);
-        exclude(0, 0, part[k]);
-      }
+      for (int k = 0; k < K; ++k) check(part[k]);
     }
 #pragma unroll 1
     for (int m = 0; m < outer; ++m) {
@@ -256,13 +258,13 @@ struct Sample {
         exponentiate(top, loaded);
       } else {
         check(loaded);
-        exclude(0, 0, loaded);
       }
       column(m, P::own) = own_loaded - top;
 #pragma unroll
       for (int i = 0; i < H; ++i) column(m, P::parts + i) = loaded[i];
     }
-    if constexpr (!P::is_softmax) is_tame = team.all(is_tame ? 1 : 0, Min()) != 0;
+    // Of all teams of the warp, which come along in any case.
+    if constexpr (!P::is_softmax) is_tame = !__any_sync(kAllLanes, !is_tame);
   }
 
   // Goes to a coalition of outer modalities.
@@ -309,7 +311,6 @@ struct Sample {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           load_part(outer + k, chunk, last[k]);
-          exclude(chunk, 0, last[k]);
         }
         spread(chunk, first, last, function);
         after(chunk);

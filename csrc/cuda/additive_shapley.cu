@@ -25,11 +25,16 @@
 // columns of their own. A block takes one group of samples after the other and adds up the bias's gradient on
 // its way; torch sums over blocks. No atomics: the same bits in every run.
 //
-// Floors: N = 1,000,000, C = 32, M = 2, float32: 256 MB of partial logits and 16 MB of labels and values, 91
-// us on an H100 at 3.0 TB/s; about 0.7 G additions and comparisons, 25 us. Predicted 115 us, 80% of the
-// bandwidth. M = 8: 8.2 G elements of coalitions, two operations each, 16 G, 0.5 ms at 30 T a second (no
-// multiply-adds) where the bytes take 0.35 ms; predicted 0.9 ms. Compiled for every architecture without
-// spills; not timed yet on a GPU.
+// Without columns, blocks stay and take one group of samples after the other in both directions.
+//
+// Floors: N = 1,000,000, C = 32, M = 2, float32: 256 MB of partial logits and 16 MB of labels and values,
+// 91 us on an H100 at 3.0 TB/s; about 0.7 G additions and comparisons of classes, 25 us. What is done once a
+// sample weighs more: a warp takes four samples, 1 KB, for which the memory leaves it about 300 instructions,
+// and that is about what it needs. Predicted 120 us, 75% of the bandwidth; with few classes or 16 bits, fewer
+// bytes for the same instructions, less.
+// M = 8: 8.2 G elements of coalitions, two operations each, 16 G, 0.5 ms at 30 T a second (no multiply-adds)
+// where the bytes take 0.35 ms; predicted 0.9 ms.
+// Compiled for every architecture without spills; not timed yet on a GPU.
 #include <algorithm>
 
 #include "additive_gradients.cuh"
@@ -61,11 +66,11 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 
   const Team<P::is_block> team(problem.threads, scratch);
   const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
-  const int samples = static_cast<int>(blockDim.x) / team.size();
+  const int samples = team.teams();
   const int64_t num_groups = (problem.N + samples - 1) / samples;
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
-    const int64_t wanted = group * samples + threadIdx.x / team.size();
+    const int64_t wanted = group * samples + team.place();
     // A team without a sample works on the last one, since all lanes take part in the exchanges.
     const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
     Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 
     const bool is_live = wanted < problem.N && team.warp == 0;
     const auto store = [&](int m, A value) {
-      if (!is_live || m >= M || team.lane != m % team.threads) return;
+      if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
       if (parts == nullptr) {
         phi[n * M + m] = problem.format.template narrow<T>(value);
       } else {

@@ -96,30 +96,31 @@ struct Classes {
   __device__ int class_of(int chunk, int i) const { return chunk * span + first + i * step; }
   __device__ int chunks() const { return (C + span - 1) / span; }
 
-  // 0 beyond the last class.
+  // `pad` beyond the last class.
   template <class T, class A>
-  __device__ void load(const T* row, int64_t stride_c, int chunk, A (&z)[H]) const {
+  __device__ void load(const T* row, int64_t stride_c, int chunk, A (&z)[H], A pad = 0) const {
     if (is_packed) {
       Pack<T, H> loaded{};
-      if (class_of(chunk, 0) < C) loaded = *reinterpret_cast<const Pack<T, H>*>(row + class_of(chunk, 0));
+      const bool is_pad = class_of(chunk, 0) >= C;
+      if (!is_pad) loaded = *reinterpret_cast<const Pack<T, H>*>(row + class_of(chunk, 0));
 #pragma unroll
-      for (int i = 0; i < H; ++i) z[i] = format.widen(loaded.values[i]);
+      for (int i = 0; i < H; ++i) z[i] = is_pad ? pad : format.widen(loaded.values[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < H; ++i) {
         const int c = class_of(chunk, i);
-        z[i] = c < C ? format.widen(row[c * stride_c]) : A(0);
+        z[i] = c < C ? format.widen(row[c * stride_c]) : pad;
       }
     }
   }
 
   // As load, of numbers side by side that need not be aligned.
   template <class A>
-  __device__ void load_scalars(const A* row, int chunk, A (&z)[H]) const {
+  __device__ void load_scalars(const A* row, int chunk, A (&z)[H], A pad = 0) const {
 #pragma unroll
     for (int i = 0; i < H; ++i) {
       const int c = class_of(chunk, i);
-      z[i] = c < C ? row[c] : A(0);
+      z[i] = c < C ? row[c] : pad;
     }
   }
 

@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
                                    T* __restrict__ values) {  // [N, S]
   using A = accumulate_t<T>;
   const Team<false> team(table.threads, nullptr);
-  const int64_t wanted =
-      static_cast<int64_t>(blockIdx.x) * (kRowsBlock / table.threads) + threadIdx.x / table.threads;
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * team.teams() + team.place();
   // A team without a row works on the last one, since all lanes take part in the exchanges.
   const int64_t index = wanted < table.num_rows ? wanted : table.num_rows - 1;
   const TableRow<T> row(table, index, team);
@@ -80,8 +79,7 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
                                    T* __restrict__ dlogits) {  // [N, S, C]
   using A = accumulate_t<T>;
   const Team<false> team(table.threads, nullptr);
-  const int64_t wanted =
-      static_cast<int64_t>(blockIdx.x) * (kRowsBlock / table.threads) + threadIdx.x / table.threads;
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * team.teams() + team.place();
   const int64_t index = wanted < table.num_rows ? wanted : table.num_rows - 1;
   const TableRow<T> row(table, index, team);
   const int label = static_cast<int>(table.labels[index / table.S]);

@@ -26,18 +26,23 @@ struct Min {
   __device__ int operator()(int x, int y) const { return x < y ? x : y; }
 };
 
+// Of a power of two.
+__device__ inline int log2_of(int power) { return __popc(static_cast<unsigned>(power) - 1u); }
+
 // The threads of one sample: 1 to 32 lanes of a warp or, if `is_block`, all warps of a block. A warp's lanes
 // always run through the same steps, whatever teams they belong to.
 template <bool is_block>
 struct Team {
-  int threads;      // in a warp, a power of two
+  int threads;  // in a warp, a power of two
+  int log_threads;
   int lane;         // in [0, threads)
   int warp, warps;  // 0 and 1 unless is_block
   double* scratch;  // [kMaxLeaves, kMaxWarps] shared, if is_block
 
   __device__ Team(int threads, double* scratch)
       : threads(is_block ? kWarp : threads),
-        lane(static_cast<int>(threadIdx.x) % (is_block ? kWarp : threads)),
+        log_threads(is_block ? 5 : log2_of(threads)),
+        lane(static_cast<int>(threadIdx.x) & ((is_block ? kWarp : threads) - 1)),
         warp(is_block ? static_cast<int>(threadIdx.x) / kWarp : 0),
         warps(is_block ? static_cast<int>(blockDim.x) / kWarp : 1),
         scratch(scratch) {}
@@ -89,27 +94,37 @@ struct Team {
     }
 #pragma unroll 1
     for (; distance > 0; distance /= 2) x[0] = operation(x[0], __shfl_xor_sync(kAllLanes, x[0], distance));
-    x[0] = across_warps(x[0], operation, first<J>(), lane % group<J>() == 0);
+    x[0] = across_warps(x[0], operation, first<J>(), (lane & (group<J>() - 1)) == 0);
   }
+  // By shifts, since to divide costs as much as all the rest.
   template <int J>
   __device__ int group() const {
-    return threads > J ? threads / J : 1;
+    return 1 << log_group<J>();
   }
   template <int J>
   __device__ int left() const {
-    return threads < J ? J / threads : 1;
+    return threads < J ? J >> log_threads : 1;
   }
   template <int J>
   __device__ int first() const {
-    return lane / group<J>() * left<J>();
+    return (lane >> log_group<J>()) * left<J>();
   }
+  template <int J>
+  __device__ int log_group() const {
+    constexpr int log_j = J == 8 ? 3 : J == 4 ? 2 : 1;
+    static_assert(1 << log_j == J, "a power of two");
+    return log_threads > log_j ? log_threads - log_j : 0;
+  }
+  // Which of the teams of the block this thread belongs to.
+  __device__ int place() const { return is_block ? 0 : static_cast<int>(threadIdx.x) >> log_threads; }
+  __device__ int teams() const { return is_block ? 1 : static_cast<int>(blockDim.x) >> log_threads; }
 
   // What scatter left with single threads, to all of them.
   template <int J, class V>
   __device__ void gather(V (&x)[J]) const {
 #pragma unroll
     for (int half = 1; half < J; half *= 2) {
-      const int distance = threads * half / J;
+      const int distance = static_cast<int>(static_cast<unsigned>(threads * half) / J);
       if (distance > 0) {
         const bool is_upper = lane & distance;
 #pragma unroll
