@@ -175,9 +175,11 @@ void run_block() {
     for (const int t : order) {
       Fiber& fiber = fibers[t];
       if (fiber.is_done || (fiber.is_ready != nullptr && !fiber.is_ready(fiber.argument))) continue;
+      has_moved = true;
+      // One that misses rounds is overtaken by the others, up to the barrier they must wait for it at.
+      if (order_source() % 4 == 0) continue;
       fiber.is_ready = nullptr;
       resume(t);
-      has_moved = true;
     }
     if (!has_moved) {
       for (Fiber& fiber : fibers) fiber.is_started = false;
