@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +51,37 @@ def choose(
         return chosen
     _session.asked.setdefault((op, key), [default, *(each for each in candidates() if each != default)])
     return _session.forced.get((op, key), chosen)
+
+
+def tuned(
+    op: str,
+    key: str,
+    launch: Mapping[str, Any],  # the table's block shapes and options, as a launcher passes them on
+    device: torch.device,
+    *names: str,  # of those that may be others
+    least: int = 1,
+) -> dict[str, Any]:
+    """Return what to launch `op` with: `launch`, its named sizes as chosen among it and its neighbours."""
+    default = {name: launch[name] for name in names}
+    return {**launch, **choose(op, key, default, lambda: neighbours(default, least), device)}
+
+
+def neighbours(default: Config, least: int = 1) -> list[Config]:
+    """Return configurations with each size halved, kept or doubled: blocks from `least` on, 1 to 16 warps."""
+    around = [
+        [size for size in (value // 2, value, 2 * value) if _is_possible(name, size, least)]
+        for name, value in default.items()
+    ]
+    return [dict(zip(default, sizes)) for sizes in itertools.product(*around)]
+
+
+def _is_possible(name: str, size: int, least: int) -> bool:
+    return 1 <= size <= 16 if name == "num_warps" else size >= least
+
+
+def size_class(number: int) -> str:
+    """Return a key's part that numbers between two powers of four share."""
+    return f"N<4^{number.bit_length() // 2 + 1}"
 
 
 @contextlib.contextmanager

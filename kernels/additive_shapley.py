@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/additive_shapley.py.
 _CARDINALITY = tl.constexpr(0)
@@ -88,6 +89,23 @@ def _dlogits(
 
 
 @triton.jit
+def _load_samples(
+    p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Return what the kernels over [M, N, C] need of a block of samples before its partial logits."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_n = offs_n < N
+    mask = mask_n[:, None] & (offs_c < C)[None, :]
+    y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_n, other=0).to(tl.int64)
+    is_own = offs_c[None, :] == y[:, None]
+    mask_own = mask_n & (y >= 0) & (y < C)
+    row_ptrs = p_ptr + offs_n[:, None] * stride_pn + offs_c.to(tl.int64)[None, :] * stride_pc
+    own_ptrs = p_ptr + offs_n * stride_pn + y * stride_pc
+    return offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs
+
+
+@triton.jit
 def _load_part(row_ptrs, own_ptrs, m, stride_pm, mask, mask_own, is_own, ACC: tl.constexpr):
     """Return a modality's partial logits, 0 in the label's place, and the label's apart."""
     offset = tl.cast(m, tl.int64) * stride_pm
@@ -131,18 +149,11 @@ def _additive_shapley_fwd_kernel(
     BLOCK_M: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
+        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
+    )
     offs_m = tl.arange(0, BLOCK_M)
-    mask_n = offs_n < N
-    mask = mask_n[:, None] & (offs_c < C)[None, :]
-    y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_n, other=0).to(tl.int64)
-    mask_own = mask_n & (y >= 0) & (y < C)
-    is_own = offs_c[None, :] == y[:, None]
     is_before = offs_c[None, :] < y[:, None]
-    row_ptrs = p_ptr + offs_n[:, None] * stride_pn + offs_c.to(tl.int64)[None, :] * stride_pc
-    own_ptrs = p_ptr + offs_n * stride_pn + y * stride_pc
-
     first = M - LAST
     part0, own0 = _load_part(row_ptrs, own_ptrs, first, stride_pm, mask, mask_own, is_own, ACC)
     if LAST > 1:
@@ -211,15 +222,9 @@ def _additive_shapley_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_n = offs_n < N
-    mask = mask_n[:, None] & (offs_c < C)[None, :]
-    y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_n, other=0).to(tl.int64)
-    mask_own = mask_n & (y >= 0) & (y < C)
-    is_own = offs_c[None, :] == y[:, None]
-    row_ptrs = p_ptr + offs_n[:, None] * stride_pn + offs_c.to(tl.int64)[None, :] * stride_pc
-    own_ptrs = p_ptr + offs_n * stride_pn + y * stride_pc
+    offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
+        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
+    )
     dp_ptrs = dp_ptr + offs_n[:, None] * C + offs_c[None, :]
     step = tl.cast(N, tl.int64) * C
     dphi_ptrs = dphi_ptr + offs_n * M
@@ -372,12 +377,6 @@ def _coalition_utilities_bwd_kernel(
     tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 # A block holds all classes of a sample.
 MAX_CLASSES = 2048
 # Blocks that fill the largest GPU; with fewer, several share the coalitions of a sample.
@@ -412,6 +411,18 @@ def _blocks(num_classes: int, acc: torch.dtype, kernel: str) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": num_warps}
 
 
+def _chosen(
+    logits: Tensor,  # [M, N, C] or [S, N, C]
+    kernel: str,  # as for _blocks; its first word tells
+) -> dict:
+    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
+    length, num_samples, num_classes = logits.shape
+    blocks = _blocks(num_classes, _wide(logits.dtype), kernel.split()[0])
+    key = f"{kernel} {logits.dtype} {length} C<={blocks['BLOCK_C']} {size_class(num_samples)}"
+    # A tile holds all classes.
+    return tuned("additive_shapley", key, blocks, logits.device, "BLOCK_N", "num_warps")
+
+
 def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> int:
     """Return how many modalities are decided in registers."""
     held = blocks["BLOCK_N"] * blocks["BLOCK_C"] * acc.itemsize // (4 * 32 * blocks["num_warps"])
@@ -431,8 +442,8 @@ def additive_shapley_fwd(
     phi = partial_logits.new_empty(num_samples, num_modalities)
     if phi.numel() == 0:
         return phi
-    acc = torch.promote_types(partial_logits.dtype, torch.float32)
-    blocks = _blocks(num_classes, acc, "fwd")
+    acc = _wide(partial_logits.dtype)
+    blocks = _chosen(partial_logits, "fwd")
     last = _last(num_modalities, blocks, acc, "fwd")
     num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
     wanted = triton.next_power_of_2(triton.cdiv(_ENOUGH_BLOCKS, num_blocks))
@@ -455,7 +466,7 @@ def additive_shapley_fwd(
             HAS_BIAS=bias is not None,
             LAST=last,
             BLOCK_M=triton.next_power_of_2(num_modalities),
-            ACC=_ELEMENT[acc],
+            ACC=_acc(acc),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -471,8 +482,8 @@ def additive_shapley_bwd(
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
     """Return the gradients of a smooth utility's values, in the dtype of accumulation."""
     num_modalities, num_samples, num_classes = partial_logits.shape
-    acc = torch.promote_types(partial_logits.dtype, torch.float32)
-    blocks = _blocks(num_classes, acc, "bwd")
+    acc = _wide(partial_logits.dtype)
+    blocks = _chosen(partial_logits, "bwd")
     last = _last(num_modalities, blocks, acc, "bwd")
     num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
     allocate = torch.empty if num_modalities == last else torch.zeros
@@ -497,7 +508,7 @@ def additive_shapley_bwd(
                 UTILITY=utility,
                 HAS_BIAS=bias is not None,
                 LAST=last,
-                ACC=_ELEMENT[acc],
+                ACC=_acc(acc),
                 enable_fp_fusion=True,
                 **blocks,
             )
@@ -514,8 +525,7 @@ def coalition_utilities_fwd(
     values = logits.new_empty(num_samples, num_coalitions)
     if values.numel() == 0:
         return values
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    blocks = _blocks(num_classes, acc, "rows")
+    blocks = _chosen(logits.transpose(0, 1), "rows")
     with _on(logits.device):
         _coalition_utilities_fwd_kernel[(triton.cdiv(values.numel(), blocks["BLOCK_N"]),)](
             logits,
@@ -527,7 +537,7 @@ def coalition_utilities_fwd(
             labels.stride(0),
             LOG_S=num_coalitions.bit_length() - 1,
             UTILITY=utility,
-            ACC=_ELEMENT[acc],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -545,8 +555,7 @@ def coalition_utilities_bwd(
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if dlogits.numel() == 0:
         return dlogits
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    blocks = _blocks(num_classes, acc, "rows")
+    blocks = _chosen(logits.transpose(0, 1), "rows bwd")
     with _on(logits.device):
         _coalition_utilities_bwd_kernel[(triton.cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
             dutilities.contiguous(),
@@ -559,7 +568,7 @@ def coalition_utilities_bwd(
             labels.stride(0),
             LOG_S=num_coalitions.bit_length() - 1,
             UTILITY=utility,
-            ACC=_ELEMENT[acc],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -570,19 +579,17 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": True}
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     size, stride, labels = "i32", "i64", "*i64"
     # Modalities, classes and utility: those that need most registers, and the smallest of all.
     cases = [(8, 10, 0), (8, 10, 3), (8, 10, 4), (8, MAX_CLASSES, 3), (2, 32, 3)]
     for dtype, element in _ELEMENT.items():
-        acc = torch.promote_types(dtype, torch.float32)
-        x, wide = f"*{element}", f"*{_ELEMENT[acc]}"
+        acc = _wide(dtype)
+        x, wide = f"*{element}", f"*{_acc(dtype)}"
         for num_modalities, num_classes, utility in cases if dtype == acc else cases[1:2]:
-            constants = {"UTILITY": utility, "stride_pc": 1, "HAS_BIAS": True, "ACC": _ELEMENT[acc]}
+            constants = {"UTILITY": utility, "stride_pc": 1, "HAS_BIAS": True, "ACC": _acc(dtype)}
             blocks = _blocks(num_classes, acc, "fwd")
             constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "fwd")}
             types = [x, labels, wide, wide, wide, size, size, size, size, stride, stride, stride]
@@ -594,9 +601,9 @@ def compile_configurations() -> list[tuple]:
                 types = [x, x, labels, wide, wide, wide, wide, size, size, size, stride, stride, stride]
                 add(_additive_shapley_bwd_kernel, types, constants)
         for num_classes in (10, MAX_CLASSES) if dtype == acc else (10,):
-            constants = {"LOG_S": 3, "UTILITY": 3, "stride_zc": 1, "ACC": _ELEMENT[acc]}
+            constants = {"LOG_S": 3, "UTILITY": 3, "stride_zc": 1, "ACC": _acc(dtype)}
             constants |= _blocks(num_classes, acc, "rows")
             types = [x, labels, x, size, size, stride, stride, stride]
-            add(_coalition_utilities_fwd_kernel, types, {**constants})
-            add(_coalition_utilities_bwd_kernel, [x, *types], {**constants})
+            add(_coalition_utilities_fwd_kernel, types, constants)
+            add(_coalition_utilities_bwd_kernel, [x, *types], constants)
     return configurations

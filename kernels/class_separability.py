@@ -19,7 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _by_class, _chunk_edges, _class_of_chunk, _most_chunks, _on
+from ._common import (
+    _ELEMENT,
+    _OPTIONS,
+    _acc,
+    _by_class,
+    _chunk_edges,
+    _class_of_chunk,
+    _configuration,
+    _most_chunks,
+    _on,
+    _rows_of_chunk,
+    _wide,
+)
+from ._tuning import size_class, tuned
 
 
 @triton.jit
@@ -42,15 +55,12 @@ def _class_moments_fwd_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     k = _class_of_chunk(chunk, chunks_ptr, C, BLOCK_C)
     if k < C:
-        first = tl.load(edges_ptr + k) + (chunk - tl.load(chunks_ptr + k)) * BLOCK_R
-        beyond = tl.load(edges_ptr + k + 1)
-        offs_r = first + tl.arange(0, BLOCK_R)
+        rows, mask_r, count = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, chunks_ptr, BLOCK_R)
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = (offs_r < beyond)[:, None] & (offs_d < D)[None, :]
-        rows = tl.load(order_ptr + offs_r, mask=offs_r < beyond, other=0)
+        mask = mask_r[:, None] & (offs_d < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-        count = tl.minimum(beyond - first, BLOCK_R).to(ACC)
+        count = count.to(ACC)
         mean = tl.sum(x, axis=0) / count
         deviation = tl.where(mask, x - mean[None, :], 0.0)
         # What the mean lost to rounding; an infinite mean lost nothing.
@@ -259,22 +269,11 @@ def _dimension_hits_kernel(
     tl.atomic_add(hits_ptr + offs_d, hits.to(tl.int64), mask=mask_d)
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 _BITS = {torch.float32: tl.int32, torch.float64: tl.int64}
 # Contraction to fused multiply-adds would spoil the exact sums of the interval ends.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _EXACT_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _MERGE_BLOCKS = {"BLOCK_R": 128, "BLOCK_D": 16}
 _INTERVAL_BLOCKS = {"BLOCK_C": 8, "BLOCK_D": 64}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _moments_blocks(num_dims: int, dtype: torch.dtype) -> dict:
@@ -287,6 +286,14 @@ def _row_blocks(num_dims: int, dtype: torch.dtype) -> dict:
     """Return the tile of the kernels that read the samples in their order: 16 or 32 bytes a thread."""
     block_d = min(64, triton.next_power_of_2(num_dims))
     return {"BLOCK_N": 8192 // _wide(dtype).itemsize // block_d, "BLOCK_D": block_d}
+
+
+def _chosen(kernel: str, features: Tensor, blocks: dict) -> dict:
+    """Return what to launch a kernel over samples with: the table's tile, or that stored for this GPU."""
+    num_samples, num_dims = features.shape
+    key = f"{kernel} {features.dtype} D<={triton.next_power_of_2(num_dims)} {size_class(num_samples)}"
+    names = [name for name in blocks if name != "BLOCK_C"]
+    return tuned("class_separability", key, _OPTIONS | blocks, features.device, *names, "num_warps")
 
 
 # Tiles of samples that one block of the hits goes through with the same dimensions.
@@ -309,7 +316,7 @@ def class_moments_fwd(
     count = edges.diff()
     if num_dims == 0:
         return count, mean, var
-    blocks = _moments_blocks(num_dims, features.dtype)
+    blocks = _chosen("moments", features, _moments_blocks(num_dims, features.dtype))
     chunk = blocks["BLOCK_R"]
     chunks = _chunk_edges(edges, chunk)
     max_chunks = _most_chunks(num_samples, num_classes, chunk)
@@ -326,9 +333,8 @@ def class_moments_fwd(
             num_classes,
             num_dims,
             *features.stride(),
-            ACC=_ELEMENT[wide],
+            ACC=_acc(features.dtype),
             **blocks,
-            **_OPTIONS,
         )
         _class_moments_merge_kernel[(num_classes, triton.cdiv(num_dims, _MERGE_BLOCKS["BLOCK_D"]))](
             chunk_mean,
@@ -359,7 +365,7 @@ def class_moments_bwd(
     if dfeatures.numel() == 0:
         return dfeatures
     dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
-    blocks = _row_blocks(num_dims, features.dtype)
+    blocks = _chosen("moments bwd", features, _row_blocks(num_dims, features.dtype))
     grid = (triton.cdiv(num_samples, blocks["BLOCK_N"]), triton.cdiv(num_dims, blocks["BLOCK_D"]))
     with _on(features.device):
         _class_moments_bwd_kernel[grid](
@@ -377,7 +383,6 @@ def class_moments_bwd(
             labels.stride(0),
             ACC=_ELEMENT[mean.dtype],
             **blocks,
-            **_OPTIONS,
         )
     return dfeatures
 
@@ -401,7 +406,7 @@ def class_intervals(
             num_dims,
             *centroids.stride(),
             LOWEST=torch.finfo(dtype).min,
-            ACC=_ELEMENT[_wide(centroids.dtype)],
+            ACC=_acc(centroids.dtype),
             DTYPE=_ELEMENT[dtype],
             BITS=_BITS[dtype],
             **blocks,
@@ -422,7 +427,7 @@ def dimension_hits(
         return hits
     wide = _wide(features.dtype)
     low, high = class_intervals(centroids, wide)
-    blocks = _row_blocks(num_dims, features.dtype)
+    blocks = _chosen("hits", features, _row_blocks(num_dims, features.dtype))
     rows = _HITS_TILES * blocks["BLOCK_N"]
     with _on(features.device):
         _dimension_hits_kernel[(triton.cdiv(num_samples, rows), triton.cdiv(num_dims, blocks["BLOCK_D"]))](
@@ -437,9 +442,8 @@ def dimension_hits(
             *features.stride(),
             labels.stride(0),
             TILES=_HITS_TILES,
-            ACC=_ELEMENT[wide],
+            ACC=_acc(features.dtype),
             **blocks,
-            **_OPTIONS,
         )
     return hits
 
@@ -448,26 +452,25 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict, options: dict = _OPTIONS) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     index, size, stride = "*i64", "i32", "i64"
     for dtype, element in _ELEMENT.items():
         wide = _wide(dtype)
-        x, acc = f"*{element}", f"*{_ELEMENT[wide]}"
+        x, acc = f"*{element}", f"*{_acc(dtype)}"
         for num_dims in (1, 512):
-            constants = {"ACC": _ELEMENT[wide], **_moments_blocks(num_dims, dtype)}
+            constants = {"ACC": _acc(dtype), **_moments_blocks(num_dims, dtype)}
             types = [x, index, index, index, acc, acc, size, size, stride]
             add(_class_moments_fwd_kernel, types, {"stride_xd": 1, **constants})
-            constants = {"ACC": _ELEMENT[wide], **_row_blocks(num_dims, dtype)}
+            constants = {"ACC": _acc(dtype), **_row_blocks(num_dims, dtype)}
             types = [x, index, acc, acc, index, size, size, size, stride, stride, stride]
             add(_dimension_hits_kernel, types, {"TILES": _HITS_TILES, **constants})
         types = [acc, acc, x, index, index, acc, x, size, size, size, stride, stride, stride]
-        add(_class_moments_bwd_kernel, types, {"ACC": _ELEMENT[wide], **_row_blocks(512, dtype)})
+        add(_class_moments_bwd_kernel, types, {"ACC": _acc(dtype), **_row_blocks(512, dtype)})
         for end in (torch.float32, torch.float64):
             ends = f"*{_ELEMENT[end]}"
-            constants = {"LOWEST": torch.finfo(end).min, "ACC": _ELEMENT[wide], "DTYPE": _ELEMENT[end]}
+            constants = {"LOWEST": torch.finfo(end).min, "ACC": _acc(dtype), "DTYPE": _ELEMENT[end]}
             constants |= {"BITS": _BITS[end], **_INTERVAL_BLOCKS}
             types = [x, ends, ends, size, size, stride, stride]
             add(_class_intervals_kernel, types, constants, _EXACT_OPTIONS)

@@ -8,10 +8,13 @@ For every ordered pair of modalities, over the dimensions d that the first teach
 A first kernel closes up the columns of each pair, so that the others read 16 bytes at a time whatever the
 mask; the main one is attention with values = keys over (blocks of queries, columns of the residual, pairs): a
 key tile is loaded once for both products, the maximum and the sum go along, s_ii is taken from the same tile.
-A last one puts columns back in their places and sums over teachers, in their order. The number of columns
-stays on the device: where the host does not know it, memory is taken for all of them. Above 256 dimensions
-the queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores
-over pieces of d for itself.
+A last one puts columns back in their places and sums over teachers, in their order. Above 256 dimensions the
+queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores over
+pieces of d for itself.
+
+Memory: queries, keys and residuals of every pair, N numbers a column. N = 65,536, 512 columns in all pairs
+together, float32: 3 x 134 MB. The number of columns stays on the device: where the host does not know it,
+every pair takes memory for all D.
 
 Order: blocks of queries run fastest and all meet the keys in the same order, so what runs at one time reads
 the same keys, from the second cache. A block of 128 queries makes 256 operations of a byte of keys: 3.1 TB/s
@@ -27,124 +30,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
-from ._tuning import choose
-
-
-@triton.jit
-def _pack(
-    x_ptr,  # [N, D]
-    effective_ptr,  # [M, D]
-    out_ptr,  # [N, W]
-    positions_ptr,  # [D]
-    N,
-    D,
-    W,
-    teacher,
-    student,
-    stride_xn,
-    stride_xd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Close up the columns the teacher teaches the student, fill up with zeros, return their number."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    out_ptrs = out_ptr + offs_n * W
-    filled = 0
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        taken = offs_d < D
-        if HAS_MASK:
-            effective_ptrs = effective_ptr + offs_d * stride_ed
-            taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
-            taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
-        position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
-        mask = mask_n[:, None] & taken[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask)
-        tl.store(out_ptrs[:, None] + position[None, :], x, mask=mask)
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(positions_ptr + offs_d, tl.where(taken, position, -1), mask=offs_d < D)
-        filled += tl.sum(taken.to(tl.int32), 0)
-    for start in range(filled // BLOCK_D * BLOCK_D, W, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        padding = (offs_d >= filled) & (offs_d < W)
-        zeros = tl.zeros((BLOCK_N, BLOCK_D), dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptrs[:, None] + offs_d[None, :], zeros, mask=mask_n[:, None] & padding[None, :])
-    return filled
-
-
-@triton.jit
-def _duc_loss_pack_kernel(
-    features_ptr,  # [N, D] of one modality
-    keys_ptr,  # [K, D] of the same modality
-    effective_ptr,  # [M, D]; None: one pair, all columns
-    packed_queries_ptr,  # [P, N, W]
-    packed_keys_ptr,  # [P, K, W]
-    positions_ptr,  # [P, D]: where a column went, -1 where nowhere
-    counts_ptr,  # [P]
-    N,
-    K,
-    D,
-    W,
-    modality,
-    num_others,
-    stride_fn,
-    stride_fd,
-    stride_kn,
-    stride_kd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # In the first half of its pairs the modality teaches and gives its keys, in the second it learns.
-    teaches = tl.program_id(1) < num_others
-    other = tl.program_id(1) % num_others
-    other += (other >= modality).to(tl.int32)
-    teacher = tl.where(teaches, modality, other)
-    student = tl.where(teaches, other, modality)
-    pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-    if not HAS_MASK:
-        pair = pair * 0
-    if teaches:
-        filled = _pack(
-            keys_ptr, effective_ptr, packed_keys_ptr + pair * K * W, positions_ptr + pair * D, K, D, W,
-            teacher, student, stride_kn, stride_kd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(counts_ptr + pair, filled)
-    else:
-        _pack(
-            features_ptr, effective_ptr, packed_queries_ptr + pair * N * W, positions_ptr + pair * D, N, D, W,
-            teacher, student, stride_fn, stride_fd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _unpacked
+from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
+from ._tuning import choose, size_class
 
 
 @triton.jit
 def _duc_loss_fwd_kernel(
-    q_ptr,  # [P, N, W]
-    k_ptr,  # [P, K, W]
-    counts_ptr,  # [P], the columns in use; None: all
+    q_ptr,  # [N, W] of every pair
+    k_ptr,  # [K, W] of every pair
+    counts_ptr,  # [P], the columns a pair has; None: one pair
+    starts_ptr,  # [P], where its columns begin, in pieces of 16; None: one pair
     losses_ptr,  # [P, N]
-    residual_ptr,  # [P, N, W]; None: not wanted
+    residual_ptr,  # [N, W] of every pair; None: not wanted
     N,
     K,
-    W,
+    W,  # of one pair; of several each has its own
     offset,
     scale_high,
     scale_low,
@@ -174,12 +84,17 @@ def _duc_loss_fwd_kernel(
     # A program past the columns in use has nothing to write.
     if first_column < count:
         scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
-        q_ptr += (pair * N + first_row) * W
-        k_ptr += pair * K * W
+        width = W if counts_ptr is None else _fitted(count)
+        # The pair's rows come after those of the pairs before it. `pair` is 0 where there is one: not in so
+        # many words, as ptxas then keeps all in registers.
+        column = pair * W if counts_ptr is None else tl.load(starts_ptr + pair).to(tl.int64) * 16
+        first = column * N + first_row.to(tl.int64) * width
+        q_ptr += first
+        k_ptr += column * K
         offs_d = first_column + tl.arange(0, BLOCK_D)
-        mask_d = (offs_d < W)[None, :]
-        offs_qn = (rows * W)[:, None]
-        offs_kn = (keys * W)[:, None]
+        mask_d = (offs_d < width)[None, :]
+        offs_qn = (rows * width)[:, None]
+        offs_kn = (keys * width)[:, None]
         if not WIDE:
             q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
@@ -202,7 +117,7 @@ def _duc_loss_fwd_kernel(
                     tile = tl.where(own_from + step < own_to, own_from + step, num_tiles - 1)
                 else:
                     tile = step + tl.where(step >= own_from, own_to - own_from, 0)
-                tile_ptr = k_ptr + tile.to(tl.int64) * BLOCK_K * W
+                tile_ptr = k_ptr + tile.to(tl.int64) * BLOCK_K * width
                 mask_k = tile * BLOCK_K + keys < K
                 if HAS_RESIDUAL or not WIDE:
                     mask = mask_k[:, None] & mask_d if MASKED else mask_d
@@ -211,7 +126,7 @@ def _duc_loss_fwd_kernel(
                     s = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
                     for start in range(0, count, BLOCK_C):
                         offs_c = start + tl.arange(0, BLOCK_C)
-                        mask_c = (offs_c < W)[None, :]
+                        mask_c = (offs_c < width)[None, :]
                         q_mask = mask_n[:, None] & mask_c
                         q_part = tl.load(q_ptr + (offs_qn + offs_c[None, :]), mask=q_mask, other=0.0)
                         k_mask = mask_k[:, None] & mask_c if MASKED else mask_c
@@ -239,136 +154,10 @@ def _duc_loss_fwd_kernel(
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
             mask = mask_n[:, None] & mask_d
-            own_keys = tl.load(k_ptr + own.to(tl.int64) * W + offs, mask=mask, other=0.0).to(ACC)
+            own_keys = tl.load(k_ptr + own.to(tl.int64) * width + offs, mask=mask, other=0.0).to(ACC)
             residual = acc / row_sum[:, None] - own_keys
-            residual_ptr += (pair * N + first_row) * W
+            residual_ptr += first
             tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _duc_loss_unpack_kernel(
-    packed_ptr,  # [P, N, W] residuals of every pair
-    positions_ptr,  # [P, D]
-    residuals_ptr,  # [M, N, D]
-    N,
-    D,
-    W,
-    num_others,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    student = tl.program_id(2)
-    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
-    # Teacher after teacher, so the sum's order is always the same.
-    for other in range(num_others):
-        teacher = other + (other >= student).to(tl.int32)
-        pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-        position = tl.load(positions_ptr + pair * D + offs_d, mask=offs_d < D, other=-1)
-        packed_ptrs = packed_ptr + (pair * N + offs_n)[:, None] * W + position[None, :]
-        total += tl.load(packed_ptrs, mask=mask & (position >= 0)[None, :], other=0.0).to(ACC)
-    residuals_ptrs = residuals_ptr + (student.to(tl.int64) * N + offs_n)[:, None] * D + offs_d[None, :]
-    tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
-
-
-_ACC = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.float32,
-    torch.float16: tl.float32,
-}
-_PACK_BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 128}
-_PACK_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-class _Tile(NamedTuple):
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-# Tiles of half precision: by compute capability (from this one on) or vendor, then by the dimensions of a
-# tile, most queries first. Chosen so that nothing spills and all fits; none has been timed.
-_SMALL = {  # 99 KiB of shared memory
-    64: [_Tile(128, 64, 8, 2), _Tile(64, 64, 4, 2)],
-    128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 2)],
-    256: [_Tile(64, 32, 8, 2)],
-}
-_HALF: dict[int | str, dict[int, list[_Tile]]] = {
-    80: {
-        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 32, 8, 3), _Tile(64, 32, 4, 3)],
-        256: [_Tile(64, 32, 8, 2)],
-    },
-    86: _SMALL,
-    90: {
-        64: [_Tile(128, 128, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        256: [_Tile(128, 64, 8, 3), _Tile(64, 64, 8, 2)],
-    },
-    100: {
-        64: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        128: [_Tile(128, 64, 8, 3), _Tile(64, 64, 4, 3)],
-        256: [_Tile(64, 64, 8, 2)],
-    },
-    120: _SMALL,
-    "gfx": {64: [_Tile(64, 64, 4, 2)], 128: [_Tile(128, 32, 4, 2)]},
-}
-_HALF_WIDE = _Tile(64, 64, 8, 2)
-# The same of float32 where it is not rounded to tf32; off matrix units fewer queries are as good as many.
-_FLOAT32 = {64: [_Tile(64, 32, 8, 2), _Tile(16, 32, 4, 2)], 128: [_Tile(32, 32, 8, 2), _Tile(16, 32, 4, 2)]}
-_TF32 = _Tile(64, 32, 8, 2)
-_FLOAT64 = _Tile(32, 16, 4, 2)
-_INTERPRETED = _Tile(128, 64, 4, 2)
-# How fast tiles of so many queries are expected to be; guesses until they are timed.
-_RATE = {128: 1.0, 64: 0.8, 32: 0.5, 16: 0.3}
-
-
-def _choices(
-    target: int | str,  # compute capability, AMD's name of an architecture, or "interpreter"
-    dtype: torch.dtype,
-    precision: str,  # of float32, "ieee" or "tf32"
-    width: int,
-) -> tuple[dict, list[_Tile]]:
-    """Return the constants that all tiles for this width have in common, and these tiles."""
-    block_d = max(64, triton.next_power_of_2(width))
-    if target == "interpreter":
-        # It takes its time by the operation, whatever the size of a tile.
-        wide = dtype.itemsize > 2 or width > 256
-        return {"BLOCK_D": min(256, block_d), "BLOCK_C": 64, "WIDE": wide}, [_INTERPRETED]
-    if dtype == torch.float64:
-        return {"BLOCK_D": 64, "BLOCK_C": 16, "WIDE": True}, [_FLOAT64]
-    if dtype == torch.float32:
-        # Whole operands would fill the registers, so they are taken in short pieces.
-        block_d = min(128, block_d)
-        tiles, block_c = (_FLOAT32[block_d], 16) if precision == "ieee" else ([_TF32], 32)
-        return {"BLOCK_D": block_d, "BLOCK_C": block_c, "WIDE": True}, tiles
-    known = [capability for capability in _HALF if isinstance(capability, int)]
-    if isinstance(target, str):
-        family: int | str = "gfx"
-    else:
-        family = max((capability for capability in known if capability <= target), default=86)
-    if block_d not in _HALF[family]:
-        return {"BLOCK_D": 256 if family in (90, 100) else 128, "BLOCK_C": 64, "WIDE": True}, [_HALF_WIDE]
-    return {"BLOCK_D": block_d, "BLOCK_C": 16, "WIDE": False}, _HALF[family][block_d]
-
-
-def _candidates(tiles: list[_Tile]) -> list[dict]:
-    """Return what tuning is to try: the table's tiles, and their neighbours that a device may refuse."""
-    queries = {number for tile in tiles for number in (tile.queries // 2, tile.queries)}
-    keys = {number for tile in tiles for number in (tile.keys // 2, tile.keys, 2 * tile.keys)}
-    shapes = itertools.product(sorted(queries), sorted(keys), (4, 8), (2, 3, 4))
-    return [_Tile(*shape)._asdict() for shape in shapes if shape[0] >= 16 and shape[1] >= 16]
-
-
-def _arguments(tile: _Tile) -> tuple[dict, dict]:
-    """Return constants and options of a tile."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return {"BLOCK_N": tile.queries, "BLOCK_K": tile.keys}, options
 
 
 @functools.cache
@@ -390,15 +179,18 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _run(
-    queries: Tensor,  # [P, N, W], contiguous
-    keys: Tensor,  # [P, K, W], contiguous
-    counts: Tensor | None,  # int32 [P]
+    queries: Tensor,  # [N, W] of every pair, contiguous
+    keys: Tensor,  # [K, W] of every pair, contiguous
+    columns: _Columns | None,  # None: one pair
+    num_queries: int,
+    num_keys: int,
+    width: int,  # W of the widest pair
     temperature: float,
     offset: int,
-    residual: Tensor | None,  # [P, N, W], contiguous
+    residual: Tensor | None,  # [N, W] of every pair, contiguous
 ) -> Tensor:  # [P, N]
-    num_pairs, num_queries, width = queries.shape
-    losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries))
+    num_pairs = 1 if columns is None else len(columns.counts)
+    losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries.dtype))
     target, num_processors = _machine(queries.device)
     precision = _precision(queries.dtype)
     common, tiles = _choices(target, queries.dtype, precision, width)
@@ -409,9 +201,9 @@ def _run(
         return triton.cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
 
     # Queries by powers of four: what counts is how many programs there are for the processors.
-    size = (num_pairs * num_queries).bit_length() // 2
+    size = size_class(num_pairs * num_queries)
     part = "loss" if residual is None else "both"
-    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} N<4^{size + 1}"
+    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} {size}"
     default = min(tiles, key=duration)._asdict()
     chosen = choose("duc_loss", key, default, lambda: _candidates(tiles), queries.device)
     blocks, options = _arguments(_Tile(**chosen))
@@ -423,27 +215,24 @@ def _run(
         _duc_loss_fwd_kernel[grid](
             queries,
             keys,
-            counts,
+            None if columns is None else columns.counts,
+            None if columns is None else columns.starts,
             losses,
             residual,
             num_queries,
-            keys.shape[1],
+            num_keys,
             width,
             offset,
             high,
             scale - high,
             HAS_RESIDUAL=residual is not None,
             PRECISION=precision,
-            ACC=_ACC[queries.dtype],
+            ACC=_acc(queries.dtype),
             **common,
             **blocks,
             **options,
         )
     return losses
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -455,78 +244,6 @@ def _reduced(losses: Tensor, reduction: str) -> Tensor:
 def _is_ready(x: Tensor) -> bool:
     """Return whether a [N, D] needs no packing to be read 16 bytes at a time."""
     return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-def _packed(
-    features: Sequence[Tensor],  # M of [N, D]
-    keys: Sequence[Tensor],  # M of [K, D]
-    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
-    num_columns: int,  # in the widest pair
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [P, N, W], [P, K, W], [P, D], [P]
-    """Return queries and keys of all pairs, the place of each column, -1 for none, and their number."""
-    query, key = features[0], keys[0]
-    num_others = max(1, len(features) - 1)
-    num_pairs = 1 if effective is None else len(features) * num_others
-    # Rows of a multiple of 16 elements are loaded 16 bytes at a time.
-    width = triton.cdiv(num_columns, 16) * 16
-    queries = query.new_empty(num_pairs, query.shape[0], width)
-    packed_keys = query.new_empty(num_pairs, key.shape[0], width)
-    positions = query.new_empty(num_pairs, query.shape[1], dtype=torch.int32)
-    counts = query.new_empty(num_pairs, dtype=torch.int32)
-    mask = query if effective is None else effective.view(torch.uint8)
-    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2 * num_others)
-    with _on(query.device):
-        for modality, (feature, own_keys) in enumerate(zip(features, keys)):
-            _duc_loss_pack_kernel[grid](
-                feature,
-                own_keys,
-                mask,
-                queries,
-                packed_keys,
-                positions,
-                counts,
-                query.shape[0],
-                key.shape[0],
-                query.shape[1],
-                width,
-                modality,
-                num_others,
-                *feature.stride(),
-                *own_keys.stride(),
-                *mask.stride(),
-                HAS_MASK=effective is not None,
-                **_PACK_BLOCKS,
-                **_PACK_OPTIONS,
-            )
-    return queries, packed_keys, positions, counts
-
-
-def _unpacked(
-    residual: Tensor,  # [P, N, W]
-    positions: Tensor,  # [P, D]
-    like: Tensor,  # [N, D]
-    num_modalities: int,
-) -> Tensor:  # [M, N, D]
-    """Return each student's residuals summed over its teachers, columns back in their places."""
-    residuals = like.new_empty(num_modalities, *like.shape)
-    grid = (
-        triton.cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
-        triton.cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),
-        num_modalities,
-    )
-    with _on(like.device):
-        _duc_loss_unpack_kernel[grid](
-            residual,
-            positions,
-            residuals,
-            *like.shape,
-            residual.shape[-1],
-            num_modalities - 1,
-            ACC=_ACC[like.dtype],
-            **_PACK_BLOCKS,
-            **_PACK_OPTIONS,
-        )
-    return residuals
 
 
 def duc_loss_fwd(
@@ -543,21 +260,23 @@ def duc_loss_fwd(
     num_modalities, feature = len(features), features[0]
     num_columns = max(sizes, default=feature.shape[1])
     if num_modalities == 1 or num_columns == 0 or feature.shape[0] == 0:
-        losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature))
+        losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature.dtype))
         shape = (num_modalities, *feature.shape) if with_residual else (0,)
         return _reduced(losses, reduction), feature.new_zeros(shape)
-    queries, packed_keys, positions, counts = _packed(features, keys, effective, num_columns)
+    queries, packed_keys, columns = _packed(features, keys, effective, sizes)
     residual = None
     if with_residual:
         # Sums over several teachers are rounded once.
-        dtype = _wide(feature) if num_modalities > 2 else feature.dtype
+        dtype = _wide(feature.dtype) if num_modalities > 2 else feature.dtype
         residual = torch.empty_like(queries, dtype=dtype)
-    losses = _run(queries, packed_keys, counts, temperature, offset, residual)
+    width = 16 * triton.cdiv(num_columns, 16)
+    shape = (len(feature), len(keys[0]), width)
+    losses = _run(queries, packed_keys, columns, *shape, temperature, offset, residual)
     del queries, packed_keys
     loss = _reduced(losses, reduction)
     if residual is None:
         return loss, feature.new_empty(0)
-    return loss, _unpacked(residual, positions, feature, num_modalities)
+    return loss, _unpacked(residual, columns, feature, num_modalities)
 
 
 def info_nce_fwd(
@@ -571,23 +290,23 @@ def info_nce_fwd(
     """Return the loss of one pair in all columns, and temperature times the gradient of its sum."""
     if query.numel() == 0:
         # Without dimensions all scores are 0.
-        losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query))
+        losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query.dtype))
         return _reduced(losses, reduction), query.new_empty(query.shape if with_residual else 0)
-    if _is_ready(query) and _is_ready(key):
-        queries, keys = query[None], key[None]
-    else:
-        queries, keys, _, _ = _packed([query], [key], None, query.shape[1])
+    queries, keys = query, key
+    if not (_is_ready(query) and _is_ready(key)):
+        queries, keys, _ = _packed([query], [key], None, ())
+    width = 16 * triton.cdiv(query.shape[1], 16)
     residual = torch.empty_like(queries) if with_residual else None
-    loss = _reduced(_run(queries, keys, None, temperature, offset, residual), reduction)
+    losses = _run(queries, keys, None, len(query), len(key), width, temperature, offset, residual)
+    loss = _reduced(losses, reduction)
     if residual is None:
         return loss, query.new_empty(0)
-    return loss, residual[0, :, : query.shape[1]].contiguous()
+    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous()
 
 
 def compile_configurations(target: int | str) -> list[tuple]:
     """Return (kernel, types, constexprs, options, matrix instructions) of all that is to compile."""
     configurations: list[tuple] = []
-    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
     cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
     cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
     cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
@@ -596,29 +315,22 @@ def compile_configurations(target: int | str) -> list[tuple]:
         cases += [(torch.float32, "tf32", 128, True)]
     for dtype, precision, width, with_residual in cases:
         common, tiles = _choices(target, dtype, precision, width)
-        x, acc = f"*{elements[dtype]}:16", "*fp64:16" if dtype == torch.float64 else "*fp32:16"
-        kinds = [x, x, "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
-        types = dict(zip(_duc_loss_fwd_kernel.arg_names, kinds))
-        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _ACC[dtype], **common}
+        x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
+        types = [x, x, "*i32:16", "*i32", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
         if not with_residual:
-            del types["residual_ptr"]
+            del types[5]
             constants["residual_ptr"] = None
         if not with_residual or dtype == torch.float16:
             # Much the same code as above: the largest tile may stand for all.
             tiles = tiles[:1]
+        if dtype == torch.float16:
+            # One pair, of which all columns count.
+            del types[2:4]
+            constants |= {"counts_ptr": None, "starts_ptr": None}
         instructions = "warp" if precision == "tf32" else "warpgroup" if dtype.itemsize == 2 else None
         for tile in tiles:
             blocks, options = _arguments(tile)
-            item = (_duc_loss_fwd_kernel, types, {**constants, **blocks}, options, instructions)
-            configurations.append(item)
-    for element in ("bf16", "fp32"):
-        x = f"*{element}:16"
-        kinds = [x, x, "*u8:16", x, x, "*i32:16", "*i32:16", "i32", "i32", "i32", "i32:16", "i32", "i32"]
-        types = dict(zip(_duc_loss_pack_kernel.arg_names, kinds + ["i64"] * 6))
-        constants = {**_PACK_BLOCKS, "HAS_MASK": True}
-        configurations.append((_duc_loss_pack_kernel, types, constants, _PACK_OPTIONS))
-        kinds = ["*fp32:16", "*i32:16", x, "i32", "i32", "i32:16", "i32"]
-        types = dict(zip(_duc_loss_unpack_kernel.arg_names, kinds))
-        constants = {**_PACK_BLOCKS, "ACC": tl.float32}
-        configurations.append((_duc_loss_unpack_kernel, types, constants, _PACK_OPTIONS))
-    return configurations
+            item = _configuration(_duc_loss_fwd_kernel, types, {**constants, **blocks}, options)
+            configurations.append((*item, instructions))
+    return configurations + _column_configurations()

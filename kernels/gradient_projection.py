@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _bits, _on
+from ._common import _ELEMENT, _OPTIONS, _bits, _configuration, _number, _on, _wide
+from ._tuning import tuned
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _update_projector_kernel(
         squares += tl.load(parts_ptr + num_parts + offs, mask=offs < num_parts, other=0.0)
     # Once P has next to nothing left along h, h^T P h is rounding: no division by less than its size.
     rounding = tl.sum(squares, axis=0) * EPS * D
-    alpha = tl.cast(tl.cast(alpha_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    alpha = _number(alpha_bits, ACC)
     root = tl.sqrt(tl.maximum(rounding, alpha) + tl.maximum(tl.sum(kept, axis=0), 0.0))
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -121,15 +122,6 @@ def _project_gradient_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_d[None, :])
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
 def _update_blocks(size: int, dtype: torch.dtype) -> dict:
     """Return the tile of P: 4 rows, so that 512 dimensions make a block for each multiprocessor."""
     return {"BLOCK_R": 4, "BLOCK_D": min(triton.next_power_of_2(size), 2048 // dtype.itemsize)}
@@ -153,7 +145,9 @@ def update_projector_(
     # Symmetric: the transpose is the same matrix, and one of the two may have its rows in one piece.
     rows = projector if projector.stride(0) >= projector.stride(1) else projector.T
     acc = _ELEMENT[projector.dtype]
-    blocks = _update_blocks(size, projector.dtype)
+    key = f"update {projector.dtype} D<={triton.next_power_of_2(size)}"
+    blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
+    blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
     num_parts = triton.cdiv(size, blocks["BLOCK_R"])
     ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts)
     with _on(projector.device):
@@ -167,7 +161,6 @@ def update_projector_(
             *mean_feature.stride(),
             ACC=acc,
             **blocks,
-            **_OPTIONS,
         )
         _update_projector_kernel[(num_parts, triton.cdiv(size, blocks["BLOCK_D"]))](
             rows,
@@ -181,7 +174,6 @@ def update_projector_(
             BLOCK_P=128,
             ACC=acc,
             **blocks,
-            **_OPTIONS,
         )
 
 
@@ -194,8 +186,10 @@ def project_gradient(
     projected = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     if projected.numel() == 0:
         return projected
-    acc = torch.promote_types(torch.promote_types(grad.dtype, projector.dtype), torch.float32)
-    blocks = _product_blocks(num_rows, acc)
+    acc = _wide(torch.promote_types(grad.dtype, projector.dtype))
+    key = f"product {acc} C<={triton.next_power_of_2(num_rows)} D<={triton.next_power_of_2(size)}"
+    blocks = {**_OPTIONS, **_product_blocks(num_rows, acc)}
+    blocks = tuned("gradient_projection", key, blocks, grad.device, "BLOCK_K", "BLOCK_D", "num_warps")
     grid = (triton.cdiv(size, blocks["BLOCK_D"]), triton.cdiv(num_rows, blocks["BLOCK_C"]))
     with _on(grad.device):
         _project_gradient_kernel[grid](
@@ -208,7 +202,6 @@ def project_gradient(
             *projector.stride(),
             ACC=_ELEMENT[acc],
             **blocks,
-            **_OPTIONS,
         )
     return projected
 
@@ -217,9 +210,8 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, _OPTIONS))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     for dtype in (torch.float32, torch.float64):
         acc = _ELEMENT[dtype]

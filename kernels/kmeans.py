@@ -20,7 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _by_class, _chunk_edges, _class_of_chunk, _most_chunks, _on
+from ._common import (
+    _ELEMENT,
+    _OPTIONS,
+    _acc,
+    _by_class,
+    _chunk_edges,
+    _class_of_chunk,
+    _configuration,
+    _most_chunks,
+    _on,
+    _rows_of_chunk,
+    _wide,
+)
+from ._tuning import size_class, tuned
 
 _NO_CLUSTER = tl.constexpr(0x7FFFFFFF)
 
@@ -97,12 +110,9 @@ def _cluster_sums_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     k = _class_of_chunk(chunk, chunks_ptr, K, BLOCK_C)
     if k < K:
-        first = tl.load(edges_ptr + k) + (chunk - tl.load(chunks_ptr + k)) * BLOCK_R
-        offs_r = first + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < tl.load(edges_ptr + k + 1)
+        rows, mask_r, _ = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, chunks_ptr, BLOCK_R)
         offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
-        rows = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
         mask = mask_r[:, None] & mask_d[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + offs_d[None, :] * stride_xd
         offset = tl.load(offset_ptr + offs_d, mask=mask_d, other=0.0)
@@ -192,18 +202,7 @@ def _count_pairs_kernel(
     tl.atomic_add(table_ptr + k * C + y, one, mask=mask_n)
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _MOVE_BLOCKS = {"BLOCK_R": 128, "BLOCK_D": 16}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _assign_blocks(num_clusters: int, dtype: torch.dtype) -> dict:
@@ -235,15 +234,27 @@ class _Lloyd:
         self.features, self.num_clusters = features, num_clusters
         self.dtype = _wide(features.dtype)
         self.variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
-        self.acc = _ELEMENT[self.dtype]
+        self.acc = _acc(features.dtype)
         self.samples = (features.shape[0], features.shape[1], *features.stride())
         self.assignments = features.new_full((features.shape[0],), -1, dtype=torch.int32)
+
+    def chosen(self, kernel: str, blocks: dict, *names: str, least: int = 1) -> dict:
+        """Return what to launch a kernel with: the table's tile, or that stored for this GPU."""
+        num_samples, num_dims, *_ = self.samples
+        width = triton.next_power_of_2(num_dims)
+        key = f"{kernel} {self.features.dtype} D<={width} {size_class(num_samples)}"
+        launch, device = _OPTIONS | blocks, self.features.device
+        return tuned("kmeans", key, launch, device, *names, "num_warps", least=least)
 
     def assign(self, centroids: Tensor) -> Tensor:  # [K, D] -> int32 []
         """Assign every sample to the nearest centroid and return how many changed."""
         num_samples, num_dims, *strides = self.samples
         changed = self.assignments.new_zeros(())
         blocks = _assign_blocks(self.num_clusters, self.dtype)
+        # Operands of matrix products have at least 16 rows.
+        least = 16 if blocks["DOT"] else 1
+        kernel = f"assign K<={triton.next_power_of_2(self.num_clusters)}"
+        blocks = self.chosen(kernel, blocks, "BLOCK_N", "BLOCK_K", least=least)
         _assign_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
@@ -255,7 +266,7 @@ class _Lloyd:
             num_dims,
             *strides,
             ACC=self.acc,
-            **{**_OPTIONS, **blocks},
+            **blocks,
         )
         return changed
 
@@ -266,7 +277,7 @@ class _Lloyd:
     ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], int64 [K], float64 []
         """Return the means of the clusters, their sizes, and the summed squared movement to the means."""
         num_samples, num_dims, *strides = self.samples
-        blocks = _sums_blocks(num_dims, self.features.dtype)
+        blocks = self.chosen("sums", _sums_blocks(num_dims, self.features.dtype), "BLOCK_R", "BLOCK_D")
         order, edges = _by_class(assignments, self.num_clusters)
         chunks = _chunk_edges(edges, blocks["BLOCK_R"])
         most = _most_chunks(num_samples, self.num_clusters, blocks["BLOCK_R"])
@@ -283,7 +294,6 @@ class _Lloyd:
             *strides,
             ACC=self.acc,
             **blocks,
-            **_OPTIONS,
         )
         grid = (self.num_clusters, triton.cdiv(num_dims, _MOVE_BLOCKS["BLOCK_D"]))
         moved, shift = torch.empty_like(centroids), centroids.new_empty(grid, dtype=torch.float64)
@@ -294,6 +304,7 @@ class _Lloyd:
         num_samples, num_dims, *strides = self.samples
         distance = centroids.new_empty(num_samples)
         blocks = _distance_blocks(num_dims, self.features.dtype)
+        blocks = self.chosen("distances", blocks, "BLOCK_N", "BLOCK_D")
         _squared_distances_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
@@ -305,7 +316,6 @@ class _Lloyd:
             *strides,
             ACC=self.acc,
             **blocks,
-            **_OPTIONS,
         )
         return distance
 
@@ -378,16 +388,14 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        options = {**_OPTIONS, "num_warps": constants.pop("num_warps", _OPTIONS["num_warps"])}
-        names = [name for name in kernel.arg_names if name not in constants]
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     index, size, stride = "*i64", "i32", "i64"
     for dtype, element in _ELEMENT.items():
         wide = _wide(dtype)
-        x, acc = f"*{element}", f"*{_ELEMENT[wide]}"
-        constants = {"stride_xd": 1, "ACC": _ELEMENT[wide]}
+        x, acc = f"*{element}", f"*{_acc(dtype)}"
+        constants = {"stride_xd": 1, "ACC": _acc(dtype)}
         for num_clusters in (8, 64):
             blocks = _assign_blocks(num_clusters, dtype)
             types = [x, acc, acc, "*i32", "*i32", size, size, size, stride]
@@ -399,7 +407,7 @@ def compile_configurations() -> list[tuple]:
             types = [x, acc, acc, "*i32", acc, size, size, stride]
             add(_squared_distances_kernel, types, constants | _distance_blocks(num_dims, dtype))
         if dtype == wide:
-            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size], dict(_MOVE_BLOCKS))
+            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size], _MOVE_BLOCKS)
     for label in ("*i64", "*i32"):
         add(_count_pairs_kernel, [index, label, index, size, size, stride, stride], {"BLOCK_N": 512})
     return configurations

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _bits, _on
+from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _wide
+from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/logit_fusion.py.
 _ENTROPY = tl.constexpr(0)
@@ -57,6 +58,14 @@ def _load_logits(
 def _shifted(z, top):
     # Before the first number the maximum is -inf, and what comes after has nothing to be taken from.
     return z - tl.where(top == float("-inf"), 0.0, top)[:, :, None]
+
+
+@triton.jit
+def _no_classes(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+    """Return the sums and the maximum before the first class, as `_accumulate` takes them."""
+    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
+    zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    return top, zeros, zeros, tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
 
 
 @triton.jit
@@ -134,11 +143,8 @@ def _logit_fusion_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
-    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    temperature = _number(temperature_bits, ACC)
     if ONE_TILE:
         z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
         top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
@@ -239,11 +245,8 @@ def _logit_fusion_bwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
-    s = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    t = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    top_class = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    temperature = tl.cast(tl.cast(temperature_bits, tl.int64), tl.float64, bitcast=True).to(ACC)
+    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    temperature = _number(temperature_bits, ACC)
     mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
     dw_ptrs = dw_ptr + offs_m[None, :] * stride_dwm + offs_n[:, None] * stride_dwn
     dw = tl.load(dw_ptrs, mask=mask, other=0.0).to(ACC)
@@ -274,18 +277,6 @@ def _logit_fusion_bwd_kernel(
             )
 
 
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
     """Return the tile and the number of warps: 8 or, backward, 2 float32 numbers of a tile a thread."""
     held = (8 if kernel == "fwd" else 2) * 4 // _wide(dtype).itemsize
@@ -303,6 +294,20 @@ def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: s
     }
 
 
+def _chosen(
+    logits: Tensor,  # [M, N, C]
+    kernel: str,
+) -> dict:
+    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
+    num_modalities, num_samples, num_classes = logits.shape
+    blocks = _blocks(num_modalities, num_classes, logits.dtype, kernel)
+    classes = f"C<={blocks['BLOCK_C']}" if blocks["ONE_TILE"] else "C in tiles"
+    key = f"{kernel} {logits.dtype} M<={blocks['BLOCK_M']} {classes} {size_class(num_samples)}"
+    # One tile holds all classes, several may be of any size.
+    names = ("BLOCK_N",) if blocks["ONE_TILE"] else ("BLOCK_N", "BLOCK_C")
+    return tuned("logit_fusion", key, blocks, logits.device, *names, "num_warps")
+
+
 def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (
         (None, 0, 0) if present is None else (present.view(torch.uint8), present.stride(0), present.stride(1))
@@ -316,11 +321,11 @@ def logit_fusion_fwd(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
     """Return the fused logits and the weights; any strides."""
-    num_modalities, num_samples, num_classes = logits.shape
+    _, num_samples, num_classes = logits.shape
     fused, weights = logits.new_empty(num_samples, num_classes), logits.new_empty(logits.shape[:2])
     if num_samples == 0:
         return fused, weights
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, "fwd")
+    blocks = _chosen(logits, "fwd")
     mask, *mask_strides = _operands(present)
     with _on(logits.device):
         _logit_fusion_fwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
@@ -334,7 +339,7 @@ def logit_fusion_fwd(
             *mask_strides,
             SCORE=score,
             HAS_PRESENT=present is not None,
-            ACC=_ELEMENT[_wide(logits.dtype)],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -350,11 +355,11 @@ def logit_fusion_bwd(
     temperature: float,
 ) -> Tensor:  # [M, N, C]
     """Return the gradient with respect to the logits; any strides."""
-    num_modalities, num_samples, num_classes = logits.shape
+    num_samples = logits.shape[1]
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if num_samples == 0:
         return dlogits
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, "bwd")
+    blocks = _chosen(logits, "bwd")
     mask, *mask_strides = _operands(present)
     with _on(logits.device):
         _logit_fusion_bwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
@@ -372,7 +377,7 @@ def logit_fusion_bwd(
             SCORE=score,
             HAS_PRESENT=present is not None,
             LOWEST=torch.finfo(_wide(logits.dtype)).min,
-            ACC=_ELEMENT[_wide(logits.dtype)],
+            ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
         )
@@ -383,21 +388,21 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
 
-    def add(kernel, types: list[str], constants: dict) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": True}
-        configurations.append((kernel, dict(zip(names, types, strict=True)), constants, options))
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
 
     sizes, stride = ["i64", "i32", "i32", "i32"], "i64"
+    # Classes and score: all in float32, of half precision and float64 those that need most registers.
+    cases = [[(31, 0), (10_000, 1)], [(31, 0), (1000, 1), (10_000, 0), (10_000, 1)]]
     for dtype, element in _ELEMENT.items():
         x, wide = f"*{element}", _wide(dtype)
         # Modalities and classes: one tile, many samples in it, one tile of most threads, several tiles.
         for num_modalities, num_classes in [(2, 31), (3, 8), (2, 1000), (3, 10_000)]:
             for score in (0, 1):
-                if dtype != wide and (num_classes, score) not in [(31, 0), (10_000, 1)]:
+                if dtype != torch.float32 and (num_classes, score) not in cases[dtype == wide]:
                     continue
                 shape = (num_modalities, num_classes, dtype)
-                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _ELEMENT[wide]}
+                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _acc(dtype)}
                 types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
                 add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
                 constants |= {"stride_dfc": 1, "LOWEST": torch.finfo(wide).min, **_blocks(*shape, "bwd")}

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on
 
 
 @triton.jit
@@ -62,14 +62,6 @@ def _blend(value, value_0, alpha, ACC: tl.constexpr):
     # Chosen in the tensors' own type: no conversion touches the bits that alpha = 1 restores.
     return tl.where(alpha == 1, value_0, mixed.to(value.dtype))
 
-
-_ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 # Plans by what they hold and the stream they were copied on, the least recently made first.
 _MAX_PLANS = 16
@@ -146,7 +138,7 @@ def partial_reinit_(
             owner,
             len(params),
             ELEMENT=_ELEMENT[dtype],
-            ACC=_ELEMENT[torch.promote_types(dtype, torch.float32)],
+            ACC=_acc(dtype),
             BLOCK=block,
             **_OPTIONS,
         )
@@ -154,10 +146,8 @@ def partial_reinit_(
 
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
-    signature = {"table_ptr": "*i64", "owner_ptr": "*i64", "P": "i32"}
     configurations = []
     for dtype, element in _ELEMENT.items():
-        acc = _ELEMENT[torch.promote_types(dtype, torch.float32)]
-        constants = {"ELEMENT": element, "ACC": acc, "BLOCK": _block(dtype)}
-        configurations.append((_partial_reinit_kernel, signature, constants, _OPTIONS))
+        constants = {"ELEMENT": element, "ACC": _acc(dtype), "BLOCK": _block(dtype)}
+        configurations.append(_configuration(_partial_reinit_kernel, ["*i64", "*i64", "i32"], constants))
     return configurations

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on
 from ._tuning import choose
 
 
@@ -122,16 +122,7 @@ def _blocks(num_players: int, kernel: str) -> dict:
     return blocks
 
 
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_ACC = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.float32,
-    torch.float16: tl.float32,
-}
-
-
-def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
+def _chosen(kernel: str, x: Tensor, num_players: int) -> dict:
     """Return the constants and the options to launch with: the table's, or those stored for this GPU."""
     default = _blocks(num_players, kernel)
     tile = {"BLOCK_N": default["BLOCK_N"], "BLOCK_S": default["BLOCK_S"], "num_warps": _OPTIONS["num_warps"]}
@@ -145,11 +136,7 @@ def _chosen(kernel: str, x: Tensor, num_players: int) -> tuple[dict, dict]:
         ]
 
     chosen = choose("shapley_values", f"{kernel} {x.dtype} M={num_players}", tile, candidates, x.device)
-    num_warps = chosen["num_warps"]
-    return default | {name: chosen[name] for name in ("BLOCK_N", "BLOCK_S")}, {
-        **_OPTIONS,
-        "num_warps": num_warps,
-    }
+    return {**_OPTIONS, **default, **chosen}
 
 
 def shapley_values_fwd(
@@ -161,7 +148,7 @@ def shapley_values_fwd(
     if phi.numel() == 0:
         return phi
     rows = utilities.reshape(-1, utilities.shape[-1])
-    blocks, options = _chosen("fwd", rows, num_players)
+    blocks = _chosen("fwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]),)
     with _on(utilities.device):
         _shapley_values_fwd_kernel[grid](
@@ -170,9 +157,8 @@ def shapley_values_fwd(
             rows.shape[0],
             *rows.stride(),
             M=num_players,
-            ACC=_ACC[utilities.dtype],
+            ACC=_acc(utilities.dtype),
             **blocks,
-            **options,
         )
     return phi
 
@@ -186,7 +172,7 @@ def shapley_values_bwd(
     if dv.numel() == 0:
         return dv
     rows = dphi.reshape(-1, num_players)
-    blocks, options = _chosen("bwd", rows, num_players)
+    blocks = _chosen("bwd", rows, num_players)
     grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
     with _on(dphi.device):
         _shapley_values_bwd_kernel[grid](
@@ -195,9 +181,8 @@ def shapley_values_bwd(
             rows.shape[0],
             *rows.stride(),
             M=num_players,
-            ACC=_ACC[dphi.dtype],
+            ACC=_acc(dphi.dtype),
             **blocks,
-            **options,
         )
     return dv
 
@@ -205,16 +190,11 @@ def shapley_values_bwd(
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
-    for element, acc in (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32")):
-        pointers = [f"*{element}", f"*{element}"]
-        # Tiles depend on M alone, so two dtypes take part with all of them and two with the extremes.
-        for num_players in (1, 2, 3, 5, 8, 12, 20) if element in ("fp32", "bf16") else (1, 20):
+    for dtype, element in _ELEMENT.items():
+        types = [f"*{element}", f"*{element}", "i32", "i64", "i64"]
+        # Tiles depend on M alone, so one dtype takes part with all of them and the others with the extremes.
+        for num_players in (1, 2, 3, 5, 8, 12, 20) if dtype == torch.float32 else (1, 20):
             for name, kernel in (("fwd", _shapley_values_fwd_kernel), ("bwd", _shapley_values_bwd_kernel)):
-                constants = {
-                    "M": num_players,
-                    **_blocks(num_players, name),
-                    "ACC": tl.float64 if acc == "fp64" else tl.float32,
-                }
-                arguments = zip(kernel.arg_names, [*pointers, "i32", "i64", "i64"])
-                configurations.append((kernel, dict(arguments), constants, _OPTIONS))
+                constants = {"M": num_players, **_blocks(num_players, name), "ACC": _acc(dtype)}
+                configurations.append(_configuration(kernel, types, constants))
     return configurations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import pkgutil
 import platform
@@ -86,12 +87,11 @@ def _machine() -> list[tuple[str, str]]:
 
 def processor() -> str:
     """Return the name of the CPU and its architecture."""
-    try:
+    # Only Linux has this file, and there are sandboxes that hide it.
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} ({platform.machine()})"
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

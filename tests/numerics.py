@@ -52,7 +52,7 @@ def assert_rounded_once(
     Sums kept in half precision stay within `assert_close_to_truth` where terms are few, but not within this.
     """
     assert actual.shape == truth.shape
-    actual, info = actual.detach().cpu(), torch.finfo(actual.dtype)
+    actual, truth, info = actual.detach().cpu(), truth.cpu(), torch.finfo(actual.dtype)
     _, exponent = torch.frexp(truth.abs().clamp(min=info.smallest_normal))
     half_a_unit = torch.ldexp(torch.full_like(truth, info.eps / 4), exponent)
     error = (actual.double() - truth).abs()

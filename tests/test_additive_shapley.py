@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ SHAPES = [(1, 1, 2), (2, 64, 8), (3, 33, 7), (5, 3, 11), (2, 0, 5)]
 LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(shape, dtype=torch.float64, seed=0):
+def make(shape, dtype=torch.float64, seed=0, device="cpu"):
     _, num_samples, num_classes = shape
     generator = torch.Generator().manual_seed(seed)
     partial_logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(num_classes, (num_samples,), generator=generator)
     bias = torch.randn(num_classes, generator=generator, dtype=torch.float64).to(dtype)
-    return partial_logits, labels, bias
+    return partial_logits.to(device), labels.to(device), bias.to(device)
 
 
 def all_logits(partial_logits, bias):
@@ -41,10 +42,12 @@ def all_logits(partial_logits, bias):
     return torch.stack(tables, dim=1)
 
 
-def test_coalition_utilities_by_hand(backend):
+def test_coalition_utilities_by_hand(backend, device):
     # Coalitions none, a, b, both; the label is 1. The third row ties classes 0 and 1, the fourth 1 and 2.
-    logits = torch.tensor([[[0.0, -1.0, 0.0], [0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [0.0, 4.0, 4.0]]])
-    labels = torch.tensor([1])
+    logits = torch.tensor(
+        [[[0.0, -1.0, 0.0], [0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [0.0, 4.0, 4.0]]], device=device
+    )
+    labels = torch.tensor([1], device=device)
     expected = {
         "correct": [0.0, 1.0, 0.0, 1.0],
         "cardinality": [0.0, 1.0, 0.0, 2.0],
@@ -65,10 +68,10 @@ COPIES += [("100", 1, 3), ("101", 0, 1), ("110", 2, 2), ("111", 0, 0)]
 
 
 @pytest.mark.parametrize(("correct", "first", "second"), COPIES, ids=[row[0] for row in COPIES])
-def test_cardinality_gives_the_published_copies(correct, first, second, backend):
-    logits = torch.zeros(1, 4, 2)
-    logits[0, 1:, 0] = torch.tensor([1.0 - 2 * int(flag) for flag in correct])
-    values = ops.coalition_utilities(logits, torch.tensor([1]), backend=backend)
+def test_cardinality_gives_the_published_copies(correct, first, second, backend, device):
+    logits = torch.zeros(1, 4, 2, device=device)
+    logits[0, 1:, 0] = torch.tensor([1.0 - 2 * int(flag) for flag in correct], device=device)
+    values = ops.coalition_utilities(logits, torch.tensor([1], device=device), backend=backend)
     phi = ops.shapley_values(values)
     assert (2 * (1 - phi)).clamp_min(0).tolist() == [[first, second]]
 
@@ -76,8 +79,8 @@ def test_cardinality_gives_the_published_copies(correct, first, second, backend)
 @pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_additive_shapley_close_to_truth(shape, dtype, utility, backend):
-    partial_logits, labels, bias = make(shape, dtype)
+def test_additive_shapley_close_to_truth(shape, dtype, utility, backend, device):
+    partial_logits, labels, bias = make(shape, dtype, device=device)
     actual = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
     assert actual.shape == (shape[1], shape[0])
     assert actual.dtype == dtype
@@ -93,8 +96,8 @@ def test_additive_shapley_close_to_truth(shape, dtype, utility, backend):
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("utility", SMOOTH_UTILITIES)
-def test_gradients(utility, with_bias, backend):
-    partial_logits, labels, bias = make((3, 4, 5))
+def test_gradients(utility, with_bias, backend, device):
+    partial_logits, labels, bias = make((3, 4, 5), device=device)
     inputs = [partial_logits.requires_grad_(), *([bias.requires_grad_()] if with_bias else [])]
 
     def values(partial_logits, bias=None):
@@ -106,14 +109,14 @@ def test_gradients(utility, with_bias, backend):
     # Triton's interpreter takes 10 ms for a launch.
     check = functools.partial(torch.autograd.gradcheck, fast_mode=backend == "triton")
     assert check(values, inputs)
-    assert check(utilities, torch.randn(4, 8, 5, dtype=torch.float64, requires_grad=True))
+    assert check(utilities, torch.randn(4, 8, 5, dtype=torch.float64, requires_grad=True, device=device))
 
 
 @pytest.mark.parametrize("utility", SMOOTH_UTILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_gradient_close_to_truth(dtype, utility, backend):
-    partial_logits, labels, bias = make((3, 33, 7), dtype)
-    weights = torch.randn(33, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_gradient_close_to_truth(dtype, utility, backend, device):
+    partial_logits, labels, bias = make((3, 33, 7), dtype, device=device)
+    weights = torch.randn(33, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
 
     def gradients(function, dtype):
         leaves = [
@@ -136,15 +139,17 @@ def test_gradient_close_to_truth(dtype, utility, backend):
         assert_close_to_truth(actual, truth, plain)
 
 
-def test_margin_gradient_goes_to_the_lowest_runner_up(backend):
-    logits = torch.tensor([[[5.0, 2.0, 2.0], [1.0, 2.0, 2.0]]], requires_grad=True)
-    ops.coalition_utilities(logits, torch.tensor([0]), utility="margin", backend=backend).sum().backward()
+def test_margin_gradient_goes_to_the_lowest_runner_up(backend, device):
+    logits = torch.tensor([[[5.0, 2.0, 2.0], [1.0, 2.0, 2.0]]], requires_grad=True, device=device)
+    ops.coalition_utilities(
+        logits, torch.tensor([0], device=device), utility="margin", backend=backend
+    ).sum().backward()
     assert logits.grad.tolist() == [[[1, -1, 0], [1, -1, 0]]]
 
 
 @pytest.mark.parametrize("utility", ["cardinality", "correct"])
-def test_counting_utilities_carry_no_gradient(utility, backend):
-    partial_logits, labels, bias = make((2, 4, 3))
+def test_counting_utilities_carry_no_gradient(utility, backend, device):
+    partial_logits, labels, bias = make((2, 4, 3), device=device)
     phi = ops.additive_shapley(
         partial_logits.requires_grad_(), labels, bias, utility=utility, backend=backend
     )
@@ -158,8 +163,8 @@ def test_counting_utilities_carry_no_gradient(utility, backend):
     num_classes=st.integers(2, 6),
     seed=st.integers(0, 1000),
 )
-def test_laws(backend, num_modalities, num_samples, num_classes, seed):
-    partial_logits, labels, bias = make((num_modalities, num_samples, num_classes), seed=seed)
+def test_laws(backend, device, num_modalities, num_samples, num_classes, seed):
+    partial_logits, labels, bias = make((num_modalities, num_samples, num_classes), seed=seed, device=device)
     phi = ops.additive_shapley(partial_logits, labels, bias, backend=backend)
     correct = (partial_logits.sum(0) + bias).argmax(-1) == labels
     torch.testing.assert_close(phi.sum(1), num_modalities * correct.double())
@@ -168,7 +173,7 @@ def test_laws(backend, num_modalities, num_samples, num_classes, seed):
     for utility in SMOOTH_UTILITIES:
         partial_logits[0] = 0
         phi = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
-        torch.testing.assert_close(phi[:, 0], torch.zeros(num_samples, dtype=phi.dtype))
+        torch.testing.assert_close(phi[:, 0], torch.zeros(num_samples, dtype=phi.dtype, device=device))
 
 
 @LAWS
@@ -179,8 +184,8 @@ def test_laws(backend, num_modalities, num_samples, num_classes, seed):
     data=st.data(),
     seed=st.integers(0, 1000),
 )
-def test_laws_of_the_whole_and_of_exchange(backend, utility, num_modalities, num_classes, data, seed):
-    partial_logits, labels, bias = make((num_modalities, 5, num_classes), seed=seed)
+def test_laws_of_the_whole_and_of_exchange(backend, device, utility, num_modalities, num_classes, data, seed):
+    partial_logits, labels, bias = make((num_modalities, 5, num_classes), seed=seed, device=device)
     values = functools.partial(ops.additive_shapley, utility=utility, backend=backend)
     phi = values(partial_logits, labels, bias)
     logits = all_logits(partial_logits, bias)[:, [0, -1]]
@@ -195,10 +200,10 @@ def test_laws_of_the_whole_and_of_exchange(backend, utility, num_modalities, num
 
 @LAWS
 @given(num_modalities=st.integers(1, 6), scale=st.floats(-10, 10), seed=st.integers(0, 1000))
-def test_law_of_linearity(backend, num_modalities, scale, seed):
+def test_law_of_linearity(backend, device, num_modalities, scale, seed):
     # The margin between two classes is a linear function of the logits, so its values are.
-    first, labels, _ = make((num_modalities, 5, 2), seed=seed)
-    second = make((num_modalities, 5, 2), seed=seed + 1)[0]
+    first, labels, _ = make((num_modalities, 5, 2), seed=seed, device=device)
+    second = make((num_modalities, 5, 2), seed=seed + 1, device=device)[0]
     values = functools.partial(ops.additive_shapley, labels=labels, utility="margin", backend=backend)
     expected = values(first) + scale * values(second)
     torch.testing.assert_close(values(first + scale * second), expected, rtol=1e-12, atol=1e-12)
@@ -206,8 +211,8 @@ def test_law_of_linearity(backend, num_modalities, scale, seed):
 
 @pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_large_logits(dtype, utility, backend):
-    partial_logits, labels, bias = make((3, 200, 7))
+def test_large_logits(dtype, utility, backend, device):
+    partial_logits, labels, bias = make((3, 200, 7), device=device)
     partial_logits, bias = (100 * partial_logits).to(dtype), bias.to(dtype)
     arguments = {"labels": labels, "utility": utility}
     actual = ops.additive_shapley(partial_logits, bias=bias, backend=backend, **arguments)
@@ -216,9 +221,9 @@ def test_large_logits(dtype, utility, backend):
     assert_close_to_truth(actual, truth, reference.additive_shapley(partial_logits, bias=bias, **arguments))
 
 
-def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend, device):
     monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
-    partial_logits, labels, bias = make((3, 33, 7))
+    partial_logits, labels, bias = make((3, 33, 7), device=device)
     leaves = [partial_logits.requires_grad_(), bias.requires_grad_()]
     phi = ops.additive_shapley(partial_logits, labels, bias, utility="margin", backend=backend)
     expected = reference.additive_shapley(partial_logits, labels, bias, utility="margin")
@@ -227,8 +232,8 @@ def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
     torch.testing.assert_close(actual, torch.autograd.grad(expected.square().sum(), leaves))
 
 
-def test_layouts_and_label_dtypes(backend):
-    partial_logits, labels, bias = make((3, 33, 7))
+def test_layouts_and_label_dtypes(backend, device):
+    partial_logits, labels, bias = make((3, 33, 7), device=device)
     expected = ops.additive_shapley(partial_logits, labels, bias, backend=backend)
     strided = partial_logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not strided.is_contiguous()
@@ -238,18 +243,18 @@ def test_layouts_and_label_dtypes(backend):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_masked_classes_stay_masked(backend):
-    partial_logits, labels, bias = make((2, 8, 4))
+def test_masked_classes_stay_masked(backend, device):
+    partial_logits, labels, bias = make((2, 8, 4), device=device)
     partial_logits[:, :, 3] = -torch.inf
     for utility in UTILITIES:
         phi = ops.additive_shapley(partial_logits, labels % 3, bias, utility=utility, backend=backend)
         assert bool(phi.isfinite().all())
 
 
-def test_many_modalities_in_bounded_memory(backend):
+def test_many_modalities_in_bounded_memory(backend, device):
     # Triton's interpreter takes 4 ms for a coalition.
     num_modalities = 9 if backend == "triton" else 12
-    partial_logits, labels, _ = make((num_modalities, 20, 6), torch.float32)
+    partial_logits, labels, _ = make((num_modalities, 20, 6), torch.float32, device=device)
     phi = ops.additive_shapley(partial_logits, labels, backend=backend)
     correct = partial_logits.sum(0).argmax(-1) == labels
     torch.testing.assert_close(phi.sum(1), num_modalities * correct.float(), rtol=0, atol=1e-4)
@@ -258,8 +263,8 @@ def test_many_modalities_in_bounded_memory(backend):
 @pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [(4, 3, 300), (2, 5, 1100), (4, 1, 2000)], ids=str)
-def test_many_classes(shape, dtype, utility, backend):
-    partial_logits, labels, bias = make(shape, dtype)
+def test_many_classes(shape, dtype, utility, backend, device):
+    partial_logits, labels, bias = make(shape, dtype, device=device)
     # Values as large as the utilities they are differences of, whose rounding would show otherwise.
     partial_logits *= 4
     results = []
@@ -274,14 +279,20 @@ def test_many_classes(shape, dtype, utility, backend):
 
 @pytest.mark.parametrize("utility", ["cardinality", "margin"])
 @pytest.mark.parametrize("num_modalities", [4, 6])
-def test_blocks_may_share_coalitions_or_not(num_modalities, utility, monkeypatch, backend):
-    if backend != "triton":
-        pytest.skip("only Triton's kernel shares them")
-    kernels = _backend.kernels("additive_shapley")
-    partial_logits, labels, bias = make((num_modalities, 5, 3))
+def test_blocks_may_share_coalitions_or_not(num_modalities, utility, monkeypatch, backend, device):
+    if backend == "triton":
+        module, name, values = _backend.kernels("additive_shapley"), "_ENOUGH_BLOCKS", (1, 2, 1024)
+    elif backend == "cuda":
+        # Where no block shares them, sums of more than a thousand coalitions begin anew.
+        num_modalities += 5
+        module = importlib.import_module("mmfast.ops.additive_shapley")
+        name, values = "_CUDA_ENOUGH_THREADS", (1, 50, 2**17)
+    else:
+        pytest.skip("no coalitions are shared")
+    partial_logits, labels, bias = make((num_modalities, 5, 3), device=device)
     expected = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend="reference")
-    for enough_blocks in (1, 2, 1024):
-        monkeypatch.setattr(kernels, "_ENOUGH_BLOCKS", enough_blocks)
+    for value in values:
+        monkeypatch.setattr(module, name, value)
         actual = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
         torch.testing.assert_close(actual, expected)
 
@@ -290,23 +301,25 @@ def test_more_classes_than_a_block_holds():
     if reason := _backend.why_not("triton"):
         pytest.skip(reason)
     most = _backend.kernels("additive_shapley").MAX_CLASSES
-    partial_logits, labels = torch.zeros(2, 1, most + 1), torch.zeros(1, dtype=torch.int64)
+    device = "cpu" if _backend.interpreting() else "cuda"
+    partial_logits = torch.zeros(2, 1, most + 1, device=device)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(_backend.BackendUnavailableError, match=f"up to {most} classes, got {most + 1}"):
         ops.additive_shapley(partial_logits, labels, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
-def test_autocast_and_mixed_bias(dtype, backend):
-    partial_logits, labels, bias = make((2, 16, 5), dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_and_mixed_bias(dtype, backend, device):
+    partial_logits, labels, bias = make((2, 16, 5), dtype, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         phi = ops.additive_shapley(partial_logits, labels, bias.float(), backend=backend)
     expected = ops.additive_shapley(partial_logits.double(), labels, bias.double(), backend=backend)
     assert phi.dtype == dtype
     torch.testing.assert_close(phi.double(), expected)
 
 
-def test_compiles(backend):
-    partial_logits, labels, bias = make((3, 16, 5))
+def test_compiles(backend, device):
+    partial_logits, labels, bias = make((3, 16, 5), device=device)
 
     def loss(partial_logits, bias):
         phi = ops.additive_shapley(2 * partial_logits, labels, bias, utility="margin", backend=backend)
@@ -320,10 +333,10 @@ def test_compiles(backend):
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-def test_opcheck(with_bias, dtype, backend):
-    partial_logits, labels, bias = make((2, 3, 4))
+def test_opcheck(with_bias, dtype, backend, device):
+    partial_logits, labels, bias = make((2, 3, 4), device=device)
     partial_logits, bias = partial_logits.to(dtype), bias if with_bias else None
-    logits, dphi = torch.randn(3, 4, 5).to(dtype), torch.randn(3, 2).to(dtype)
+    logits, dphi = torch.randn(3, 4, 5, device=device).to(dtype), torch.randn(3, 2, device=device).to(dtype)
     raw = torch.ops.mmfast
     torch.library.opcheck(raw.coalition_utilities_fwd, (logits, labels, "cardinality", backend))
     torch.library.opcheck(raw.coalition_utilities_bwd, (logits[..., 0], logits, labels, "margin", backend))

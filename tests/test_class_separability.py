@@ -26,13 +26,14 @@ SHAPES = [(1, 1, 1), (64, 16, 8), (333, 33, 7), (5, 130, 31)]
 LAWS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(shape, dtype=torch.float64, seed=0, label_dtype=torch.int64):
+def make(shape, dtype=torch.float64, seed=0, label_dtype=torch.int64, device="cpu"):
     num_samples, num_dims, num_classes = shape
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=generator)
     centres = torch.randn(num_classes, num_dims, generator=generator, dtype=torch.float64)
     noise = torch.randn(num_samples, num_dims, generator=generator, dtype=torch.float64)
-    return (centres[labels] + noise).to(dtype), labels.to(label_dtype), num_classes
+    features = (centres[labels] + noise).to(device, dtype)
+    return features, labels.to(device, label_dtype), num_classes
 
 
 def plain_moments(features, labels, num_classes):
@@ -40,7 +41,7 @@ def plain_moments(features, labels, num_classes):
     empty = features.new_full(features.shape[1:], torch.nan)
     mean = torch.stack([row.mean(0) if len(row) else empty for row in rows])
     var = torch.stack([row.var(0, correction=0) if len(row) else empty for row in rows])
-    return torch.tensor([len(row) for row in rows]), mean, var
+    return labels.new_tensor([len(row) for row in rows], dtype=torch.int64), mean, var
 
 
 def brute_force(features, labels, centroids):
@@ -66,7 +67,7 @@ def check_gradient(features, labels, num_classes, backend):
     wide = torch.promote_types(features.dtype, torch.float32)
     count, mean, _ = reference.class_moments(features, labels, num_classes)
     generator = torch.Generator().manual_seed(2)
-    dmean, dvar = torch.randn(2, *mean.shape, generator=generator, dtype=torch.float64)
+    dmean, dvar = torch.randn(2, *mean.shape, generator=generator, dtype=torch.float64).to(mean.device)
     results = [
         raw(dmean.to(dtype), dvar.to(dtype), features.to(kept), labels, count, mean.to(dtype))
         for raw, dtype, kept in (
@@ -79,21 +80,23 @@ def check_gradient(features, labels, num_classes, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
-def test_half_precision_gradient_is_rounded_once(dtype, backend):
-    features, labels, num_classes = make((64, 16, 8), dtype)
+def test_half_precision_gradient_is_rounded_once(dtype, backend, device):
+    features, labels, num_classes = make((64, 16, 8), dtype, device=device)
     moments = ops.class_moments(features.double(), labels, num_classes)
-    dmean, dvar = torch.randn(2, *moments.mean.shape, generator=torch.Generator().manual_seed(2))
+    dmean, dvar = torch.randn(2, *moments.mean.shape, generator=torch.Generator().manual_seed(2)).to(device)
     arguments = (dmean, dvar, features, labels, moments.count, moments.mean.float())
     actual = torch.ops.mmfast.class_moments_bwd(*arguments, backend)
     truth = reference.class_moments_bwd(*(x.double() if x.is_floating_point() else x for x in arguments))
     assert_rounded_once(actual, truth)
 
 
-def test_of_equal_distances_the_lowest_class_wins(backend):
+def test_of_equal_distances_the_lowest_class_wins(backend, device):
     # Midway between two centroids on either side of 0, in either order, and between equal ones.
-    centroids = torch.tensor([[1.0, -1.0, 2.0, 7.0], [-1.0, 1.0, 2.0, -3.0], [9.0, 9.0, 9.0, 3.0]])
-    samples = torch.zeros(3, 4)
-    labels = torch.arange(3)
+    centroids = torch.tensor(
+        [[1.0, -1.0, 2.0, 7.0], [-1.0, 1.0, 2.0, -3.0], [9.0, 9.0, 9.0, 3.0]], device=device
+    )
+    samples = torch.zeros(3, 4, device=device)
+    labels = torch.arange(3, device=device)
     hits = [
         torch.ops.mmfast.dimension_hits(samples[k : k + 1], labels[k : k + 1], centroids, backend).tolist()
         for k in range(3)
@@ -151,8 +154,8 @@ def test_number_of_threads_changes_no_bit(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 5, 3)], ids=str)
-def test_moments_close_to_truth(shape, dtype, backend):
-    features, labels, num_classes = make(shape, dtype)
+def test_moments_close_to_truth(shape, dtype, backend, device):
+    features, labels, num_classes = make(shape, dtype, device=device)
     check_moments(features, labels, num_classes, backend)
     check_gradient(features, labels, num_classes, backend)
 
@@ -205,30 +208,32 @@ def test_labels_that_name_no_class_are_left_out(num_classes, backend, device, mo
 
 
 @pytest.mark.parametrize("order", ["drift", "outlier first", "outlier last"])
-def test_moments_do_not_cancel(order, backend):
+def test_moments_do_not_cancel(order, backend, device):
     """The first samples, or those before, are far from the mean of all."""
-    x = 1e4 + torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    x = 1e4 + torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)).to(device)
     if order == "drift":
-        x += torch.arange(3000)[:, None]
+        x += torch.arange(3000, device=device)[:, None]
     else:
         x[0 if order == "outlier first" else -1] = -1e6
-    labels = torch.zeros(3000, dtype=torch.int64)
+    labels = torch.zeros(3000, dtype=torch.int64, device=device)
     _, mean, var = ops.class_moments(x, labels, 1, backend=backend)
     torch.testing.assert_close(mean[0].double(), x.double().mean(0), rtol=4e-6, atol=0)
     torch.testing.assert_close(var[0].double(), x.double().var(0, correction=0), rtol=1e-4, atol=0)
 
 
-def test_infinite_samples(backend):
-    x = torch.zeros(200, 2)
+def test_infinite_samples(backend, device):
+    x = torch.zeros(200, 2, device=device)
     x[150, 0] = torch.inf
-    _, mean, var = ops.class_moments(x, torch.zeros(200, dtype=torch.int64), 1, backend=backend)
+    _, mean, var = ops.class_moments(
+        x, torch.zeros(200, dtype=torch.int64, device=device), 1, backend=backend
+    )
     assert mean.tolist() == [[torch.inf, 0]]
     assert bool(var[0, 0].isnan())
 
 
-def test_moments_by_hand(backend):
-    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [7.0, 2.0]])
-    count, mean, var = ops.class_moments(features, torch.tensor([0, 0, 2]), 3, backend=backend)
+def test_moments_by_hand(backend, device):
+    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [7.0, 2.0]], device=device)
+    count, mean, var = ops.class_moments(features, torch.tensor([0, 0, 2], device=device), 3, backend=backend)
     assert count.tolist() == [2, 0, 1]
     assert mean[[0, 2]].tolist() == [[2, 0], [7, 2]]
     assert var[[0, 2]].tolist() == [[1, 0], [0, 0]]
@@ -274,15 +279,15 @@ def test_merged_moments_pass_gradients_around_empty_classes():
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def test_moments_survive_a_large_mean(backend):
-    features, labels, num_classes = make((333, 4, 3), torch.float32)
+def test_moments_survive_a_large_mean(backend, device):
+    features, labels, num_classes = make((333, 4, 3), torch.float32, device=device)
     _, _, var = ops.class_moments(features + 1e4, labels, num_classes, backend=backend)
     truth = plain_moments((features + 1e4).double(), labels, num_classes)[2]
     torch.testing.assert_close(var.double(), truth, rtol=1e-4, atol=0)
 
 
-def test_moments_gradient(backend):
-    features, labels, num_classes = make((12, 3, 3))
+def test_moments_gradient(backend, device):
+    features, labels, num_classes = make((12, 3, 3), device=device)
     features[3:5] *= 2
 
     def moments(features):
@@ -294,12 +299,12 @@ def test_moments_gradient(backend):
 @pytest.mark.parametrize("centroid_dtype", DTYPES, ids=lambda dtype: "centroids-" + str(dtype)[6:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend):
-    features, labels, num_classes = make(shape, dtype)
+def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend, device):
+    features, labels, num_classes = make(shape, dtype, device=device)
     # Half the centroids are samples themselves: equal and midway distances come up in half precision.
     generator = torch.Generator().manual_seed(1)
-    centroids = torch.randn(num_classes, shape[1], generator=generator).to(centroid_dtype)
-    rows = torch.arange(0, num_classes, 2)
+    centroids = torch.randn(num_classes, shape[1], generator=generator).to(device, centroid_dtype)
+    rows = torch.arange(0, num_classes, 2, device=device)
     centroids[rows] = features[rows % len(features)].to(centroid_dtype)
     actual = ops.dimension_accuracy(features, labels, centroids, backend=backend)
     assert actual.dtype == torch.promote_types(dtype, torch.float32)
@@ -314,7 +319,7 @@ def test_accuracy_equals_brute_force(shape, dtype, centroid_dtype, backend):
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-def test_ties_go_to_the_lowest_class(backend, samples, centroids, scale, dtype, data):
+def test_ties_go_to_the_lowest_class(backend, device, samples, centroids, scale, dtype, data):
     """Small whole numbers tie often; None is a class without samples."""
     assume(_backend.supports(backend, "class_separability", dtype))
     if all(c is None for c in centroids):
@@ -325,7 +330,8 @@ def test_ties_go_to_the_lowest_class(backend, samples, centroids, scale, dtype, 
     scale = min(scale, 1e3) if dtype == torch.float16 else scale
     x = (scale * torch.tensor(samples, dtype=torch.float64)).to(dtype)
     c = (scale * torch.tensor([torch.nan if c is None else c for c in centroids])).to(dtype)
-    actual = ops.dimension_accuracy(x[:, None], torch.tensor(labels), c[:, None], backend=backend)
+    inputs = (x[:, None], torch.tensor(labels), c[:, None])
+    actual = ops.dimension_accuracy(*(tensor.to(device) for tensor in inputs), backend=backend)
     exact = [(k, Fraction(float(value))) for k, value in enumerate(c) if not value.isnan()]
     hits = 0
     for value, label in zip(x, labels, strict=True):
@@ -341,7 +347,7 @@ def test_ties_go_to_the_lowest_class(backend, samples, centroids, scale, dtype, 
     nudge=st.integers(-2, 2),
     swap=st.booleans(),
 )
-def test_midpoints_that_round_are_decided_exactly(backend, a, gap, nudge, swap):
+def test_midpoints_that_round_are_decided_exactly(backend, device, a, gap, nudge, swap):
     """Floats next to each other have a midpoint between them, which rounds to either."""
     for dtype in (torch.float32, torch.float64):
         up = torch.tensor(torch.inf, dtype=dtype)
@@ -355,9 +361,8 @@ def test_midpoints_that_round_are_decided_exactly(backend, a, gap, nudge, swap):
         centroids = [high, low] if swap else [low, high]
         distance = [abs(Fraction(float(x)) - Fraction(float(c))) for c in centroids]
         label = distance.index(min(distance))
-        accuracy = ops.dimension_accuracy(
-            x.view(1, 1), torch.tensor([label]), torch.stack(centroids)[:, None], backend=backend
-        )
+        inputs = (x.view(1, 1), torch.tensor([label]), torch.stack(centroids)[:, None])
+        accuracy = ops.dimension_accuracy(*(tensor.to(device) for tensor in inputs), backend=backend)
         assert accuracy.item() == 1
 
 
@@ -369,7 +374,7 @@ def test_midpoints_that_round_are_decided_exactly(backend, a, gap, nudge, swap):
     dtype=st.sampled_from(DTYPES[:2]),
     data=st.data(),
 )
-def test_near_tied_centroids(backend, base, steps, sample_steps, dtype, data):
+def test_near_tied_centroids(backend, device, base, steps, sample_steps, dtype, data):
     """Centroids equal or a few floats apart, and samples among them."""
 
     def neighbours(counts):
@@ -389,16 +394,15 @@ def test_near_tied_centroids(backend, base, steps, sample_steps, dtype, data):
     for x, k in zip(samples, labels, strict=True):
         distance = [abs(Fraction(float(x)) - c) for c in exact]
         hits += distance.index(min(distance)) == k
-    found = ops.dimension_accuracy(
-        samples[:, None], torch.tensor(labels), centroids[:, None], backend=backend
-    )
+    inputs = (samples[:, None], torch.tensor(labels), centroids[:, None])
+    found = ops.dimension_accuracy(*(tensor.to(device) for tensor in inputs), backend=backend)
     assert round(float(found) * len(samples)) == hits
 
 
-def test_far_apart_centroids_are_decided_exactly(backend):
+def test_far_apart_centroids_are_decided_exactly(backend, device):
     # 1 + 2^-60 is no float64: x = 1/2 lies nearer to 2^-60 only in exact arithmetic.
-    x, centroids = torch.tensor([[0.5]]), torch.tensor([[1.0], [2.0**-60]])
-    accuracy = ops.dimension_accuracy(x, torch.tensor([1]), centroids, backend=backend)
+    x, centroids = torch.tensor([[0.5]], device=device), torch.tensor([[1.0], [2.0**-60]], device=device)
+    accuracy = ops.dimension_accuracy(x, torch.tensor([1], device=device), centroids, backend=backend)
     assert accuracy.item() == 1
 
 
@@ -424,10 +428,10 @@ def test_triton_intervals_are_those_of_the_reference(dtype):
 # Of the Triton kernels a block takes 64 samples of one class, 32 of all classes, 64 dimensions.
 @pytest.mark.parametrize("sizes", [(63, 64), (65, 0, 128), (129, 1, 2)], ids=str)
 @pytest.mark.parametrize("num_dims", [64, 65], ids="D={}".format)
-def test_classes_around_a_block(num_dims, sizes, backend):
-    labels = torch.repeat_interleave(torch.tensor(sizes))
+def test_classes_around_a_block(num_dims, sizes, backend, device):
+    labels = torch.repeat_interleave(torch.tensor(sizes, device=device))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))]
-    features = make((len(labels), num_dims, 1), torch.float32)[0]
+    features = make((len(labels), num_dims, 1), torch.float32, device=device)[0]
     check_moments(features, labels, len(sizes), backend)
     check_gradient(features, labels, len(sizes), backend)
     centroids = reference.class_moments(features, labels, len(sizes))[1]
@@ -435,16 +439,16 @@ def test_classes_around_a_block(num_dims, sizes, backend):
     assert torch.equal(hits, reference.dimension_hits(features, labels, centroids))
 
 
-def test_not_finite(backend):
-    features = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [1.0]])
-    centroids = torch.tensor([[0.0], [torch.inf], [torch.nan]])
-    labels = torch.zeros(4, dtype=torch.int64)
+def test_not_finite(backend, device):
+    features = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [1.0]], device=device)
+    centroids = torch.tensor([[0.0], [torch.inf], [torch.nan]], device=device)
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
     assert ops.dimension_accuracy(features, labels, centroids, backend=backend).item() == 0.25
     assert ops.dimension_accuracy(features, labels + 1, centroids, backend=backend).item() == 0
 
 
-def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
-    features, labels, num_classes = make((333, 8, 5))
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend, device):
+    features, labels, num_classes = make((333, 8, 5), device=device)
     moments = ops.class_moments(features, labels, num_classes, backend=backend)
     accuracy = ops.dimension_accuracy(features, labels, moments.mean, backend=backend)
     monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
@@ -455,9 +459,9 @@ def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_effective_dimensions(dtype, backend):
-    features, labels, num_classes = make((400, 12, 4), dtype)
-    features[:, :6] = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+def test_effective_dimensions(dtype, backend, device):
+    features, labels, num_classes = make((400, 12, 4), dtype, device=device)
+    features[:, :6] = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     features[:, 6:] += 2 * labels[:, None].to(dtype)
     effective = ops.effective_dimensions(features, labels, num_classes, backend=backend)
     assert effective.tolist() == [False] * 6 + [True] * 6
@@ -466,16 +470,16 @@ def test_effective_dimensions(dtype, backend):
     assert torch.equal(effective, accuracy > accuracy.mean())
 
 
-def test_equal_dimensions_are_not_above_their_mean(backend):
+def test_equal_dimensions_are_not_above_their_mean(backend, device):
     # 1/3 of the samples are right in each of 7 dimensions, a mean that float32 rounds.
-    features = torch.zeros(3, 7)
-    effective = ops.effective_dimensions(features, torch.tensor([0, 1, 2]), 3, backend=backend)
+    features = torch.zeros(3, 7, device=device)
+    effective = ops.effective_dimensions(features, torch.tensor([0, 1, 2], device=device), 3, backend=backend)
     assert not effective.any()
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.uint8], ids=lambda d: str(d)[6:])
-def test_layouts_and_label_dtypes(label_dtype, backend):
-    features, labels, num_classes = make((64, 9, 5), label_dtype=label_dtype)
+def test_layouts_and_label_dtypes(label_dtype, backend, device):
+    features, labels, num_classes = make((64, 9, 5), label_dtype=label_dtype, device=device)
     strided = features.T.contiguous().T
     spread = torch.stack([labels, labels], 1)[:, 0]
     expected = ops.class_moments(features, labels.long(), num_classes, backend=backend)
@@ -486,16 +490,16 @@ def test_layouts_and_label_dtypes(label_dtype, backend):
     assert torch.equal(accuracy, ops.dimension_accuracy(features, labels, expected.mean, backend=backend))
 
 
-def test_autocast(backend):
-    features, labels, num_classes = make((64, 9, 5), torch.float32)
+def test_autocast(backend, device):
+    features, labels, num_classes = make((64, 9, 5), torch.float32, device=device)
     expected = ops.class_moments(features, labels, num_classes, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = ops.class_moments(features, labels, num_classes, backend=backend)
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
 
 
-def test_compiles(backend):
-    features, labels, num_classes = make((64, 9, 5))
+def test_compiles(backend, device):
+    features, labels, num_classes = make((64, 9, 5), device=device)
 
     def everything(features):
         moments = ops.class_moments(2 * features, labels, num_classes, backend=backend)
@@ -512,8 +516,8 @@ def test_compiles(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=lambda dtype: str(dtype)[6:])
-def test_opcheck(dtype, backend):
-    features, labels, num_classes = make((6, 3, 2), dtype)
+def test_opcheck(dtype, backend, device):
+    features, labels, num_classes = make((6, 3, 2), dtype, device=device)
     raw = torch.ops.mmfast
     count, mean, var = raw.class_moments_fwd(features, labels, num_classes, backend)
     torch.library.opcheck(raw.class_moments_fwd, (features, labels, num_classes, backend))
@@ -521,9 +525,9 @@ def test_opcheck(dtype, backend):
     torch.library.opcheck(raw.dimension_hits, (features, labels, mean, backend))
 
 
-def test_empty_batch(backend):
-    features, labels = torch.randn(0, 3), torch.zeros(0, dtype=torch.int64)
-    accuracy = ops.dimension_accuracy(features, labels, torch.randn(2, 3), backend=backend)
+def test_empty_batch(backend, device):
+    features, labels = torch.randn(0, 3, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    accuracy = ops.dimension_accuracy(features, labels, torch.randn(2, 3, device=device), backend=backend)
     assert bool(accuracy.isnan().all())
     with pytest.raises(ValueError, match=r"features must hold at least one sample, got \[0, 3\]"):
         ops.effective_dimensions(features, labels, 2, backend=backend)
@@ -552,9 +556,10 @@ def test_bad_input():
         moments.merge(ops.class_moments(features, labels, 4))
 
 
-def test_a_million_samples_far_from_zero_keep_their_moments(backend):
-    features = 1000 + torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0))
-    moments = ops.class_moments(features, torch.zeros(1_000_000, dtype=torch.int64), 1, backend=backend)
+def test_a_million_samples_far_from_zero_keep_their_moments(backend, device):
+    features = 1000 + torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.zeros(1_000_000, dtype=torch.int64, device=device)
+    moments = ops.class_moments(features, labels, 1, backend=backend)
     truth = features.double()
     assert abs(moments.mean.item() - truth.mean().item()) < 1e-4
     assert abs(moments.var.item() - truth.var(unbiased=False).item()) < 1e-5

@@ -42,6 +42,21 @@ def test_matrix_instructions_of_a_warp_are_not_those_of_a_group(tool):
     assert len(tool.problems(facts, tool.DEVICES["90"], "warpgroup")) == 1
 
 
+def test_what_differs_from_bfloat16_in_name_alone_is_compiled_once(tool):
+    devices = ["80", "90"]
+    listed = [str(item[1:]) for item in tool.configurations("logit_fusion", "80")]
+    jobs = {name: [] for name in devices}
+    for item, device in tool.distinct(["logit_fusion"], devices):
+        jobs[device].append(str(item[1:]))
+    assert jobs["80"] == listed
+    assert jobs["90"] == [text for text in listed if "fp16" not in text]
+    assert len(jobs["90"]) < len(listed)
+    # Alone it is compiled wherever it is listed.
+    alone = [item for item in tool.configurations("logit_fusion", "80") if "bf16" not in str(item[1:])]
+    tool.distinct.__globals__["configurations"] = lambda op, device: alone
+    assert len(tool.distinct(["logit_fusion"], devices)) == 2 * len(alone)
+
+
 def test_a_planted_spill_is_found():
     # The interpreter, which the other tests use, compiles nothing.
     code = """

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_emulated
 from mmfast import backend as _backend
@@ -30,15 +31,16 @@ SHAPES = [(2, 1, 1), (2, 64, 64), (3, 33, 17), (4, 7, 130)]
 LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(shape, dtype=torch.float64, seed=0):
+def make(shape, dtype=torch.float64, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return features, torch.rand(shape[0], shape[2], generator=generator) > 0.5
+    effective = torch.rand(shape[0], shape[2], generator=generator) > 0.5
+    return features.to(device), effective.to(device)
 
 
 def masked_cross_entropy(features, effective, temperature=1.0, reduction="mean"):
     """Return the loss as cross-entropy of logits from features with all other dimensions set to zero."""
-    target = torch.arange(features[0].shape[0])
+    target = torch.arange(features[0].shape[0], device=features[0].device)
     loss = sum(0 * feature.sum() for feature in features)
     for m, key in enumerate(features):
         for n, query in enumerate(features):
@@ -58,8 +60,8 @@ def value_and_gradient(function, features, dtype, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_close_to_truth(shape, dtype, reduction, backend):
-    features, effective = make(shape, dtype)
+def test_close_to_truth(shape, dtype, reduction, backend, device):
+    features, effective = make(shape, dtype, device=device)
     options = {"effective": effective, "temperature": 2.0, "reduction": reduction}
     op = functools.partial(ops.duc_loss, backend=backend)
     loss, gradients = value_and_gradient(op, features, dtype, **options)
@@ -76,9 +78,9 @@ def test_close_to_truth(shape, dtype, reduction, backend):
 EDGES = [(2, 16, 24), (2, 17, 513), (2, 32, 2), (2, 95, 12), (2, 97, 13), (3, 193, 70), (2, 300, 600)]
 
 
-def check_edges(shape, dtype, backend):
+def check_edges(shape, dtype, backend, device="cpu"):
     """Loss and gradient of one shape against float64, with logits of moderate size."""
-    features, effective = make(shape, torch.float64, seed=3)
+    features, effective = make(shape, torch.float64, seed=3, device=device)
     features = (features * 2 / shape[2] ** 0.5).to(dtype)
     for with_gradient in (True, False):
         results = []
@@ -95,11 +97,11 @@ def check_edges(shape, dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", EDGES, ids=str)
-def test_edges_of_tiles(shape, dtype, backend):
-    check_edges(shape, dtype, backend)
+def test_edges_of_tiles(shape, dtype, backend, device):
+    check_edges(shape, dtype, backend, device)
 
 
-def check_part_of_keys(dtype, backend, num_queries, num_keys, num_dims, offset):
+def check_part_of_keys(dtype, backend, num_queries, num_keys, num_dims, offset, device="cpu"):
     """Loss and residual of queries whose own keys are in the midst of all keys, and the same in float64."""
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(num_queries, num_dims, generator=generator) * 2 / num_dims**0.5
@@ -108,7 +110,7 @@ def check_part_of_keys(dtype, backend, num_queries, num_keys, num_dims, offset):
     results = []
     wide = torch.promote_types(dtype, torch.float32)
     for kind, name in ((dtype, backend), (torch.float64, "reference"), (wide, "reference")):
-        inputs = (query.to(dtype).to(kind), key.to(dtype).to(kind))
+        inputs = (query.to(device, dtype).to(kind), key.to(device, dtype).to(kind))
         results.append(torch.ops.mmfast.info_nce_fwd(*inputs, *arguments, name))
     for mine, true, simple in zip(*results, strict=True):
         assert_close_to_truth(mine, true, simple.to(mine.dtype))
@@ -118,8 +120,8 @@ def check_part_of_keys(dtype, backend, num_queries, num_keys, num_dims, offset):
 @pytest.mark.parametrize(
     "sizes", [(37, 200, 20, 0), (37, 200, 48, 101), (65, 129, 300, 64), (3, 130, 64, 127)], ids=str
 )
-def test_queries_are_a_part_of_the_keys(sizes, dtype, backend):
-    check_part_of_keys(dtype, backend, *sizes)
+def test_queries_are_a_part_of_the_keys(sizes, dtype, backend, device):
+    check_part_of_keys(dtype, backend, *sizes, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -203,8 +205,8 @@ def test_number_of_threads_changes_no_bit(shape, dtype):
         assert torch.equal(residuals, results[0][1])
 
 
-def test_not_a_number_stays_in_its_row(backend):
-    query, key = torch.randn(2, 40, 20)
+def test_not_a_number_stays_in_its_row(backend, device):
+    query, key = torch.randn(2, 40, 20, device=device)
     query[7, 3] = float("nan")
     query.requires_grad_()
     losses = ops.unidirectional_info_nce(query, key, reduction="none", backend=backend)
@@ -220,10 +222,10 @@ def test_not_a_number_stays_in_its_row(backend):
     padding=st.integers(0, 9),
     seed=st.integers(0, 1000),
 )
-def test_law_order_of_the_batch_and_idle_dimensions(backend, num_samples, num_dims, padding, seed):
-    features, effective = make((2, num_samples, num_dims), torch.float64, seed)
+def test_law_order_of_the_batch_and_idle_dimensions(backend, device, num_samples, num_dims, padding, seed):
+    features, effective = make((2, num_samples, num_dims), torch.float64, seed, device=device)
     # Without a dimension to teach a pair adds 0, with one that is zero throughout log N.
-    effective[:, 0] = torch.tensor([True, False])
+    effective[:, 0] = torch.tensor([True, False], device=device)
     duc_loss = functools.partial(ops.duc_loss, reduction="none", backend=backend)
     losses = duc_loss(features, effective)
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
@@ -235,7 +237,7 @@ def test_law_order_of_the_batch_and_idle_dimensions(backend, num_samples, num_di
     )
     mask[0, num_dims:] = True
     torch.testing.assert_close(duc_loss(zeros, mask), losses)
-    idle = torch.cat([features, 100 * make((2, num_samples, padding), seed=seed + 1)[0]], 2)
+    idle = torch.cat([features, 100 * make((2, num_samples, padding), seed=seed + 1, device=device)[0]], 2)
     for shared in (False, True):
         mask[:, num_dims:] = shared
         torch.testing.assert_close(duc_loss(idle, mask), losses)
@@ -263,27 +265,28 @@ def test_law_equals_cross_entropy_of_masked_logits(shape, temperature, reduction
         assert bool((gradient[:, ~taught] == 0).all())
 
 
-def test_teacher_gets_no_gradient(backend):
-    features = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
-    effective = torch.tensor([[True] * 6, [False] * 6])
+def test_teacher_gets_no_gradient(backend, device):
+    features = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True, device=device)
+    effective = torch.tensor([[True] * 6, [False] * 6], device=device)
     ops.duc_loss(features, effective, backend=backend).backward()
     assert bool((features.grad[0] == 0).all())
     assert bool((features.grad[1] != 0).any())
 
 
-def test_by_hand(backend):
+def test_by_hand(backend, device):
     # One shared dimension less: d = {0} from 0 to 1. Scores q k^T = [[1, 2], [2, 4]].
-    first, second = torch.tensor([[1.0, 5.0], [2.0, 5.0]]), torch.tensor([[1.0, 7.0], [2.0, 7.0]])
-    effective = torch.tensor([[True, True], [False, True]])
+    first = torch.tensor([[1.0, 5.0], [2.0, 5.0]], device=device)
+    second = torch.tensor([[1.0, 7.0], [2.0, 7.0]], device=device)
+    effective = torch.tensor([[True, True], [False, True]], device=device)
     losses = ops.duc_loss([first, second], effective, reduction="none", backend=backend)
-    expected = torch.tensor([1 + torch.e, 1 + torch.e**-2]).log()
+    expected = torch.tensor([1 + torch.e, 1 + torch.e**-2], device=device).log()
     torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_large_logits_do_not_cancel(dtype, temperature, backend):
-    features, effective = make((2, 33, 40), torch.float64)
+def test_large_logits_do_not_cancel(dtype, temperature, backend, device):
+    features, effective = make((2, 33, 40), torch.float64, device=device)
     features = (100 * features).to(dtype)
     options = {"effective": effective, "temperature": temperature}
     op = functools.partial(ops.duc_loss, backend=backend)
@@ -301,17 +304,17 @@ def test_large_logits_do_not_cancel(dtype, temperature, backend):
         assert_close_to_truth(mine, true, simple.to(dtype))
 
 
-def test_equal_large_scores(backend):
+def test_equal_large_scores(backend, device):
     # All scores are 1e8: the loss is log N exactly, which their float32 logarithm of a sum cannot show.
-    query = torch.full((16, 1), 1e4)
+    query = torch.full((16, 1), 1e4, device=device)
     loss = ops.unidirectional_info_nce(query, query, backend=backend)
-    torch.testing.assert_close(loss, torch.tensor(16.0).log())
+    torch.testing.assert_close(loss, torch.tensor(16.0, device=device).log())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradcheck(reduction, backend):
-    features, effective = make((3, 5, 6))
-    query, key = make((2, 4, 5))[0]
+def test_gradcheck(reduction, backend, device):
+    features, effective = make((3, 5, 6), device=device)
+    query, key = make((2, 4, 5), device=device)[0]
 
     def loss_of(query):
         return ops.unidirectional_info_nce(query, key, temperature=2.0, reduction=reduction, backend=backend)
@@ -336,8 +339,8 @@ def test_gradcheck(reduction, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_info_nce_close_to_truth(dtype, backend):
-    query, key = make((2, 33, 17), dtype)[0]
+def test_info_nce_close_to_truth(dtype, backend, device):
+    query, key = make((2, 33, 17), dtype, device=device)[0]
 
     def loss(leaves, function, dtype):
         return function(leaves[0], key.to(dtype), temperature=3.0)
@@ -354,11 +357,11 @@ def test_info_nce_close_to_truth(dtype, backend):
     assert_close_to_truth(mine, true, simple.to(dtype))
 
 
-def test_half_precision_gradient_is_rounded_once(backend):
+def test_half_precision_gradient_is_rounded_once(backend, device):
     # The incoming gradient over N = 3 is no float16, and at 2^18 beyond its range.
-    (query, key), effective = make((2, 3, 40), torch.float16)[0] / 8, torch.tensor([[False], [True]])
+    query, key = make((2, 3, 40), torch.float16, device=device)[0] / 8
     query.requires_grad_()
-    effective = effective.expand(2, 40)
+    effective = torch.tensor([[False], [True]], device=device).expand(2, 40)
     for scale in (1.0, 2.0**18):
         loss = ops.unidirectional_info_nce(query, key, temperature=2.0**12, backend=backend)
         (gradient,) = torch.autograd.grad(loss * scale, query)
@@ -369,9 +372,9 @@ def test_half_precision_gradient_is_rounded_once(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_is_computed_in_float32(dtype, backend):
+def test_half_precision_is_computed_in_float32(dtype, backend, device):
     # Summed over samples at a temperature that is a power of two, the residual is rounded and nothing else.
-    features, effective = make((2, 40, 90), dtype)
+    features, effective = make((2, 40, 90), dtype, device=device)
     features /= 4
     options = {"effective": effective, "temperature": 2.0, "reduction": "sum"}
     op = functools.partial(ops.duc_loss, backend=backend)
@@ -387,8 +390,8 @@ def test_half_precision_is_computed_in_float32(dtype, backend):
         assert_rounded_once(mine, true, slack)
 
 
-def test_one_modality_may_be_a_constant(backend):
-    features, effective = make((2, 5, 4))
+def test_one_modality_may_be_a_constant(backend, device):
+    features, effective = make((2, 5, 4), device=device)
     expected = value_and_gradient(ops.duc_loss, features, torch.float64, effective=effective)[1]
     for learner in range(2):
         leaves = [feature.clone() for feature in features]
@@ -397,8 +400,8 @@ def test_one_modality_may_be_a_constant(backend):
         torch.testing.assert_close(leaves[learner].grad, expected[learner])
 
 
-def test_forward_mode_has_no_formula_and_says_so(backend):
-    features, effective = make((2, 5, 4))
+def test_forward_mode_has_no_formula_and_says_so(backend, device):
+    features, effective = make((2, 5, 4), device=device)
     losses = {
         "duc_loss": lambda x: ops.duc_loss(x, effective, backend=backend),
         "unidirectional_info_nce": lambda x: ops.unidirectional_info_nce(x[0], x[1], backend=backend),
@@ -410,14 +413,14 @@ def test_forward_mode_has_no_formula_and_says_so(backend):
             loss(forward_ad.make_dual(features, torch.ones_like(features)))
 
 
-def test_key_of_info_nce_gets_no_gradient(backend):
-    query, key = torch.randn(2, 8, 4, requires_grad=True).unbind()
+def test_key_of_info_nce_gets_no_gradient(backend, device):
+    query, key = torch.randn(2, 8, 4, requires_grad=True, device=device).unbind()
     loss = ops.unidirectional_info_nce(query.detach(), key, backend=backend)
     assert not loss.requires_grad
 
 
-def test_prepared_dims_and_stacked_features_agree(backend):
-    features, effective = make((3, 9, 11))
+def test_prepared_dims_and_stacked_features_agree(backend, device):
+    features, effective = make((3, 9, 11), device=device)
     expected = ops.duc_loss(features, effective, backend=backend)
     dims = ops.DucDims(effective)
     for same in (features, list(features), tuple(features)):
@@ -441,8 +444,8 @@ def test_prepared_dims_are_saved_and_loaded():
         assert loaded.sizes == dims.sizes
 
 
-def test_layouts(backend):
-    features, effective = make((2, 9, 11))
+def test_layouts(backend, device):
+    features, effective = make((2, 9, 11), device=device)
     expected = value_and_gradient(
         functools.partial(ops.duc_loss, backend=backend), features, torch.float64, effective=effective
     )
@@ -451,25 +454,61 @@ def test_layouts(backend):
     torch.testing.assert_close((loss.detach(), torch.autograd.grad(loss, strided)), expected)
 
 
-def test_chunks_of_queries_give_the_whole(monkeypatch, backend):
-    features, effective = make((2, 33, 12))
+@pytest.mark.parametrize("taught", [(70, 0), (40, 30), (1, 0, 33)], ids=str)
+def test_triton_takes_memory_for_the_columns_there_are(taught):
+    if reason := _backend.why_not("triton"):
+        pytest.skip(reason)
+    kernels, device = _backend.kernels("duc_loss"), "cpu" if _backend.interpreting() else "cuda"
+    num_modalities, num_samples, num_dims = len(taught), 100, 70
+    # A modality alone is effective in its columns, which it teaches all others.
+    effective = torch.zeros(num_modalities, num_dims, dtype=torch.bool, device=device)
+    for modality, number in enumerate(taught):
+        effective[modality, sum(taught[:modality]) :][:number] = True
+    features = list(torch.randn(num_modalities, num_samples, num_dims, device=device))
+    fitted = (num_modalities - 1) * sum(-(-number // 16) * 16 for number in taught)
+    whole = num_modalities * (num_modalities - 1) * 80
+    found = []
+    for sizes, columns in ((ops.DucDims(effective).sizes, fitted), ((), whole)):
+        allocated = []
+
+        class Spy(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, allocated=allocated):
+                out = function(*args, **(kwargs or {}))
+                if "empty" in str(function) or "zeros" in str(function):
+                    allocated.append(out.numel())
+                return out
+
+        with Spy():
+            results = kernels.duc_loss_fwd(features, features, effective, sizes, 1.0, 0, "none", True)
+        found.append(results)
+        # Queries, keys and their residuals; besides, a few numbers of each pair's samples and dimensions.
+        least = 3 * num_samples * columns + results[1].numel()
+        pairs = num_modalities * (num_modalities - 1)
+        assert least <= sum(allocated) <= least + pairs * (num_samples + num_dims + 2)
+    for known, unknown in zip(*found, strict=True):
+        assert torch.equal(known, unknown)
+
+
+def test_chunks_of_queries_give_the_whole(monkeypatch, backend, device):
+    features, effective = make((2, 33, 12), device=device)
     op = functools.partial(ops.duc_loss, effective=effective, backend=backend)
     expected = value_and_gradient(op, features, torch.float64)
     monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 33 * 5)
     torch.testing.assert_close(value_and_gradient(op, features, torch.float64), expected)
 
 
-def test_nothing_to_teach_is_zero_with_zero_gradient(backend):
+def test_nothing_to_teach_is_zero_with_zero_gradient(backend, device):
     for num_modalities, effective in ((1, torch.ones(1, 4)), (3, torch.ones(3, 4)), (2, torch.zeros(2, 4))):
-        features = torch.randn(num_modalities, 5, 4, requires_grad=True)
-        loss = ops.duc_loss(features, effective.bool(), backend=backend)
+        features = torch.randn(num_modalities, 5, 4, requires_grad=True, device=device)
+        loss = ops.duc_loss(features, effective.to(device, torch.bool), backend=backend)
         assert loss.item() == 0
         loss.backward()
         assert bool((features.grad == 0).all())
 
 
-def test_empty_batch_is_as_in_cross_entropy(backend):
-    features, effective = torch.randn(2, 0, 4, requires_grad=True), torch.eye(2, 4).bool()
+def test_empty_batch_is_as_in_cross_entropy(backend, device):
+    features = torch.randn(2, 0, 4, requires_grad=True, device=device)
+    effective = torch.eye(2, 4, device=device).bool()
     loss = functools.partial(ops.duc_loss, features, effective, backend=backend)
     assert bool(loss(reduction="mean").isnan())
     assert loss(reduction="sum").item() == 0
@@ -478,8 +517,8 @@ def test_empty_batch_is_as_in_cross_entropy(backend):
     assert features.grad.shape == (2, 0, 4)
 
 
-def test_mixed_dtypes_are_promoted(backend):
-    features, effective = make((2, 9, 11), torch.float32)
+def test_mixed_dtypes_are_promoted(backend, device):
+    features, effective = make((2, 9, 11), torch.float32, device=device)
     mixed = [features[0].bfloat16().requires_grad_(), features[1].clone().requires_grad_()]
     loss = ops.duc_loss(mixed, effective, backend=backend)
     expected = ops.duc_loss([mixed[0].float(), mixed[1]], effective, backend=backend)
@@ -489,27 +528,27 @@ def test_mixed_dtypes_are_promoted(backend):
     assert [leaf.grad.dtype for leaf in mixed] == [torch.bfloat16, torch.float32]
 
 
-def test_autocast_does_not_lower_precision(backend):
-    features, effective = make((2, 33, 20), torch.float32)
+def test_autocast_does_not_lower_precision(backend, device):
+    features, effective = make((2, 33, 20), torch.float32, device=device)
     expected = value_and_gradient(
         functools.partial(ops.duc_loss, backend=backend), features, torch.float32, effective=effective
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = value_and_gradient(
             functools.partial(ops.duc_loss, backend=backend), features, torch.float32, effective=effective
         )
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_info_nce_under_autocast(backend):
-    query, key = make((2, 33, 20), torch.float32)[0]
+def test_info_nce_under_autocast(backend, device):
+    query, key = make((2, 33, 20), torch.float32, device=device)[0]
     loss = functools.partial(ops.unidirectional_info_nce, backend=backend)
 
     def value(queries, keys):
         return loss(queries[0], keys)
 
     expected = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = value_and_gradient(functools.partial(value, keys=key), [query], torch.float32)
         # What autocast hands over is a mixture.
         mixed = loss(query.bfloat16(), key)
@@ -517,8 +556,8 @@ def test_info_nce_under_autocast(backend):
     torch.testing.assert_close(mixed, loss(query.bfloat16().float(), key), rtol=0, atol=0)
 
 
-def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend):
-    features, effective = make((2, 64, 16), torch.float16)
+def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend, device):
+    features, effective = make((2, 64, 16), torch.float16, device=device)
     op = functools.partial(ops.duc_loss, effective=effective, temperature=1e4, backend=backend)
     leaves = [feature.clone().requires_grad_() for feature in features]
     scaled = torch.autograd.grad(op(leaves) * 2.0**16, leaves)
@@ -530,10 +569,10 @@ def test_a_float16_gradient_keeps_what_loss_scaling_saves(backend):
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["mask", "prepared"])
-def test_compiles(prepared, backend):
+def test_compiles(prepared, backend, device):
     # The other cases compiled the same code: dynamo gives up after eight.
     torch.compiler.reset()
-    features, effective = make((2, 16, 8))
+    features, effective = make((2, 16, 8), device=device)
     dims = ops.DucDims(effective) if prepared else effective
 
     def loss(first, second):
@@ -550,8 +589,8 @@ def test_compiles(prepared, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "loss-and-gradient"])
-def test_opcheck(with_residual, dtype, backend):
-    features, effective = make((2, 5, 6), dtype)
+def test_opcheck(with_residual, dtype, backend, device):
+    features, effective = make((2, 5, 6), dtype, device=device)
     dims = ops.DucDims(effective)
     raw, rest = torch.ops.mmfast, (2.0, 0, "mean", with_residual, backend)
     torch.library.opcheck(raw.duc_loss_fwd, (list(features), [], effective, None, [], *rest))

@@ -23,7 +23,7 @@ LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthChe
 
 
 def projector_after(features, alpha, dtype=torch.float64, backend="auto"):
-    projector = torch.eye(features.shape[1], dtype=dtype)
+    projector = torch.eye(features.shape[1], dtype=dtype, device=features.device)
     for feature in features:
         ops.update_projector_(projector, feature, alpha=alpha, backend=backend)
     return projector
@@ -31,7 +31,7 @@ def projector_after(features, alpha, dtype=torch.float64, backend="auto"):
 
 def formula(features, alpha, dtype):
     """Return the projector after the published updates."""
-    p = torch.eye(features.shape[1], dtype=dtype)
+    p = torch.eye(features.shape[1], dtype=dtype, device=features.device)
     for h in features.to(dtype):
         q = p @ h / (alpha + h @ p @ h)
         p = p - torch.outer(q, p @ h)
@@ -95,35 +95,35 @@ def test_number_of_threads_changes_no_bit(size, rows):
         assert all(map(torch.equal, result, results[0]))
 
 
-def test_a_backward_that_needs_the_old_projector_notices(backend):
-    projector, weight = torch.eye(3), torch.randn(2, 3, requires_grad=True)
+def test_a_backward_that_needs_the_old_projector_notices(backend, device):
+    projector, weight = torch.eye(3, device=device), torch.randn(2, 3, requires_grad=True, device=device)
     loss = ops.project_gradient(weight, projector, backend=backend).sum()
-    ops.update_projector_(projector, torch.randn(3), alpha=0.1, backend=backend)
+    ops.update_projector_(projector, torch.randn(3, device=device), alpha=0.1, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_by_hand(backend):
+def test_by_hand(backend, device):
     # P = I - h h^T / (alpha + |h|^2) with h = (3, 4): |h|^2 = 25.
-    projector = torch.eye(2)
-    assert ops.update_projector_(projector, torch.tensor([3.0, 4.0]), alpha=5.0, backend=backend) is None
-    torch.testing.assert_close(projector, torch.tensor([[0.7, -0.4], [-0.4, 14 / 30]]))
+    projector, feature = torch.eye(2, device=device), torch.tensor([3.0, 4.0], device=device)
+    assert ops.update_projector_(projector, feature, alpha=5.0, backend=backend) is None
+    torch.testing.assert_close(projector.cpu(), torch.tensor([[0.7, -0.4], [-0.4, 14 / 30]]))
 
 
 @pytest.mark.parametrize("size", [1, 8, 33])
 @pytest.mark.parametrize("feature_dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
-def test_update_close_to_truth(dtype, feature_dtype, size, backend):
-    features = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(feature_dtype)
+def test_update_close_to_truth(dtype, feature_dtype, size, backend, device):
+    features = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(device, feature_dtype)
     actual = projector_after(features, 0.1, dtype, backend)
     assert torch.equal(actual, actual.T)
     assert_close_to_truth(actual, formula(features, 0.1, torch.float64), formula(features, 0.1, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
-def test_update_of_several_tiles(dtype, backend):
-    features = torch.randn(2, 530, generator=torch.Generator().manual_seed(0))
-    projector = torch.eye(530, 600, dtype=dtype)[:, :530]
+def test_update_of_several_tiles(dtype, backend, device):
+    features = torch.randn(2, 530, generator=torch.Generator().manual_seed(0)).to(device)
+    projector = torch.eye(530, 600, dtype=dtype, device=device)[:, :530]
     if dtype == torch.float64:
         # Columns in one piece.
         projector = projector.T.contiguous().T
@@ -158,13 +158,13 @@ def test_laws(size, num_updates, alpha, scale, dtype, seed):
     assert float(unit @ projector @ unit) <= alpha / float(last @ last) + slack
 
 
-def test_removed_direction_does_not_pass(backend):
-    feature = torch.randn(16, dtype=torch.float64)
+def test_removed_direction_does_not_pass(backend, device):
+    feature = torch.randn(16, dtype=torch.float64, device=device)
     projector = projector_after(feature[None], 1e-9, backend=backend)
-    grad = torch.outer(torch.randn(5, dtype=torch.float64), feature)
+    grad = torch.outer(torch.randn(5, dtype=torch.float64, device=device), feature)
     projected = ops.project_gradient(grad, projector, backend=backend)
     assert float(projected.abs().max()) < 1e-8
-    orthogonal = torch.randn(16, dtype=torch.float64)
+    orthogonal = torch.randn(16, dtype=torch.float64, device=device)
     orthogonal -= feature * (feature @ orthogonal) / (feature @ feature)
     passed = ops.project_gradient(orthogonal[None], projector, backend=backend)
     torch.testing.assert_close(passed[0], orthogonal)
@@ -173,18 +173,18 @@ def test_removed_direction_does_not_pass(backend):
 @pytest.mark.parametrize("projector_dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [(1, 1), (6, 64), (7, 33), (40, 70), (9, 130), (0, 5)], ids=str)
-def test_project_close_to_truth(shape, dtype, projector_dtype, backend):
-    grad = torch.randn(shape).to(dtype)
-    projector = projector_after(torch.randn(3, shape[1]), 0.1, projector_dtype)
+def test_project_close_to_truth(shape, dtype, projector_dtype, backend, device):
+    grad = torch.randn(shape, device=device).to(dtype)
+    projector = projector_after(torch.randn(3, shape[1], device=device), 0.1, projector_dtype)
     actual = ops.project_gradient(grad, projector, backend=backend)
     assert actual.dtype == dtype
     assert_close_to_truth(actual, grad.double() @ projector.double(), grad @ projector.to(dtype))
 
 
-def test_gradients(backend):
-    grad = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+def test_gradients(backend, device):
+    grad = torch.randn(3, 5, dtype=torch.float64, requires_grad=True, device=device)
     # A projector that is not symmetric shows that backward takes its transpose.
-    projector = torch.randn(5, 5, dtype=torch.float64)
+    projector = torch.randn(5, 5, dtype=torch.float64, device=device)
 
     def project(grad):
         return ops.project_gradient(grad, projector, backend=backend)
@@ -193,10 +193,10 @@ def test_gradients(backend):
     assert torch.autograd.gradgradcheck(project, grad)
 
 
-def test_layouts(backend):
-    feature, grad = torch.randn(7), torch.randn(4, 7)
-    projector = projector_after(torch.randn(2, 7), 0.1, torch.float32)
-    padded = torch.zeros(7, 9)
+def test_layouts(backend, device):
+    feature, grad = torch.randn(7, device=device), torch.randn(4, 7, device=device)
+    projector = projector_after(torch.randn(2, 7, device=device), 0.1, torch.float32)
+    padded = torch.zeros(7, 9, device=device)
     padded[:, 1:8] = projector
     ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
     view = padded[:, 1:8]
@@ -207,25 +207,25 @@ def test_layouts(backend):
     torch.testing.assert_close(projected, grad @ projector)
 
 
-def test_autocast_does_not_lower_precision(backend):
-    feature, grad = torch.randn(33), torch.randn(4, 33)
+def test_autocast_does_not_lower_precision(backend, device):
+    feature, grad = torch.randn(33, device=device), torch.randn(4, 33, device=device)
     expected = projector_after(feature[None], 0.1, torch.float32, backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = projector_after(feature[None], 0.1, torch.float32, backend)
         projected = ops.project_gradient(grad, actual, backend=backend)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     torch.testing.assert_close(projected, grad @ expected)
 
 
-def test_compiles(backend):
-    feature = torch.randn(6)
+def test_compiles(backend, device):
+    feature = torch.randn(6, device=device)
 
     def step(grad):
-        projector = torch.eye(6)
+        projector = torch.eye(6, device=device)
         ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
         return ops.project_gradient(2 * grad, projector, backend=backend).square().sum()
 
-    grad = torch.randn(3, 6, requires_grad=True)
+    grad = torch.randn(3, 6, requires_grad=True, device=device)
     expected, actual = step(grad), torch.compile(step, fullgraph=True, backend="aot_eager")(grad)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, grad), torch.autograd.grad(expected, grad))
@@ -256,12 +256,12 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize(("size", "scale"), [(15, 1e3), (64, 100.0), (256, 30.0)])
-def test_thousands_of_updates_leave_a_projector(backend, size, scale):
+def test_thousands_of_updates_leave_a_projector(backend, device, size, scale):
     draw = torch.Generator().manual_seed(0)
-    projector = torch.eye(size)
+    projector = torch.eye(size, device=device)
     # Triton's interpreter takes 20 to 200 ms for an update.
     for step in range(20 if backend == "triton" else 1000):
-        h = scale * torch.randn(size, generator=draw).relu()
+        h = scale * torch.randn(size, generator=draw).to(device).relu()
         ops.update_projector_(projector, h, alpha=0.1 ** (1 + step % 50 / 50), backend=backend)
     eigenvalues = torch.linalg.eigvalsh(projector.double())
     assert eigenvalues.min() > -1e-5

@@ -26,12 +26,12 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(num_samples, num_dims, num_clusters, dtype=torch.float32, spread=1.0, seed=0):
+def make(num_samples, num_dims, num_clusters, dtype=torch.float32, spread=1.0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     centres = 4 * torch.randn(num_clusters, num_dims, generator=generator)
     labels = torch.randint(num_clusters, (num_samples,), generator=generator)
     noise = spread * torch.randn(num_samples, num_dims, generator=generator)
-    return (centres[labels] + noise).to(dtype), labels
+    return (centres[labels] + noise).to(device, dtype), labels.to(device)
 
 
 def inertia_of(features, result):
@@ -100,22 +100,24 @@ def test_number_of_threads_changes_no_bit(shape):
 @pytest.mark.parametrize("max_iter", [1, 5, 300])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [(50, 1, 3), (500, 16, 8), (333, 7, 20), (20, 5, 20)], ids=str)
-def test_same_as_scikit_learn_from_the_same_start(shape, dtype, max_iter, backend):
+def test_same_as_scikit_learn_from_the_same_start(shape, dtype, max_iter, backend, device):
     cluster = pytest.importorskip("sklearn.cluster")
-    features, _ = make(*shape, dtype, spread=2.0)
+    features, _ = make(*shape, dtype, spread=2.0, device=device)
     start = features[torch.randperm(shape[0], generator=torch.Generator().manual_seed(1))[: shape[2]]].clone()
     actual = ops.kmeans(features, shape[2], init=start, max_iter=max_iter, backend=backend)
-    theirs = cluster.KMeans(shape[2], init=start.numpy(), n_init=1, max_iter=max_iter, algorithm="lloyd")
-    theirs.fit(features.numpy())
+    theirs = cluster.KMeans(
+        shape[2], init=start.cpu().numpy(), n_init=1, max_iter=max_iter, algorithm="lloyd"
+    )
+    theirs.fit(features.cpu().numpy())
     np.testing.assert_allclose(actual.inertia.item(), theirs.inertia_, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(actual.centroids.numpy(), theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actual.centroids.cpu().numpy(), theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
     assert actual.num_iter == theirs.n_iter_
-    assert np.array_equal(actual.assignments.numpy(), theirs.labels_)
+    assert np.array_equal(actual.assignments.cpu().numpy(), theirs.labels_)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_finds_separate_clusters(dtype, backend):
-    features, labels = make(400, 8, 5, dtype, spread=0.1)
+def test_finds_separate_clusters(dtype, backend, device):
+    features, labels = make(400, 8, 5, dtype, spread=0.1, device=device)
     result = ops.kmeans(features, 5, num_init=3, backend=backend)
     assert result.centroids.dtype == torch.promote_types(dtype, torch.float32)
     assert result.assignments.dtype == torch.int64
@@ -150,22 +152,23 @@ def test_laws(num_samples, num_dims, fraction, levels, seed):
         assert len(result.assignments.unique()) == num_clusters
 
 
-def test_empty_clusters_take_the_farthest_samples(backend):
-    features = torch.tensor([[0.0], [0.1], [10.0], [10.1], [50.0]])
-    start = torch.tensor([[5.0], [1000.0], [2000.0]])
+def test_empty_clusters_take_the_farthest_samples(backend, device):
+    features = torch.tensor([[0.0], [0.1], [10.0], [10.1], [50.0]], device=device)
+    start = torch.tensor([[5.0], [1000.0], [2000.0]], device=device)
     result = ops.kmeans(features, 3, init=start, backend=backend)
     assert sorted(result.centroids.flatten().tolist()) == pytest.approx([0.05, 10.05, 50], rel=1e-4)
 
 
-def tight_clusters():
+def tight_clusters(device):
     """Return 20 clusters of 10 samples on a grid, of which seeds can easily miss one."""
-    labels = torch.arange(20).repeat_interleave(10)
+    labels = torch.arange(20, device=device).repeat_interleave(10)
     centres = torch.stack([labels % 5, labels // 5], 1)
-    return centres + 0.05 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), labels
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    return centres + 0.05 * noise, labels
 
 
-def test_restarts_keep_the_lowest_inertia(backend):
-    features, _ = make(300, 2, 12, spread=0.5)
+def test_restarts_keep_the_lowest_inertia(backend, device):
+    features, _ = make(300, 2, 12, spread=0.5, device=device)
     kmeans = functools.partial(ops.kmeans, features, 12, backend=backend)
     one = torch.stack([kmeans(seed=seed).inertia for seed in range(8)])
     # Triton's interpreter takes a second for a start.
@@ -177,10 +180,10 @@ def test_restarts_keep_the_lowest_inertia(backend):
     assert many.max() < 1.01 * one.min()
 
 
-def test_seeds_spread_as_greedy_k_means_plus_plus_does(backend):
+def test_seeds_spread_as_greedy_k_means_plus_plus_does(backend, device):
     # All 200 seeds find every cluster by the best of 2 + floor(ln 20) = 4 points each time. The best of two
     # would 193 times, single points 124 times, by plain distance 164 times, uniform draws 6 times.
-    features, labels = tight_clusters()
+    features, labels = tight_clusters(device)
     # The interpreter takes a while, and the seeds are no backend's own.
     num_seeds = 30 if backend == "triton" else 200
     found = sum(
@@ -193,8 +196,8 @@ def test_seeds_spread_as_greedy_k_means_plus_plus_does(backend):
     assert found >= 0.99 * num_seeds
 
 
-def test_a_seed_decides(backend):
-    features, _ = make(300, 6, 12, spread=2.0)
+def test_a_seed_decides(backend, device):
+    features, _ = make(300, 6, 12, spread=2.0, device=device)
     torch.manual_seed(0)
     first = ops.kmeans(features, 12, seed=3, max_iter=2, backend=backend)
     state = torch.get_rng_state()
@@ -208,50 +211,50 @@ def test_a_seed_decides(backend):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_far_from_the_origin(backend):
-    features, labels = make(400, 4, 5, spread=0.1)
+def test_far_from_the_origin(backend, device):
+    features, labels = make(400, 4, 5, spread=0.1, device=device)
     result = ops.kmeans(features + 1000, 5, num_init=3, backend=backend)
     assert ops.cluster_purity(result.assignments, labels) == 1
 
 
-def test_products_are_taken_of_centred_features(backend):
+def test_products_are_taken_of_centred_features(backend, device):
     # |x|^2 is 2e8 here, of which float32 keeps steps of 16; squared distances between clusters are about 1.
-    features, labels = tight_clusters()
+    features, labels = tight_clusters(device)
     start = features[::10] + 1e4
     result = ops.kmeans(features + 1e4, 20, init=start, backend=backend)
     assert ops.cluster_purity(result.assignments, labels) == 1
 
 
-def test_chunks_of_samples_give_the_whole(monkeypatch, backend):
-    features, _ = make(333, 5, 7, torch.float64, spread=2.0)
+def test_chunks_of_samples_give_the_whole(monkeypatch, backend, device):
+    features, _ = make(333, 5, 7, torch.float64, spread=2.0, device=device)
     expected = ops.kmeans(features, 7, backend=backend)
     monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 100)
     actual = ops.kmeans(features, 7, backend=backend)
     torch.testing.assert_close(tuple(actual), tuple(expected))
 
 
-def test_layouts_autocast_and_gradients(backend):
-    features, _ = make(100, 5, 4)
+def test_layouts_autocast_and_gradients(backend, device):
+    features, _ = make(100, 5, 4, device=device)
     expected = ops.kmeans(features, 4, backend=backend)
     strided = features.T.contiguous().T.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = ops.kmeans(strided, 4, backend=backend)
     torch.testing.assert_close(tuple(actual), tuple(expected))
     assert not actual.centroids.requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=lambda dtype: str(dtype)[6:])
-def test_opcheck(dtype, backend):
-    features, _ = make(10, 3, 2, dtype)
+def test_opcheck(dtype, backend, device):
+    features, _ = make(10, 3, 2, dtype, device=device)
     arguments = (features, features[:2].clone(), 10, 1e-4, backend)
     torch.library.opcheck(torch.ops.mmfast.kmeans_lloyd, arguments)
-    labels = torch.tensor([0, 1, 1])
+    labels = torch.tensor([0, 1, 1], device=device)
     torch.library.opcheck(torch.ops.mmfast.cluster_purity, (labels, labels.int(), backend))
 
 
-def test_purity_by_hand(backend):
+def test_purity_by_hand(backend, device):
     # Cluster 0 holds classes 2, 2, 0; cluster 3 holds 1; clusters 1 and 2 hold nothing.
-    assignments, labels = torch.tensor([0, 0, 0, 3]), torch.tensor([2, 2, 0, 1])
+    assignments, labels = torch.tensor([0, 0, 0, 3], device=device), torch.tensor([2, 2, 0, 1], device=device)
     purity = ops.cluster_purity(assignments, labels.int(), backend=backend)
     assert type(purity) is float
     assert purity == 0.75
@@ -259,10 +262,10 @@ def test_purity_by_hand(backend):
 
 @LAWS
 @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
-def test_purity_by_the_contingency_matrix(backend, pairs):
+def test_purity_by_the_contingency_matrix(backend, device, pairs):
     metrics = pytest.importorskip("sklearn.metrics.cluster")
-    assignments, labels = torch.tensor(pairs).unbind(1)
-    table = metrics.contingency_matrix(labels.numpy(), assignments.numpy())
+    assignments, labels = torch.tensor(pairs, device=device).unbind(1)
+    table = metrics.contingency_matrix(labels.cpu().numpy(), assignments.cpu().numpy())
     purity = ops.cluster_purity(assignments, labels, backend=backend)
     assert math.isclose(purity, table.max(0).sum() / len(pairs))
 
@@ -276,21 +279,21 @@ def test_purity_by_the_contingency_matrix(backend, pairs):
     dtype=st.sampled_from(DTYPES[:2]),
     seed=st.integers(0, 999),
 )
-def test_inertia_of_scikit_learn(backend, num_samples, num_dims, fraction, max_iter, dtype, seed):
+def test_inertia_of_scikit_learn(backend, device, num_samples, num_dims, fraction, max_iter, dtype, seed):
     cluster = pytest.importorskip("sklearn.cluster")
     num_clusters = 1 + int(fraction * (num_samples - 1))
-    features, _ = make(num_samples, num_dims, 3, dtype, spread=2.0, seed=seed)
+    features, _ = make(num_samples, num_dims, 3, dtype, spread=2.0, seed=seed, device=device)
     start = features[:num_clusters].clone()
-    options = {"init": start.numpy(), "n_init": 1, "max_iter": max_iter, "tol": 0, "algorithm": "lloyd"}
-    theirs = cluster.KMeans(num_clusters, **options).fit(features.numpy())
+    options = {"init": start.cpu().numpy(), "n_init": 1, "max_iter": max_iter, "tol": 0, "algorithm": "lloyd"}
+    theirs = cluster.KMeans(num_clusters, **options).fit(features.cpu().numpy())
     mine = ops.kmeans(features, num_clusters, init=start, max_iter=max_iter, tol=0, backend=backend)
     np.testing.assert_allclose(mine.inertia.item(), theirs.inertia_, rtol=1e-5, atol=1e-6)
 
 
-def test_purity_of_numbers_far_apart(backend):
+def test_purity_of_numbers_far_apart(backend, device):
     # A table of all numbers up to the largest would have 10^24 entries.
-    assignments = torch.tensor([7, 7, 7, 10**12, 10**12, 2**62])
-    labels = torch.tensor([10**12, 3, 10**12, 3, 2**62, 2**62])
+    assignments = torch.tensor([7, 7, 7, 10**12, 10**12, 2**62], device=device)
+    labels = torch.tensor([10**12, 3, 10**12, 3, 2**62, 2**62], device=device)
     assert ops.cluster_purity(assignments, labels, backend=backend) == 4 / 6
 
 

@@ -33,10 +33,11 @@ RULES = {
 LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(shape, dtype=torch.float64, seed=0):
+def make(shape, dtype=torch.float64, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return logits.to(dtype), torch.rand(shape[:2], generator=generator) > 0.4
+    present = torch.rand(shape[:2], generator=generator) > 0.4
+    return logits.to(device, dtype), present.to(device)
 
 
 def plain(rule, logits, present):
@@ -56,8 +57,8 @@ def plain(rule, logits, present):
 
 def exact(rule, logits, present):
     """Return what `plain` does, in extended precision where the machine has it, rounded to float64."""
-    x = logits.double().numpy().astype(np.longdouble)
-    here = np.ones(x.shape[:2], bool) if present is None else present.numpy()
+    x = logits.double().cpu().numpy().astype(np.longdouble)
+    here = np.ones(x.shape[:2], bool) if present is None else present.cpu().numpy()
     e = np.exp(x - x.max(-1, keepdims=True))
     p = e / e.sum(-1, keepdims=True)
     score = (p * np.log(p)).sum(-1) if rule == "entropy" else p.max(-1) / np.longdouble(0.3)
@@ -73,7 +74,7 @@ def gradient(fuse, logits, present, dtype):
     leaf = logits.to(dtype).requires_grad_()
     generator = torch.Generator().manual_seed(1)
     results = fuse(leaf, present=present)
-    sums = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in results]
+    sums = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in results]
     return torch.autograd.grad(results, leaf, sums)[0]
 
 
@@ -122,8 +123,8 @@ test_logit_fusion.check_all("cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_close_to_truth(rule, shape, dtype, masked, backend):
-    logits, present = make(shape, dtype)
+def test_close_to_truth(rule, shape, dtype, masked, backend, device):
+    logits, present = make(shape, dtype, device=device)
     present = present if masked else None
     actual = RULES[rule][0](logits, present=present, backend=backend)
     for mine, truth, simple in zip(
@@ -133,20 +134,20 @@ def test_close_to_truth(rule, shape, dtype, masked, backend):
         assert_close_to_truth(mine, truth, simple)
 
 
-def test_by_hand(backend):
+def test_by_hand(backend, device):
     # Uniform over two classes: entropy log 2, certainty 1/2; the sure modality: entropy 0, certainty 1.
-    logits = torch.tensor([[[0.0, 0.0]], [[1000.0, 0.0]]])
+    logits = torch.tensor([[[0.0, 0.0]], [[1000.0, 0.0]]], device=device)
     fused, weights = ops.entropy_fusion(logits, backend=backend)
-    torch.testing.assert_close(weights, torch.tensor([[1 / 3], [2 / 3]]))
-    torch.testing.assert_close(fused, torch.tensor([[2000 / 3, 0.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3], [2 / 3]], device=device))
+    torch.testing.assert_close(fused, torch.tensor([[2000 / 3, 0.0]], device=device))
     _, weights = ops.certainty_fusion(logits, temperature=0.5, backend=backend)
-    torch.testing.assert_close(weights[1], torch.tensor([1.0]).sigmoid())
+    torch.testing.assert_close(weights[1], torch.tensor([1.0], device=device).sigmoid())
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("rule", RULES)
-def test_gradients(rule, masked, backend):
-    logits, present = make((3, 6, 4))
+def test_gradients(rule, masked, backend, device):
+    logits, present = make((3, 6, 4), device=device)
     fuse = functools.partial(RULES[rule][0], present=present if masked else None, backend=backend)
     # Triton's interpreter takes 10 ms for a launch.
     assert torch.autograd.gradcheck(fuse, logits.requires_grad_(), fast_mode=backend == "triton")
@@ -154,8 +155,8 @@ def test_gradients(rule, masked, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("rule", RULES)
-def test_gradient_close_to_truth(rule, dtype, backend):
-    logits, present = make((3, 33, 7), dtype)
+def test_gradient_close_to_truth(rule, dtype, backend, device):
+    logits, present = make((3, 33, 7), dtype, device=device)
     mine, oracle = RULES[rule]
     actual = gradient(functools.partial(mine, backend=backend), logits, present, dtype)
     truth, simple = (gradient(oracle, logits, present, precision) for precision in (torch.float64, dtype))
@@ -165,11 +166,11 @@ def test_gradient_close_to_truth(rule, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("shape", [(2, 5, 1025), (3, 2, 4100), (40, 3, 130)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_many_classes(rule, shape, dtype, backend):
+def test_many_classes(rule, shape, dtype, backend, device):
     """More classes than one tile of a kernel holds, some excluded, the largest logit in every tile."""
-    logits, present = make(shape, dtype)
+    logits, present = make(shape, dtype, device=device)
     logits[:, 0, : shape[2] // 2] = -torch.inf
-    logits[0, 1] += torch.linspace(0, 9, shape[2], dtype=dtype)
+    logits[0, 1] += torch.linspace(0, 9, shape[2], dtype=dtype, device=device)
     logits[1, 1, :] = logits[1, 1, 0]
     fuse = RULES[rule][0]
     results = []
@@ -186,8 +187,8 @@ def test_many_classes(rule, shape, dtype, backend):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_absent_modalities_have_no_influence(rule, backend):
-    logits, present = make((3, 20, 4))
+def test_absent_modalities_have_no_influence(rule, backend, device):
+    logits, present = make((3, 20, 4), device=device)
     present[:, 0] = False
     fuse = RULES[rule][0]
     expected = fuse(logits, present=present, backend=backend)
@@ -223,28 +224,28 @@ def test_laws(rule, shape, seed):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_excluded_classes(rule, backend):
-    logits, _ = make((2, 8, 4))
+def test_excluded_classes(rule, backend, device):
+    logits, _ = make((2, 8, 4), device=device)
     expected = RULES[rule][0](logits[..., :3].contiguous(), backend=backend)
     logits[..., 3] = -torch.inf
     logits.requires_grad_()
     fused, weights = RULES[rule][0](logits, backend=backend)
     torch.testing.assert_close((fused[:, :3], weights), expected)
     assert bool((fused[:, 3] == -torch.inf).all())
-    torch.nn.functional.cross_entropy(fused, torch.arange(8) % 3).backward()
+    torch.nn.functional.cross_entropy(fused, torch.arange(8, device=device) % 3).backward()
     assert bool(logits.grad.isfinite().all())
     assert bool((logits.grad[..., 3] == 0).all())
 
 
-def test_a_low_temperature_picks_the_surest(backend):
-    logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 1.0, -torch.inf]]])
+def test_a_low_temperature_picks_the_surest(backend, device):
+    logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 1.0, -torch.inf]]], device=device)
     fused, weights = ops.certainty_fusion(logits, temperature=1e-4, backend=backend)
     assert weights.tolist() == [[1], [0]]
     assert fused.tolist() == [[9, 0, 0]]
 
 
-def test_equal_logits_give_the_gradient_to_the_lowest_class(backend):
-    logits = torch.tensor([[[1.0, 1.0]], [[0.0, 3.0]]], requires_grad=True)
+def test_equal_logits_give_the_gradient_to_the_lowest_class(backend, device):
+    logits = torch.tensor([[[1.0, 1.0]], [[0.0, 3.0]]], requires_grad=True, device=device)
     ops.certainty_fusion(logits, backend=backend)[1][0].sum().backward()
     assert logits.grad[0, 0, 0] > 0
     assert logits.grad[0, 0, 1] < 0
@@ -252,8 +253,8 @@ def test_equal_logits_give_the_gradient_to_the_lowest_class(backend):
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_large_logits_at_extreme_temperatures(dtype, temperature, backend):
-    logits, present = make((3, 200, 7))
+def test_large_logits_at_extreme_temperatures(dtype, temperature, backend, device):
+    logits, present = make((3, 200, 7), device=device)
     logits = (50 * logits).to(dtype)
     fuse = functools.partial(ops.certainty_fusion, temperature=temperature)
     for op in (fuse, ops.entropy_fusion):
@@ -273,20 +274,20 @@ def test_large_logits_at_extreme_temperatures(dtype, temperature, backend):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_what_is_no_number_shows_in_its_own_sample(rule, value, backend):
-    logits, _ = make((2, 20, 5), torch.float32)
+def test_what_is_no_number_shows_in_its_own_sample(rule, value, backend, device):
+    logits, _ = make((2, 20, 5), torch.float32, device=device)
     logits[1, 3, 2] = value
     logits[0, 4] = -torch.inf
     fused, weights = RULES[rule][0](logits, backend=backend)
     bad = (torch.arange(20) == 3) | (torch.arange(20) == 4)
-    assert torch.equal(fused.isnan().any(1), bad)
-    assert torch.equal(weights.isnan().all(0), bad)
-    assert torch.equal(weights.isnan().any(0), bad)
+    assert torch.equal(fused.isnan().any(1).cpu(), bad)
+    assert torch.equal(weights.isnan().all(0).cpu(), bad)
+    assert torch.equal(weights.isnan().any(0).cpu(), bad)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_layouts(rule, backend):
-    logits, present = make((3, 33, 7))
+def test_layouts(rule, backend, device):
+    logits, present = make((3, 33, 7), device=device)
     strided = logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert not strided.is_contiguous()
     fuse = functools.partial(RULES[rule][0], present=present.T.contiguous().T, backend=backend)
@@ -295,9 +296,9 @@ def test_layouts(rule, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("rule", RULES)
-def test_autocast(rule, dtype, backend):
-    logits, present = make((2, 16, 5), dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(rule, dtype, backend, device):
+    logits, present = make((2, 16, 5), dtype, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         inside = RULES[rule][0](logits, present=present, backend=backend)
     torch.testing.assert_close(
         inside, RULES[rule][0](logits, present=present, backend=backend), rtol=0, atol=0
@@ -305,8 +306,8 @@ def test_autocast(rule, dtype, backend):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_compiles(rule, backend):
-    logits, present = make((3, 16, 5))
+def test_compiles(rule, backend, device):
+    logits, present = make((3, 16, 5), device=device)
 
     def loss(logits):
         fused, weights = RULES[rule][0](2 * logits, present=present, backend=backend)
@@ -320,8 +321,8 @@ def test_compiles(rule, backend):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-def test_opcheck(masked, dtype, backend):
-    logits, present = make((2, 3, 4), dtype)
+def test_opcheck(masked, dtype, backend, device):
+    logits, present = make((2, 3, 4), dtype, device=device)
     options = (present if masked else None, "certainty", 0.5, backend)
     torch.library.opcheck(torch.ops.mmfast.logit_fusion_fwd, (logits, *options))
     dfused, dweights = logits[0].clone(), logits[..., 0].clone()

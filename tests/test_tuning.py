@@ -16,6 +16,8 @@ pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . br
 from rich.console import Console
 from typer.testing import CliRunner
 
+from every_op import CALLS
+from mmfast import backend
 from mmfast.bench import tune
 from mmfast.bench.harness import Case, Options, Work
 from mmfast.commands import app
@@ -23,6 +25,14 @@ from mmfast.kernels import _tuning as tuning
 
 CPU = torch.device("cpu")
 TILES = [{"BLOCK": size} for size in (16, 32, 64, 128)]
+# All but those whose kernel has one block shape for everything.
+UNTUNED = ("partial_reinit", "cluster_purity")
+TUNED = [
+    pytest.param(stem, make, id=make.__name__)
+    for stem, makes in CALLS.items()
+    for make in makes
+    if make.__name__ not in UNTUNED
+]
 
 
 def choose(key="float32", device=CPU):
@@ -118,6 +128,30 @@ def test_a_default_that_fails_is_an_error(file):
     calls: list[int] = []
     with pytest.raises(RuntimeError, match="broken"):
         tune.tune({"toy": [toy_case(call)]}, Options(quick=True), Console(file=io.StringIO()))
+
+
+def test_neighbours_are_half_as_large_and_twice_as_large():
+    found = tuning.neighbours({"BLOCK": 16, "num_warps": 16}, least=16)
+    assert found == [{"BLOCK": block, "num_warps": warps} for block in (16, 32) for warps in (8, 16)]
+
+
+@pytest.mark.parametrize(("stem", "make"), TUNED)
+def test_every_choice_is_asked_for_and_any_answer_is_right(stem, make, file):
+    if reason := backend.why_not("triton"):
+        pytest.skip(reason)
+    device = torch.device("cpu" if backend.interpreting() else "cuda")
+    _, call = make(device, torch.float32, "triton")
+    with tuning.session() as session:
+        expected = [x.clone() for x in call()]
+        assert session.asked
+        assert {op for op, _ in session.asked} == {stem}
+        assert all(len(candidates) > 1 for candidates in session.asked.values())
+        # The smallest of all sizes, on a GPU, too, where the largest need not fit.
+        session.forced = {key: min(each, key=lambda c: [*c.values()]) for key, each in session.asked.items()}
+        assert any(config != session.asked[key][0] for key, config in session.forced.items())
+        asked = list(session.asked)
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+        assert list(session.asked) == asked
 
 
 def test_without_a_gpu_there_is_nothing_to_tune():

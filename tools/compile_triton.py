@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,30 @@ def configurations(op: str, device: str) -> list[tuple]:
     return listed(target.arch) if inspect.signature(listed).parameters else listed()
 
 
+def _in_bfloat16(configuration: tuple) -> str:
+    """Return all of a configuration as text, with bfloat16 in place of float16."""
+    kernel, *parts = configuration
+    return f"{kernel.__name__} {parts}".replace("fp16", "bf16").replace(".float16", ".bfloat16")
+
+
+def distinct(ops: Iterable[str], devices: Sequence[str]) -> list[tuple[tuple, str]]:
+    """Return what is to compile: configurations with their devices.
+
+    Float16 differs from bfloat16 in its conversions alone: what is listed for both is compiled in float16 for
+    the first device only.
+    """
+    jobs = []
+    for op in ops:
+        for device in devices:
+            listed = configurations(op, device)
+            texts = [f"{kernel.__name__} {parts}" for kernel, *parts in listed]
+            for item, text in zip(listed, texts, strict=True):
+                twin = _in_bfloat16(item)
+                if device == devices[0] or text == twin or twin not in texts:
+                    jobs.append((item, device))
+    return jobs
+
+
 # Kernels cannot be pickled: processes that are forked find them here.
 _JOBS: list[tuple[tuple, str]] = []
 
@@ -155,8 +180,8 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=DEVICES, default=list(DEVICES), help="devices")
     parser.add_argument("--ops", nargs="+", help="stems of kernels/, all by default")
     arguments = parser.parse_args()
-    for op in arguments.ops or sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py")):
-        _JOBS.extend((item, device) for device in arguments.targets for item in configurations(op, device))
+    ops = arguments.ops or sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+    _JOBS.extend(distinct(ops, arguments.targets))
     started = time.perf_counter()
     print(f"{'kernel':31} {'target':6} {'registers':>9} {'shared':>7} {'spills':>6} {'s':>5}  configuration")
     workers, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
