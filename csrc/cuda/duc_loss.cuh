@@ -91,7 +91,6 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
   const int lane = threadIdx.x % kWarp;
   // Of 16 rows of a warp; the tiles with own keys and the ragged last one alone pay for comparisons.
   if ((first_key < first_own + 16 && first_own < first_key + keys) || first_key + keys > num_keys) {
-    // Both fit in 32 bits where they matter, and nothing else compares equal.
     const int64_t own = first_own - first_key + lane / 4, left = num_keys - first_key;
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {

@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tili
     mbarrier_expect(query_ready, H::query_bytes);
     bulk_copy(queries, query_source, H::query_bytes, query_ready);
     int stage = 0, parity = 1;
+#pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
       mbarrier_wait(empty + 8 * stage, parity);
       mbarrier_expect(full + 8 * stage, H::tile_bytes);

@@ -80,7 +80,7 @@ __device__ __forceinline__ void hold_registers(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-// Neither: what is computed from the value is computed anew, instead of kept in registers through a loop.
+// No code either: what is computed from the value is computed anew, not kept in registers through a loop.
 __device__ __forceinline__ uint32_t recomputed(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
