@@ -10,7 +10,7 @@ the system keeps), and which of these instructions it has:
 Fails if a kernel keeps variables in memory, by spills or by arrays it indexes at run time, or lacks
 instructions that its file asks for in a line like this:
 
-    // Machine code: duc_loss_kernel, 90a: HGMMA UBLKCP
+    // Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def demangled(names: list[str]) -> dict[str, str]:
     texts = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     short = {}
     for name, text in zip(names, texts.stdout.splitlines(), strict=True):
-        text = text.removeprefix("void ").replace("mmfast::", "").replace("(anonymous namespace)::", "")
+        text = text.removeprefix("void ").replace("(anonymous namespace)::", "")
+        text = re.sub(r"^(\w+::)+", "", text).replace("mmfast::", "")
         # The parameters begin at the first bracket outside the template's arguments.
         depth = 0
         for index, letter in enumerate(text):

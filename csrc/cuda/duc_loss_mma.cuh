@@ -2,6 +2,9 @@
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
 // columns are split over blocks. Included by duc_loss.cu only.
+//
+// Machine code: duc_mma_kernel, 80 90 100 120: HMMA LDGSTS
+// Machine code: duc_mma_wide_kernel, 80 90 100 120: HMMA LDGSTS
 #pragma once
 
 #include "duc_loss.cuh"
@@ -73,7 +76,8 @@ struct MmaTile {
 
 // Pairs of up to 64 << slot columns. Grid: blocks of queries, 1, pairs.
 template <class T, int slot, int stages>
-__global__ void __launch_bounds__(kMmaBlock) duc_mma_kernel(Sweep sweep, Tiling tiling) {
+__global__ void __launch_bounds__(kMmaBlock)
+    duc_mma_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
   constexpr int num_panels = 1 << slot, keys = kMmaTiling.keys[slot];
   using Tile = MmaTile<num_panels, keys, stages>;
   const Share share(sweep, keys);
@@ -138,7 +142,8 @@ constexpr int kWideQueryBytes = kMmaRows * kPanelRowBytes, kWideKeyBytes = kWide
 constexpr int kWideStage = kWideQueryBytes + kWideKeyBytes, kWideShared = kWideStages * kWideStage;
 
 template <class T>
-__global__ void __launch_bounds__(kMmaBlock) duc_mma_wide_kernel(Sweep sweep, Tiling tiling) {
+__global__ void __launch_bounds__(kMmaBlock)
+    duc_mma_wide_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
   const Share share(sweep, kWideKeys);
   const int count = sweep.count(share.pair), first_panel = blockIdx.y * kWidePanels;
   const int num_panels = (count + kPanel - 1) / kPanel;

@@ -17,6 +17,8 @@
 //
 // A descriptor holds address, LBO and SBO in units of 16 bytes at bits 0, 16 and 32, a base offset of 0 at
 // bit 49, and at bit 62 the number of the swizzle, 1.
+//
+// Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
 #include "duc_loss.cuh"
 #include "hopper.cuh"
 
@@ -76,7 +78,8 @@ __device__ __forceinline__ void begin_weighted(float (&acc)[H::columns / 2],
 
 // Grid: blocks of queries, 1, pairs.
 template <class T, int slot, bool has_residual>
-__global__ void __launch_bounds__(kBlock, 1) duc_hopper_kernel(Sweep sweep, Tiling tiling) {
+__global__ void __launch_bounds__(kBlock, 1)
+    duc_hopper_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
   using H = Hopper<slot>;
   constexpr int keys = H::keys, stages = H::stages;
   const Share share(sweep, keys);
