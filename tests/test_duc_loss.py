@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +90,13 @@ def check_edges(shape, dtype, backend, device="cpu"):
             assert_close_to_truth(mine, true, simple.to(mine.dtype))
 
 
+def check_all(backend):
+    """Every dtype and edge, for a process that was started for one instruction set."""
+    for dtype in DTYPES:
+        for shape in EDGES:
+            check_edges(shape, dtype, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_edges_of_tiles(shape, dtype, backend, device):
@@ -143,23 +146,6 @@ def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
                 check_part_of_keys(dtype, "triton", num_queries, num_queries + 2 * tile.keys, num_dims, 30)
                 monkeypatch.undo()
     assert tried
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_duc_loss as test
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-for dtype in test.DTYPES:
-    for shape in test.EDGES:
-        test.check_edges(shape, dtype, "cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.usefixtures("restored_threads")
