@@ -67,7 +67,7 @@ def build(kernels: list[Path]) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            sources = [SOURCES[0] / "emulation.cpp", *kernels]
+            sources = [*sorted(SOURCES[0].glob("*.cpp")), *kernels]
             try:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     objects = list(pool.map(lambda source: _compile(source, folder), sources))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -289,13 +290,19 @@ def test_many_classes(shape, dtype, utility, backend, device):
 @pytest.mark.parametrize("utility", ["cardinality", "margin"])
 @pytest.mark.parametrize("num_modalities", [4, 6])
 def test_blocks_may_share_coalitions_or_not(num_modalities, utility, monkeypatch, backend, device):
-    if backend != "triton":
-        pytest.skip("only Triton's kernel shares them")
-    kernels = _backend.kernels("additive_shapley")
+    if backend == "triton":
+        module, name, values = _backend.kernels("additive_shapley"), "_ENOUGH_BLOCKS", (1, 2, 1024)
+    elif backend == "cuda":
+        # Where no block shares them, sums of more than a thousand coalitions begin anew.
+        num_modalities += 5
+        module = importlib.import_module("mmfast.ops.additive_shapley")
+        name, values = "_CUDA_ENOUGH_THREADS", (1, 50, 2**17)
+    else:
+        pytest.skip("no coalitions are shared")
     partial_logits, labels, bias = make((num_modalities, 5, 3), device=device)
     expected = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend="reference")
-    for enough_blocks in (1, 2, 1024):
-        monkeypatch.setattr(kernels, "_ENOUGH_BLOCKS", enough_blocks)
+    for value in values:
+        monkeypatch.setattr(module, name, value)
         actual = ops.additive_shapley(partial_logits, labels, bias, utility=utility, backend=backend)
         torch.testing.assert_close(actual, expected)
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cuda_emulated
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
@@ -126,6 +127,19 @@ def test_queries_are_a_part_of_the_keys(sizes, dtype, backend, device):
     check_part_of_keys(dtype, backend, *sizes, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_many_keys_of_few_queries(dtype, backend, device):
+    if dtype != torch.float64:
+        check_part_of_keys(dtype, backend, 20, 1100, 70, 1000, device)
+        return
+    # The order of so long a sum shows in float64, which has no wider truth.
+    features, effective = make((3, 1100, 12), dtype, device=device)
+    keys, queries = list(features), list(features[:, 1000:1020])
+    arguments = (keys, effective, None, [], 2.0, 1000, "none", True)
+    expected = torch.ops.mmfast.duc_loss_fwd(queries, *arguments, "reference")
+    torch.testing.assert_close(torch.ops.mmfast.duc_loss_fwd(queries, *arguments, backend), expected)
+
+
 @pytest.mark.parametrize("num_dims", [40, 100, 200, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
@@ -146,6 +160,18 @@ def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
                 check_part_of_keys(dtype, "triton", num_queries, num_queries + 2 * tile.keys, num_dims, 30)
                 monkeypatch.undo()
     assert tried
+
+
+@pytest.mark.parametrize("num_dims", [40, 100, 200, 300, 520])
+@pytest.mark.parametrize("compute_capability", [8, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
+    if not cuda_emulated.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    with cuda_emulated.emulated() as module:
+        module.compute_capability = compute_capability
+        # Several tiles of every kernel, so that stages are filled again; more than 512 keys are split.
+        check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
 
 
 @pytest.mark.usefixtures("restored_threads")
@@ -343,7 +369,8 @@ def test_half_precision_is_computed_in_float32(dtype, backend, device):
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
     # Matrix units, and the C++ kernel where the processor has pairs of bfloat16, take the softmax rounded.
-    rounded = {"triton": {torch.bfloat16: 5e-4, torch.float16: 6e-5}, "cpu": {torch.bfloat16: 5e-4}}
+    on_units = {torch.bfloat16: 5e-4, torch.float16: 6e-5}
+    rounded = {"triton": on_units, "cuda": on_units, "cpu": {torch.bfloat16: 5e-4}}
     slack = rounded.get(backend, {}).get(dtype, 1e-6)
     for mine, true in zip(gradients, true_gradients, strict=True):
         assert_rounded_once(mine, true, slack)

@@ -8,39 +8,14 @@
 // thread, the turn of the loop. A thread folds its own bits in registers; at the end each thread holds M
 // partial values and the row's threads exchange halves of them, so M sums cost about M shuffles instead of M
 // log2(threads). Compiled for every architecture without spills; not timed yet on a GPU.
-#include "common.cuh"
+#include "shapley.cuh"
 
 namespace mmfast {
 namespace {
 
-constexpr int kMaxPlayers = 20;
 constexpr int kBlock = 256;
 
 constexpr __host__ __device__ int log2_up(int n) { return n <= 1 ? 0 : 1 + log2_up((n + 1) / 2); }
-
-template <class A>
-struct Weights {
-  A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
-
-  explicit Weights(int num_players) {
-    double last = 0, next = 1.0 / num_players;
-    for (int k = 0; k <= kMaxPlayers; ++k) {
-      a[k] = static_cast<A>(last + next), b[k] = static_cast<A>(next);
-      last = next;
-      next = k + 1 < num_players ? next * (k + 1) / (num_players - 1 - k) : 0;
-    }
-  }
-};
-
-// Into shared memory, where the threads of a warp may read different sizes at once.
-template <class A>
-__device__ void share_weights(const Weights<A>& weights, A* a, A* b) {
-  if (threadIdx.x <= kMaxPlayers) {
-    a[threadIdx.x] = weights.a[threadIdx.x];
-    b[threadIdx.x] = weights.b[threadIdx.x];
-  }
-  __syncthreads();
-}
 
 // How a row is spread: `threads` of them, `players` at most. `is_exact` says that a row has exactly `players`
 // and one turn.

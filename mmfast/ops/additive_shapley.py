@@ -218,6 +218,38 @@ def _run_cpu(
     )
 
 
+# Rows of sums over samples that the bias's gradient is added up from.
+_CUDA_ROWS = 1024
+# Threads that fill the largest GPU; with fewer, blocks share the coalitions of a sample.
+_CUDA_ENOUGH_THREADS = 2**17
+
+
+def _run_cuda(
+    entry: str,  # as for _run_cpu
+    gradients: tuple[Tensor, ...],
+    logits: Tensor,
+    labels: Tensor,
+    bias: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    utility: str,
+    parts: tuple[int, ...] = (),  # of additive_shapley: the first size of the last output
+) -> None:
+    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
+    labels = labels.long().contiguous()
+    getattr(_backend.extension("cuda"), entry)(
+        *(gradient.data_ptr() for gradient in gradients),
+        logits.data_ptr(),
+        labels.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*bias, *outputs)),
+        *logits.shape,
+        *logits.stride(),
+        UTILITIES.index(utility),
+        DTYPE_CODE[logits.dtype],
+        *parts,
+        *_backend.stream_of(logits),
+    )
+
+
 def _wide_operands(
     partial_logits: Tensor,  # [M, N, C]
     bias: Tensor | None,  # [C]
@@ -238,9 +270,10 @@ def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -
         launch = _backend.kernels("additive_shapley").coalition_utilities_fwd
         return launch(logits, labels, UTILITIES.index(utility))
     values = logits.new_empty(logits.shape[:2])
-    if chosen == "cpu":
+    if chosen != "reference":
+        run = _run_cpu if chosen == "cpu" else _run_cuda
         if values.numel() > 0:
-            _run_cpu("coalition_utilities_fwd", (), logits, labels, (), (values,), utility)
+            run("coalition_utilities_fwd", (), logits, labels, (), (values,), utility)
         return values
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         values[rows] = _reference.coalition_utilities(logits[rows], labels[rows], utility=utility)
@@ -253,9 +286,10 @@ def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: 
         launch = _backend.kernels("additive_shapley").coalition_utilities_bwd
         return launch(dutilities, logits, labels, UTILITIES.index(utility))
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if chosen == "cpu":
+    if chosen != "reference":
+        run = _run_cpu if chosen == "cpu" else _run_cuda
         if dlogits.numel() > 0:
-            _run_cpu("coalition_utilities_bwd", (dutilities,), logits, labels, (), (dlogits,), utility)
+            run("coalition_utilities_bwd", (dutilities,), logits, labels, (), (dlogits,), utility)
         return dlogits
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         dlogits[rows] = _reference.coalition_utilities_bwd(
@@ -272,6 +306,8 @@ def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: s
         operand, wide_bias = _wide_operands(partial_logits, bias)
         launch = _backend.kernels("additive_shapley").additive_shapley_fwd
         return launch(operand, labels, wide_bias, UTILITIES.index(utility)).to(partial_logits.dtype)
+    if chosen == "cuda":
+        return _fwd_cuda(partial_logits, labels, bias, utility)
     phi = partial_logits.new_empty(num_samples, num_modalities)
     if chosen == "cpu":
         operand, wide_bias = _wide_operands(partial_logits, bias)
@@ -304,6 +340,8 @@ def _bwd(
     dpartial_logits = torch.empty(
         partial_logits.shape, dtype=partial_logits.dtype, device=partial_logits.device
     )
+    if chosen == "cuda":
+        return _bwd_cuda(dphi, partial_logits, labels, bias, utility)
     if chosen == "cpu":
         return _bwd_cpu(dphi, partial_logits, labels, bias, dpartial_logits, utility)
     dbias = None
@@ -335,6 +373,52 @@ def _bwd_cpu(
         _run_cpu("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility)
     dbias = partial_logits.new_empty(0) if bias is None else chunks.sum(0).to(bias.dtype)
     return wide_gradient.to(dpartial_logits.dtype), dbias
+
+
+def _fwd_cuda(
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    utility: str,
+) -> Tensor:  # [N, M]
+    operand, wide_bias = _wide_operands(partial_logits, bias)
+    num_modalities, num_samples, num_classes = operand.shape
+    threads = num_samples * min(128, -(-num_classes // 4))
+    splits = 1
+    while 64 * splits < 2**num_modalities and splits * threads < _CUDA_ENOUGH_THREADS:
+        splits *= 2
+    phi = operand.new_empty(num_samples, num_modalities)
+    parts = None
+    if splits > 1:
+        parts = phi.new_empty(splits, *phi.shape, dtype=accumulation_dtype(phi.dtype))
+    if phi.numel() > 0:
+        outputs = (phi, parts)
+        _run_cuda("additive_shapley_fwd", (), operand, labels, (wide_bias,), outputs, utility, (splits,))
+    return (phi if parts is None else parts.sum(0)).to(partial_logits.dtype)
+
+
+def _bwd_cuda(
+    dphi: Tensor,  # [N, M]
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    utility: str,
+) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
+    operand, wide_bias = _wide_operands(partial_logits, bias)
+    _, num_samples, num_classes = operand.shape
+    dtype = accumulation_dtype(operand.dtype)
+    # Of more classes than the lanes of a warp hold, the kernel adds up the gradients in memory.
+    is_held = num_classes <= (256 if operand.element_size() == 2 else 128)
+    gradient = torch.empty(operand.shape, dtype=operand.dtype if is_held else dtype, device=operand.device)
+    rows = min(num_samples, _CUDA_ROWS)
+    sums = None if bias is None else operand.new_empty(rows, num_classes, dtype=dtype)
+    if operand.numel() > 0:
+        outputs = (gradient, sums)
+        _run_cuda("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility, (rows,))
+    gradient = gradient.to(partial_logits.dtype)
+    if bias is None or sums is None:
+        return gradient, partial_logits.new_empty(0)
+    return gradient, sums.sum(0).to(bias.dtype)
 
 
 def _utilities_fwd_fake(logits, labels, utility, backend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 
@@ -319,6 +320,92 @@ def _run_cpu(
     return loss, residuals
 
 
+def _has_aligned_rows(
+    x: Tensor,  # [N, D]
+) -> bool:
+    """Return whether rows are in one piece each, and begin and end at multiples of 16 bytes."""
+    lengths = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
+    return x.stride(1) == 1 and all(length % 16 == 0 for length in lengths)
+
+
+def _run_cuda(
+    features: list[Tensor],  # M of [N, D]
+    keys: list[Tensor],  # M of [K, D]
+    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
+    sizes: list[int],  # M^2 numbers of columns a pair has; none: not known on the host
+    temperature: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
+    query = features[0]
+    (num_samples, num_dims), num_keys = query.shape, keys[0].shape[0]
+    num_pairs = 1 if effective is None else len(features) * (len(features) - 1)
+    num_columns = max(sizes, default=num_dims) if num_pairs else 0
+    loss = _loss_fake(query, reduction)
+    residuals = query.new_empty((len(features), num_samples, num_dims) if with_residual else 0)
+    if num_columns == 0 or num_samples == 0:
+        # Without dimensions all scores are 0.
+        nothing = math.log(num_keys) if effective is None and num_samples else 0.0
+        loss.fill_(math.nan if num_samples == 0 and reduction == "mean" else nothing)
+        if reduction == "sum":
+            loss.mul_(num_samples)
+        return loss, residuals.zero_()
+    # In half precision up to 512 columns take a power of two of panels, otherwise any number of panels.
+    wide = query.dtype.itemsize > 2
+    width = -(-num_columns // 64) * 64
+    if not wide and num_columns <= 512:
+        width = max(64, 1 << (num_columns - 1).bit_length())
+    # Where all columns are taken, rows that can be read 16 bytes at a time need no second copy.
+    reads_keys = wide and effective is None and _has_aligned_rows(keys[0])
+    num_copies = 2 if wide and not reads_keys else 1
+    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * num_copies
+    packed = query.new_empty(num_pairs * num_rows * width)
+    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
+    num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
+    # Sums over several teachers are rounded once.
+    is_rounded = effective is None or len(features) == 2
+    packed_residual = residuals
+    if with_residual and (effective is not None or num_dims % 2):
+        dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
+        packed_residual = query.new_empty(num_pairs, num_samples, width, dtype=dtype)
+    losses = loss.new_empty(num_pairs, num_samples)
+    num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
+    partial = loss.new_empty(num_partial)
+    indices = loss.new_empty(num_pairs * (2 * num_dims + 1), dtype=torch.int32)
+    views = array("q")
+    for feature, key in zip(features, keys, strict=True):
+        views.extend((feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()))
+    known = array("q", sizes)
+    mask = None if effective is None else effective.contiguous()
+    _backend.extension("cuda").duc_loss_fwd(
+        views.buffer_info()[0],
+        0 if mask is None else mask.data_ptr(),
+        indices.data_ptr(),
+        packed.data_ptr(),
+        packed_residual.data_ptr() if with_residual else 0,
+        partial.data_ptr(),
+        losses.data_ptr(),
+        loss.data_ptr(),
+        residuals.data_ptr() if with_residual else 0,
+        len(features),
+        num_samples,
+        num_keys,
+        num_dims,
+        width,
+        known.buffer_info()[0] if sizes else 0,
+        num_splits,
+        reads_keys,
+        is_rounded,
+        temperature,
+        offset,
+        REDUCTIONS.index(reduction),
+        DTYPE_CODE[query.dtype],
+        *_backend.stream_of(query),
+    )
+    return loss, residuals
+
+
 @outside_autocast
 def _duc_impl(
     features: list[Tensor],  # M of [N, D]
@@ -338,6 +425,10 @@ def _duc_impl(
         return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
     if chosen == "triton":
         return _backend.kernels("duc_loss").duc_loss_fwd(
+            features, keys or features, effective, sizes, temperature, offset, reduction, with_residual
+        )
+    if chosen == "cuda":
+        return _run_cuda(
             features, keys or features, effective, sizes, temperature, offset, reduction, with_residual
         )
     if columns is None:
@@ -371,6 +462,9 @@ def _info_nce_impl(
     if chosen == "triton":
         module = _backend.kernels("duc_loss")
         return module.info_nce_fwd(query, key, temperature, offset, reduction, with_residual)
+    if chosen == "cuda":
+        loss, residuals = _run_cuda([query], [key], None, [], temperature, offset, reduction, with_residual)
+        return loss, residuals[0] if with_residual else residuals
     losses, residual = _reference.info_nce_fwd(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )

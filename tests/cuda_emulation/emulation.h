@@ -69,6 +69,8 @@ unsigned char* dynamic_shared_memory();
 // Waits for `num_threads` threads of the block at barrier `id`; for all that have not returned if it is 0.
 // Returns the sum of their votes.
 int barrier(int id, int num_threads, int vote = 0);
+// Counts this thread at barrier `id` and goes on.
+void barrier_arrive(int id, int num_threads);
 
 // Gathers `bytes` of every lane of `mask`: [32] values of kLaneBytes each, poison from lanes outside.
 constexpr int kLaneBytes = 64;
@@ -91,6 +93,8 @@ Lanes<T> gather(unsigned mask, const T& mine) {
 }
 
 int lane();
+// Goes up with every block of every launch.
+int64_t block_number();
 
 using Body = void (*)(void* arguments);
 void run(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, Body body, void* arguments,

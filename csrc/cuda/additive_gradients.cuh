@@ -1,0 +1,358 @@
+// The backward kernel of additive_shapley.cu.
+#pragma once
+
+#include "additive_sample.cuh"
+#include "shapley.cuh"
+
+namespace mmfast {
+namespace {
+
+// The gradients of a sample with respect to its own classes' partial logits, as a thread adds them up.
+template <class P>
+struct Gradients {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  using Out = std::conditional_t<P::is_block, A, T>;
+  static constexpr int K = P::K, J = 1 << K, H = P::H;
+
+  const Sample<P>& sample;
+  Out* dpartial_logits;  // [M, N, C], those of the sample
+  int64_t stride;        // N C
+  A* dbias_row;          // [C] of the block, if is_block
+  A* dbase;              // [H] unless is_block
+  A dpart[K][H], own_part[K], own_base, here[H];
+
+  __device__ Gradients(const Sample<P>& sample, Out* dpartial_logits, int64_t stride, A* dbias_row, A* dbase)
+      : sample(sample), dpartial_logits(dpartial_logits), stride(stride), dbias_row(dbias_row), dbase(dbase) {
+    own_base = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      own_part[k] = 0;
+#pragma unroll
+      for (int i = 0; i < H; ++i) dpart[k][i] = 0;
+    }
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) {
+      sample.column(m, P::sum) = 0;
+      if constexpr (!P::is_block) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) sample.column(m, P::gradients + i) = 0;
+      }
+    }
+  }
+
+  // Adds x[j], the gradient with respect to coalition j's logit of one class.
+  __device__ void add(int chunk, int i, const A (&x)[J]) {
+    A sum[J];
+#pragma unroll
+    for (int j = 0; j < J; ++j) sum[j] = x[j];
+    A halves[K];
+#pragma unroll
+    for (int k = K - 1; k >= 0; --k) {
+      halves[k] = sum[1 << k];
+#pragma unroll
+      for (int j = 1; j < 1 << k; ++j) halves[k] += sum[(1 << k) + j];
+#pragma unroll
+      for (int j = 0; j < 1 << k; ++j) sum[j] += sum[(1 << k) + j];
+    }
+    here[i] = sum[0];
+    if constexpr (P::is_block) {
+      const int c = sample.classes.class_of(chunk, i);
+      if (c >= sample.classes.C) return;
+      // Only this thread comes to this class; the first coalition finds nothing there yet.
+      if (dbias_row != nullptr) dbias_row[c] += sum[0];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (sample.outer + k >= sample.problem.M) continue;
+        Out& target = dpartial_logits[(sample.outer + k) * stride + c];
+        target = sample.members == 0 ? halves[k] : target + halves[k];
+      }
+    } else {
+      dbase[i] += sum[0];
+#pragma unroll
+      for (int k = 0; k < K; ++k) dpart[k][i] += halves[k];
+    }
+  }
+
+  // After the classes of a chunk: adds to the outer modalities what the coalition holds of them.
+  __device__ void add_outer(int chunk) {
+    if constexpr (P::is_block) {
+      const Classes<H>& classes = sample.classes;
+#pragma unroll 1
+      for (int m = 0; m < sample.outer; ++m) {
+        if (sample.members != 0 && !(sample.members >> m & 1)) continue;
+        Out* row = dpartial_logits + m * stride;
+#pragma unroll
+        for (int i = 0; i < H; ++i) {
+          const int c = classes.class_of(chunk, i);
+          if (c < classes.C) row[c] = sample.members == 0 ? A(0) : row[c] + here[i];
+        }
+      }
+    } else {
+      add_to_columns(here);
+    }
+  }
+
+  __device__ void add_to_columns(const A (&gradient)[H]) const {
+#pragma unroll 1
+    for (unsigned rest = sample.members; rest != 0; rest &= rest - 1) {
+      const int m = __ffs(static_cast<int>(rest)) - 1;
+#pragma unroll
+      for (int i = 0; i < H; ++i) sample.column(m, P::gradients + i) += gradient[i];
+    }
+  }
+
+  // Adds the gradient with respect to the thread's logits of coalition j, unless is_block.
+  __device__ void add_one(int j, const A (&gradient)[H]) {
+#pragma unroll
+    for (int i = 0; i < H; ++i) {
+      dbase[i] += gradient[i];
+#pragma unroll
+      for (int k = 0; k < K; ++k) dpart[k][i] += j >> k & 1 ? gradient[i] : A(0);
+    }
+    add_to_columns(gradient);
+  }
+
+  // The label's logit. With "log_probability" and "margin" its gradient is du_s and a rest, and the sum of
+  // du_s over the coalitions that hold m is dphi_m (that over all of them is 0): only the rest, if any, is
+  // added up, so that nothing cancels.
+  __device__ void add_own_softmax(int j, A scale, A own, A others) {
+    add_own(j, sample.problem.utility == kProbability ? scale * others : -scale * own);
+  }
+
+  __device__ void add_own(int j, A gradient) {
+    own_base += gradient;
+#pragma unroll
+    for (int k = 0; k < K; ++k) own_part[k] += j >> k & 1 ? gradient : A(0);
+#pragma unroll 1
+    for (unsigned rest = sample.members; rest != 0; rest &= rest - 1)
+      sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += gradient;
+  }
+
+  // What a thread added up of the label's goes to the thread of the label's class.
+  template <class Dphi>
+  __device__ void finish(bool is_live, Dphi&& dphi_of) {
+    const bool is_rest = sample.problem.utility != kProbability;
+    const auto& team = sample.team;
+    finish_own(team.template sum_parts<J>(own_base), dbias_row, dbase);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int m = sample.outer + k;
+      Out* row = dpartial_logits + m * stride;
+      const A own = team.template sum_parts<J>(own_part[k]);
+      if (m < sample.problem.M) finish_row(is_rest ? own + dphi_of(m) : own, row, dpart[k], is_live);
+    }
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) {
+      A gradients[H];
+      if constexpr (!P::is_block) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) gradients[i] = sample.column(m, P::gradients + i);
+      }
+      const A own = team.template sum_parts<J>(sample.column(m, P::sum));
+      finish_row(is_rest ? own + dphi_of(m) : own, dpartial_logits + m * stride, gradients, is_live);
+    }
+  }
+
+  template <class Row>
+  __device__ void finish_own(A own, Row* row, A* held) const {
+    const Classes<H>& classes = sample.classes;
+    if constexpr (P::is_block) {
+      if (row == nullptr) return;
+#pragma unroll 1
+      for (int chunk = 0; chunk < classes.chunks(); ++chunk) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) {
+          if (classes.class_of(chunk, i) == sample.label) row[sample.label] += own;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < H; ++i) held[i] += classes.class_of(0, i) == sample.label ? own : A(0);
+    }
+  }
+
+  __device__ void finish_row(A own, Out* row, A (&held)[H], bool is_live) const {
+    finish_own(own, row, held);
+    if constexpr (!P::is_block) {
+      if (is_live) sample.classes.store(row, 0, held);
+    }
+  }
+};
+
+// Adds the gradients of the last modalities' coalition j with exponentials of sums, where products were too
+// small. All lanes of the warp come along; those whose team needs it not add zeros.
+template <class P, class A>
+__device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gradients<P>& gradients) {
+  constexpr int H = P::H;
+  const auto& problem = sample.problem;
+  const bool is_needed = sample.team.all(is_mine ? 1 : 0, Sum()) > 0;
+  const Coalition<typename P::T> source{problem, sample.classes, sample.data, sample.with_last(j)};
+  const Softmax<A> softmax = softmax_of(source, sample.label, source.own(sample.label), sample.team);
+  const A total = softmax.own + softmax.others;
+  const A weight = (problem.utility == kProbability ? du * (softmax.own / total) : du) / total;
+  A z[H];
+  source.load(0, z);
+#pragma unroll
+  for (int i = 0; i < H; ++i)
+    z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
+  gradients.add_one(j, z);
+  if (is_mine) gradients.add_own_softmax(j, weight, softmax.own, softmax.others);
+}
+
+// Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
+template <class A, int H>
+__device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (&dbase)[H], A* row) {
+  MMFAST_SHARED(A, sums, [kBlock / kWarp][kWarp][H]);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, num_warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+  for (int i = 0; i < H; ++i) {
+#pragma unroll 1
+    for (int distance = team.threads; distance < kWarp; distance *= 2)
+      dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
+    if (static_cast<int>(threadIdx.x) % kWarp < team.threads) sums[warp][team.lane][i] = dbase[i];
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= team.threads) return;
+#pragma unroll
+  for (int i = 0; i < H; ++i) {
+#pragma unroll 1
+    for (int w = 1; w < num_warps; ++w) dbase[i] += sums[w][team.lane][i];
+  }
+  classes.store(row, 0, dbase);
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::max_threads, P::min_blocks)
+    additive_shapley_bwd_kernel(const typename P::T* __restrict__ dphi,  // [N, M]
+                                const __grid_constant__ Problem<typename P::T> problem,
+                                typename Gradients<P>::Out* dpartial_logits,  // [M, N, C]
+                                accumulate_t<typename P::T>* dbias,           // [blocks, C] or null
+                                Weights<accumulate_t<typename P::T>> weights) {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  constexpr int K = P::K, J = 1 << K, H = P::H;
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
+  MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
+  MMFAST_DYNAMIC_SHARED(columns);
+  share_weights(weights, a, b);
+
+  const Team<P::is_block> team(problem.threads, scratch);
+  const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
+  const int samples = team.teams();
+  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  A* const dbias_row =
+      P::is_block && dbias != nullptr ? dbias + blockIdx.x * static_cast<int64_t>(problem.C) : nullptr;
+  A dbase[H] = {};
+  if (dbias_row != nullptr) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < classes.chunks(); ++chunk) classes.store(dbias_row, chunk, dbase);
+  }
+
+  const int64_t num_groups = (problem.N + samples - 1) / samples;
+#pragma unroll 1
+  for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
+    const int64_t wanted = group * samples + team.place();
+    const bool is_live = wanted < problem.N;
+    const int64_t n = is_live ? wanted : problem.N - 1;
+    Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
+    Gradients<P> gradients(sample, dpartial_logits + n * problem.C, problem.N * problem.C, dbias_row, dbase);
+    // A team without a sample adds nothing to the bias's gradient.
+    const auto dphi_of = [&](int m) {
+      return is_live && m < M ? problem.format.widen(dphi[n * M + m]) : A(0);
+    };
+    A dphi_sum = 0, last_dphi[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) dphi_sum += dphi_of(m);
+
+#pragma unroll 1
+    for (unsigned others = 0; others < (P::has_outer ? 1u << sample.outer : 1u); ++others) {
+      sample.visit(others);
+      const int size = __popc(others);
+      A here = 0;
+#pragma unroll 1
+      for (unsigned rest = others; rest != 0; rest &= rest - 1)
+        here += dphi_of(__ffs(static_cast<int>(rest)) - 1);
+      // The gradient with respect to the utility of a coalition j.
+      const auto du_of = [&](int j) {
+        if (j >= 1 << M) return A(0);
+        A inside = here;
+#pragma unroll
+        for (int k = 0; k < K; ++k) inside += j >> k & 1 ? last_dphi[k] : A(0);
+        const int players = size + __popc(j);
+        return a[players] * inside - b[players] * dphi_sum;
+      };
+      A scale[J] = {};
+      if constexpr (P::is_softmax) {
+        A y[J], others_sum[J], tops[J];
+        unsigned flags = 0;
+        sample.find_sums(y, others_sum, tops);
+#pragma unroll
+        for (int i = 0; i < J; ++i) {
+          if (i >= left) continue;
+          const A e = exponential(y[i]), total = e + others_sum[i], du = du_of(first + i);
+          if (P::is_product && !(total >= kLeastSum<A>)) {
+            flags |= 1u << i;
+            continue;
+          }
+          scale[i] = (problem.utility == kProbability ? du * (e / total) : du) / total;
+          gradients.add_own_softmax(first + i, scale[i], e, others_sum[i]);
+        }
+        team.template gather<J>(scale);
+        sample.for_leaves(
+            [&](int chunk, int i, A(&x)[J]) {
+#pragma unroll
+              for (int j = 0; j < J; ++j)
+                x[j] = -scale[j] * (P::is_product ? x[j] : exponential(x[j] - tops[j]));
+              gradients.add(chunk, i, x);
+            },
+            [&](int chunk) { gradients.add_outer(chunk); });
+        if constexpr (P::is_product) {
+          sample.for_flagged(
+              flags, [&](int j, bool is_mine) { add_exact(sample, du_of(j), j, is_mine, gradients); });
+        }
+      } else {
+        A tops[J];
+        int runner_up[J];
+        sample.find_tops(tops);
+        team.template gather<J>(tops);
+#pragma unroll
+        for (int j = 0; j < J; ++j) runner_up[j] = kNoClass;
+        sample.for_leaves([&](int chunk, int i, const A(&x)[J]) {
+          const int c = classes.class_of(chunk, i);
+#pragma unroll
+          for (int j = 0; j < J; ++j) {
+            if (c < classes.C && x[j] == tops[j]) runner_up[j] = Min()(runner_up[j], c);
+          }
+        });
+        team.template scatter<J>(runner_up, Min());
+#pragma unroll
+        for (int i = 0; i < J; ++i) {
+          if (i >= left) continue;
+          scale[i] = du_of(first + i);
+        }
+        team.template gather<J>(runner_up);
+        team.template gather<J>(scale);
+        sample.for_leaves(
+            [&](int chunk, int i, A(&x)[J]) {
+              const int c = classes.class_of(chunk, i);
+#pragma unroll
+              for (int j = 0; j < J; ++j) x[j] = c == runner_up[j] ? -scale[j] : A(0);
+              gradients.add(chunk, i, x);
+            },
+            [&](int chunk) { gradients.add_outer(chunk); });
+      }
+    }
+    gradients.finish(is_live, dphi_of);
+  }
+  if constexpr (!P::is_block) {
+    if (dbias != nullptr)
+      sum_bias(team, classes, dbase, dbias + blockIdx.x * static_cast<int64_t>(problem.C));
+  }
+}
+
+}  // namespace
+}  // namespace mmfast
