@@ -152,6 +152,33 @@ void make_fibers() {
   }
 }
 
+// The threads of a block that move only when no other can: none, one, or a warp. The others overtake them as
+// far as barriers let them, so what is written too early shows, too.
+struct Last {
+  int first = 0, count = 0;
+
+  Last() {
+    const unsigned kind = order_source() % 3, pick = order_source();
+    if (kind == 1) first = static_cast<int>(pick % num_threads), count = 1;
+    if (kind == 2) first = static_cast<int>(pick % num_threads / kWarp * kWarp), count = kWarp;
+  }
+  bool contains(int thread) const { return thread >= first && thread < first + count; }
+};
+
+// Resumes every fiber that can go on among the last or among the others; returns whether there was one.
+bool run_ready(const std::vector<int>& order, const Last& last, bool are_last) {
+  bool has_moved = false;
+  for (const int t : order) {
+    Fiber& fiber = fibers[t];
+    if (last.contains(t) != are_last || fiber.is_done) continue;
+    if (fiber.is_ready != nullptr && !fiber.is_ready(fiber.argument)) continue;
+    fiber.is_ready = nullptr;
+    resume(t);
+    has_moved = true;
+  }
+  return has_moved;
+}
+
 void run_block() {
   std::memset(shared_bytes, kPoison, std::max(dynamic_bytes, shared_used));
   shared_used = (dynamic_bytes + 1023) / 1024 * 1024;
@@ -169,19 +196,10 @@ void run_block() {
   }
   std::vector<int> order(num_threads);
   std::iota(order.begin(), order.end(), 0);
+  const Last last;
   while (num_running > 0) {
     std::shuffle(order.begin(), order.end(), order_source);
-    bool has_moved = false;
-    for (const int t : order) {
-      Fiber& fiber = fibers[t];
-      if (fiber.is_done || (fiber.is_ready != nullptr && !fiber.is_ready(fiber.argument))) continue;
-      has_moved = true;
-      // One that misses rounds is overtaken by the others, up to the barrier they must wait for it at.
-      if (order_source() % 4 == 0) continue;
-      fiber.is_ready = nullptr;
-      resume(t);
-    }
-    if (!has_moved) {
+    if (!run_ready(order, last, false) && !run_ready(order, last, true)) {
       for (Fiber& fiber : fibers) fiber.is_started = false;
       throw std::runtime_error(std::string(kernel_name) + ": " + std::to_string(num_running) + " of " +
                                std::to_string(num_threads) + " threads wait for ever");

@@ -2,11 +2,12 @@
 // defined.
 //
 // The threads of a block are fibers that run, in shuffled order, up to their next barrier or warp operation;
-// blocks run one after the other, in shuffled order. What a missing barrier leaves unwritten is then read as
-// poison: shared memory begins every block filled with 0xff, a NaN in every floating dtype. Every access to
-// memory is checked (emulation.cpp): inside a tensor the caller showed, inside shared memory, or on the
-// fiber's own stack. What a kernel needs of CUDA is declared here, and nothing else; a name that is missing
-// does not compile.
+// in most blocks one thread or one warp moves only when no other can. Blocks run one after the other, in
+// shuffled order. What a missing barrier leaves unwritten is then read as poison, what it lets be written
+// too early is overwritten: shared memory begins every block filled with 0xff, a NaN in every floating dtype.
+// Every access to memory is checked (emulation.cpp): inside a tensor the caller showed, inside shared memory,
+// or on the fiber's own stack. What a kernel needs of CUDA is declared here, and nothing else; a name that is
+// missing does not compile.
 //
 // Not emulated: threads of a warp do not run in lockstep (no kernel may count on it), memory is sequentially
 // consistent (a missing fence does not show), and nothing here says how fast a kernel is.
