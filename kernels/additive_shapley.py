@@ -25,67 +25,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._additive_shapley_rows import _row_configurations, coalition_utilities_bwd, coalition_utilities_fwd
+from ._additive_shapley_utility import (
+    _CARDINALITY,
+    _PROBABILITY,
+    MAX_CLASSES,
+    _blocks,
+    _chosen,
+    _dlogits,
+    _utility,
+)
 from ._common import _ELEMENT, _acc, _configuration, _on, _wide
-from ._tuning import size_class, tuned
 
-# By their places, as in mmfast/ops/additive_shapley.py.
-_CARDINALITY = tl.constexpr(0)
-_CORRECT = tl.constexpr(1)
-_PROBABILITY = tl.constexpr(2)
-_LOG_PROBABILITY = tl.constexpr(3)
-_MARGIN = tl.constexpr(4)
-
-
-@triton.jit
-def _utility(
-    z,  # [BLOCK_N, BLOCK_C], -inf in the label's place and beyond the last class
-    own,  # [BLOCK_N], the label's logit
-    is_before,  # [BLOCK_N, BLOCK_C], whether a class comes before the label
-    UTILITY: tl.constexpr,
-):
-    if UTILITY <= _CORRECT:
-        # Of equal logits the first counts as largest, and a NaN as larger than all numbers, as torch has it.
-        is_nan = z != z
-        is_larger = (z > own[:, None]) | (is_nan & (own == own)[:, None])
-        is_as_large = (z == own[:, None]) | is_nan
-        is_beaten = tl.max((is_larger | (is_before & is_as_large)).to(tl.int32), axis=1)
-        value = tl.where(is_beaten == 0, 1.0, 0.0).to(z.dtype)
-    elif UTILITY == _MARGIN:
-        # The maximum passes over a NaN.
-        poison = tl.sum(tl.where(z != z, z, 0.0), axis=1)
-        value = own - tl.max(z, axis=1) + poison
-    else:
-        top = tl.maximum(tl.max(z, axis=1), own)
-        own_exp = tl.exp(own - top)
-        total = own_exp + tl.sum(tl.exp(z - top[:, None]), axis=1)
-        value = own_exp / total if UTILITY == _PROBABILITY else own - top - tl.log(total)
-    return value
-
-
-@triton.jit
-def _dlogits(
-    z,  # [BLOCK_N, BLOCK_C], as for _utility
-    own,  # [BLOCK_N]
-    du,  # [BLOCK_N]
-    offs_c,  # [BLOCK_C]
-    is_own,  # [BLOCK_N, BLOCK_C]
-    UTILITY: tl.constexpr,
-):
-    """Return du times the gradient of a smooth utility, the label's in its place."""
-    if UTILITY == _MARGIN:
-        is_top = z == tl.max(z, axis=1)[:, None]
-        runner_up = tl.min(tl.where(is_top, offs_c[None, :], 0x7FFFFFFF), axis=1)
-        dz = tl.where(offs_c[None, :] == runner_up[:, None], -du[:, None], 0.0)
-        dz += tl.where(is_own, du[:, None], 0.0)
-    else:
-        top = tl.maximum(tl.max(z, axis=1), own)
-        own_exp = tl.exp(own - top)
-        e = tl.exp(z - top[:, None])
-        others = tl.sum(e, axis=1)
-        total = own_exp + others
-        weight = (du * (own_exp / total) if UTILITY == _PROBABILITY else du) / total
-        dz = tl.where(is_own, (weight * others)[:, None], -weight[:, None] * e)
-    return dz
+__all__ = [
+    "MAX_CLASSES",
+    "additive_shapley_bwd",
+    "additive_shapley_fwd",
+    "coalition_utilities_bwd",
+    "coalition_utilities_fwd",
+    "compile_configurations",
+]
 
 
 @triton.jit
@@ -303,82 +262,6 @@ def _additive_shapley_bwd_kernel(
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * C + offs_c, dbias, mask=offs_c < C)
 
 
-@triton.jit
-def _load_rows(
-    z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
-):
-    """Return what the kernels over [N, S, C] need of a block of its N S rows, the label's class apart."""
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
-    offs_n = offs_r >> LOG_S
-    coalition = offs_r & ((1 << LOG_S) - 1)
-    mask_r = offs_n < N
-    mask = mask_r[:, None] & (offs_c < C)[None, :]
-    y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_r, other=0).to(tl.int64)
-    is_own = offs_c[None, :] == y[:, None]
-    rows = z_ptr + offs_n * stride_zn + coalition * stride_zs
-    z = tl.load(rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
-    own = tl.load(rows + y * stride_zc, mask=mask_r & (y >= 0) & (y < C), other=0.0).to(ACC)
-    return offs_r, offs_c, coalition, mask_r, mask, y, is_own, tl.where(is_own, float("-inf"), z.to(ACC)), own
-
-
-@triton.jit
-def _coalition_utilities_fwd_kernel(
-    z_ptr,  # [N, S, C]
-    labels_ptr,  # [N]
-    u_ptr,  # [N, S], contiguous
-    N,
-    C,
-    stride_zn,
-    stride_zs,
-    stride_zc,
-    stride_ln,
-    LOG_S: tl.constexpr,
-    UTILITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    offs_r, offs_c, coalition, mask_r, _, y, _, z, own = _load_rows(
-        z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
-    )
-    u = _utility(z, own, offs_c[None, :] < y[:, None], UTILITY)
-    if UTILITY == _CARDINALITY:
-        size = tl.zeros_like(coalition)
-        for m in range(LOG_S):
-            size += (coalition >> m) & 1
-        u *= size.to(ACC)
-    tl.store(u_ptr + offs_r, u.to(u_ptr.dtype.element_ty), mask=mask_r)
-
-
-@triton.jit
-def _coalition_utilities_bwd_kernel(
-    du_ptr,  # [N, S], contiguous
-    z_ptr,  # [N, S, C]
-    labels_ptr,  # [N]
-    dz_ptr,  # [N, S, C], contiguous
-    N,
-    C,
-    stride_zn,
-    stride_zs,
-    stride_zc,
-    stride_ln,
-    LOG_S: tl.constexpr,
-    UTILITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    offs_r, offs_c, _, mask_r, mask, _, is_own, z, own = _load_rows(
-        z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
-    )
-    du = tl.load(du_ptr + offs_r, mask=mask_r, other=0.0).to(ACC)
-    dz = _dlogits(z, own, du, offs_c, is_own, UTILITY)
-    tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
-
-
-# A block holds all classes of a sample.
-MAX_CLASSES = 2048
 # Blocks that fill the largest GPU; with fewer, several share the coalitions of a sample.
 _ENOUGH_BLOCKS = 1024
 _WEIGHTS: dict[tuple, Tensor] = {}
@@ -399,28 +282,6 @@ def _weights(num_modalities: int, device: torch.device, dtype: torch.dtype) -> T
         else:
             weights = _WEIGHTS[key] = torch.tensor(values, dtype=dtype, device=device)
     return weights
-
-
-def _blocks(num_classes: int, acc: torch.dtype, kernel: str) -> dict:
-    """Return the tile of samples and classes and the number of warps; `kernel` is fwd, bwd or rows."""
-    # Numbers of one tile that a thread holds; backward holds eleven tiles, forward seven.
-    held = {"fwd": 8, "bwd": 2, "rows": 4}[kernel] * 4 // acc.itemsize
-    block_c = max(2, triton.next_power_of_2(num_classes))
-    num_warps = min(16, max(4, block_c // (32 * held)))
-    block_n = min(128, max(1, 32 * num_warps * held // block_c))
-    return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": num_warps}
-
-
-def _chosen(
-    logits: Tensor,  # [M, N, C] or [S, N, C]
-    kernel: str,  # as for _blocks; its first word tells
-) -> dict:
-    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
-    length, num_samples, num_classes = logits.shape
-    blocks = _blocks(num_classes, _wide(logits.dtype), kernel.split()[0])
-    key = f"{kernel} {logits.dtype} {length} C<={blocks['BLOCK_C']} {size_class(num_samples)}"
-    # A tile holds all classes.
-    return tuned("additive_shapley", key, blocks, logits.device, "BLOCK_N", "num_warps")
 
 
 def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> int:
@@ -515,66 +376,6 @@ def additive_shapley_bwd(
     return dpartial_logits, dbias.sum(0)
 
 
-def coalition_utilities_fwd(
-    logits: Tensor,  # [N, S, C]
-    labels: Tensor,  # [N]
-    utility: int,
-) -> Tensor:  # [N, S]
-    """Return the utility of every coalition's logits; C up to MAX_CLASSES, any strides."""
-    num_samples, num_coalitions, num_classes = logits.shape
-    values = logits.new_empty(num_samples, num_coalitions)
-    if values.numel() == 0:
-        return values
-    blocks = _chosen(logits.transpose(0, 1), "rows")
-    with _on(logits.device):
-        _coalition_utilities_fwd_kernel[(triton.cdiv(values.numel(), blocks["BLOCK_N"]),)](
-            logits,
-            labels,
-            values,
-            num_samples,
-            num_classes,
-            *logits.stride(),
-            labels.stride(0),
-            LOG_S=num_coalitions.bit_length() - 1,
-            UTILITY=utility,
-            ACC=_acc(logits.dtype),
-            enable_fp_fusion=True,
-            **blocks,
-        )
-    return values
-
-
-def coalition_utilities_bwd(
-    dutilities: Tensor,  # [N, S]
-    logits: Tensor,  # [N, S, C]
-    labels: Tensor,  # [N]
-    utility: int,
-) -> Tensor:  # [N, S, C]
-    """Return the gradient of a smooth utility with respect to the logits."""
-    num_samples, num_coalitions, num_classes = logits.shape
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if dlogits.numel() == 0:
-        return dlogits
-    blocks = _chosen(logits.transpose(0, 1), "rows bwd")
-    with _on(logits.device):
-        _coalition_utilities_bwd_kernel[(triton.cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
-            dutilities.contiguous(),
-            logits,
-            labels,
-            dlogits,
-            num_samples,
-            num_classes,
-            *logits.stride(),
-            labels.stride(0),
-            LOG_S=num_coalitions.bit_length() - 1,
-            UTILITY=utility,
-            ACC=_acc(logits.dtype),
-            enable_fp_fusion=True,
-            **blocks,
-        )
-    return dlogits
-
-
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
@@ -600,10 +401,4 @@ def compile_configurations() -> list[tuple]:
                 constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "bwd")}
                 types = [x, x, labels, wide, wide, wide, wide, size, size, size, stride, stride, stride]
                 add(_additive_shapley_bwd_kernel, types, constants)
-        for num_classes in (10, MAX_CLASSES) if dtype == acc else (10,):
-            constants = {"LOG_S": 3, "UTILITY": 3, "stride_zc": 1, "ACC": _acc(dtype)}
-            constants |= _blocks(num_classes, acc, "rows")
-            types = [x, labels, x, size, size, stride, stride, stride]
-            add(_coalition_utilities_fwd_kernel, types, constants)
-            add(_coalition_utilities_bwd_kernel, [x, *types], constants)
-    return configurations
+    return configurations + _row_configurations()

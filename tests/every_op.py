@@ -160,5 +160,7 @@ def entropy_fusion(device, dtype, backend):
 
 @call_of("logit_fusion")
 def certainty_fusion(device, dtype, backend):
-    logits = _random(M, N, C, device=device, dtype=dtype)
-    return _with_gradient([logits], lambda z: ops.certainty_fusion(z, temperature=0.5, backend=backend))
+    logits, present = _random(M, N, C, device=device, dtype=dtype), _labels(device, M, N) > 2
+    return _with_gradient(
+        [logits], lambda z: ops.certainty_fusion(z, temperature=0.5, present=present, backend=backend)
+    )

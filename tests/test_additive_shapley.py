@@ -139,6 +139,16 @@ def test_gradient_close_to_truth(dtype, utility, backend, device):
         assert_close_to_truth(actual, truth, plain)
 
 
+def check_all(backend):
+    """Every dtype, shape and utility, for a process that was started for one instruction set."""
+    for dtype in DTYPES:
+        for utility in UTILITIES:
+            for shape in SHAPES:
+                test_additive_shapley_close_to_truth(shape, dtype, utility, backend, "cpu")
+            if utility in SMOOTH_UTILITIES:
+                test_gradient_close_to_truth(dtype, utility, backend, "cpu")
+
+
 def test_margin_gradient_goes_to_the_lowest_runner_up(backend, device):
     logits = torch.tensor([[[5.0, 2.0, 2.0], [1.0, 2.0, 2.0]]], requires_grad=True, device=device)
     ops.coalition_utilities(

@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +91,13 @@ def check_edges(shape, dtype, backend, device="cpu"):
             assert_close_to_truth(mine, true, simple.to(mine.dtype))
 
 
+def check_all(backend):
+    """Every dtype and edge, for a process that was started for one instruction set."""
+    for dtype in DTYPES:
+        for shape in EDGES:
+            check_edges(shape, dtype, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_edges_of_tiles(shape, dtype, backend, device):
@@ -125,12 +128,12 @@ def test_queries_are_a_part_of_the_keys(sizes, dtype, backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_many_keys_of_few_queries(dtype, backend):
+def test_many_keys_of_few_queries(dtype, backend, device):
     if dtype != torch.float64:
-        check_part_of_keys(dtype, backend, 20, 1100, 70, 1000)
+        check_part_of_keys(dtype, backend, 20, 1100, 70, 1000, device)
         return
     # The order of so long a sum shows in float64, which has no wider truth.
-    features, effective = make((3, 1100, 12), dtype)
+    features, effective = make((3, 1100, 12), dtype, device=device)
     keys, queries = list(features), list(features[:, 1000:1020])
     arguments = (keys, effective, None, [], 2.0, 1000, "none", True)
     expected = torch.ops.mmfast.duc_loss_fwd(queries, *arguments, "reference")
@@ -169,23 +172,6 @@ def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
         module.compute_capability = compute_capability
         # Several tiles of every kernel, so that stages are filled again; more than 512 keys are split.
         check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_duc_loss as test
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-for dtype in test.DTYPES:
-    for shape in test.EDGES:
-        test.check_edges(shape, dtype, "cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.usefixtures("restored_threads")

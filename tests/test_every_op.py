@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from conftest import FILES, ROOT
+import cuda_emulated
+import every_op
+from conftest import EMULATED, FILES, ROOT
 from every_op import CALLS
 from mmfast import backend as _backend
 from mmfast import ops
@@ -40,6 +46,82 @@ def test_thirty_runs_agree_to_the_bit(stem, make, backend, restored_threads):
     _, call = make(torch.device("cpu"), torch.float32, backend)
     first = [x.clone() for x in call()]
     assert all(same(first, call()) for _ in range(29))
+
+
+@pytest.mark.parametrize(("stem", "make"), CASES)
+def test_number_of_threads_changes_no_bit(stem, make, restored_threads):
+    """At sizes that differ from op to op, the ops' own tests have this, too."""
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    _, call = make(torch.device("cpu"), torch.float32, "cpu")
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        results.append([x.clone() for x in call()])
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("stem", CALLS)
+def test_every_instruction_set(stem, isa):
+    """What the op's own file checks, in a process that is started for one instruction set."""
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+    if isa not in _backend.extension("cpu").supported_isas():
+        pytest.skip(f"this processor does not support {isa}")
+    program = (
+        f"import mmfast.backend, test_{stem} as test\n"
+        f"assert mmfast.backend.extension('cpu').isa() == {isa!r}\n"
+        "test.check_all('cpu')\n"
+    )
+    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+class RawCalls(TorchDispatchMode):
+    """Keeps one call of each raw op while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[torch._ops.OpOverload, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "mmfast":
+            detached = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs or {}))
+            self.calls.setdefault(function, detached)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("backend", [*FILES, EMULATED])
+@pytest.mark.parametrize(("stem", "make"), CASES)
+def test_raw_ops_are_as_torch_library_wants_them(stem, make, backend, dtype, monkeypatch):
+    monkeypatch.setattr(every_op, "N", 20)
+    is_emulated = backend == EMULATED
+    if is_emulated and not cuda_emulated.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    name = "cuda" if is_emulated else backend
+    with cuda_emulated.emulated() if is_emulated else nullcontext():
+        _require(name, stem)
+        if not _backend.supports(name, stem, dtype):
+            pytest.skip(f"its kernel does not take {dtype} here")
+        on_gpu = not is_emulated and (name == "cuda" or (name == "triton" and not _backend.interpreting()))
+        _, call = make(torch.device("cuda" if on_gpu else "cpu"), dtype, name)
+        with RawCalls() as raw:
+            call()
+        assert raw.calls
+        for function, (args, kwargs) in raw.calls.items():
+            torch.library.opcheck(function, args, kwargs)
+
+
+def test_every_raw_op_is_called(monkeypatch):
+    monkeypatch.setattr(every_op, "N", 20)
+    with RawCalls() as raw:
+        for _, make in (case.values for case in CASES):
+            make(torch.device("cpu"), torch.float32, "reference")[1]()
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmfast::")}
+    assert {function.name() for function in raw.calls} == registered
 
 
 def test_without_triton_every_op_runs_on_the_cpu():

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -63,21 +58,6 @@ def check_all(backend):
                             actual = ops.project_gradient(g, p, backend=backend)
                             truth = g.double() @ p.double()
                             assert_close_to_truth(actual, truth, g @ p.to(grad_dtype))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_gradient_projection
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-test_gradient_projection.check_all("cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.usefixtures("restored_threads")
@@ -229,15 +209,6 @@ def test_compiles(backend, device):
     expected, actual = step(grad), torch.compile(step, fullgraph=True, backend="aot_eager")(grad)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, grad), torch.autograd.grad(expected, grad))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_opcheck(dtype):
-    projector, feature = torch.eye(4), torch.randn(4, dtype=dtype)
-    torch.library.opcheck(torch.ops.mmfast.update_projector_, (projector, feature, 0.1, "auto"))
-    torch.library.opcheck(
-        torch.ops.mmfast.project_gradient, (torch.randn(3, 4, dtype=dtype), projector, "auto")
-    )
 
 
 def test_bad_input():

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import logit_fusion as reference
 from numerics import assert_close_to_truth, error_against
@@ -102,21 +97,6 @@ def check_all(backend):
                         strict=True,
                     ):
                         assert_close_to_truth(actual, truth, simple)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_logit_fusion
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-test_logit_fusion.check_all("cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -317,16 +297,6 @@ def test_compiles(rule, backend, device):
     expected, actual = loss(logits), torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-def test_opcheck(masked, dtype, backend, device):
-    logits, present = make((2, 3, 4), dtype, device=device)
-    options = (present if masked else None, "certainty", 0.5, backend)
-    torch.library.opcheck(torch.ops.mmfast.logit_fusion_fwd, (logits, *options))
-    dfused, dweights = logits[0].clone(), logits[..., 0].clone()
-    torch.library.opcheck(torch.ops.mmfast.logit_fusion_bwd, (dfused, dweights, logits, *options))
 
 
 def test_bad_input():

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -190,26 +185,6 @@ def test_parameters_of_a_module(backend, device):
     assert layer.weight.requires_grad
     # Autograd must notice a weight changed between forward and backward.
     assert layer.weight._version >= version + 2
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_partial_reinit
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-test_partial_reinit.check_all("cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
-
-
-def test_opcheck(backend, device):
-    arguments = ([make(7, device=device)], [make(7, device=device, seed=1)], [0.3], backend)
-    torch.library.opcheck(torch.ops.mmfast.partial_reinit_.default, arguments)
 
 
 def test_compiles_to_one_graph(backend, device):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -114,21 +109,6 @@ def test_twenty_players(backend, device):
         pytest.skip("2^20 coalitions take minutes in Triton's interpreter")
     check_forward(backend, make(1, 2**20, device=device))
     check_backward(backend, make(1, 20, device=device), 20)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
-    if isa not in _backend.extension("cpu").supported_isas():
-        pytest.skip(f"this processor does not support {isa}")
-    code = f"""
-import mmfast.backend, test_shapley_values
-assert mmfast.backend.extension("cpu").isa() == {isa!r}
-test_shapley_values.check_all("cpu")
-"""
-    environment = {**os.environ, "MMFAST_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.usefixtures("restored_threads")
