@@ -405,6 +405,29 @@ def test_key_of_info_nce_gets_no_gradient(backend, device):
     assert not loss.requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("num_samples", [0, 1, 128, 129])
+def test_one_small_pair_on_the_cpu_is_plain_torch(num_samples, reduction, monkeypatch):
+    raw = torch.ops.mmfast.info_nce_fwd
+    taken = []
+    monkeypatch.setattr(torch.ops.mmfast, "info_nce_fwd", lambda *args: taken.append(1) or raw(*args))
+    query, key = make((2, num_samples, 6), torch.float32)[0]
+    results = []
+    for backend in ("auto", "cpu"):
+        leaves = [query.clone().requires_grad_(), key.clone().requires_grad_()]
+        loss = ops.unidirectional_info_nce(*leaves, temperature=2.0, reduction=reduction, backend=backend)
+        loss.sum().backward()
+        assert leaves[1].grad is None
+        results.append((loss.detach(), leaves[0].grad))
+    torch.testing.assert_close(*results, equal_nan=True)
+    # Once by name, and by "auto" where the kernel is the faster.
+    assert len(taken) == (2 if num_samples > 128 else 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = ops.unidirectional_info_nce(query, key, temperature=2.0, reduction=reduction)
+    torch.testing.assert_close(exact, results[1][0], rtol=0, atol=0, equal_nan=True)
+    assert len(taken) == (3 if num_samples > 128 else 2)
+
+
 def test_prepared_dims_and_stacked_features_agree(backend, device):
     features, effective = make((3, 9, 11), device=device)
     expected = ops.duc_loss(features, effective, backend=backend)
