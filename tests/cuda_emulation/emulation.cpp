@@ -57,7 +57,7 @@ struct Range {
 
 struct Barrier {
   int64_t generation;
-  int arrived, votes[2];
+  int arrived;
 };
 
 // The lanes that meet under one mask. Two turns of values: the next turn begins while lanes still read this
@@ -91,7 +91,7 @@ std::mutex one_launch;
 
 void complete(Barrier& barrier) {
   barrier.arrived = 0;
-  barrier.votes[++barrier.generation & 1] = 0;
+  ++barrier.generation;
 }
 
 [[noreturn]] void leave(Fiber& fiber) {
@@ -269,17 +269,15 @@ int lane() { return current % kWarp; }
 
 int64_t block_number() { return num_blocks; }
 
-int barrier(int id, int count, int vote) {
+void barrier(int id, int count) {
   Barrier& barrier = barriers[id];
   const int64_t generation = barrier.generation;
   const int expected = count == 0 ? num_running : count;
-  barrier.votes[generation & 1] += vote;
   if (++barrier.arrived == expected) {
     complete(barrier);
   } else {
     wait_until([&] { return barrier.generation != generation; });
   }
-  return barrier.votes[generation & 1];
 }
 
 void barrier_arrive(int id, int count) {
@@ -346,8 +344,6 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes) {
 
 using namespace mmfast::emulation;
 
-int __syncthreads_and(int predicate) { return barrier(0, 0, predicate == 0) == 0; }
-
 const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess             ? "no error"
          : status == cudaErrorInvalidValue ? "invalid argument"
@@ -356,18 +352,13 @@ const char* cudaGetErrorString(cudaError_t status) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // Few multiprocessors, so that persistent blocks loop.
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? 2
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? capability
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(kShared)
-                                                                  : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability
+                                                            : 0;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(target, value, bytes), cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  return std::memcpy(target, source, bytes), cudaSuccess;
 }
 
 extern "C" {

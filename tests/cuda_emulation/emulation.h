@@ -27,10 +27,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-#define __align__(n) alignas(n)
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __constant__ static
 #define __shared__ static_assert(false, "shared memory is declared by MMFAST_SHARED");
 
 #define MMFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -68,8 +66,7 @@ void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment);
 unsigned char* dynamic_shared_memory();
 
 // Waits for `num_threads` threads of the block at barrier `id`; for all that have not returned if it is 0.
-// Returns the sum of their votes.
-int barrier(int id, int num_threads, int vote = 0);
+void barrier(int id, int num_threads);
 // Counts this thread at barrier `id` and goes on.
 void barrier_arrive(int id, int num_threads);
 
@@ -118,12 +115,7 @@ void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, v
 
 // Barriers, votes and exchanges.
 inline void __syncthreads() { mmfast::emulation::barrier(0, 0); }
-inline int __syncthreads_count(int predicate) { return mmfast::emulation::barrier(0, 0, predicate != 0); }
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) > 0; }
-int __syncthreads_and(int predicate);
 inline void __syncwarp(unsigned mask = ~0u) { mmfast::emulation::gather(mask, 0); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
@@ -134,11 +126,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
   const int lane = mmfast::emulation::lane(), source = lane ^ distance;
   return mmfast::emulation::gather(mask, value)[source / width <= lane / width ? source : lane];
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
-  const int lane = mmfast::emulation::lane(), source = lane + static_cast<int>(distance);
-  return mmfast::emulation::gather(mask, value)[source / width == lane / width ? source : lane];
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
@@ -152,7 +139,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
   const auto values = mmfast::emulation::gather(mask, value);
@@ -161,46 +147,13 @@ unsigned __match_any_sync(unsigned mask, T value) {
     result |= (mask >> lane & 1 && values[lane] == value) ? 1u << lane : 0u;
   return result;
 }
-template <class T>
-T __reduce_add_sync(unsigned mask, T value) {
-  const auto values = mmfast::emulation::gather(mask, value);
-  T sum = 0;
-  for (int lane = 0; lane < 32; ++lane) sum += mask >> lane & 1 ? values[lane] : T(0);
-  return sum;
-}
-
-// Atomics: fibers are not interrupted, so plain operations are atomic.
+// Fibers are not interrupted, so a plain operation is atomic.
 template <class T, class V>
 T atomicAdd(T* address, V value) {
   const T old = *address;
   *address = old + static_cast<T>(value);
   return old;
 }
-template <class T, class V>
-T atomicMax(T* address, V value) {
-  const T old = *address;
-  *address = std::max(old, static_cast<T>(value));
-  return old;
-}
-template <class T, class V>
-T atomicMin(T* address, V value) {
-  const T old = *address;
-  *address = std::min(old, static_cast<T>(value));
-  return old;
-}
-template <class T, class V>
-T atomicExch(T* address, V value) {
-  const T old = *address;
-  *address = static_cast<T>(value);
-  return old;
-}
-template <class T, class V, class W>
-T atomicCAS(T* address, V compare, W value) {
-  const T old = *address;
-  if (old == static_cast<T>(compare)) *address = static_cast<T>(value);
-  return old;
-}
-
 // Arithmetic.
 template <class A, class B>
 auto min(A a, B b) -> std::common_type_t<A, B> {
@@ -210,29 +163,9 @@ template <class A, class B>
 auto max(A a, B b) -> std::common_type_t<A, B> {
   return a < b ? b : a;
 }
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
-inline unsigned __brev(unsigned x) {
-  unsigned result = 0;
-  for (int bit = 0; bit < 32; ++bit) result |= (x >> bit & 1) << (31 - bit);
-  return result;
-}
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline double __fma_rn(double x, double y, double z) { return std::fma(x, y, z); }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 template <class To, class From>
 To __bit_cast(From x) {
@@ -241,7 +174,6 @@ To __bit_cast(From x) {
   std::memcpy(&result, &x, sizeof result);
   return result;
 }
-inline unsigned __float_as_uint(float x) { return __bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return __bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return __bit_cast<float>(x); }
 inline float __int_as_float(int x) { return __bit_cast<float>(x); }

@@ -14,17 +14,6 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define MMFAST_VECTORS(type, name)                                                       \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                               \
-  struct alignas(sizeof(type) < 8 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                       \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-MMFAST_VECTORS(float, float)
-MMFAST_VECTORS(double, double)
-MMFAST_VECTORS(int, int)
-MMFAST_VECTORS(unsigned, uint)
-#undef MMFAST_VECTORS
-
 struct __nv_bfloat16 {
   uint16_t bits;
   __nv_bfloat16() = default;
@@ -47,10 +36,7 @@ struct __half {
   __half(float x) : value(static_cast<_Float16>(x)) {}
   operator float() const { return static_cast<float>(value); }
 };
-inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
-inline float __bfloat162float(__nv_bfloat16 x) { return x; }
-inline __half __float2half(float x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
 inline float __half2float(__half x) { return x; }
 
@@ -59,11 +45,8 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToDevice = 3 };
 
 namespace mmfast::emulation {
 cudaError_t allow_shared_memory(const void* kernel, int bytes);
@@ -76,8 +59,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream = nullptr);
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return mmfast::emulation::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
