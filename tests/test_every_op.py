@@ -181,3 +181,38 @@ def _require(backend: str, stem: str) -> None:
         pytest.skip(f"{stem} has no {backend} kernel")
     if reason := _backend.why_not(backend):
         pytest.skip(reason)
+
+
+def _once_differentiable_calls():
+    labels, effective = torch.arange(200) % 3, torch.tensor([[True, True, False], [False, False, True]])
+    partial, table = (2, 200, 3), (200, 4, 3)
+    return {
+        "duc_loss": ((200, 3), lambda x, b: ops.duc_loss([x, x.detach()], effective, backend=b)),
+        "info_nce": ((200, 3), lambda x, b: ops.unidirectional_info_nce(x, x.detach(), backend=b)),
+        "class_moments": ((200, 3), lambda x, b: ops.class_moments(x, labels, 3, backend=b).var.sum()),
+        "additive_shapley": (
+            partial,
+            lambda z, b: ops.additive_shapley(z, labels, utility="probability", backend=b)[:, 0].sum(),
+        ),
+        "coalition_utilities": (
+            table,
+            lambda z, b: ops.coalition_utilities(z, labels, utility="probability", backend=b).sum(),
+        ),
+        "entropy_fusion": (partial, lambda z, b: ops.entropy_fusion(z, backend=b)[0].sum()),
+        "certainty_fusion": (partial, lambda z, b: ops.certainty_fusion(z, backend=b)[0].sum()),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("shape", "op"), _once_differentiable_calls().values(), ids=_once_differentiable_calls()
+)
+def test_a_penalty_on_a_gradient_is_not_dropped(shape, op, backend):
+    if reason := _backend.why_not(backend):
+        pytest.skip(reason)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = op(x, backend)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    # The incoming gradient was a plain one, and still a second derivative is asked for.
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (loss + gradient.square().sum()).backward()

@@ -110,6 +110,30 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """Return `backward` with gradients that raise when they are differentiated again.
+
+    torch's function of this name does so only where the incoming gradient is part of a graph. A penalty on
+    the gradient of a plain loss would be dropped without a word; here `create_graph=True` is enough.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        # A compiler traces this with gradients enabled and asks for no second derivative.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        text = b"trying to differentiate twice an op of mmfast that is differentiable once"
+        raising = torch._C._functions.DelayedError(text, sum(x is not None for x in results))
+        marked = raising(*[x.detach().requires_grad_() for x in results if x is not None])
+        rest = iter((marked,) if isinstance(marked, torch.Tensor) else marked)
+        return tuple(None if x is None else next(rest) for x in results)
+
+    return run
+
+
 def outside_autocast(impl: Callable) -> Callable:
     """Return `impl` with autocast off inside: a raw op chose its dtypes, its matrix products keep them."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
@@ -15,6 +14,7 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
+    once_differentiable,
     register,
     shape_text,
 )

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
@@ -17,6 +16,7 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
+    once_differentiable,
     register,
     shape_text,
     unbroken_rows,

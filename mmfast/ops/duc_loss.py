@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast import backend as _backend
 from mmfast.ops._common import (
@@ -21,6 +20,7 @@ from mmfast.ops._common import (
     check_same_device,
     check_shape,
     check_tensor,
+    once_differentiable,
     outside_autocast,
     promoted,
     register,
