@@ -286,6 +286,14 @@ def test_moments_survive_a_large_mean(backend, device):
     torch.testing.assert_close(var.double(), truth, rtol=1e-4, atol=0)
 
 
+def test_moments_of_half_precision_survive_a_large_mean(backend, device):
+    features, labels, num_classes = make((333, 4, 3), device=device)
+    features = (features + 1e3).half()
+    _, _, var = ops.class_moments(features, labels, num_classes, backend=backend)
+    truth = plain_moments(features.double(), labels, num_classes)[2]
+    torch.testing.assert_close(var.double(), truth, rtol=4e-6, atol=0)
+
+
 def test_moments_gradient(backend, device):
     features, labels, num_classes = make((12, 3, 3), device=device)
     features[3:5] *= 2

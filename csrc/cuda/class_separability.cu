@@ -203,7 +203,7 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
                                     const int64_t* labels,         // [N], or null: then the next two
                                     const int64_t* order,          // [N] rows by class
                                     const int32_t* sorted_labels,  // [N] in that order
-                                    void* part_mean,               // [parts, D] float64, float32 for half
+                                    void* part_mean,               // [parts, D] float64
                                     void* part_squares,            // [parts, D]
                                     int32_t* part_count,           // [blocks, C] with `labels`
                                     int64_t* count,                // [C]
