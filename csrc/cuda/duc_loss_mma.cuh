@@ -2,6 +2,9 @@
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
 // columns are split over blocks. Included by duc_loss.cu only.
+//
+// Machine code: duc_mma_kernel, 80 90 100 120: HMMA LDGSTS
+// Machine code: duc_mma_wide_kernel, 80 90 100 120: HMMA LDGSTS
 #pragma once
 
 #include "duc_loss.cuh"

@@ -87,7 +87,8 @@ struct Part {
 // Half precision in panels; a block packs 64 rows, those past the end as zeros.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    duc_pack_panels_kernel(Columns columns, Views views, int first_modality, Tiling tiling,
+    duc_pack_panels_kernel(Columns columns, Views views, int first_modality,
+                           const __grid_constant__ Tiling tiling,
                            T* __restrict__ queries,  // [P, query_stride]
                            T* __restrict__ keys,     // [P, key_stride]
                            int64_t query_stride, int64_t key_stride, int64_t num_queries, int64_t num_keys) {
@@ -166,10 +167,11 @@ __global__ void __launch_bounds__(kBlock)
 // Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    duc_merge_kernel(Sweep sweep, Tiling tiling, KeyRows<T> rows_of_keys,  // in wide floats
-                     const accumulate_t<T>* __restrict__ statistics,       // [3, splits, P, N]
-                     const accumulate_t<T>* __restrict__ partial,          // [splits, P, N, W]
-                     accumulate_t<T>* __restrict__ losses) {               // [P, N]
+    duc_merge_kernel(Sweep sweep, const __grid_constant__ Tiling tiling,
+                     KeyRows<T> rows_of_keys,                         // in wide floats
+                     const accumulate_t<T>* __restrict__ statistics,  // [3, splits, P, N]
+                     const accumulate_t<T>* __restrict__ partial,     // [splits, P, N, W]
+                     accumulate_t<T>* __restrict__ losses) {          // [P, N]
   using A = accumulate_t<T>;
   const int lane = threadIdx.x % kWarp, pair = blockIdx.y, count = sweep.count(pair);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;

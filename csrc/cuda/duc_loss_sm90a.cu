@@ -17,6 +17,8 @@
 //
 // A descriptor holds address, LBO and SBO in units of 16 bytes at bits 0, 16 and 32, a base offset of 0 at
 // bit 49, and at bit 62 the number of the swizzle, 1.
+//
+// Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
 #include "duc_loss.cuh"
 #include "hopper.cuh"
 
