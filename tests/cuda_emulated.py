@@ -33,7 +33,7 @@ SOURCES = [ROOT / "tests/cuda_emulation", ROOT / "csrc/cuda"]
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DMMFAST_EMULATED", "-g1", "-w"]
 FLAGS += [f"-I{folder}" for folder in (ROOT / "csrc", *SOURCES)]
 # The compiler announces every access; nothing of its own library is linked.
-CHECKED = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-x", "c++"]
+CHECKED = ["-O1", "-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0", "-x", "c++"]
 
 
 def compiler() -> list[str]:

@@ -62,6 +62,27 @@ def test_coalition_utilities_by_hand(backend, device):
     torch.testing.assert_close(log_probability, logits.log_softmax(-1)[..., 1])
 
 
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_coalition_utilities_close_to_truth(dtype, utility, backend, device):
+    logits, labels, _ = make((33, 4, 7), dtype, device=device)
+    logits, labels = logits.requires_grad_(), labels[:1].expand(33)
+
+    def results(logits, backend):
+        values = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
+        if utility not in SMOOTH_UTILITIES:
+            return [values]
+        return [values, *torch.autograd.grad(values.sum(), logits)]
+
+    for actual, truth, plain in zip(
+        results(logits, backend),
+        results(logits.double(), "reference"),
+        results(logits, "reference"),
+        strict=True,
+    ):
+        assert_close_to_truth(actual, truth, plain)
+
+
 # Correctness of (first, second, both) and the published number of copies 2 (1 - phi)_+ per modality.
 COPIES = [("000", 2, 2), ("001", 0, 0), ("010", 3, 1), ("011", 1, 0)]
 COPIES += [("100", 1, 3), ("101", 0, 1), ("110", 2, 2), ("111", 0, 0)]
@@ -147,6 +168,26 @@ def check_all(backend):
                 test_additive_shapley_close_to_truth(shape, dtype, utility, backend, "cpu")
             if utility in SMOOTH_UTILITIES:
                 test_gradient_close_to_truth(dtype, utility, backend, "cpu")
+
+
+# What a block of the CUDA kernel keeps of a sample in shared memory is most with these.
+@pytest.mark.parametrize(
+    ("num_modalities", "dtype"),
+    [(8, torch.bfloat16), (13, torch.float16), (12, torch.float32), (11, torch.float64)],
+    ids=str,
+)
+def test_gradient_of_many_modalities(num_modalities, dtype, backend, device):
+    if backend == "triton" and num_modalities > 8:
+        pytest.skip("the interpreter takes 4 ms for a coalition")
+    partial_logits, labels, _ = make((num_modalities, 66, 3), dtype, device=device)
+    partial_logits = partial_logits.requires_grad_()
+
+    def gradient(logits, backend):
+        phi = ops.additive_shapley(logits, labels, utility="probability", backend=backend)
+        return torch.autograd.grad(phi[:, 1:].sum(), logits)[0]
+
+    truth, plain = gradient(partial_logits.double(), "reference"), gradient(partial_logits, "reference")
+    assert_close_to_truth(gradient(partial_logits, backend), truth, plain)
 
 
 def test_margin_gradient_goes_to_the_lowest_runner_up(backend, device):

@@ -267,6 +267,14 @@ def test_moments_survive_a_large_mean(backend, device):
     torch.testing.assert_close(var.double(), truth, rtol=1e-4, atol=0)
 
 
+def test_moments_of_half_precision_survive_a_large_mean(backend, device):
+    features, labels, num_classes = make((333, 4, 3), device=device)
+    features = (features + 1e3).half()
+    _, _, var = ops.class_moments(features, labels, num_classes, backend=backend)
+    truth = plain_moments(features.double(), labels, num_classes)[2]
+    torch.testing.assert_close(var.double(), truth, rtol=4e-6, atol=0)
+
+
 def test_moments_gradient(backend, device):
     features, labels, num_classes = make((12, 3, 3), device=device)
     features[3:5] *= 2
@@ -275,6 +283,19 @@ def test_moments_gradient(backend, device):
         return ops.class_moments(features, labels, num_classes, backend=backend)[1:]
 
     assert torch.autograd.gradcheck(moments, features.requires_grad_())
+
+
+def test_gradients_of_moments_may_begin_anywhere(backend, device):
+    features = torch.randn(40, 8, device=device, requires_grad=True)
+    labels = torch.arange(40, device=device) % 3
+    moments = ops.class_moments(features, labels, 3, backend=backend)
+    gradients = torch.randn(1 + 2 * 24, device=device)
+    views = [gradients[1 + 24 * i : 25 + 24 * i].view(3, 8) for i in range(2)]
+    results = [
+        torch.autograd.grad((moments.mean, moments.var), features, grads, retain_graph=True)[0]
+        for grads in (views, [view.clone() for view in views])
+    ]
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("centroid_dtype", DTYPES, ids=lambda dtype: "centroids-" + str(dtype)[6:])

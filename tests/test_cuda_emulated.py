@@ -9,7 +9,7 @@ import cuda_emulated
 from conftest import ROOT
 
 FAULTS = ["none", "no barrier", "no second barrier", "tail", "not initialised", "shared tail"]
-FAULTS += ["lane missing", "mask without lane", "too much shared"]
+FAULTS += ["lane missing", "mask without lane", "too much shared", "too much together", "not aligned"]
 N = 150
 
 
@@ -59,6 +59,8 @@ def test_a_wrong_result_shows(module, fault):
         ("lane missing", "reverse_kernel: 31 of 64 threads wait for ever"),
         ("mask without lane", "a lane takes part in a warp's operation whose mask does not name it"),
         ("too much shared", "reverse: invalid configuration argument"),
+        ("too much together", "more shared memory than the block may have"),
+        ("not aligned", "a pointer that is not aligned as its type is"),
     ],
 )
 def test_what_cannot_go_on_raises(module, fault, message):

@@ -174,6 +174,38 @@ def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
         check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
 
 
+@pytest.mark.parametrize("is_prepared", [False, True], ids=["mask", "prepared"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["loss", "residual"])
+@pytest.mark.parametrize("sizes", [(40, 100, 60), (200, 300, 100), (0, 520, 520)], ids=str)
+@pytest.mark.parametrize("compute_capability", [8, 9])
+def test_pairs_of_different_widths_in_the_cuda_kernel(compute_capability, sizes, with_residual, is_prepared):
+    if not cuda_emulated.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    first, second, third = sizes
+    effective = torch.zeros(3, 530, dtype=torch.bool)
+    # The first teaches what the second and the third lack, the second what the third lacks.
+    effective[0, : max(first, second)] = True
+    effective[1, first : first + third] = True
+    effective[2, second : max(first, second)] = True
+    generator = torch.Generator().manual_seed(5)
+    features = (torch.randn(3, 150, 530, generator=generator) / 10).bfloat16()
+    dims = ops.DucDims(effective)
+    columns, numbers = (dims.columns, list(dims.sizes)) if is_prepared else (None, [])
+    arguments = ([], effective, columns, numbers, 2.0, 0, "none", with_residual)
+    results = []
+    with cuda_emulated.emulated() as module:
+        module.compute_capability = compute_capability
+        for kind, name in (
+            (torch.bfloat16, "cuda"),
+            (torch.float64, "reference"),
+            (torch.float32, "reference"),
+        ):
+            inputs = [feature.to(kind) for feature in features]
+            results.append(torch.ops.mmfast.duc_loss_fwd(inputs, *arguments, name))
+    for mine, true, simple in zip(*results, strict=True):
+        assert_close_to_truth(mine, true, simple.to(mine.dtype))
+
+
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 64, 64), (3, 201, 40), (2, 515, 130)], ids=str)

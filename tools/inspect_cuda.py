@@ -106,7 +106,9 @@ def missing(found: dict[Kernel, set[str]], wanted: list[tuple[str, str, set[str]
     problems = []
     for name, arch, names in wanted:
         kernels = [
-            kernel for kernel in found if kernel.arch == arch and re.split(r"\W", kernel.name)[0] == name
+            kernel
+            for kernel in found
+            if kernel.arch == arch and kernel.name.split("<")[0].split("::")[-1] == name
         ]
         if not kernels:
             problems.append(f"{name} is not built for {arch}")

@@ -47,7 +47,8 @@ namespace {
 
 // Coalitions of outer modalities after which sums begin anew, so that no long one rounds away what is added.
 constexpr unsigned kRestart = 256;
-// What a block may have of shared memory without asking.
+// What columns may take of shared memory, so that with the forward kernel's own arrays it is no more than a
+// block has without asking.
 constexpr int64_t kShared = 47 << 10;
 
 template <class P>
@@ -306,9 +307,13 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
         check_cuda(op, cudaMemsetAsync(static_cast<A*>(dbias) + grid * C, 0, (rows - grid) * C * sizeof(A),
                                        static_cast<cudaStream_t>(stream)));
       }
-      MMFAST_LAUNCH((additive_shapley_bwd_kernel<P>), static_cast<unsigned>(grid), geometry.block,
-                    geometry.shared, stream, static_cast<const T*>(dphi), problem,
-                    static_cast<Out*>(dpartial_logits), static_cast<A*>(dbias), Weights<A>(problem.M));
+      const auto kernel = &additive_shapley_bwd_kernel<P>;
+      // Its own arrays and the largest columns are more together than a block has without asking.
+      check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(kShared)));
+      MMFAST_LAUNCH((kernel), static_cast<unsigned>(grid), geometry.block, geometry.shared, stream,
+                    static_cast<const T*>(dphi), problem, static_cast<Out*>(dpartial_logits),
+                    static_cast<A*>(dbias), Weights<A>(problem.M));
     });
   });
   check_cuda(op, cudaGetLastError());

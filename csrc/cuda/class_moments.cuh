@@ -11,10 +11,10 @@ namespace {
 template <int n>
 constexpr int kBatch = n == 8 ? 4 : 8;
 
-// The type the means of some samples are kept in until all are merged. Rounded to float32, means of float32
-// numbers far from zero would differ by their rounding; half precision has no such numbers.
+// The type the means of some samples are kept in until all are merged: rounded to float32, means of numbers
+// far from zero, as 1,000 is in float16, would differ by their rounding.
 template <class T>
-using part_mean_t = std::conditional_t<sizeof(T) == 2, float, double>;
+using part_mean_t = double;
 
 // Mean and sum of squared deviations of some samples of a class, in `n` columns.
 template <class T, int n>

@@ -20,6 +20,7 @@
 // us), gradient 31 us, hits 18 us (intervals 2 us); at N = 1,000,000, 2.05 GB, 0.75 ms for moments and for
 // hits. Compiled for every architecture without spills; not timed yet on a GPU.
 #include <algorithm>
+#include <initializer_list>
 
 #include "class_intervals.cuh"
 #include "class_moments.cuh"
@@ -162,14 +163,17 @@ __global__ void __launch_bounds__(kBlock)
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls function(pointer to T, width of packs) where every row's columns fall into whole aligned packs, else
-// with single numbers.
+// Calls function(pointer to T, width of packs) where every row's columns of all `tables` fall into whole
+// aligned packs, else with single numbers. Rows of the first table are `stride` apart.
 template <class Function>
-void with_packs(const char* op, int64_t dtype, const void* x, int64_t num_columns, int64_t stride,
-                Function&& function) {
+void with_packs(const char* op, int64_t dtype, std::initializer_list<const void*> tables, int64_t num_columns,
+                int64_t stride, Function&& function) {
+  const bool is_aligned = std::all_of(tables.begin(), tables.end(), [](const void* table) {
+    return reinterpret_cast<uintptr_t>(table) % 16 == 0;
+  });
   dispatch_dtype(op, dtype, [&](auto* type) {
     constexpr int n = 16 / sizeof(*type);
-    if (num_columns % n == 0 && stride % n == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+    if (num_columns % n == 0 && stride % n == 0 && is_aligned) {
       function(type, std::integral_constant<int, n>{});
     } else {
       function(type, std::integral_constant<int, 1>{});
@@ -199,7 +203,7 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
                                     const int64_t* labels,         // [N], or null: then the next two
                                     const int64_t* order,          // [N] rows by class
                                     const int32_t* sorted_labels,  // [N] in that order
-                                    void* part_mean,               // [parts, D] float64, float32 for half
+                                    void* part_mean,               // [parts, D] float64
                                     void* part_squares,            // [parts, D]
                                     int32_t* part_count,           // [blocks, C] with `labels`
                                     int64_t* count,                // [C]
@@ -215,7 +219,7 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
   const DeviceGuard guard(op, static_cast<int>(device));
   const int64_t num_blocks = divide_up(num_samples, rows_per_block);
   const int classes = static_cast<int>(num_classes), rows = static_cast<int>(rows_per_block);
-  with_packs(op, dtype, features, num_dims, stride, [&](auto* type, auto width) {
+  with_packs(op, dtype, {features, part_mean, part_squares}, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
@@ -251,17 +255,20 @@ void class_separability_moments_bwd(const void* dmean,      // [C, D]
   check_classes(op, num_classes);
   if (num_samples == 0 || num_dims == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  with_packs(op, dtype, features, num_dims, stride, [&](auto* type, auto width) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using A = accumulate_t<T>;
-    constexpr int n = decltype(width)::value;
-    const Slabs slabs(num_dims, n);
-    const int64_t num_blocks = divide_up(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
-    MMFAST_LAUNCH((class_moments_bwd_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
-                  static_cast<const A*>(dmean), static_cast<const A*>(dvar), static_cast<const T*>(features),
-                  labels, count, static_cast<const A*>(mean), static_cast<T*>(dfeatures), num_samples,
-                  num_dims, static_cast<int>(num_classes), stride, slabs.log_lanes, slabs.count);
-  });
+  // Gradients may be views that begin anywhere.
+  with_packs(
+      op, dtype, {features, dmean, dvar, mean, dfeatures}, num_dims, stride, [&](auto* type, auto width) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = accumulate_t<T>;
+        constexpr int n = decltype(width)::value;
+        const Slabs slabs(num_dims, n);
+        const int64_t num_blocks = divide_up(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
+        MMFAST_LAUNCH((class_moments_bwd_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
+                      static_cast<const A*>(dmean), static_cast<const A*>(dvar),
+                      static_cast<const T*>(features), labels, count, static_cast<const A*>(mean),
+                      static_cast<T*>(dfeatures), num_samples, num_dims, static_cast<int>(num_classes),
+                      stride, slabs.log_lanes, slabs.count);
+      });
   check_cuda(op, cudaGetLastError());
 }
 
@@ -282,7 +289,7 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
   check_cuda(
       op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(device)));
   const int classes = static_cast<int>(num_classes);
-  with_packs(op, dtype, features, num_dims, stride, [&](auto* type, auto width) {
+  with_packs(op, dtype, {features, intervals}, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;

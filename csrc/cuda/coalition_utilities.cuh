@@ -151,7 +151,8 @@ Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_
           stride_c,
           static_cast<int>(utility),
           lanes_for<kHeld<T>>(C),
-          is_packed};
+          is_packed,
+          format};
 }
 
 template <class T>

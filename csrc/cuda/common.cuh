@@ -38,7 +38,10 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
 };
 
 inline void check_cuda(const char* op, cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  // What is raised here is not left for the next call to find.
+  cudaGetLastError();
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
 // Makes `device` current for a scope.

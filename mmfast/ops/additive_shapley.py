@@ -190,7 +190,8 @@ def _resolve(tensor: Tensor, backend: str) -> str:
                     f"backend 'triton' cannot run additive_shapley: its kernels take up to {most} classes, "
                     f"got {tensor.shape[-1]}"
                 )
-            return "reference"
+            found = _backend.candidates("additive_shapley", tensor.device.type, tensor.dtype)
+            return next(name for name in found if name != "triton")
     return chosen
 
 
@@ -337,11 +338,11 @@ def _bwd(
         dpartial, dbias = launch(dphi, operand, labels, wide_bias, UTILITIES.index(utility))
         like = partial_logits if bias is None else bias
         return dpartial.to(partial_logits.dtype), dbias.to(like.dtype)
+    if chosen == "cuda":
+        return _bwd_cuda(dphi, partial_logits, labels, bias, utility)
     dpartial_logits = torch.empty(
         partial_logits.shape, dtype=partial_logits.dtype, device=partial_logits.device
     )
-    if chosen == "cuda":
-        return _bwd_cuda(dphi, partial_logits, labels, bias, utility)
     if chosen == "cpu":
         return _bwd_cpu(dphi, partial_logits, labels, bias, dpartial_logits, utility)
     dbias = None

@@ -284,9 +284,8 @@ def _moments_fwd_cuda(
     else:
         sorted_labels, order = labels.int().sort(stable=True)
         num_parts, part_count = num_blocks + num_classes, None
-    is_half = features.element_size() == 2
     part_squares = torch.empty(num_parts, num_dims, dtype=mean.dtype, device=mean.device)
-    part_mean = torch.empty_like(part_squares, dtype=torch.float32 if is_half else torch.float64)
+    part_mean = torch.empty_like(part_squares, dtype=torch.float64)
     _backend.extension("cuda").class_separability_moments_fwd(
         features.data_ptr(),
         labels.data_ptr() if is_ordering else 0,

@@ -34,6 +34,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kWarp = 32, kMasks = 8, kBarriers = 16;
 constexpr std::size_t kStack = 256 << 10, kGuard = 4096, kShared = 227 << 10, kSharedByDefault = 48 << 10;
+// What a block may ask for on the smallest GPU of compute capability 8, and so on that of 12.
+constexpr std::size_t kSharedBefore90 = 99 << 10;
 constexpr unsigned char kPoison = 0xff;
 constexpr std::size_t kPoisonedStack = 8 << 10;
 
@@ -75,7 +77,8 @@ std::map<const void*, std::size_t> allowed_shared;
 Barrier barriers[kBarriers];
 Meeting meetings[kMaxThreads / kWarp][kMasks];
 alignas(1024) unsigned char shared_bytes[kShared];
-std::size_t dynamic_bytes, shared_used;
+// static_bytes: of the arrays alone, without the gaps between them.
+std::size_t dynamic_bytes, static_bytes, shared_used, shared_limit;
 Range arguments_range;
 Body body;
 void* body_arguments;
@@ -88,6 +91,8 @@ std::string failure;
 cudaError_t last_error = cudaSuccess;
 std::mt19937 order_source;
 std::mutex one_launch;
+
+std::size_t shared_of_device() { return capability == 9 ? kShared : kSharedBefore90; }
 
 void complete(Barrier& barrier) {
   barrier.arrived = 0;
@@ -182,6 +187,7 @@ bool run_ready(const std::vector<int>& order, const Last& last, bool are_last) {
 void run_block() {
   std::memset(shared_bytes, kPoison, std::max(dynamic_bytes, shared_used));
   shared_used = (dynamic_bytes + 1023) / 1024 * 1024;
+  static_bytes = 0;
   shared_arrays.clear();
   std::memset(barriers, 0, sizeof barriers);
   for (auto& warp : meetings)
@@ -257,7 +263,11 @@ void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
   if (found != shared_arrays.end()) return const_cast<unsigned char*>(found->second.begin);
   // A gap of poison between arrays.
   const std::size_t begin = (shared_used + alignment - 1) / alignment * alignment;
-  if (begin + bytes > kShared) fail("more shared memory than a multiprocessor has");
+  static_bytes = (static_bytes + alignment - 1) / alignment * alignment + bytes;
+  // Dynamic memory lies behind the arrays, at a multiple of 1,024.
+  const std::size_t behind = dynamic_bytes == 0 ? static_bytes : (static_bytes + 1023) / 1024 * 1024;
+  if (behind + dynamic_bytes > shared_limit || begin + bytes > kShared)
+    fail("more shared memory than the block may have");
   shared_used = begin + bytes + 1;
   shared_arrays[key] = {shared_bytes + begin, bytes};
   return shared_bytes + begin;
@@ -315,6 +325,7 @@ void run(const char* name, dim3 grid, dim3 block, std::size_t bytes, Body kernel
                 blocks = int64_t{1} * grid.x * grid.y * grid.z;
   const void* function = *static_cast<const void* const*>(arguments);
   const auto allowed = allowed_shared.find(function);
+  shared_limit = allowed == allowed_shared.end() ? kSharedByDefault : shared_of_device();
   if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.y > 65535 || grid.z > 65535 ||
       bytes > (allowed == allowed_shared.end() ? kSharedByDefault : allowed->second)) {
     last_error = cudaErrorInvalidConfiguration;
@@ -335,7 +346,7 @@ void run(const char* name, dim3 grid, dim3 block, std::size_t bytes, Body kernel
 }
 
 cudaError_t allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes < 0 || static_cast<std::size_t>(bytes) > kShared) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<std::size_t>(bytes) > shared_of_device()) return cudaErrorInvalidValue;
   allowed_shared[kernel] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
 }
@@ -378,6 +389,10 @@ MMFAST_ACCESS(16)
 void __tsan_read_range(void* address, std::size_t bytes) { check(address, bytes, "reads"); }
 void __tsan_write_range(void* address, std::size_t bytes) { check(address, bytes, "writes"); }
 void __tsan_init() {}
+// What -fsanitize=alignment calls.
+void __ubsan_handle_type_mismatch_v1(void*, void*) {
+  if (current >= 0) fail("a pointer that is not aligned as its type is");
+}
 
 // What Python calls. The names and arguments of op `index`; nullptr behind the last.
 __attribute__((visibility("default"))) const mmfast::Entry* mmfast_emulated_entry(int index) {

@@ -6,8 +6,9 @@
 // shuffled order. What a missing barrier leaves unwritten is then read as poison, what it lets be written
 // too early is overwritten: shared memory begins every block filled with 0xff, a NaN in every floating dtype.
 // Every access to memory is checked (emulation.cpp): inside a tensor the caller showed, inside shared memory,
-// or on the fiber's own stack. What a kernel needs of CUDA is declared here, and nothing else; a name that is
-// missing does not compile.
+// or on the fiber's own stack, and aligned as its type is. Shared memory is limited to what the smallest GPU
+// of the compute capability in force gives a block. What a kernel needs of CUDA is declared here, and nothing
+// else; a name that is missing does not compile.
 //
 // Not emulated: threads of a warp do not run in lockstep (no kernel may count on it), memory is sequentially
 // consistent (a missing fence does not show), and nothing here says how fast a kernel is.

@@ -16,6 +16,8 @@ enum Fault {
   kLaneMissing,
   kMaskWithoutLane,
   kTooMuchShared,
+  kTooMuchTogether,
+  kNotAligned,
 };
 
 // Reverses each of `turns` pieces of kSize numbers within itself and writes every piece's sum behind them.
@@ -38,6 +40,7 @@ __global__ void reverse_kernel(const float* x,  // [N]
     }
     if (fault != kNoSecondBarrier) __syncthreads();
   }
+  if (fault == kNotAligned) total[0] += reinterpret_cast<const Pack<float, 4>*>(x + 1)->values[0];
   if (fault == kLaneMissing && thread == 5) return;
   const unsigned mask = fault == kMaskWithoutLane ? 0xffff0000u : 0xffffffffu;
   const float first = __shfl_sync(mask, total[0], 0);
@@ -45,9 +48,10 @@ __global__ void reverse_kernel(const float* x,  // [N]
 }
 
 void reverse(const void* x, void* out, void* sum, int64_t n, int64_t fault) {
-  MMFAST_LAUNCH(reverse_kernel, 1, kSize, fault == kTooMuchShared ? 100000 : 0, nullptr,
-                static_cast<const float*>(x), static_cast<float*>(out), static_cast<float*>(sum), n,
-                static_cast<int>(fault));
+  // The kernel has arrays of its own besides.
+  const int shared_bytes = fault == kTooMuchShared ? 100000 : fault == kTooMuchTogether ? 48 << 10 : 0;
+  MMFAST_LAUNCH(reverse_kernel, 1, kSize, shared_bytes, nullptr, static_cast<const float*>(x),
+                static_cast<float*>(out), static_cast<float*>(sum), n, static_cast<int>(fault));
   check_cuda("reverse", cudaGetLastError());
 }
 
