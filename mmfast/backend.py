@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ def _load_extension(name: str) -> ModuleType | str:
     try:
         return importlib.import_module(f"mmfast._{name}")
     except ModuleNotFoundError:
+        if _is_bare_checkout():
+            folder = Path(__file__).parent
+            return f"{folder} is a bare checkout: pip install it, and start Python in another folder"
         switch = f"MMFAST_{name.upper()}"
         return f"mmfast was installed without its {name} module (see {switch} in the README)"
     except ImportError as error:
@@ -62,6 +66,11 @@ def _load_extension(name: str) -> ModuleType | str:
             # What was asked for and cannot be had must not turn into plain torch without a word.
             raise
         return f"the {name} module does not load: {error}"
+
+
+def _is_bare_checkout() -> bool:
+    """Whether this is the source tree, as in a shell started there, and not what pip installed."""
+    return importlib.util.find_spec("mmfast.kernels") is None
 
 
 def extension(name: str) -> ModuleType:
@@ -86,7 +95,7 @@ def interpreting() -> bool:
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec("mmfast.kernels") is None:
+    if _is_bare_checkout():
         return "mmfast.kernels is missing: this mmfast is a bare checkout, install it (pip install -e .)"
     if not interpreting() and not torch.cuda.is_available():
         return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
