@@ -56,6 +56,7 @@ class Trainer:
             under "val", and what the method reports.
 
     Raises:
+        TypeError: the method is a class, not an instance.
         ValueError: unknown method or setting.
     """
 
@@ -77,6 +78,8 @@ class Trainer:
         num_workers: int = 0,
         **settings: Any,
     ) -> None:
+        if isinstance(method, type):
+            raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
         self.method = methods.make(method) if isinstance(method, str) else method
         self.optimization = _apply(optimization or Optimization(), settings)
         self.seed = seed

@@ -289,6 +289,11 @@ def test_errors_name_the_argument(call, text):
         call()
 
 
+def test_a_method_s_class_is_no_method():
+    with pytest.raises(TypeError, match=r"method must be an instance, MLA\(\), or a name, got the class"):
+        mmfast.Trainer(mmfast.methods.MLA)
+
+
 def test_checkpoints_refuse_what_they_did_not_write(tmp_path):
     fitted("joint", out_dir=tmp_path)
     path = tmp_path / "last.ckpt"
