@@ -14,17 +14,18 @@
 // Floors: 4 N^2 d operations; bytes, one read of the queries and the keys and one write of the residual,
 // which is nothing beside them from N = 16 on. Memory beyond inputs and outputs: the packed keys, K d numbers
 // a pair, and the tiles of each thread. A core of the machine below executes 117 GFLOP/s of float32 and 234
-// of bfloat16 pairs (loops on registers alone). Predicted: bound by that rate, with 8% for the exponentials
+// of bfloat16 pairs (bench/register_limit.cpp). Predicted: bound by that rate, with 8% for the exponentials
 // at d = 64, 4% at 128. Two cores of an AMD EPYC with AVX-512, nothing else running, interleaved medians, one
 // pair of N = 4,096 samples, loss and residual. aten is its flash kernel with v = k, eager cross_entropy and
 // its autograd:
 //   d                  float32: 64    128    256    512    bfloat16: 128    512
-//   GFLOP/s                    180    200    206    208              338    369
-//   of the two cores' rate     78%    87%    89%    90%              73%    80%
-//   / aten                    1.14   1.15   1.12   1.10             2.08   2.05
-//   / eager                    7.6    4.6    2.9    1.9              4.2    1.8
-// In float32 aten's 157 to 189 GFLOP/s leave a kernel at the limit 1.2 to 1.5 of it. bench/results has more
-// sizes. Tried and slower: bfloat16 converted to float32 when packed (1.14 and 1.10 of aten).
+//   GFLOP/s                    185    196    210    199              337    383
+//   of the two cores' rate     79%    84%    90%    85%              73%    83%
+//   / aten                    1.23   1.13   1.13   1.07             2.02   2.16
+//   / eager                    7.3    4.3    2.7    1.9              3.3    1.9
+// (`mmfast bench duc_loss --fresh-memory`, in bench/results with more sizes.) In float32 aten's 150 to 186
+// GFLOP/s leave a kernel at the limit 1.25 to 1.55 of it. Tried and slower: bfloat16 converted to float32
+// when packed (1.14 and 1.10 of aten).
 #include <omp.h>
 
 #include <cmath>
