@@ -212,6 +212,25 @@ void check_problem(const char* op, int64_t M, int64_t C) {
   }
 }
 
+template <class T>
+Problem<T> make_problem(const void* partial_logits, const int64_t* labels, const void* bias, int64_t N,
+                        int64_t stride_m, int64_t stride_n, int64_t stride_c, int64_t M, int64_t C,
+                        int64_t utility, bool is_packed, Format format) {
+  return {static_cast<const T*>(partial_logits),
+          labels,
+          static_cast<const accumulate_t<T>*>(bias),
+          N,
+          stride_m,
+          stride_n,
+          stride_c,
+          static_cast<int>(M),
+          static_cast<int>(C),
+          static_cast<int>(utility),
+          lanes_for<kHeld<T>>(C),
+          is_packed,
+          format};
+}
+
 void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
                           const int64_t* labels,       // [N] contiguous, in [0, C)
                           const void* bias,            // [C] contiguous in the type of accumulation, or null
@@ -230,19 +249,8 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
     using A = accumulate_t<T>;
     const bool is_packed = fits_packs<T, kHeld<T>>(partial_logits, C, stride_c) && stride_m % kHeld<T> == 0 &&
                            stride_n % kHeld<T> == 0;
-    const Problem<T> problem{static_cast<const T*>(partial_logits),
-                             labels,
-                             static_cast<const A*>(bias),
-                             N,
-                             stride_m,
-                             stride_n,
-                             stride_c,
-                             static_cast<int>(M),
-                             static_cast<int>(C),
-                             static_cast<int>(utility),
-                             lanes_for<kHeld<T>>(C),
-                             is_packed,
-                             format};
+    const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n, stride_c,
+                                               M, C, utility, is_packed, format);
     with_plan<T, false>(M, C, utility, [&](auto plan) {
       using P = decltype(plan);
       const Geometry geometry = make_geometry<P>(problem);
@@ -287,19 +295,8 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
                              stride_m % kHeld<T> == 0 && stride_n % kHeld<T> == 0 &&
                              fits_packs<Out, kHeld<T>>(dpartial_logits, C, 1) &&
                              fits_packs<A, kHeld<T>>(dbias, C, 1);
-      const Problem<T> problem{static_cast<const T*>(partial_logits),
-                               labels,
-                               static_cast<const A*>(bias),
-                               N,
-                               stride_m,
-                               stride_n,
-                               stride_c,
-                               static_cast<int>(M),
-                               static_cast<int>(C),
-                               static_cast<int>(utility),
-                               lanes_for<kHeld<T>>(C),
-                               is_packed,
-                               format};
+      const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n,
+                                                 stride_c, M, C, utility, is_packed, format);
       const Geometry geometry = make_geometry<P>(problem);
       const int64_t most = dbias == nullptr ? int64_t{1} << 30 : rows;
       const int64_t grid = geometry.num_groups < most ? geometry.num_groups : most;
