@@ -12,6 +12,8 @@ import numpy as np
 from mmfast.data.arrays import PRESENT_SUFFIX
 from mmfast.data.splits import Splits
 
+# What numpy, zipfile and zlib raise for damaged files; zipfile NotImplementedError for methods of compression
+# it does not know.
 _BROKEN = (
     OSError,
     EOFError,
