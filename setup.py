@@ -3,6 +3,8 @@
 Sources are found by glob. Environment variables:
     MMFAST_CPU=0        leave the C++ module out; everything runs through plain torch
     MMFAST_CUDA=auto    build the CUDA module where nvcc is found (default); 1: fail without nvcc; 0: never
+    MMFAST_CUDA_ARCHS=80,90,100,120     compute capabilities to build for (default: these that nvcc knows)
+    MMFAST_CUDART=static    link the CUDA runtime in (default); shared: use the libcudart that torch loads
     MMFAST_SANITIZE=address,undefined    instrument the C++ module with these sanitizers (tools/sanitize)
     MMFAST_SPILLS=error fail if a CUDA kernel does not fit its registers; otherwise it is only said
     CXX, CXXFLAGS, CUDA_HOME    as usual
@@ -42,6 +44,8 @@ X86_LEVELS = {
 # Machine code for each, PTX for the last one the compiler knows. A file *_sm90a.cu is built for 90a alone,
 # the one target that has a warpgroup's matrix instructions.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
+# How the CUDA runtime can be linked.
+CUDA_RUNTIMES = ("static", "shared")
 # Programs that may stand before the compiler in $CXX.
 LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")
 
@@ -61,6 +65,30 @@ def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise BuildError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def cuda_architectures(nvcc: str) -> list[int]:
+    """Return the compute capabilities to build for: those of $MMFAST_CUDA_ARCHS, or all that `nvcc` knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [int(arch) for arch in re.findall(r"^compute_(\d+)$", listed, flags=re.MULTILINE)]
+    named = re.split(r"[,;\s]+", os.environ.get("MMFAST_CUDA_ARCHS", "").strip())
+    if named == [""]:
+        return [arch for arch in CUDA_ARCHITECTURES if arch in known]
+    # "9.0" is what torch's own variable of this kind holds.
+    wanted = [name.replace(".", "") for name in named]
+    wrong = [name for name, arch in zip(named, wanted) if not arch.isdecimal() or int(arch) not in known]
+    if wrong:
+        raise BuildError(
+            f"MMFAST_CUDA_ARCHS must hold compute capabilities that {nvcc} builds for, "
+            f"of {', '.join(map(str, known))}, got {', '.join(map(repr, wrong))}"
+        )
+    archs = sorted(set(map(int, wanted)))
+    if archs[0] < CUDA_ARCHITECTURES[0]:
+        least = CUDA_ARCHITECTURES[0]
+        raise BuildError(
+            f"MMFAST_CUDA_ARCHS: the kernels need compute capability {least} or more, got {archs[0]}"
+        )
+    return archs
 
 
 def sanitizer_flags() -> list[str]:
@@ -114,6 +142,9 @@ def wanted_modules() -> list[str]:
     if cuda == "1" and nvcc is None:
         raise BuildError("MMFAST_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     if cuda != "0" and nvcc is not None and find_cxx() is not None:
+        # Wrong options stop an install that only would have tried, too.
+        cuda_architectures(nvcc)
+        switch("MMFAST_CUDART", "static", CUDA_RUNTIMES)
         names.append("mmfast._cuda")
         say(f"MMFAST_CUDA={cuda}: building the CUDA kernels with {nvcc}")
     else:
@@ -182,8 +213,8 @@ class Build:
     def build_cuda(self, target: str) -> None:
         """Add mmfast._cuda: machine code for every architecture nvcc knows, the CUDA runtime linked in."""
         nvcc, host = find_nvcc(), host_compiler(self.cxx)
-        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-        known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed.split()]
+        cudart = switch("MMFAST_CUDART", "static", CUDA_RUNTIMES)
+        known = cuda_architectures(nvcc)
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
         codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", *host]
@@ -197,7 +228,7 @@ class Build:
         )
         self.ninja.rule(
             "nvlink",
-            f"{nvcc} -shared -cudart static {shlex.join(host)} $codes $in -o $out",
+            f"{nvcc} -shared -cudart {cudart} {shlex.join(host)} $codes $in -o $out",
             description="link $out",
         )
         module = ROOT / "csrc/cuda/module.cpp"

@@ -107,42 +107,115 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
     assert not [name for name in names if name.endswith(".so")]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is compiled elsewhere")
-def test_the_cuda_build_by_compilers_that_only_note_what_they_are_told(tmp_path):
-    pytest.importorskip("pybind11")
-    pytest.importorskip("ninja")
-    script = """#!/bin/sh
-if [ "$1" = --list-gpu-arch ]; then echo compute_80; exit; fi
+# A compiler that notes what it is told, and knows three architectures.
+NOTING = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo compute_75; echo compute_80; echo compute_90; exit; fi
 echo "$(basename $0) $*" >>"$(dirname $0)/log"
 echo "ptxas info : Compiling entry function 'kernel' for 'sm_80'"
 echo "8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads"
 while [ "$1" != -o ]; do shift; done
 : >"$2"
 """
-    for name in ("nvcc", "ccache"):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(script)
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "CUDA_HOME": str(tmp_path),
-        "CXX": "ccache g++ -m64",
-        "MMFAST_CPU": "0",
-    }
-    command = ["build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
-    for cuda in ("auto", "1"):
-        done = setup_py(*command, "--force", **environment, MMFAST_CUDA=cuda)
-        assert done.returncode == 0, done.stderr
-        assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
-        done = setup_py(*command, **environment, MMFAST_CUDA=cuda, MMFAST_SPILLS="error")
-        assert done.returncode != 0
-        assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
-    log = (tmp_path / "bin/log").read_text().splitlines()
-    calls = [line for line in log if line.startswith("nvcc")]
+compiles_cuda = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="nothing is compiled elsewhere"
+)
+
+
+class NotedBuild:
+    """Builds of the CUDA module by compilers that only note what they are told."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("nvcc", "ccache"):
+            program = folder / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(NOTING)
+            program.chmod(0o755)
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        return setup_py(
+            *("build_ext", "--build-lib", f"{self.folder}/lib", "--build-temp", f"{self.folder}/temp"),
+            *words,
+            PATH=f"{self.folder}/bin:{os.environ['PATH']}",
+            CUDA_HOME=str(self.folder),
+            CXX="ccache g++ -m64",
+            MMFAST_CPU="0",
+            **environment,
+        )
+
+    def calls(self, program: str) -> list[str]:
+        """Return the command lines of one program, with a space at each end."""
+        lines = (self.folder / "bin/log").read_text().splitlines()
+        return [f" {line} " for line in lines if line.startswith(program)]
+
+
+@pytest.fixture
+def noted_build(tmp_path) -> NotedBuild:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    return NotedBuild(tmp_path)
+
+
+@compiles_cuda
+@pytest.mark.parametrize("cuda", ["auto", "1"])
+def test_the_cuda_build_tells_compilers_what_cxx_says(noted_build, cuda):
+    done = noted_build.run(MMFAST_CUDA=cuda)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
+    done = noted_build.run(MMFAST_CUDA=cuda, MMFAST_SPILLS="error")
+    assert done.returncode != 0
+    assert "CUDA kernels spill registers: kernel for sm_80: 8 bytes" in done.stderr
+    calls = noted_build.calls("nvcc")
     assert calls
     for call in calls:
         assert "-ccbin g++ -Xcompiler=-m64 " in call
-    assert any(line.startswith("ccache g++ -m64 ") and "csrc/cuda/module.cpp" in line for line in log)
+    assert any("csrc/cuda/module.cpp" in call for call in noted_build.calls("ccache g++ -m64 "))
+
+
+@compiles_cuda
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [("", ["80", "90"]), ("90", ["90"]), ("9.0, 80", ["80", "90"]), ("80;90;80", ["80", "90"])],
+)
+def test_the_cuda_build_is_for_the_architectures_named(noted_build, named, built):
+    done = noted_build.run(MMFAST_CUDA="1", MMFAST_CUDA_ARCHS=named)
+    assert done.returncode == 0, done.stderr
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in built]
+    codes.append(f"-gencode=arch=compute_{built[-1]},code=compute_{built[-1]}")
+    for call in noted_build.calls("nvcc"):
+        named_codes = [word for word in call.split() if word.startswith("-gencode")]
+        # What needs a warpgroup's instructions has an object of its own.
+        assert named_codes == (
+            ["-gencode=arch=compute_90a,code=sm_90a"] if "_sm90a.cu" in call and " -c " in call else codes
+        )
+    module = next(call for call in noted_build.calls("ccache") if "csrc/cuda/module.cpp" in call)
+    assert f"{' '.join(built)}, PTX {built[-1]}" in module
+
+
+@compiles_cuda
+@pytest.mark.parametrize("runtime", ["static", "shared"])
+def test_the_cuda_runtime_is_linked_as_named(noted_build, runtime):
+    done = noted_build.run(MMFAST_CUDA="1", MMFAST_CUDART=runtime)
+    assert done.returncode == 0, done.stderr
+    assert [call for call in noted_build.calls("nvcc") if f" -cudart {runtime} " in call]
+
+
+@compiles_cuda
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"MMFAST_CUDA_ARCHS": "90,91"}, "of 75, 80, 90, got '91'"),
+        ({"MMFAST_CUDA_ARCHS": "hopper"}, "MMFAST_CUDA_ARCHS must hold compute capabilities that"),
+        ({"MMFAST_CUDA_ARCHS": "75"}, "the kernels need compute capability 80 or more, got 75"),
+        ({"MMFAST_CUDART": "dynamic"}, "MMFAST_CUDART must be one of static, shared, got 'dynamic'"),
+    ],
+)
+# What is asked for and cannot be had must not be left out without a word.
+@pytest.mark.parametrize("cuda", ["auto", "1"])
+def test_wrong_options_of_the_cuda_build_are_refused(noted_build, environment, text, cuda):
+    done = noted_build.run(MMFAST_CUDA=cuda, **environment)
+    assert done.returncode != 0
+    assert text in done.stderr
 
 
 def test_constraints_leave_triton_to_torch():
