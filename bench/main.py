@@ -12,7 +12,7 @@ import torch
 
 from mmfast.names import did_you_mean
 
-from . import harness, report, tune
+from . import harness, host, report, tune
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +90,16 @@ def run_tuning(ops: list[str], *, quick: bool, device: str | None, console: Cons
     file = tune.store(torch.device("cuda"), found)
     console.print(f"Stored in {file}; ops on this GPU use it from now on.", soft_wrap=True)
     return file
+
+
+def run_host(ops: list[str], *, quick: bool, device: str | None, out: Path, console: Console) -> Path:
+    """Measure what calls of `ops` (all where empty) cost the host, print it; return the JSON's path.
+
+    Raises:
+        ValueError: an op has no benchmark, or torch cannot use the device.
+    """
+    ops = [op for op in _chosen(ops, available()) if op != "train"]
+    return host.run(ops, harness.Options(quick, _device(device)), _load(), out, console)
 
 
 def _chosen(ops: list[str], known: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ _PACKAGES = (
 )
 
 
-def machine_facts(options: Options, limits: Limits, load_average: float | None) -> dict[str, Any]:
+def machine_facts(options: Options, limits: Limits | None, load_average: float | None) -> dict[str, Any]:
     """Return what a reader needs to know of the machine to judge the figures."""
     return {
         "processor": info.processor(),
@@ -50,7 +50,7 @@ def machine_facts(options: Options, limits: Limits, load_average: float | None) 
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "allocator": _allocator(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "limits": asdict(limits),
+        "limits": None if limits is None else asdict(limits),
     }
 
 

@@ -157,6 +157,17 @@ def resolve(
     return _resolve(op, backend, device_type, dtype, not ordinary and interpreting(), _preferred)
 
 
+def choose(
+    op: str,  # stem of the op's files
+    backend: str,
+    tensor: torch.Tensor,
+) -> str:
+    """Return `resolve` for a tensor's device and dtype."""
+    # What a tensor's device is called takes five times as long to learn as whether it is the CPU.
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    return resolve(op, backend, device_type, tensor.dtype)
+
+
 @functools.cache
 def _resolve(
     op: str,
@@ -211,6 +222,11 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
 def stream_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the index of a GPU tensor's device and the handle of the stream work on it goes to."""
     return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def where(chosen: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a compiled kernel's last arguments: threads, or on a GPU the device and its stream."""
+    return (torch.get_num_threads(),) if chosen == "cpu" else stream_of(tensor)
 
 
 def check_name(backend: str) -> None:

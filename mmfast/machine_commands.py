@@ -37,6 +37,13 @@ def bench(
             help="Measure the tile shapes of the GPU kernels instead, and store the fastest for this GPU.",
         ),
     ] = False,
+    host: Annotated[
+        bool,
+        typer.Option(
+            "--host",
+            help="What calls with 64 samples cost the host instead: microseconds, launches, allocations.",
+        ),
+    ] = False,
     fresh_memory: Annotated[
         bool,
         typer.Option(
@@ -58,10 +65,13 @@ def bench(
                 "mmfast.bench is missing: this mmfast is a bare checkout, install it (pip install -e .)"
             )
         from mmfast.bench.harness import WrongResultError
-        from mmfast.bench.main import run, run_tuning
+        from mmfast.bench.main import run, run_host, run_tuning
 
         if tune:
             run_tuning(ops or [], quick=quick, device=device, console=make_console())
+            return
+        if host:
+            run_host(ops or [], quick=quick, device=device, out=out, console=make_console())
             return
         try:
             run(

@@ -13,6 +13,7 @@
 // comparison decides. A tie is looked into class by class, for of equal logits the lowest class counts.
 #include <vector>
 
+#include "labels.h"
 #include "lanes.h"
 #include "vec_math.h"
 
@@ -509,11 +510,13 @@ struct Table {
   }
 };
 
+// All four refuse labels outside [0, C).
 void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous, in [0, C)
+                             const int64_t* labels,  // [N] contiguous
                              void* values,           // [N, S] contiguous
                              int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
                              int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, N, C, num_threads);
   dispatch_dtype("coalition_utilities_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
@@ -524,10 +527,11 @@ void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in el
 
 void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
                              const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous, in [0, C)
+                             const int64_t* labels,  // [N] contiguous
                              void* dlogits,          // [N, S, C] contiguous
                              int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
                              int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, N, C, num_threads);
   dispatch_dtype("coalition_utilities_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
@@ -537,11 +541,12 @@ void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
 }
 
 void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const int64_t* labels,       // [N] contiguous
                           const void* bias,            // [C] in the type of accumulation, or null
                           void* phi,                   // [N, M] contiguous
                           int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
                           int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, N, C, num_threads);
   dispatch_dtype("additive_shapley_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Shapley<T> shapley = {static_cast<const T*>(partial_logits),
@@ -560,12 +565,13 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
 
 void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
                           const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous, in [0, C)
+                          const int64_t* labels,       // [N] contiguous
                           const void* bias,            // [C] in the type of accumulation, or null
                           void* dpartial_logits,       // [M, N, C] contiguous
                           void* dbias,  // [ceil(N / 256), C] sums within chunks of samples, in that type too
                           int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
                           int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, N, C, num_threads);
   dispatch_dtype("additive_shapley_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Shapley<T> shapley = {static_cast<const T*>(partial_logits),

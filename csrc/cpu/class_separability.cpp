@@ -27,6 +27,7 @@
 #include <limits>
 #include <vector>
 
+#include "labels.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -490,13 +491,15 @@ void dimension_hits(const T* x, const int64_t* labels, const accumulate_t<T>* lo
   });
 }
 
+// All three refuse labels outside [0, C).
 void class_separability_moments_fwd(const void* features,   // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,  // [N] in [0, C)
+                                    const int64_t* labels,  // [N]
                                     int64_t* count,         // [C]
                                     void* mean,             // [C, D]
                                     void* var,              // [C, D]
                                     int64_t num_samples, int64_t num_dims, int64_t num_classes,
                                     int64_t stride, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, num_samples, num_classes, num_threads);
   dispatch_dtype("class_separability_moments_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
@@ -508,12 +511,13 @@ void class_separability_moments_fwd(const void* features,   // [N, D], rows `str
 void class_separability_moments_bwd(const void* dmean,      // [C, D]
                                     const void* dvar,       // [C, D]
                                     const void* features,   // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,  // [N] in [0, C)
+                                    const int64_t* labels,  // [N]
                                     const int64_t* count,   // [C]
                                     const void* mean,       // [C, D]
                                     void* dfeatures,        // [N, D]
                                     int64_t num_samples, int64_t num_dims, int64_t num_classes,
                                     int64_t stride, int64_t dtype, int64_t num_threads) {
+  check_labels(labels, num_samples, num_classes, num_threads);
   dispatch_dtype("class_separability_moments_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
@@ -523,17 +527,32 @@ void class_separability_moments_bwd(const void* dmean,      // [C, D]
   });
 }
 
+// Whether there is a class that can be the nearest: one centroid that is a number is enough.
+template <class A>
+bool has_finite(const A* centroids, int64_t size) {
+  return size == 0 || std::any_of(centroids, centroids + size, [](A c) { return c - c == 0; });
+}
+
 void class_separability_hits(const void* features,   // [N, D], rows `stride` elements apart
-                             const int64_t* labels,  // [N] in [0, C)
+                             const int64_t* labels,  // [N]
                              const void* centroids,  // [C, D] float32 or float64
-                             int64_t* hits,          // [D], zeros
+                             int64_t* hits,          // [D]
                              int64_t num_samples, int64_t num_dims, int64_t num_classes, int64_t stride,
                              int64_t dtype, int64_t centroid_dtype, int64_t num_threads) {
+  check_labels(labels, num_samples, num_classes, num_threads);
   dispatch_dtype("class_separability_hits", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
+    const bool is_double = centroid_dtype == 1;
+    const int64_t size = num_classes * num_dims;
+    if (is_double ? !has_finite(static_cast<const double*>(centroids), size)
+                  : !has_finite(static_cast<const float*>(centroids), size)) {
+      throw std::invalid_argument("centroids must hold a class with samples, got none finite in [" +
+                                  std::to_string(num_classes) + ", " + std::to_string(num_dims) + "]");
+    }
+    std::fill(hits, hits + num_dims, 0);
     std::vector<A> low(num_classes * num_dims), high(num_classes * num_dims);
-    if (centroid_dtype == 1) {
+    if (is_double) {
       class_intervals(static_cast<const double*>(centroids), low.data(), high.data(), num_classes, num_dims,
                       num_threads);
     } else {

@@ -8,15 +8,18 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
+    cast,
     check_choice,
     check_float,
     check_label_range,
     check_labels,
     check_same_device,
     check_shape,
+    is_constant,
     once_differentiable,
     register,
     shape_text,
+    whole_labels,
 )
 from mmfast.ops.shapley_values import MAX_PLAYERS
 from mmfast.reference import additive_shapley as _reference
@@ -76,9 +79,11 @@ def coalition_utilities(
         )
     _check_classes("logits", logits, utility)
     _backend.check_name(backend)
+    if is_constant(logits):
+        return _utilities_fwd_op(logits, labels, utility, backend)
     if utility in SMOOTH_UTILITIES:
         return _CoalitionUtilities.apply(logits, labels, utility, backend)
-    return torch.ops.mmfast.coalition_utilities_fwd(logits.detach(), labels, utility, backend)
+    return _utilities_fwd_op(logits.detach(), labels, utility, backend)
 
 
 def additive_shapley(
@@ -134,11 +139,13 @@ def additive_shapley(
         check_shape("bias", bias, "C", (num_classes,))
         check_same_device(partial_logits=partial_logits, bias=bias)
     _backend.check_name(backend)
+    if is_constant(partial_logits, bias):
+        return _fwd_op(partial_logits, labels, bias, utility, backend)
     if utility in SMOOTH_UTILITIES:
         return _AdditiveShapley.apply(partial_logits, labels, bias, utility, backend)
     if bias is not None:
         bias = bias.detach()
-    return torch.ops.mmfast.additive_shapley_fwd(partial_logits.detach(), labels, bias, utility, backend)
+    return _fwd_op(partial_logits.detach(), labels, bias, utility, backend)
 
 
 def _check_classes(name: str, logits: Tensor, utility: str) -> None:
@@ -154,14 +161,13 @@ class _CoalitionUtilities(torch.autograd.Function):
     def forward(ctx, logits, labels, utility, backend):
         ctx.save_for_backward(logits, labels)
         ctx.utility, ctx.backend = utility, backend
-        return torch.ops.mmfast.coalition_utilities_fwd(logits, labels, utility, backend)
+        return _utilities_fwd_op(logits, labels, utility, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dutilities):
         logits, labels = ctx.saved_tensors
-        bwd = torch.ops.mmfast.coalition_utilities_bwd
-        return bwd(dutilities, logits, labels, ctx.utility, ctx.backend), None, None, None
+        return _utilities_bwd_op(dutilities, logits, labels, ctx.utility, ctx.backend), None, None, None
 
 
 class _AdditiveShapley(torch.autograd.Function):
@@ -169,19 +175,18 @@ class _AdditiveShapley(torch.autograd.Function):
     def forward(ctx, partial_logits, labels, bias, utility, backend):
         ctx.save_for_backward(partial_logits, labels, bias)
         ctx.utility, ctx.backend = utility, backend
-        return torch.ops.mmfast.additive_shapley_fwd(partial_logits, labels, bias, utility, backend)
+        return _fwd_op(partial_logits, labels, bias, utility, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dphi):
         partial_logits, labels, bias = ctx.saved_tensors
-        bwd = torch.ops.mmfast.additive_shapley_bwd
-        dpartial_logits, dbias = bwd(dphi, partial_logits, labels, bias, ctx.utility, ctx.backend)
+        dpartial_logits, dbias = _bwd_op(dphi, partial_logits, labels, bias, ctx.utility, ctx.backend)
         return dpartial_logits, None, None if bias is None else dbias, None, None
 
 
 def _resolve(tensor: Tensor, backend: str) -> str:
-    chosen = _backend.resolve("additive_shapley", backend, tensor.device.type, tensor.dtype)
+    chosen = _backend.choose("additive_shapley", backend, tensor)
     if chosen == "triton":
         most = _backend.kernels("additive_shapley").MAX_CLASSES
         if tensor.shape[-1] > most:
@@ -195,27 +200,27 @@ def _resolve(tensor: Tensor, backend: str) -> str:
     return chosen
 
 
-def _run_cpu(
+def _run(
+    chosen: str,  # "cpu" or "cuda"
     entry: str,  # "coalition_utilities_fwd" and the like
     gradients: tuple[Tensor, ...],  # of backward: that of the result
     logits: Tensor,  # [N, S, C] or [M, N, C]
     labels: Tensor,  # [N]
-    bias: tuple[Tensor | None, ...],  # of additive_shapley: [C] in the dtype of accumulation
-    outputs: tuple[Tensor, ...],  # contiguous
+    others: tuple[Tensor | None, ...],  # the bias in the dtype of accumulation, contiguous outputs
     utility: str,
+    *parts: int,  # of additive_shapley in CUDA: the first size of the last output
 ) -> None:
-    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
-    labels = labels.long().contiguous()
-    getattr(_backend.extension("cpu"), entry)(
-        *(gradient.data_ptr() for gradient in gradients),
-        logits.data_ptr(),
-        labels.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (*bias, *outputs)),
+    if gradients:
+        gradients = tuple([cast(gradient, logits.dtype).contiguous() for gradient in gradients])
+    tensors = (*gradients, logits, whole_labels(labels), *others)
+    getattr(_backend.extension(chosen), entry)(
+        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         *logits.shape,
         *logits.stride(),
         UTILITIES.index(utility),
         DTYPE_CODE[logits.dtype],
-        torch.get_num_threads(),
+        *parts,
+        *_backend.where(chosen, logits),
     )
 
 
@@ -223,32 +228,6 @@ def _run_cpu(
 _CUDA_ROWS = 1024
 # Threads that fill the largest GPU; with fewer, blocks share the coalitions of a sample.
 _CUDA_ENOUGH_THREADS = 2**17
-
-
-def _run_cuda(
-    entry: str,  # as for _run_cpu
-    gradients: tuple[Tensor, ...],
-    logits: Tensor,
-    labels: Tensor,
-    bias: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor | None, ...],
-    utility: str,
-    parts: tuple[int, ...] = (),  # of additive_shapley: the first size of the last output
-) -> None:
-    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
-    labels = labels.long().contiguous()
-    getattr(_backend.extension("cuda"), entry)(
-        *(gradient.data_ptr() for gradient in gradients),
-        logits.data_ptr(),
-        labels.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (*bias, *outputs)),
-        *logits.shape,
-        *logits.stride(),
-        UTILITIES.index(utility),
-        DTYPE_CODE[logits.dtype],
-        *parts,
-        *_backend.stream_of(logits),
-    )
 
 
 def _wide_operands(
@@ -261,20 +240,20 @@ def _wide_operands(
     dtype = accumulation_dtype(partial_logits.dtype)
     if torch.promote_types(dtype, bias.dtype) != dtype:
         partial_logits, dtype = partial_logits.double(), torch.float64
-    return partial_logits, bias.to(dtype).contiguous()
+    return partial_logits, cast(bias, dtype).contiguous()
 
 
 def _utilities_fwd(logits: Tensor, labels: Tensor, utility: str, backend: str) -> Tensor:
-    check_label_range("labels", labels, logits.shape[-1])
     chosen = _resolve(logits, backend)
+    if chosen != "cpu":
+        check_label_range("labels", labels, logits.shape[-1])
     if chosen == "triton":
         launch = _backend.kernels("additive_shapley").coalition_utilities_fwd
         return launch(logits, labels, UTILITIES.index(utility))
-    values = logits.new_empty(logits.shape[:2])
+    values = logits.new_empty(logits.shape[0], logits.shape[1])
     if chosen != "reference":
-        run = _run_cpu if chosen == "cpu" else _run_cuda
         if values.numel() > 0:
-            run("coalition_utilities_fwd", (), logits, labels, (), (values,), utility)
+            _run(chosen, "coalition_utilities_fwd", (), logits, labels, (values,), utility)
         return values
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         values[rows] = _reference.coalition_utilities(logits[rows], labels[rows], utility=utility)
@@ -288,9 +267,8 @@ def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: 
         return launch(dutilities, logits, labels, UTILITIES.index(utility))
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if chosen != "reference":
-        run = _run_cpu if chosen == "cpu" else _run_cuda
         if dlogits.numel() > 0:
-            run("coalition_utilities_bwd", (dutilities,), logits, labels, (), (dlogits,), utility)
+            _run(chosen, "coalition_utilities_bwd", (dutilities,), logits, labels, (dlogits,), utility)
         return dlogits
     for rows in row_chunks(logits, logits.shape[0], logits.shape[1] * logits.shape[2]):
         dlogits[rows] = _reference.coalition_utilities_bwd(
@@ -301,8 +279,9 @@ def _utilities_bwd(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: 
 
 def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str, backend: str) -> Tensor:
     num_modalities, num_samples, num_classes = partial_logits.shape
-    check_label_range("labels", labels, num_classes)
     chosen = _resolve(partial_logits, backend)
+    if chosen != "cpu":
+        check_label_range("labels", labels, num_classes)
     if chosen == "triton":
         operand, wide_bias = _wide_operands(partial_logits, bias)
         launch = _backend.kernels("additive_shapley").additive_shapley_fwd
@@ -312,10 +291,10 @@ def _fwd(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: s
     phi = partial_logits.new_empty(num_samples, num_modalities)
     if chosen == "cpu":
         operand, wide_bias = _wide_operands(partial_logits, bias)
-        wide_phi = phi.to(operand.dtype)
+        wide_phi = cast(phi, operand.dtype)
         if phi.numel() > 0:
-            _run_cpu("additive_shapley_fwd", (), operand, labels, (wide_bias,), (wide_phi,), utility)
-        return wide_phi.to(phi.dtype)
+            _run("cpu", "additive_shapley_fwd", (), operand, labels, (wide_bias, wide_phi), utility)
+        return cast(wide_phi, phi.dtype)
     # Samples go in chunks: the table of all coalitions' logits exists for a few at a time.
     for rows in row_chunks(partial_logits, num_samples, 2**num_modalities * num_classes):
         phi[rows] = _reference.additive_shapley(partial_logits[:, rows], labels[rows], bias, utility=utility)
@@ -365,15 +344,15 @@ def _bwd_cpu(
     utility: str,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
     operand, wide_bias = _wide_operands(partial_logits, bias)
-    wide_gradient = dpartial_logits.to(operand.dtype)
+    wide_gradient = cast(dpartial_logits, operand.dtype)
     # The kernel sums the bias's gradient within chunks of samples, one row each.
     num_chunks = -(-operand.shape[1] // _SAMPLES_PER_CHUNK)
     chunks = operand.new_empty(num_chunks, operand.shape[2], dtype=accumulation_dtype(operand.dtype))
     if operand.numel() > 0:
-        outputs = (wide_gradient, chunks)
-        _run_cpu("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility)
-    dbias = partial_logits.new_empty(0) if bias is None else chunks.sum(0).to(bias.dtype)
-    return wide_gradient.to(dpartial_logits.dtype), dbias
+        others = (wide_bias, wide_gradient, chunks)
+        _run("cpu", "additive_shapley_bwd", (dphi,), operand, labels, others, utility)
+    dbias = partial_logits.new_empty(0) if bias is None else cast(chunks.sum(0), bias.dtype)
+    return cast(wide_gradient, dpartial_logits.dtype), dbias
 
 
 def _fwd_cuda(
@@ -393,8 +372,8 @@ def _fwd_cuda(
     if splits > 1:
         parts = phi.new_empty(splits, *phi.shape, dtype=accumulation_dtype(phi.dtype))
     if phi.numel() > 0:
-        outputs = (phi, parts)
-        _run_cuda("additive_shapley_fwd", (), operand, labels, (wide_bias,), outputs, utility, (splits,))
+        others = (wide_bias, phi, parts)
+        _run("cuda", "additive_shapley_fwd", (), operand, labels, others, utility, splits)
     return (phi if parts is None else parts.sum(0)).to(partial_logits.dtype)
 
 
@@ -414,8 +393,8 @@ def _bwd_cuda(
     rows = min(num_samples, _CUDA_ROWS)
     sums = None if bias is None else operand.new_empty(rows, num_classes, dtype=dtype)
     if operand.numel() > 0:
-        outputs = (gradient, sums)
-        _run_cuda("additive_shapley_bwd", (dphi,), operand, labels, (wide_bias,), outputs, utility, (rows,))
+        others = (wide_bias, gradient, sums)
+        _run("cuda", "additive_shapley_bwd", (dphi,), operand, labels, others, utility, rows)
     gradient = gradient.to(partial_logits.dtype)
     if bias is None or sums is None:
         return gradient, partial_logits.new_empty(0)
@@ -440,24 +419,24 @@ def _bwd_fake(dphi, partial_logits, labels, bias, utility, backend):
     )
 
 
-register(
+_utilities_fwd_op = register(
     "coalition_utilities_fwd(Tensor logits, Tensor labels, str utility, str backend) -> Tensor",
     _utilities_fwd,
     _utilities_fwd_fake,
 )
-register(
+_utilities_bwd_op = register(
     "coalition_utilities_bwd(Tensor dutilities, Tensor logits, Tensor labels, str utility, str backend)"
     " -> Tensor",
     _utilities_bwd,
     _utilities_bwd_fake,
 )
-register(
+_fwd_op = register(
     "additive_shapley_fwd(Tensor partial_logits, Tensor labels, Tensor? bias, str utility, str backend)"
     " -> Tensor",
     _fwd,
     _fwd_fake,
 )
-register(
+_bwd_op = register(
     "additive_shapley_bwd(Tensor dphi, Tensor partial_logits, Tensor labels, Tensor? bias, str utility,"
     " str backend) -> (Tensor, Tensor)",
     _bwd,

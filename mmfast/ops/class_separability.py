@@ -10,16 +10,19 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
+    cast,
     check_float,
     check_integer,
     check_label_range,
     check_labels,
     check_same_device,
     check_shape,
+    is_constant,
     once_differentiable,
     register,
     shape_text,
     unbroken_rows,
+    whole_labels,
 )
 from mmfast.reference import class_separability as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -87,7 +90,8 @@ def class_moments(
     """
     _check(features, labels, num_classes)
     _backend.check_name(backend)
-    return ClassMoments(*_ClassMoments.apply(features, labels, num_classes, backend))
+    run = _moments_fwd_op if is_constant(features) else _ClassMoments.apply
+    return ClassMoments(*run(features, labels, num_classes, backend))
 
 
 def dimension_accuracy(
@@ -130,8 +134,13 @@ def dimension_accuracy(
     check_shape("centroids", centroids, "C, D", (None, features.shape[1]))
     check_same_device(features=features, centroids=centroids)
     _backend.check_name(backend)
-    hits = torch.ops.mmfast.dimension_hits(features.detach(), labels, centroids.detach(), backend)
-    return hits.to(accumulation_dtype(features.dtype)) / features.shape[0]
+    if not is_constant(features, centroids):
+        features, centroids = features.detach(), centroids.detach()
+    hits = _hits_op(features, labels, centroids, backend)
+    dtype = accumulation_dtype(features.dtype)
+    # A quotient of whole numbers has torch's default dtype: most often the one that is wanted.
+    wide = hits if dtype == torch.get_default_dtype() else cast(hits, dtype)
+    return wide / features.shape[0]
 
 
 def effective_dimensions(
@@ -169,15 +178,11 @@ def effective_dimensions(
     if features.shape[0] == 0:
         raise ValueError(f"features must hold at least one sample, got {shape_text(features.shape)}")
     _backend.check_name(backend)
-    features = features.detach()
-    _, mean, _ = torch.ops.mmfast.class_moments_fwd(features, labels, num_classes, backend)
-    hits = torch.ops.mmfast.dimension_hits(features, labels, mean, backend)
+    if not is_constant(features):
+        features = features.detach()
+    _, mean, _ = _moments_fwd_op(features, labels, num_classes, backend)
+    hits = _hits_op(features, labels, mean, backend)
     return hits * hits.shape[0] > hits.sum()
-
-
-def _where(chosen: str, tensor: Tensor) -> tuple[int, ...]:
-    """Return what a launcher's last arguments are: threads, or a device and its stream."""
-    return (torch.get_num_threads(),) if chosen == "cpu" else _backend.stream_of(tensor)
 
 
 def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name: str = "num_classes") -> None:
@@ -193,7 +198,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name:
 class _ClassMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, num_classes, backend):
-        count, mean, var = torch.ops.mmfast.class_moments_fwd(features, labels, num_classes, backend)
+        count, mean, var = _moments_fwd_op(features, labels, num_classes, backend)
         ctx.save_for_backward(features, labels, count, mean)
         ctx.mark_non_differentiable(count)
         ctx.backend = backend
@@ -202,8 +207,7 @@ class _ClassMoments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dcount, dmean, dvar):
-        bwd = torch.ops.mmfast.class_moments_bwd
-        return bwd(dmean, dvar, *ctx.saved_tensors, ctx.backend), None, None, None
+        return _moments_bwd_op(dmean, dvar, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 def _moments_fwd(
@@ -212,10 +216,10 @@ def _moments_fwd(
     num_classes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
-    check_label_range("labels", labels, num_classes)
-    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    chosen = _backend.choose("class_separability", backend, features)
     if chosen == "cpu":
         return _moments_fwd_cpu(features, labels, num_classes)
+    check_label_range("labels", labels, num_classes)
     if chosen == "triton":
         launch = _backend.kernels("class_separability").class_moments_fwd
         return launch(unbroken_rows(features), labels, num_classes)
@@ -230,7 +234,7 @@ def _moments_fwd_cpu(
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
-    features, labels = unbroken_rows(features), labels.long().contiguous()
+    features, labels = unbroken_rows(features), whole_labels(labels)
     _backend.extension("cpu").class_separability_moments_fwd(
         features.data_ptr(),
         labels.data_ptr(),
@@ -278,7 +282,7 @@ def _moments_fwd_cuda(
     rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
     num_blocks = -(-num_samples // rows)
     if is_ordering:
-        labels, order, sorted_labels = labels.long().contiguous(), None, None
+        labels, order, sorted_labels = whole_labels(labels), None, None
         num_parts = num_blocks * num_classes
         part_count = count.new_empty(num_parts, dtype=torch.int32)
     else:
@@ -317,7 +321,7 @@ def _moments_bwd(
     mean: Tensor,  # [C, D]
     backend: str,
 ) -> Tensor:  # [N, D]
-    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
+    chosen = _backend.choose("class_separability", backend, features)
     if chosen in ("cpu", "cuda"):
         return _moments_bwd_run(dmean, dvar, features, labels, count, mean, chosen)
     if chosen == "triton":
@@ -335,9 +339,9 @@ def _moments_bwd_run(
     mean: Tensor,  # [C, D]
     chosen: str,  # "cpu" or "cuda"
 ) -> Tensor:  # [N, D]
-    dfeatures = features.new_empty(features.shape)
-    features, labels = unbroken_rows(features), labels.long().contiguous()
-    dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
+    dfeatures = features.new_empty(*features.shape)
+    features, labels = unbroken_rows(features), whole_labels(labels)
+    dmean, dvar = cast(dmean, mean.dtype).contiguous(), cast(dvar, mean.dtype).contiguous()
     count, mean = count.contiguous(), mean.contiguous()
     _backend.extension(chosen).class_separability_moments_bwd(
         dmean.data_ptr(),
@@ -351,7 +355,7 @@ def _moments_bwd_run(
         mean.shape[0],
         features.stride(0),
         DTYPE_CODE[features.dtype],
-        *_where(chosen, features),
+        *_backend.where(chosen, features),
     )
     return dfeatures
 
@@ -362,14 +366,15 @@ def _hits(
     centroids: Tensor,  # [C, D]
     backend: str,
 ) -> Tensor:  # int64 [D]
+    chosen = _backend.choose("class_separability", backend, features)
+    if chosen == "cpu":
+        return _hits_cpu(features, labels, centroids)
     check_label_range("labels", labels, centroids.shape[0])
     if centroids.device.type == "cpu" and centroids.numel() and not bool(centroids.isfinite().any()):
+        # As the C++ kernel says it.
         raise ValueError(
             f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
         )
-    chosen = _backend.resolve("class_separability", backend, features.device.type, features.dtype)
-    if chosen == "cpu":
-        return _hits_cpu(features, labels, centroids)
     if chosen == "cuda":
         return _hits_cuda(features, labels, centroids)
     if chosen == "triton":
@@ -382,9 +387,9 @@ def _hits_cpu(
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
-    hits = features.new_zeros(features.shape[1], dtype=torch.int64)
-    features, labels = unbroken_rows(features), labels.long().contiguous()
-    centroids = centroids.to(accumulation_dtype(centroids.dtype)).contiguous()
+    hits = features.new_empty(features.shape[1], dtype=torch.int64)
+    features, labels = unbroken_rows(features), whole_labels(labels)
+    centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     _backend.extension("cpu").class_separability_hits(
         features.data_ptr(),
         labels.data_ptr(),
@@ -406,8 +411,8 @@ def _hits_cuda(
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
     hits = features.new_zeros(features.shape[1], dtype=torch.int64)
-    features, labels = unbroken_rows(features), labels.long().contiguous()
-    centroids = centroids.to(accumulation_dtype(centroids.dtype)).contiguous()
+    features, labels = unbroken_rows(features), whole_labels(labels)
+    centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     intervals = centroids.new_empty(2, *centroids.shape, dtype=accumulation_dtype(features.dtype))
     _backend.extension("cuda").class_separability_hits(
         features.data_ptr(),
@@ -426,9 +431,10 @@ def _hits_cuda(
 
 
 def _moments_fwd_fake(features, labels, num_classes, backend):
-    shape, dtype = (num_classes, features.shape[1]), accumulation_dtype(features.dtype)
+    dtype = accumulation_dtype(features.dtype)
     count = features.new_empty(num_classes, dtype=torch.int64)
-    return count, features.new_empty(shape, dtype=dtype), features.new_empty(shape, dtype=dtype)
+    mean = features.new_empty(num_classes, features.shape[1], dtype=dtype)
+    return count, mean, torch.empty_like(mean)
 
 
 def _moments_bwd_fake(dmean, dvar, features, labels, count, mean, backend):
@@ -439,19 +445,19 @@ def _hits_fake(features, labels, centroids, backend):
     return features.new_empty(features.shape[1], dtype=torch.int64)
 
 
-register(
+_moments_fwd_op = register(
     "class_moments_fwd(Tensor features, Tensor labels, SymInt num_classes, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _moments_fwd,
     _moments_fwd_fake,
 )
-register(
+_moments_bwd_op = register(
     "class_moments_bwd(Tensor dmean, Tensor dvar, Tensor features, Tensor labels, Tensor count, Tensor mean,"
     " str backend) -> Tensor",
     _moments_bwd,
     _moments_bwd_fake,
 )
-register(
+_hits_op = register(
     "dimension_hits(Tensor features, Tensor labels, Tensor centroids, str backend) -> Tensor",
     _hits,
     _hits_fake,

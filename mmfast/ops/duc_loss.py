@@ -14,12 +14,14 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
+    FLOATS,
     check_choice,
     check_float,
     check_positive,
     check_same_device,
     check_shape,
     check_tensor,
+    is_constant,
     once_differentiable,
     outside_autocast,
     promoted,
@@ -65,8 +67,11 @@ class DucDims:
         return self.columns.split(list(self.sizes))[teacher * len(self.effective) + student]
 
     def to(self, device: torch.device | str) -> DucDims:
-        """Return the same dimensions on another device."""
-        return DucDims(self.effective.to(device))
+        """Return the same dimensions on another device, without a question to either."""
+        moved = object.__new__(DucDims)
+        moved.effective, moved.columns = self.effective.to(device), self.columns.to(device)
+        moved.sizes = self.sizes
+        return moved
 
     def __reduce__(self):
         # Column lists that do not fit the mask, as a file may hold them, can never be loaded.
@@ -128,6 +133,7 @@ def duc_loss(
     """
     features = _check_features(features)
     num_modalities, num_dims = len(features), features[0].shape[1]
+    columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
     mask = effective.effective if isinstance(effective, DucDims) else effective
     _check_effective(mask, num_modalities, num_dims)
     check_same_device(features=features[0], effective=mask)
@@ -135,10 +141,11 @@ def duc_loss(
     _backend.check_name(backend)
     features = promoted(*features)
     keys, offset = _gathered(features, group)
-    columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
+    if is_constant(*features):
+        given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
+        return _duc_op(features, *given, False, backend)[0]
     with_residual = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
     options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction, with_residual)
-    # Also where no gradient is asked for: forward-mode AD must hear that there is no formula for it.
     return _DucLoss.apply(options, backend, *features)
 
 
@@ -190,6 +197,8 @@ def unidirectional_info_nce(
     keys, offset = _gathered([key], group)
     with_residual = torch.is_grad_enabled() and query.requires_grad
     options = (keys[0] if keys else key, float(temperature), offset, reduction, with_residual)
+    if is_constant(query):
+        return _info_nce_op(query, *options, backend)[0]
     return _InfoNCE.apply(options, backend, query)
 
 
@@ -200,12 +209,26 @@ def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
     tensors = list(features)
     if not tensors:
         raise ValueError("features must hold M >= 1 tensors [N, D], got none")
+    first = tensors[0]
+    check_float("features[0]", first)
+    check_shape("features[0]", first, "N, D", (None, None))
     for index, feature in enumerate(tensors):
-        name = f"features[{index}]"
-        check_float(name, feature)
-        check_shape(name, feature, "N, D", (None, None) if index == 0 else tuple(tensors[0].shape))
-        check_same_device(**{"features[0]": tensors[0], name: feature})
+        if feature is not first and not _is_like(feature, first):
+            # What is wrong is looked for afterwards: names cost more than the questions.
+            name = f"features[{index}]"
+            check_float(name, feature)
+            check_shape(name, feature, "N, D", tuple(first.shape))
+            check_same_device(**{"features[0]": first, name: feature})
     return tensors
+
+
+def _is_like(feature: Tensor, first: Tensor) -> bool:
+    return (
+        isinstance(feature, Tensor)
+        and feature.dtype in FLOATS
+        and feature.shape == first.shape
+        and feature.device == first.device
+    )
 
 
 def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: int | None) -> None:
@@ -248,6 +271,8 @@ def _scaled(
 ) -> Tensor:  # like `residuals`
     """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
     divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
+    if dloss.dim() == 0 and residuals.dtype == dloss.dtype:
+        return residuals * (dloss / divisor)
     # A factor without dimensions would be rounded to half precision before the product; with them, the
     # product is taken in float32 and rounded once.
     return (residuals * (dloss / divisor).reshape(-1, 1)).to(residuals.dtype)
@@ -258,7 +283,7 @@ class _DucLoss(torch.autograd.Function):
     def forward(ctx, *inputs):
         # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
         options, backend, *features = inputs
-        loss, residuals = torch.ops.mmfast.duc_loss_fwd(features, *options, backend)
+        loss, residuals = _duc_op(features, *options, backend)
         ctx.save_for_backward(residuals)
         ctx.temperature, ctx.reduction = options[4], options[6]
         return loss
@@ -273,7 +298,7 @@ class _DucLoss(torch.autograd.Function):
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, backend, query):
-        loss, residual = torch.ops.mmfast.info_nce_fwd(query, *options, backend)
+        loss, residual = _info_nce_op(query, *options, backend)
         ctx.save_for_backward(residual)
         ctx.temperature, ctx.reduction = options[1], options[3]
         return loss
@@ -283,6 +308,22 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, dloss):
         (residual,) = ctx.saved_tensors
         return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction)
+
+
+def _views(
+    features: list[Tensor],  # M of [N, D]
+    keys: list[Tensor],  # M of [K, D]
+) -> array:  # int64 [M, 2, 3]
+    """Return the addresses and strides of all matrices, as compiled kernels take them."""
+    numbers: list[int] = []
+    for feature, key in zip(features, keys):
+        numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
+    return array("q", numbers)
+
+
+def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
+    query = features[0]
+    return query.new_empty(len(features), *query.shape) if with_residual else query.new_empty(0)
 
 
 def _run_cpu(
@@ -297,10 +338,8 @@ def _run_cpu(
     query = features[0]
     num_samples, num_dims = query.shape
     loss = _loss_fake(query, reduction)
-    residuals = query.new_empty((len(features), num_samples, num_dims) if with_residual else 0)
-    views = array("q")
-    for feature, key in zip(features, keys, strict=True):
-        views.extend((feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()))
+    residuals = _residuals(features, with_residual)
+    views = _views(features, keys)
     mask = None if effective is None else effective.contiguous()
     _backend.extension("cpu").duc_loss_fwd(
         views.buffer_info()[0],
@@ -343,7 +382,7 @@ def _run_cuda(
     num_pairs = 1 if effective is None else len(features) * (len(features) - 1)
     num_columns = max(sizes, default=num_dims) if num_pairs else 0
     loss = _loss_fake(query, reduction)
-    residuals = query.new_empty((len(features), num_samples, num_dims) if with_residual else 0)
+    residuals = _residuals(features, with_residual)
     if num_columns == 0 or num_samples == 0:
         # Without dimensions all scores are 0.
         nothing = math.log(num_keys) if effective is None and num_samples else 0.0
@@ -373,9 +412,7 @@ def _run_cuda(
     num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
     partial = loss.new_empty(num_partial)
     indices = loss.new_empty(num_pairs * (2 * num_dims + 1), dtype=torch.int32)
-    views = array("q")
-    for feature, key in zip(features, keys, strict=True):
-        views.extend((feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()))
+    views = _views(features, keys)
     known = array("q", sizes)
     mask = None if effective is None else effective.contiguous()
     _backend.extension("cuda").duc_loss_fwd(
@@ -420,7 +457,7 @@ def _duc_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     """Return the loss and temperature times the gradient of its sum, in range even in half precision."""
-    chosen = _backend.resolve("duc_loss", backend, features[0].device.type, features[0].dtype)
+    chosen = _backend.choose("duc_loss", backend, features[0])
     if chosen == "cpu":
         return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
     if chosen == "triton":
@@ -455,7 +492,7 @@ def _info_nce_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
-    chosen = _backend.resolve("duc_loss", backend, query.device.type, query.dtype)
+    chosen = _backend.choose("duc_loss", backend, query)
     if chosen == "cpu":
         loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
         return loss, residuals[0] if with_residual else residuals
@@ -488,13 +525,13 @@ def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, ba
     return _loss_fake(query, reduction), query.new_empty(query.shape if with_residual else (0,))
 
 
-register(
+_duc_op = register(
     "duc_loss_fwd(Tensor[] features, Tensor[] keys, Tensor effective, Tensor? columns, SymInt[] sizes,"
     " float temperature, SymInt offset, str reduction, bool with_residual, str backend) -> (Tensor, Tensor)",
     _duc_impl,
     _duc_fake,
 )
-register(
+_info_nce_op = register(
     "info_nce_fwd(Tensor query, Tensor key, float temperature, SymInt offset, str reduction,"
     " bool with_residual, str backend) -> (Tensor, Tensor)",
     _info_nce_impl,

@@ -8,10 +8,13 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
+    cast,
     check_float,
     check_positive,
     check_same_device,
     check_shape,
+    check_tensor,
+    is_constant,
     outside_autocast,
     register,
     shape_text,
@@ -58,8 +61,11 @@ def update_projector_(
     check_same_device(projector=projector, mean_feature=mean_feature)
     check_positive("alpha", alpha)
     _backend.check_name(backend)
-    with torch.no_grad():
-        torch.ops.mmfast.update_projector_(projector, mean_feature, float(alpha), backend)
+    if is_constant(projector, mean_feature):
+        _update_op(projector, mean_feature, float(alpha), backend)
+    else:
+        with torch.no_grad():
+            _update_op(projector, mean_feature, float(alpha), backend)
 
 
 def project_gradient(
@@ -94,21 +100,21 @@ def project_gradient(
     check_shape("grad", grad, "C, D", (None, projector.shape[0]))
     check_same_device(grad=grad, projector=projector)
     _backend.check_name(backend)
-    if grad.requires_grad and torch.is_grad_enabled():
-        return _ProjectGradient.apply(grad, projector, backend)
-    # A gradient seldom has one itself: half of the call's cost is saved.
-    with torch.no_grad():
-        return torch.ops.mmfast.project_gradient(grad, projector, backend)
+    if is_constant(grad, projector):
+        return _project_op(grad, projector, backend)
+    return _ProjectGradient.apply(grad, projector.detach(), backend)
 
 
 def _check_projector(projector: Tensor) -> None:
-    check_float("projector", projector)
+    check_tensor("projector", projector)
     if projector.dtype not in (torch.float32, torch.float64):
+        check_float("projector", projector)
         raise TypeError(
             f"projector must have dtype float32 or float64, got {str(projector.dtype).removeprefix('torch.')}"
         )
-    if projector.dim() != 2 or projector.shape[0] != projector.shape[1]:
-        raise ValueError(f"projector must have shape [D, D], got {shape_text(projector.shape)}")
+    shape = projector.shape
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"projector must have shape [D, D], got {shape_text(shape)}")
 
 
 class _ProjectGradient(torch.autograd.Function):
@@ -116,7 +122,7 @@ class _ProjectGradient(torch.autograd.Function):
     def forward(ctx, grad, projector, backend):
         ctx.save_for_backward(projector)
         ctx.backend = backend
-        return torch.ops.mmfast.project_gradient(grad, projector, backend)
+        return _project_op(grad, projector, backend)
 
     @staticmethod
     def backward(ctx, dprojected):
@@ -125,14 +131,15 @@ class _ProjectGradient(torch.autograd.Function):
 
 
 def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
-    if len(projector) == 0:
+    num_dims = projector.shape[0]
+    if num_dims == 0:
         return
     dense = unbroken_rows(projector)
-    h = mean_feature.to(projector.dtype).contiguous()
+    h = cast(mean_feature, projector.dtype).contiguous()
     _backend.extension("cpu").gradient_projection_update(
         dense.data_ptr(),
         h.data_ptr(),
-        len(dense),
+        num_dims,
         dense.stride(0),
         alpha,
         DTYPE_CODE[dense.dtype],
@@ -152,12 +159,12 @@ def _note_change(projector: Tensor) -> None:
 
 def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     if grad.numel() == 0:
-        return grad.new_empty(grad.shape)
+        return grad.new_empty(*grad.shape)
     if accumulation_dtype(grad.dtype) != projector.dtype:
         wide = torch.promote_types(grad.dtype, projector.dtype)
         return _project_cpu(grad.to(wide), projector.to(wide)).to(grad.dtype)
     projector = unbroken_rows(projector)
-    projected = torch.empty(grad.shape, dtype=grad.dtype)
+    projected = grad.new_empty(*grad.shape)
     _backend.extension("cpu").gradient_projection_product(
         grad.data_ptr(),
         projector.data_ptr(),
@@ -173,7 +180,7 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
 
 @outside_autocast
 def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend: str) -> None:
-    chosen = _backend.resolve("gradient_projection", backend, projector.device.type, projector.dtype)
+    chosen = _backend.choose("gradient_projection", backend, projector)
     if chosen == "cpu":
         _update_cpu(projector, mean_feature, alpha)
     elif chosen == "triton":
@@ -185,7 +192,7 @@ def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend:
 
 @outside_autocast
 def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
-    chosen = _backend.resolve("gradient_projection", backend, grad.device.type, grad.dtype)
+    chosen = _backend.choose("gradient_projection", backend, grad)
     if chosen == "cpu":
         return _project_cpu(grad, projector)
     if chosen == "triton":
@@ -201,11 +208,11 @@ def _project_fake(grad, projector, backend):
     return grad.new_empty(grad.shape)
 
 
-register(
+_update_op = register(
     "update_projector_(Tensor(a!) projector, Tensor mean_feature, float alpha, str backend) -> ()",
     _update_impl,
     _update_fake,
 )
-register(
+_project_op = register(
     "project_gradient(Tensor grad, Tensor projector, str backend) -> Tensor", _project_impl, _project_fake
 )

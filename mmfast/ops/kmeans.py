@@ -191,7 +191,7 @@ def _lloyd(
     tol: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 [] on the CPU
-    chosen = _backend.resolve("kmeans", backend, features.device.type, features.dtype)
+    chosen = _backend.choose("kmeans", backend, features)
     if chosen == "cpu":
         return _lloyd_cpu(features, start, max_iter, tol)
     if chosen == "triton" and features.shape[1] > 0:

@@ -8,11 +8,13 @@ from torch import Tensor
 from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
+    cast,
     check_float,
     check_positive,
     check_same_device,
     check_shape,
     check_tensor,
+    is_constant,
     once_differentiable,
     register,
     shape_text,
@@ -57,7 +59,8 @@ def entropy_fusion(
     """
     _check(logits, present)
     _backend.check_name(backend)
-    return _LogitFusion.apply(logits, present, "entropy", 1.0, backend)
+    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
+    return run(logits, present, "entropy", 1.0, backend)
 
 
 def certainty_fusion(
@@ -97,7 +100,8 @@ def certainty_fusion(
     _check(logits, present)
     check_positive("temperature", temperature)
     _backend.check_name(backend)
-    return _LogitFusion.apply(logits, present, "certainty", float(temperature), backend)
+    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
+    return run(logits, present, "certainty", float(temperature), backend)
 
 
 def _check(logits: Tensor, present: Tensor | None) -> None:
@@ -122,12 +126,12 @@ class _LogitFusion(torch.autograd.Function):
     def forward(ctx, logits, present, score, temperature, backend):
         ctx.save_for_backward(logits, present)
         ctx.options = (score, temperature, backend)
-        return torch.ops.mmfast.logit_fusion_fwd(logits, present, score, temperature, backend)
+        return _fwd_op(logits, present, score, temperature, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dfused, dweights):
-        dlogits = torch.ops.mmfast.logit_fusion_bwd(dfused, dweights, *ctx.saved_tensors, *ctx.options)
+        dlogits = _bwd_op(dfused, dweights, *ctx.saved_tensors, *ctx.options)
         return dlogits, None, None, None, None
 
 
@@ -142,13 +146,14 @@ def _run_cpu(
 ) -> None:
     if logits.numel() == 0:
         return
-    gradients = tuple(gradient.to(logits.dtype).contiguous() for gradient in gradients)
+    if gradients:
+        gradients = tuple([cast(gradient, logits.dtype).contiguous() for gradient in gradients])
     mask = None if present is None else present.contiguous()
     getattr(_backend.extension("cpu"), entry)(
-        *(gradient.data_ptr() for gradient in gradients),
+        *[gradient.data_ptr() for gradient in gradients],
         logits.data_ptr(),
         0 if mask is None else mask.data_ptr(),
-        *(output.data_ptr() for output in outputs),
+        *[output.data_ptr() for output in outputs],
         *logits.shape,
         *logits.stride(),
         SCORES.index(score),
@@ -165,7 +170,7 @@ def _fwd(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
-    chosen = _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    chosen = _backend.choose("logit_fusion", backend, logits)
     if chosen == "reference":
         return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
     if chosen == "triton":
@@ -185,7 +190,7 @@ def _bwd(
     temperature: float,
     backend: str,
 ) -> Tensor:  # [M, N, C]
-    chosen = _backend.resolve("logit_fusion", backend, logits.device.type, logits.dtype)
+    chosen = _backend.choose("logit_fusion", backend, logits)
     if chosen == "reference":
         return _reference.logit_fusion_bwd(
             dfused, dweights, logits, present=present, score=score, temperature=temperature
@@ -193,27 +198,28 @@ def _bwd(
     if chosen == "triton":
         launch = _backend.kernels("logit_fusion").logit_fusion_bwd
         return launch(dfused, dweights, logits, present, SCORES.index(score), temperature)
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = logits.new_empty(*logits.shape)
     gradients = (dfused, dweights)
     _run_cpu("logit_fusion_bwd", gradients, logits, present, (dlogits,), score, temperature)
     return dlogits
 
 
 def _fwd_fake(logits, present, score, temperature, backend):
-    return logits.new_empty(logits.shape[1:]), logits.new_empty(logits.shape[:2])
+    num_modalities, num_samples, num_classes = logits.shape
+    return logits.new_empty(num_samples, num_classes), logits.new_empty(num_modalities, num_samples)
 
 
 def _bwd_fake(dfused, dweights, logits, present, score, temperature, backend):
     return logits.new_empty(logits.shape)
 
 
-register(
+_fwd_op = register(
     "logit_fusion_fwd(Tensor logits, Tensor? present, str score, float temperature, str backend)"
     " -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
-register(
+_bwd_op = register(
     "logit_fusion_bwd(Tensor dfused, Tensor dweights, Tensor logits, Tensor? present, str score,"
     " float temperature, str backend) -> Tensor",
     _bwd,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._common import DTYPE_CODE, check_float, register, shape_text
+from mmfast.ops._common import DTYPE_CODE, check_float, is_constant, register, shape_text
 from mmfast.reference import shapley_values as _reference
 
 MAX_PLAYERS = 20
@@ -43,7 +43,8 @@ def shapley_values(
     """
     _check(utilities)
     _backend.check_name(backend)
-    return _ShapleyValues.apply(utilities, backend)
+    run = _fwd_op if is_constant(utilities) else _ShapleyValues.apply
+    return run(utilities, backend)
 
 
 def _check(utilities: Tensor) -> None:
@@ -71,11 +72,12 @@ class _ShapleyValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, utilities, backend):
         ctx.backend = backend
-        return torch.ops.mmfast.shapley_values_fwd(utilities, backend)
+        return _fwd_op(utilities, backend)
 
     @staticmethod
     def backward(ctx, dphi):
-        return _ShapleyValuesBackward.apply(dphi, ctx.backend), None
+        run = _bwd_op if is_constant(dphi) else _ShapleyValuesBackward.apply
+        return run(dphi, ctx.backend), None
 
 
 class _ShapleyValuesBackward(torch.autograd.Function):
@@ -84,7 +86,7 @@ class _ShapleyValuesBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dphi, backend):
         ctx.backend = backend
-        return torch.ops.mmfast.shapley_values_bwd(dphi, backend)
+        return _bwd_op(dphi, backend)
 
     @staticmethod
     def backward(ctx, dutilities):
@@ -98,27 +100,26 @@ def _run(
     num_players: int,
     chosen: str,  # "cpu" or "cuda"
 ) -> Tensor:  # [..., out_size]
-    out = x.new_empty(*x.shape[:-1], out_size)
+    is_matrix = x.dim() == 2
+    out = x.new_empty(x.shape[0], out_size) if is_matrix else x.new_empty(*x.shape[:-1], out_size)
     if out.numel() == 0:
         return out
-    rows = x.reshape(-1, x.shape[-1])
-    where = (torch.get_num_threads(),) if chosen == "cpu" else _backend.stream_of(x)
-    launch = getattr(_backend.extension(chosen), entry)
-    launch(
+    rows = x if is_matrix else x.reshape(-1, x.shape[-1])
+    getattr(_backend.extension(chosen), entry)(
         rows.data_ptr(),
         out.data_ptr(),
         rows.shape[0],
         num_players,
         *rows.stride(),
         DTYPE_CODE[x.dtype],
-        *where,
+        *_backend.where(chosen, x),
     )
     return out
 
 
 def _fwd(utilities: Tensor, backend: str) -> Tensor:
     num_players = utilities.shape[-1].bit_length() - 1
-    chosen = _backend.resolve("shapley_values", backend, utilities.device.type, utilities.dtype)
+    chosen = _backend.choose("shapley_values", backend, utilities)
     if chosen == "reference":
         return _reference.shapley_values(utilities)
     if chosen == "triton":
@@ -128,7 +129,7 @@ def _fwd(utilities: Tensor, backend: str) -> Tensor:
 
 def _bwd(dphi: Tensor, backend: str) -> Tensor:
     num_players = dphi.shape[-1]
-    chosen = _backend.resolve("shapley_values", backend, dphi.device.type, dphi.dtype)
+    chosen = _backend.choose("shapley_values", backend, dphi)
     if chosen == "reference":
         return _reference.shapley_values_bwd(dphi)
     if chosen == "triton":
@@ -144,5 +145,5 @@ def _bwd_fake(dphi: Tensor, backend: str) -> Tensor:
     return dphi.new_empty(*dphi.shape[:-1], 2 ** dphi.shape[-1])
 
 
-register("shapley_values_fwd(Tensor utilities, str backend) -> Tensor", _fwd, _fwd_fake)
-register("shapley_values_bwd(Tensor dphi, str backend) -> Tensor", _bwd, _bwd_fake)
+_fwd_op = register("shapley_values_fwd(Tensor utilities, str backend) -> Tensor", _fwd, _fwd_fake)
+_bwd_op = register("shapley_values_bwd(Tensor dphi, str backend) -> Tensor", _bwd, _bwd_fake)
