@@ -25,22 +25,78 @@ class Preference(NamedTuple):
     """What "auto" takes for an op, fastest first; the first that is there and takes the dtype."""
 
     cpu: tuple[str, ...] = ("cpu",)
-    # Until both are timed on a GPU: Triton, which needs no toolkit on the user's machine.
-    cuda: tuple[str, ...] = ("triton", "cuda")
+    # Until both are timed on a GPU: the one whose call costs the host less, by a quarter to two thirds at 64
+    # samples (`mmfast bench --host`), and it compiles nothing at run time.
+    cuda: tuple[str, ...] = ("cuda", "triton")
 
 
 # Per op, with the measurement that decided: on the CPU the time of torch.compile, or of the peer named, over
-# ours (bench/results); on a GPU none is in. Sizes at which plain torch wins stand in the op's file.
+# ours (bench/results); on a GPU none is in. Sizes at which plain torch wins stand below.
 _PREFERENCES = {
     "shapley_values": Preference(),  # CPU 2.4-6.3 of torch.mm
     "additive_shapley": Preference(),  # CPU forward 3.5-58, backward 2.3-3.6
-    "duc_loss": Preference(),  # CPU 1.4-3.3 from N = 512 on, see _PLAIN_SAMPLES in its file
+    "duc_loss": Preference(),  # CPU 1.4-3.3 from N = 512 on
     "class_separability": Preference(),  # CPU 7-222
     "kmeans": Preference(),  # CPU 1.3-2.7 of scikit-learn
     "partial_reinit": Preference(),  # CPU 1.03-1.14 of _foreach_lerp_, 0.24 with 10,000 tensors of 64
     "gradient_projection": Preference(),  # CPU 1.6 of eager at D = 512
     "logit_fusion": Preference(),  # CPU forward 1.9-3.3, with backward 1.5-2.7
 }
+
+
+# The one exception: from this compute capability on Triton multiplies half precision with tcgen05, of which
+# the CUDA kernel of duc_loss knows nothing; its mma.sync reaches a fraction of that rate.
+_TENSOR_MEMORY = (10, 0)
+
+
+class PlainUpTo(NamedTuple):
+    """The sizes up to which plain torch takes less time than a call of ours, for "auto"."""
+
+    rows: int
+    columns: int
+
+
+# By public function and kind of device, float32 and float64 only: in half precision plain torch rounds more.
+# Microseconds of plain torch and of ours, info_nce with gradient (d = 128) on two CPU cores: 42 and 48 at N =
+# 16, 60 and 60 at 64, 107 and 99 at 128. On a GPU the host's time until all is handed over is all there is at
+# such sizes: info_nce 48 and 86 (CUDA), project_gradient 1.5 and 30 (Triton).
+_PLAIN_UP_TO = {
+    ("unidirectional_info_nce", "cpu"): PlainUpTo(64, 512),
+    ("unidirectional_info_nce", "cuda"): PlainUpTo(128, 512),
+    ("project_gradient", "cuda"): PlainUpTo(64, 1024),
+}
+
+
+def is_plain_faster(
+    function: str,  # public name
+    x: torch.Tensor,  # [rows, columns]
+) -> bool:
+    """Return whether "auto" leaves a call to plain torch: few numbers, and as exact.
+
+    Under torch.compile, which would make one graph below the bound and one above it, nothing is left to it.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    if _preferred is not None:
+        return _preferred == "reference"
+    device_type = "cpu" if x.is_cpu else x.device.type
+    bound = _PLAIN_UP_TO.get((function, device_type))
+    return (
+        bound is not None
+        and x.shape[0] <= bound.rows
+        and x.shape[1] <= bound.columns
+        and not torch.is_autocast_enabled(device_type)
+        and not _rounds_products()
+    )
+
+
+def _rounds_products() -> bool:
+    """Return whether torch may multiply float32 in fewer bits, which would be less exact than ours."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        # Set by torch's newer options, whose values take ten times as long to read.
+        return True
 
 
 # What `preferring` names.
@@ -192,6 +248,9 @@ def _resolve(
 def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
     """Return the backends that can run `op`, the one "auto" takes first, plain torch last."""
     preference = _PREFERENCES.get(op, Preference())._asdict().get(device_type, ())
+    if op == "duc_loss" and device_type == "cuda" and dtype.itemsize == 2:
+        is_newer = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _TENSOR_MEMORY
+        preference = ("triton", "cuda") if is_newer else preference
     found = [
         name
         for name in preference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,3 +89,64 @@ def test_the_interpreter_is_switched_while_python_runs(monkeypatch):
 def test_tensors_elsewhere_are_refused_by_name():
     with pytest.raises(backend.BackendUnavailableError, match="it does not take tensors on 'meta'"):
         backend.resolve("shapley_values", "cpu", "meta", torch.float32)
+
+
+@pytest.fixture
+def on_any_gpu(monkeypatch):
+    """As on a machine with a GPU, on which every backend runs."""
+    monkeypatch.setattr(backend, "_why_not_here", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_on_a_gpu_auto_takes_what_costs_the_host_least(on_any_gpu, monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for op in backend._PREFERENCES:
+        # Matrix instructions of half precision that only Triton has.
+        is_exception = op == "duc_loss" and dtype.itemsize == 2 and capability >= (10, 0)
+        order = ["triton", "cuda"] if is_exception else ["cuda", "triton"]
+        assert backend.candidates(op, "cuda", dtype) == [*order, "reference"]
+    assert backend.candidates("duc_loss", "cpu", dtype) == ["cpu", "reference"]
+
+
+def _matrix(rows, columns, device_type, dtype=torch.float32):
+    device = SimpleNamespace(type=device_type)
+    return SimpleNamespace(shape=(rows, columns), dtype=dtype, device=device, is_cpu=device_type == "cpu")
+
+
+@pytest.mark.parametrize(("function", "device_type"), backend._PLAIN_UP_TO)
+def test_few_numbers_are_left_to_plain_torch(function, device_type, monkeypatch):
+    most = backend._PLAIN_UP_TO[function, device_type]
+    is_plain = functools.partial(backend.is_plain_faster, function)
+    assert is_plain(_matrix(*most, device_type))
+    assert is_plain(_matrix(*most, device_type, torch.float64))
+    assert not is_plain(_matrix(most.rows + 1, most.columns, device_type))
+    assert not is_plain(_matrix(most.rows, most.columns + 1, device_type))
+    assert not is_plain(_matrix(*most, "mps"))
+    # Where it would be less exact, or something else was asked for.
+    assert not is_plain(_matrix(*most, device_type, torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: kind == device_type)
+        assert not is_plain(_matrix(*most, device_type))
+    with backend.preferring("triton"):
+        assert not is_plain(_matrix(*most, device_type))
+    for wrong in (lambda: "high", lambda: (_ for _ in ()).throw(RuntimeError("mixed options"))):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", wrong)
+        assert not is_plain(_matrix(*most, device_type))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_few_rows_projected_by_plain_torch_are_the_same(wants_gradient, monkeypatch):
+    monkeypatch.setitem(backend._PLAIN_UP_TO, ("project_gradient", "cpu"), backend.PlainUpTo(8, 64))
+    grad, projector = torch.randn(8, 16), torch.randn(16, 16, requires_grad=True)
+    results = []
+    for name in ("auto", "reference"):
+        leaf = grad.clone().requires_grad_(wants_gradient)
+        projected = ops.project_gradient(leaf, projector, backend=name)
+        assert projected.requires_grad == wants_gradient
+        # The projector is a constant.
+        gradients = torch.autograd.grad(projected.sum(), leaf) if wants_gradient else ()
+        results.append((projected.detach(), *gradients))
+    torch.testing.assert_close(*results)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmfast import backend, ops
-from mmfast.bench import bench_logit_fusion, bench_train, clock, harness, main, peers, report
+from mmfast.bench import (
+    bench_logit_fusion,
+    bench_train,
+    clock,
+    harness,
+    host,
+    host_cases,
+    main,
+    peers,
+    report,
+)
 from mmfast.bench.harness import Case, Figure, Limits, Options, Row, Work
 from mmfast.commands import app
 
@@ -306,3 +318,53 @@ def test_pytest_benchmark_times_the_same_cases():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark 'D=64 C=31, forward'" in done.stdout
     assert "2 passed, 1 skipped" in done.stdout
+
+
+def test_what_calls_cost_the_host(tmp_path):
+    words = ["bench", "shapley_values", "class_separability", "--host", "--quick", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    (file,) = tmp_path.glob("*-host-quick.json")
+    found = json.loads(file.read_text())
+    figures = {(f["op"], f["direction"], f["contestant"]): f for f in found["host"]}
+    ours = {"cpu"} if backend.why_not("cpu") is None else set()
+    assert {contestant for *_, contestant in figures} == {"eager", *ours}
+    assert {op for op, *_ in figures} == {
+        "shapley_values",
+        "class_moments",
+        "dimension_accuracy",
+        "effective_dimensions",
+    }
+    assert all(f["microseconds"] > 0 and f["launches"] is None for f in figures.values())
+    if ours:
+        # One result, or three of which two have gradients.
+        assert figures["shapley_values", "forward", "cpu"]["allocations"] == 1
+        assert figures["class_moments", "forward", "cpu"]["allocations"] == 3
+    assert "dimension_accuracy" in result.output
+
+
+def test_a_peer_that_does_not_run_has_no_host_figure():
+    def fail(*_):
+        raise RuntimeError("no library for this device")
+
+    case = next(iter(host_cases.host_cases("cpu")))
+    contestants = [f.contestant for f in host._measure(replace(case, eager=fail), "forward", QUICK)]
+    assert contestants == host.contestants(case, "cpu")[1:]
+    if contestants:
+        with pytest.raises(RuntimeError, match="no library"):
+            host._measure(replace(case, ours=fail), "forward", QUICK)
+
+
+def test_every_op_has_a_host_case():
+    names = {case.name.partition(",")[0].partition(" ")[0] for case in host_cases.host_cases("cpu")}
+    public = {name for name in ops.__all__ if name[0].islower()}
+    assert names == public - {"cluster_purity"}
+
+
+def test_launches_are_counted_by_a_named_function(tmp_path, monkeypatch):
+    compiler = shutil.which("gcc") or pytest.skip("no C compiler")
+    source, library = tmp_path / "count.c", tmp_path / "count.so"
+    source.write_text("static long n; void launch(void) { n += 3; } long launches(void) { return n; }")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    monkeypatch.setenv("MMFAST_LAUNCH_COUNTER", f"{library}:launches")
+    assert host._launches(ctypes.CDLL(str(library)).launch) == 3

@@ -439,7 +439,7 @@ def test_key_of_info_nce_gets_no_gradient(backend, device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("num_samples", [0, 1, 128, 129])
+@pytest.mark.parametrize("num_samples", [0, 1, 64, 65])
 def test_one_small_pair_on_the_cpu_is_plain_torch(num_samples, reduction, monkeypatch):
     module = importlib.import_module("mmfast.ops.duc_loss")
     raw, taken = module._info_nce_op, []
@@ -454,11 +454,11 @@ def test_one_small_pair_on_the_cpu_is_plain_torch(num_samples, reduction, monkey
         results.append((loss.detach(), leaves[0].grad))
     torch.testing.assert_close(*results, equal_nan=True)
     # Once by name, and by "auto" where the kernel is the faster.
-    assert len(taken) == (2 if num_samples > 128 else 1)
+    assert len(taken) == (2 if num_samples > 64 else 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         exact = ops.unidirectional_info_nce(query, key, temperature=2.0, reduction=reduction)
     torch.testing.assert_close(exact, results[1][0], rtol=0, atol=0, equal_nan=True)
-    assert len(taken) == (3 if num_samples > 128 else 2)
+    assert len(taken) == (3 if num_samples > 64 else 2)
 
 
 def test_prepared_dims_and_stacked_features_agree(backend, device):

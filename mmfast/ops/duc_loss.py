@@ -31,9 +31,6 @@ from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
-# Up to so many samples of one pair, plain torch on a CPU takes less time than a call of a raw op: in
-# bench/results the kernel took 1.2 to 2.2 times as long at N = 16 and 64. The bound itself was found by hand.
-_PLAIN_SAMPLES = 128
 
 
 class DucDims:
@@ -191,9 +188,10 @@ def unidirectional_info_nce(
     _check_options(temperature, reduction)
     _backend.check_name(backend)
     query, key = promoted(query, key.detach())
-    if backend == "auto" and group is None and _plain_is_faster(query):
+    if backend == "auto" and group is None and _backend.is_plain_faster("unidirectional_info_nce", query):
         scores = query @ key.T / temperature
-        return F.cross_entropy(scores, torch.arange(len(query)), reduction=reduction)
+        own = torch.arange(query.shape[0], device=query.device)
+        return F.cross_entropy(scores, own, reduction=reduction)
     keys, offset = _gathered([key], group)
     with_residual = torch.is_grad_enabled() and query.requires_grad
     options = (keys[0] if keys else key, float(temperature), offset, reduction, with_residual)
@@ -241,18 +239,6 @@ def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: in
 def _check_options(temperature: float, reduction: str) -> None:
     check_positive("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
-
-
-def _plain_is_faster(query: Tensor) -> bool:
-    """Whether eager torch is as exact as the kernel and takes less time."""
-    return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and query.shape[0] <= _PLAIN_SAMPLES
-        and not torch.is_autocast_enabled("cpu")
-        # A compiled graph would be made twice, below and above the bound.
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:

@@ -100,6 +100,9 @@ def project_gradient(
     check_shape("grad", grad, "C, D", (None, projector.shape[0]))
     check_same_device(grad=grad, projector=projector)
     _backend.check_name(backend)
+    is_same = backend == "auto" and grad.dtype == projector.dtype
+    if is_same and _backend.is_plain_faster("project_gradient", grad):
+        return grad @ (projector.detach() if projector.requires_grad else projector)
     if is_constant(grad, projector):
         return _project_op(grad, projector, backend)
     return _ProjectGradient.apply(grad, projector.detach(), backend)
