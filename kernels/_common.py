@@ -31,12 +31,12 @@ def _acc(dtype: torch.dtype) -> tl.dtype:
     return _ELEMENT[_wide(dtype)]
 
 
-def _configuration(kernel, types: list[str], constants: dict, options: dict = _OPTIONS) -> tuple:
+def _configuration(kernel, types: list, constants: dict, options: dict = _OPTIONS) -> tuple:
     """Return an item of `compile_configurations`.
 
     Args:
         kernel: as launched.
-        types: of the arguments that are no constants, in their order.
+        types: of the arguments that are no constants, in their order; a tuple of types for a tuple.
         constants: by name; `num_warps` may be among them, as tables and launchers have it.
         options: those of the launch.
     """
@@ -132,26 +132,44 @@ def _order_configurations(label: str) -> list[tuple]:
 
 @triton.jit
 def _take_tiles(
-    labels_ptr, row_ptr, order_ptr, N, C, num_tiles, stride_ln, PLACE: tl.constexpr, BLOCK: tl.constexpr
+    labels_ptr,
+    row_ptr,
+    order_ptr,
+    N,
+    C,
+    num_tiles,
+    stride_ln,
+    PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr = 8,
 ):
     """Count the samples of a block on from the numbers in its row; the number is a sample's place."""
     lane = tl.arange(0, BLOCK)
     first = tl.program_id(0).to(tl.int64) * num_tiles * BLOCK
     for tile in range(num_tiles):
-        offs_n = first + tile * BLOCK + lane
-        mask_n = offs_n < N
-        y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_n, other=0).to(tl.int64)
-        known = mask_n & (y >= 0) & (y < C)
+        start = first + tile * BLOCK
+        offs_n = start + lane
+        y = tl.load(labels_ptr + offs_n * stride_ln, mask=offs_n < N, other=0).to(tl.int64)
+        known = (offs_n < N) & (y >= 0) & (y < C)
         key = tl.where(known, y, -1).to(tl.int32)
-        same = (key[:, None] == key[None, :]).to(tl.int32)
-        rank = tl.sum(tl.where(lane[None, :] < lane[:, None], same, 0), axis=1)
+        # How many of its class are before a sample in the tile, and 2^16 for each that is behind.
+        number = tl.zeros((BLOCK,), tl.int32)
+        # The tile's labels once more, a few at a time: all at once would fill the registers.
+        for piece in range(0, BLOCK, PIECE):
+            others = piece + tl.arange(0, PIECE)
+            offs_o = start + others
+            other = tl.load(labels_ptr + offs_o * stride_ln, mask=offs_o < N, other=0).to(tl.int64)
+            is_class = (offs_o < N) & (other >= 0) & (other < C)
+            same = key[:, None] == tl.where(is_class, other, -1).to(tl.int32)[None, :]
+            weight = tl.where(others[None, :] < lane[:, None], 1, 1 << 16)
+            number += tl.sum(tl.where(same & (others[None, :] != lane[:, None]), weight, 0), axis=1)
+        rank = number & 0xFFFF
         before = tl.load(row_ptr + y, mask=known, other=0)
         if PLACE:
             tl.store(order_ptr + before + rank, offs_n, mask=known)
         # A class's last sample in the tile writes for all, once all have read.
-        is_last = rank + 1 == tl.sum(same, axis=1)
         tl.debug_barrier()
-        tl.store(row_ptr + y, before + rank + 1, mask=known & is_last)
+        tl.store(row_ptr + y, before + rank + 1, mask=known & (number == rank))
         tl.debug_barrier()
 
 

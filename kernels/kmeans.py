@@ -2,11 +2,11 @@
 
 Assignment: a block of samples meets the centroids as a product of tiles, half the squared length of a
 centroid less x . c, both about the mean of all samples, and keeps the lowest. Update: the samples are ordered
-by cluster (`_by_class`); a block adds up to BLOCK_R samples of one cluster, a second kernel adds its blocks in
-float64, moves the centroid and notes how far. Every block has one place to write to, so no
-bit changes from run to run; only whole numbers are added by atomics. One transfer an iteration tells the host
-whether an assignment changed, a cluster is empty, and how far the centroids moved. Samples are moved to empty
-clusters by their assignment, and the update is made again.
+by cluster (`_by_class`); a block adds up to BLOCK_R samples of one cluster, a second kernel adds its blocks
+in float64, moves the centroid and notes how far. Every block has one place to write to, so no bit changes
+from run to run; only whole numbers are added by atomics. One transfer an iteration tells the host whether an
+assignment changed, a cluster is empty, and how far the centroids moved. Samples are moved to empty clusters
+by their assignment, and the update is made again.
 Bytes that must move: N D numbers twice an iteration, for the assignment and for the update. N = 1M, D = 512,
 float32 is 4.1 GB, 1.37 ms on an H100 at 3.0 TB/s. Operations: 2 N K D, 66 G at K = 64, 1.1 ms at 60 TFLOP/s
 in float32, of which little hides behind the first read. Predicted 2.3 ms an iteration; at N = 20,000 seven
