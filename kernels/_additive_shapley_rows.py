@@ -30,7 +30,7 @@ def _load_rows(
     return offs_r, offs_c, coalition, mask_r, mask, y, is_own, tl.where(is_own, float("-inf"), z.to(ACC)), own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _coalition_utilities_fwd_kernel(
     z_ptr,  # [N, S, C]
     labels_ptr,  # [N]
@@ -59,14 +59,16 @@ def _coalition_utilities_fwd_kernel(
     tl.store(u_ptr + offs_r, u.to(u_ptr.dtype.element_ty), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_dn", "stride_ds"])
 def _coalition_utilities_bwd_kernel(
-    du_ptr,  # [N, S], contiguous
+    du_ptr,  # [N, S]
     z_ptr,  # [N, S, C]
     labels_ptr,  # [N]
     dz_ptr,  # [N, S, C], contiguous
     N,
     C,
+    stride_dn,
+    stride_ds,
     stride_zn,
     stride_zs,
     stride_zc,
@@ -77,10 +79,11 @@ def _coalition_utilities_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    offs_r, offs_c, _, mask_r, mask, _, is_own, z, own = _load_rows(
+    offs_r, offs_c, coalition, mask_r, mask, _, is_own, z, own = _load_rows(
         z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
     )
-    du = tl.load(du_ptr + offs_r, mask=mask_r, other=0.0).to(ACC)
+    du_ptrs = du_ptr + (offs_r >> LOG_S) * stride_dn + coalition * stride_ds
+    du = tl.load(du_ptrs, mask=mask_r, other=0.0).to(ACC)
     dz = _dlogits(z, own, du, offs_c, is_own, UTILITY)
     tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
@@ -128,12 +131,13 @@ def coalition_utilities_bwd(
     blocks = _chosen(logits.transpose(0, 1), "rows bwd")
     with _on(logits.device):
         _coalition_utilities_bwd_kernel[(triton.cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
-            dutilities.contiguous(),
+            dutilities,
             logits,
             labels,
             dlogits,
             num_samples,
             num_classes,
+            *dutilities.stride(),
             *logits.stride(),
             labels.stride(0),
             LOG_S=num_coalitions.bit_length() - 1,
@@ -155,5 +159,6 @@ def _row_configurations() -> list[tuple]:
             constants = {"LOG_S": 3, "UTILITY": 3, "stride_zc": 1, "ACC": _acc(dtype)}
             constants |= _blocks(num_classes, _wide(dtype), "rows")
             configurations.append(_configuration(_coalition_utilities_fwd_kernel, types, constants))
-            configurations.append(_configuration(_coalition_utilities_bwd_kernel, [x, *types], constants))
+            types_bwd = [x, *types[:5], "i64", "i64", *types[5:]]
+            configurations.append(_configuration(_coalition_utilities_bwd_kernel, types_bwd, constants))
     return configurations

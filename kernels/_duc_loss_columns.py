@@ -20,108 +20,133 @@ def _fitted(count):
 
 
 @triton.jit
-def _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK: tl.constexpr):
-    """Return which of some columns the teacher teaches the student."""
-    taken = offs_d < D
-    if HAS_MASK:
-        effective_ptrs = effective_ptr + offs_d * stride_ed
-        taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
-        taken &= tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0
-    return taken
+def _members(pair, num_others):
+    """Return teacher and student of a pair."""
+    teacher = pair // num_others
+    other = pair % num_others
+    return teacher, other + (other >= teacher).to(tl.int32)
 
 
 @triton.jit
-def _pack(
-    x_ptr,  # [N, D]
+def _is_taught(effective_ptr, teacher, student, taken, stride_em, stride_ed, offs_d):
+    """Return which of some columns the teacher teaches the student."""
+    effective_ptrs = effective_ptr + offs_d.to(tl.int64) * stride_ed
+    taken &= tl.load(effective_ptrs + teacher * stride_em, mask=taken, other=0) != 0
+    return taken & (tl.load(effective_ptrs + student * stride_em, mask=taken, other=1) == 0)
+
+
+@triton.jit(do_not_specialize=["D", "num_others", "pieces", "stride_em"])
+def _duc_loss_plan_kernel(
     effective_ptr,  # [M, D]
-    out_ptr,  # [N, W]
-    positions_ptr,  # [D]
-    N,
-    D,
-    W,
-    teacher,
-    student,
-    stride_xn,
-    stride_xd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Close up the columns the teacher teaches the student, and fill up with zeros."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    out_ptrs = out_ptr + offs_n * W
-    filled = 0
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        taken = _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK)
-        position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
-        mask = mask_n[:, None] & taken[None, :]
-        x = tl.load(x_ptr + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask)
-        tl.store(out_ptrs[:, None] + position[None, :], x, mask=mask)
-        if HAS_MASK & (tl.program_id(0) == 0):
-            tl.store(positions_ptr + offs_d, tl.where(taken, position, -1), mask=offs_d < D)
-        filled += tl.sum(taken.to(tl.int32), 0)
-    offs_p = filled + tl.arange(0, 16)
-    zeros = tl.zeros((BLOCK_N, 16), dtype=out_ptr.dtype.element_ty)
-    tl.store(out_ptrs[:, None] + offs_p[None, :], zeros, mask=mask_n[:, None] & (offs_p < W)[None, :])
-
-
-@triton.jit(do_not_specialize=["pair", "start", "teacher", "student"])
-def _duc_loss_pack_kernel(
-    query_ptr,  # [N, D] of the student
-    key_ptr,  # [K, D] of the teacher
-    effective_ptr,  # [M, D]; anything where there is one pair with all columns
-    packed_queries_ptr,  # [N, W] of every pair
-    packed_keys_ptr,  # [K, W] of every pair
-    positions_ptr,  # [P, D]: where a column went, -1 where nowhere
     counts_ptr,  # [P]
     starts_ptr,  # [P]
+    positions_ptr,  # [P, D]
+    D,
+    num_others,  # M - 1
+    pieces,  # of 16 columns there is room for in each pair, where TIGHT is false
+    stride_em,
+    stride_ed,
+    TIGHT: tl.constexpr,  # whether a pair's columns follow on those of the pairs before it
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    start = pair * pieces
+    if TIGHT:
+        start = pair * 0
+        for first in range(0, pair, BLOCK_P):
+            pairs = first + tl.arange(0, BLOCK_P)
+            teacher, student = _members(pairs, num_others)
+            count = tl.zeros((BLOCK_P,), tl.int32)
+            for first_d in range(0, D, BLOCK_D):
+                offs_d = first_d + tl.arange(0, BLOCK_D)
+                taken = _is_taught(
+                    effective_ptr, teacher[:, None], student[:, None],
+                    (pairs < pair)[:, None] & (offs_d < D)[None, :], stride_em, stride_ed, offs_d[None, :],
+                )  # fmt: skip
+                count += tl.sum(taken.to(tl.int32), 1)
+            start += tl.sum((count + 15) // 16, 0)
+    teacher, student = _members(pair, num_others)
+    filled = pair * 0
+    for first_d in range(0, D, BLOCK_D):
+        offs_d = first_d + tl.arange(0, BLOCK_D)
+        taken = _is_taught(effective_ptr, teacher, student, offs_d < D, stride_em, stride_ed, offs_d)
+        position = filled + tl.cumsum(taken.to(tl.int32), 0) - 1
+        positions_ptrs = positions_ptr + pair.to(tl.int64) * D + offs_d
+        tl.store(positions_ptrs, tl.where(taken, position, -1), mask=offs_d < D)
+        filled += tl.sum(taken.to(tl.int32), 0)
+    tl.store(counts_ptr + pair, filled)
+    tl.store(starts_ptr + pair, start)
+
+
+@triton.jit
+def _one_of(xs, strides, index, ELEMENT: tl.constexpr):
+    """Return address and strides of one of several matrices, chosen while the kernel runs."""
+    address = xs[0].to(tl.int64)
+    stride_n = tl.cast(strides[0], tl.int64)
+    stride_d = tl.cast(strides[1], tl.int64)
+    for i in tl.static_range(1, len(xs)):
+        is_it = index == i
+        address = tl.where(is_it, xs[i].to(tl.int64), address)
+        stride_n = tl.where(is_it, tl.cast(strides[2 * i], tl.int64), stride_n)
+        stride_d = tl.where(is_it, tl.cast(strides[2 * i + 1], tl.int64), stride_d)
+    return address.to(tl.pointer_type(ELEMENT)), stride_n, stride_d
+
+
+@triton.jit(do_not_specialize=["N", "K", "num_others"])
+def _duc_loss_pack_kernel(
+    queries,  # M of [N, D]
+    keys,  # M of [K, D]
+    counts_ptr,  # [P]; None, as the two that follow: one pair, with all columns
+    starts_ptr,  # [P]
+    positions_ptr,  # [P, D]
+    packed_queries_ptr,  # [N, W] of every pair
+    packed_keys_ptr,  # [K, W] of every pair
     N,
     K,
     D,
-    pair,
-    start,  # of the pair among the columns of all pairs, in pieces of 16
-    teacher,
-    student,
-    stride_qn,
-    stride_qd,
-    stride_kn,
-    stride_kd,
-    stride_em,
-    stride_ed,
-    HAS_MASK: tl.constexpr,
+    num_others,  # M - 1
+    query_strides,  # 2 M
+    key_strides,  # 2 M
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    count = D
-    positions_ptr += tl.cast(pair, tl.int64) * D
-    if HAS_MASK:
-        count = 0
-        for first in range(0, D, BLOCK_D):
-            offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)
-            taken = _is_taught(effective_ptr, offs_d, D, teacher, student, stride_em, stride_ed, HAS_MASK)
-            count += tl.sum(taken.to(tl.int32), 0)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(counts_ptr + pair, count)
-            tl.store(starts_ptr + pair, start)
+    """Close up the columns that a pair has, and fill up with zeros."""
+    pair = tl.program_id(2)
+    teacher, student = pair, pair
+    if counts_ptr is not None:
+        teacher, student = _members(pair, num_others)
+    element = packed_queries_ptr.dtype.element_ty
+    x_ptr, stride_n, stride_d = _one_of(queries, query_strides, student, element)
+    out_ptr = packed_queries_ptr
+    rows = tl.cast(N, tl.int64)
+    if tl.program_id(1) == 1:
+        x_ptr, stride_n, stride_d = _one_of(keys, key_strides, teacher, element)
+        out_ptr = packed_keys_ptr
+        rows = tl.cast(K, tl.int64)
+    count = pair * 0 + D
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + pair)
+        out_ptr += tl.load(starts_ptr + pair).to(tl.int64) * 16 * rows
     W = _fitted(count)
-    column = tl.cast(start, tl.int64) * 16
-    if tl.program_id(1) == 0:
-        _pack(
-            key_ptr, effective_ptr, packed_keys_ptr + column * K, positions_ptr, K, D, W,
-            teacher, student, stride_kn, stride_kd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _pack(
-            query_ptr, effective_ptr, packed_queries_ptr + column * N, positions_ptr, N, D, W,
-            teacher, student, stride_qn, stride_qd, stride_em, stride_ed, HAS_MASK, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < rows)[:, None]
+    out_ptrs = (out_ptr + offs_n * W)[:, None]
+    # A pair without columns has no rows.
+    for start in range(0, tl.where(count > 0, D, 0), BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        position = offs_d
+        if counts_ptr is not None:
+            position = tl.load(positions_ptr + pair.to(tl.int64) * D + offs_d, mask=offs_d < D, other=-1)
+        mask = mask_n & ((offs_d < D) & (position >= 0))[None, :]
+        x_ptrs = x_ptr + offs_n[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
+        tl.store(out_ptrs + position[None, :], tl.load(x_ptrs, mask=mask), mask=mask)
+    offs_p = count + tl.arange(0, 16)
+    zeros = tl.zeros((BLOCK_N, 16), dtype=element)
+    tl.store(out_ptrs + offs_p[None, :], zeros, mask=mask_n & (offs_p < W)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_others"])
 def _duc_loss_unpack_kernel(
     packed_ptr,  # [N, W] residuals of every pair
     counts_ptr,  # [P]
@@ -144,18 +169,35 @@ def _duc_loss_unpack_kernel(
     for other in range(num_others):
         teacher = other + (other >= student).to(tl.int32)
         pair = (teacher * num_others + student - (student > teacher).to(tl.int32)).to(tl.int64)
-        # The positions of a pair without columns need not have been written.
-        count = tl.load(counts_ptr + pair)
+        width = _fitted(tl.load(counts_ptr + pair))
         column = tl.load(starts_ptr + pair).to(tl.int64) * 16
-        written = offs_d < tl.where(count > 0, D, 0)
-        position = tl.load(positions_ptr + pair * D + offs_d, mask=written, other=-1)
-        packed_ptrs = packed_ptr + column * N + offs_n[:, None] * _fitted(count) + position[None, :]
+        position = tl.load(positions_ptr + pair * D + offs_d, mask=offs_d < D, other=-1)
+        packed_ptrs = packed_ptr + column * N + offs_n[:, None] * width + position[None, :]
         total += tl.load(packed_ptrs, mask=mask & (position >= 0)[None, :], other=0.0).to(ACC)
     residuals_ptrs = residuals_ptr + (student.to(tl.int64) * N + offs_n)[:, None] * D + offs_d[None, :]
     tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["number", "divisor"])
+def _duc_loss_sum_kernel(
+    losses_ptr,  # [P, N]
+    loss_ptr,  # []
+    number,  # P N
+    divisor,
+    BLOCK: tl.constexpr,
+):
+    """Add up all losses, in an order that is always the same."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, number, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + offs, mask=offs < number, other=0.0)
+    loss = tl.sum(total, 0) / tl.cast(divisor, tl.float64)
+    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+
+
+_PLAN_BLOCKS = {"BLOCK_P": 16, "BLOCK_D": 128}
 _PACK_BLOCKS = {"BLOCK_N": 16, "BLOCK_D": 128}
+_SUM_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
 
 
 class _Columns(NamedTuple):
@@ -166,61 +208,67 @@ class _Columns(NamedTuple):
     positions: Tensor  # int32 [P, D]: where a column went, -1 where nowhere
 
 
+def _planned(
+    effective: Tensor,  # bool [M, D], M at least 2
+    is_tight: bool,
+) -> _Columns:
+    num_modalities, num_dims = effective.shape
+    num_pairs = num_modalities * (num_modalities - 1)
+    counts = torch.empty(num_pairs, dtype=torch.int32, device=effective.device)
+    columns = _Columns(counts, torch.empty_like(counts), counts.new_empty(num_pairs, num_dims))
+    _duc_loss_plan_kernel[(num_pairs,)](
+        effective.view(torch.uint8),
+        *columns,
+        num_dims,
+        num_modalities - 1,
+        -(-num_dims // 16),
+        *effective.stride(),
+        TIGHT=is_tight,
+        **_PLAN_BLOCKS,
+        **_OPTIONS,
+    )
+    return columns
+
+
 def _packed(
     features: Sequence[Tensor],  # M of [N, D]
     keys: Sequence[Tensor],  # M of [K, D]
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
     sizes: Sequence[int],  # M^2 numbers of columns; none: not known on the host
-) -> tuple[Tensor, Tensor, _Columns]:
+) -> tuple[Tensor, Tensor, _Columns | None]:
     """Return the rows of queries and of keys, [N, W] and [K, W] pair after pair, and what is where.
 
     W is a pair's own. Where the host knows it, rows take no more memory than they fill; where it does not,
     every pair has room for all columns.
     """
     query, key = features[0], keys[0]
-    num_modalities, num_dims = len(features), query.shape[1]
-    numbers = range(num_modalities)
-    pairs = [(m, n) for m in numbers for n in numbers if m != n] if effective is not None else [(0, 0)]
-    pieces = [triton.cdiv(sizes[m * num_modalities + n] if sizes else num_dims, 16) for m, n in pairs]
-    num_columns = 16 * sum(pieces)
-    queries, packed_keys = (
-        query.new_empty(query.shape[0] * num_columns),
-        key.new_empty(len(key) * num_columns),
-    )
-    # Nobody else writes those of pairs that are known to have no columns.
-    counts, starts = query.new_zeros(2, len(pairs), dtype=torch.int32)
-    columns = _Columns(counts, starts, query.new_empty(len(pairs), num_dims, dtype=torch.int32))
-    mask = query if effective is None else effective.view(torch.uint8)
-    grid = (triton.cdiv(max(query.shape[0], key.shape[0]), _PACK_BLOCKS["BLOCK_N"]), 2)
+    num_modalities, (num_samples, num_dims), num_keys = len(features), query.shape, key.shape[0]
+    num_pairs = 1 if effective is None else num_modalities * (num_modalities - 1)
+    # A modality has no columns with itself.
+    num_pieces = sum(-(-size // 16) for size in sizes) if sizes else num_pairs * -(-num_dims // 16)
+    num_columns = 16 * num_pieces
+    queries = query.new_empty(num_samples * num_columns)
+    packed_keys = key.new_empty(num_keys * num_columns)
+    columns = None
+    grid = (-(-max(num_samples, num_keys) // _PACK_BLOCKS["BLOCK_N"]), 2, num_pairs)
     with _on(query.device):
-        start = 0
-        for pair, ((teacher, student), size) in enumerate(zip(pairs, pieces)):
-            if size == 0:
-                continue
-            _duc_loss_pack_kernel[grid](
-                features[student],
-                keys[teacher],
-                mask,
-                queries,
-                packed_keys,
-                columns.positions,
-                columns.counts,
-                columns.starts,
-                query.shape[0],
-                key.shape[0],
-                num_dims,
-                pair,
-                start,
-                teacher,
-                student,
-                *features[student].stride(),
-                *keys[teacher].stride(),
-                *mask.stride(),
-                HAS_MASK=effective is not None,
-                **_PACK_BLOCKS,
-                **_OPTIONS,
-            )
-            start += size
+        if effective is not None:
+            columns = _planned(effective, bool(sizes))
+        _duc_loss_pack_kernel[grid](
+            tuple(features),
+            tuple(keys),
+            *((None, None, None) if columns is None else columns),
+            queries,
+            packed_keys,
+            num_samples,
+            num_keys,
+            num_dims,
+            num_modalities - 1,
+            tuple([stride for x in features for stride in x.stride()]),
+            tuple([stride for x in keys for stride in x.stride()]),
+            **_PACK_BLOCKS,
+            **_OPTIONS,
+        )
     return queries, packed_keys, columns
 
 
@@ -251,16 +299,37 @@ def _unpacked(
     return residuals
 
 
+def _summed(
+    losses: Tensor,  # [P, N]
+    divisor: int,
+) -> Tensor:  # []
+    """Return the sum of all losses over a divisor; NaN for 0 over 0."""
+    loss = losses.new_empty(())
+    with _on(losses.device):
+        _duc_loss_sum_kernel[(1,)](losses, loss, losses.numel(), divisor, **{**_OPTIONS, **_SUM_BLOCKS})
+    return loss
+
+
 def _column_configurations() -> list[tuple]:
     """Return what of this file is to compile ahead of time."""
     configurations = []
-    index = "*i32:16"
+
+    def add(*item) -> None:
+        configurations.append(_configuration(*item))
+
+    index, size, stride = "*i32:16", "i32", "i64"
+    for is_tight in (True, False):
+        types = ["*u8:16", index, index, index, size, size, size, stride]
+        add(_duc_loss_plan_kernel, types, {**_PLAN_BLOCKS, "stride_ed": 1, "TIGHT": is_tight})
     for element in ("bf16", "fp32"):
         x = f"*{element}:16"
-        types = [x, x, "*u8:16", x, x, index, index, "*i32", *["i32"] * 7, *["i64"] * 6]
-        constants = {**_PACK_BLOCKS, "HAS_MASK": True}
-        configurations.append(_configuration(_duc_loss_pack_kernel, types, constants))
-        types = ["*fp32:16", index, "*i32", index, x, "i32", "i32", "i32"]
-        constants = {**_PACK_BLOCKS, "ACC": tl.float32}
-        configurations.append(_configuration(_duc_loss_unpack_kernel, types, constants))
+        for num_modalities in (2, 3):
+            matrices, strides = (x,) * num_modalities, (stride,) * (2 * num_modalities)
+            types = [matrices, matrices, index, index, index, x, x, *[size] * 4, strides, strides]
+            add(_duc_loss_pack_kernel, types, _PACK_BLOCKS)
+        types = ["*fp32:16", index, index, index, x, size, size, size]
+        add(_duc_loss_unpack_kernel, types, {**_PACK_BLOCKS, "ACC": tl.float32})
+    for element in ("fp32", "fp64"):
+        x = f"*{element}:16"
+        add(_duc_loss_sum_kernel, [x, x, size, size], _SUM_BLOCKS)
     return configurations

@@ -35,7 +35,7 @@ from ._additive_shapley_utility import (
     _dlogits,
     _utility,
 )
-from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _wide
 
 __all__ = [
     "MAX_CLASSES",
@@ -85,7 +85,7 @@ def _empty_coalition(bias_ptr, y, offs_c, is_own, mask_own, C, HAS_BIAS: tl.cons
     return base, own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "coalitions", "stride_pm"])
 def _additive_shapley_fwd_kernel(
     p_ptr,  # [M, N, C]
     labels_ptr,  # [N]
@@ -101,6 +101,7 @@ def _additive_shapley_fwd_kernel(
     stride_pc,
     stride_ln,
     UTILITY: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether stride_pm is a multiple of 16, and rows can be read 16 bytes at a time
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,6 +109,8 @@ def _additive_shapley_fwd_kernel(
     BLOCK_M: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if ALIGNED:
+        stride_pm = tl.multiple_of(stride_pm, 16)
     offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
         p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
     )
@@ -158,47 +161,53 @@ def _additive_shapley_fwd_kernel(
     tl.store(phi_ptrs, phi.to(phi_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "stride_dn", "stride_dm", "stride_pm"])
 def _additive_shapley_bwd_kernel(
-    dphi_ptr,  # [N, M], contiguous
+    dphi_ptr,  # [N, M]
     p_ptr,  # [M, N, C]
     labels_ptr,  # [N]
     bias_ptr,  # [C] in ACC, contiguous, or null
     weights_ptr,  # [M + 2] in ACC
-    dp_ptr,  # [M, N, C] in ACC, contiguous; zeros but for the last LAST modalities
-    dbias_ptr,  # [blocks, C] in ACC, contiguous: sums over the samples of a block
+    dp_ptr,  # [M, N, C], contiguous; in ACC where LAST < M, as sums are kept in it
+    dbias_ptr,  # [blocks, C] in ACC, contiguous: sums over the samples of a block; None: there is no bias
     N,
     C,
     M,
+    stride_dn,
+    stride_dm,
     stride_pm,
     stride_pn,
     stride_pc,
     stride_ln,
     UTILITY: tl.constexpr,
+    ALIGNED: tl.constexpr,  # as above
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if ALIGNED:
+        stride_pm = tl.multiple_of(stride_pm, 16)
     offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
         p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
     )
+    element = dp_ptr.dtype.element_ty
     dp_ptrs = dp_ptr + offs_n[:, None] * C + offs_c[None, :]
     step = tl.cast(N, tl.int64) * C
-    dphi_ptrs = dphi_ptr + offs_n * M
+    dphi_ptrs = dphi_ptr + offs_n * stride_dn
 
     first = M - LAST
     part0, own0 = _load_part(row_ptrs, own_ptrs, first, stride_pm, mask, mask_own, is_own, ACC)
-    dphi0 = tl.load(dphi_ptrs + first, mask=mask_n, other=0.0).to(ACC)
+    dphi0 = tl.load(dphi_ptrs + tl.cast(first, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
     dpart0 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     if LAST > 1:
         part1, own1 = _load_part(row_ptrs, own_ptrs, first + 1, stride_pm, mask, mask_own, is_own, ACC)
-        dphi1 = tl.load(dphi_ptrs + first + 1, mask=mask_n, other=0.0).to(ACC)
+        dphi1 = tl.load(dphi_ptrs + tl.cast(first + 1, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
         dpart1 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     if LAST > 2:
         part2, own2 = _load_part(row_ptrs, own_ptrs, first + 2, stride_pm, mask, mask_own, is_own, ACC)
-        dphi2 = tl.load(dphi_ptrs + first + 2, mask=mask_n, other=0.0).to(ACC)
+        dphi2 = tl.load(dphi_ptrs + tl.cast(first + 2, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
         dpart2 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     base, own_base = _empty_coalition(bias_ptr, y, offs_c, is_own, mask_own, C, HAS_BIAS, ACC)
     dbase = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
@@ -209,7 +218,7 @@ def _additive_shapley_bwd_kernel(
         dphi_in = tl.zeros((BLOCK_N,), dtype=ACC)
         dphi_out = tl.zeros((BLOCK_N,), dtype=ACC)
         for m in range(first):
-            dphi = tl.load(dphi_ptrs + m, mask=mask_n, other=0.0).to(ACC)
+            dphi = tl.load(dphi_ptrs + tl.cast(m, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
             if ((others >> m) & 1) != 0:
                 part, own_part = _load_part(row_ptrs, own_ptrs, m, stride_pm, mask, mask_own, is_own, ACC)
                 z += part
@@ -248,20 +257,41 @@ def _additive_shapley_bwd_kernel(
         for m in range(first):
             if ((others >> m) & 1) != 0:
                 offset = tl.cast(m, tl.int64) * step
-                tl.store(dp_ptrs + offset, tl.load(dp_ptrs + offset, mask=mask, other=0.0) + dz, mask=mask)
+                earlier = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
+                # The first coalition with m is the one of m alone.
+                if others != (1 << m):
+                    earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
+                tl.store(dp_ptrs + offset, (earlier + dz).to(element), mask=mask)
         # The next coalition's loads may lie with other threads.
         tl.debug_barrier()
     last_ptrs = dp_ptrs + tl.cast(first, tl.int64) * step
-    tl.store(last_ptrs, dpart0, mask=mask)
+    tl.store(last_ptrs, dpart0.to(element), mask=mask)
     if LAST > 1:
-        tl.store(last_ptrs + step, dpart1, mask=mask)
+        tl.store(last_ptrs + step, dpart1.to(element), mask=mask)
     if LAST > 2:
-        tl.store(last_ptrs + 2 * step, dpart2, mask=mask)
+        tl.store(last_ptrs + 2 * step, dpart2.to(element), mask=mask)
     if HAS_BIAS:
         dbias = tl.sum(tl.where(mask, dbase, 0.0), axis=0)
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * C + offs_c, dbias, mask=offs_c < C)
 
 
+@triton.jit(do_not_specialize=["number", "splits"])
+def _sum_splits_kernel(
+    parts_ptr,  # [splits, number] in ACC, contiguous
+    phi_ptr,  # [number], contiguous
+    number,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < number
+    total = tl.zeros((BLOCK,), parts_ptr.dtype.element_ty)
+    for split in range(splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * number + offs, mask=mask, other=0.0)
+    tl.store(phi_ptr + offs, total.to(phi_ptr.dtype.element_ty), mask=mask)
+
+
+_SUM_BLOCKS = {"BLOCK": 128}
 # Blocks that fill the largest GPU; with fewer, several share the coalitions of a sample.
 _ENOUGH_BLOCKS = 1024
 _WEIGHTS: dict[tuple, Tensor] = {}
@@ -290,6 +320,13 @@ def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> i
     if held > (8 if kernel == "fwd" else 4):
         return 1
     return min(num_modalities, 2 if acc == torch.float64 else 3)
+
+
+def _is_aligned(
+    partial_logits: Tensor,  # [M, N, C]
+) -> bool:
+    """Return what a kernel takes as ALIGNED: it is not made anew for every number of samples."""
+    return partial_logits.stride(0) % 16 == 0 and partial_logits.stride(1) % 16 == 0
 
 
 def additive_shapley_fwd(
@@ -324,6 +361,7 @@ def additive_shapley_fwd(
             *partial_logits.stride(),
             labels.stride(0),
             UTILITY=utility,
+            ALIGNED=_is_aligned(partial_logits),
             HAS_BIAS=bias is not None,
             LAST=last,
             BLOCK_M=triton.next_power_of_2(num_modalities),
@@ -331,7 +369,18 @@ def additive_shapley_fwd(
             enable_fp_fusion=True,
             **blocks,
         )
-    return phi if splits == 1 else parts.sum(0).to(phi.dtype)
+    return phi if splits == 1 else _summed(parts, phi)
+
+
+def _summed(
+    parts: Tensor,  # [splits, N, M] in the dtype of accumulation
+    phi: Tensor,  # [N, M] to be filled
+) -> Tensor:  # [N, M]
+    """Return the sum over splits, in their order, rounded once."""
+    with _on(phi.device):
+        grid = (triton.cdiv(phi.numel(), _SUM_BLOCKS["BLOCK"]),)
+        _sum_splits_kernel[grid](parts, phi, phi.numel(), len(parts), **_SUM_BLOCKS, **_OPTIONS)
+    return phi
 
 
 def additive_shapley_bwd(
@@ -341,39 +390,45 @@ def additive_shapley_bwd(
     bias: Tensor | None,  # [C] in the dtype of accumulation
     utility: int,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
-    """Return the gradients of a smooth utility's values, in the dtype of accumulation."""
+    """Return the gradients of a smooth utility's values; up to three modalities' have the logits' dtype.
+
+    Those of more are summed where they lie, and they and the bias's have the dtype of accumulation.
+    """
     num_modalities, num_samples, num_classes = partial_logits.shape
     acc = _wide(partial_logits.dtype)
     blocks = _chosen(partial_logits, "bwd")
     last = _last(num_modalities, blocks, acc, "bwd")
     num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
-    allocate = torch.empty if num_modalities == last else torch.zeros
-    dpartial_logits = allocate(partial_logits.shape, dtype=acc, device=partial_logits.device)
-    rows = 0 if bias is None else num_blocks
-    dbias = dpartial_logits.new_empty(rows, 0 if bias is None else num_classes)
+    dtype = partial_logits.dtype if num_modalities == last else acc
+    dpartial_logits = torch.empty(partial_logits.shape, dtype=dtype, device=partial_logits.device)
+    sums = None if bias is None else dpartial_logits.new_empty(num_blocks, num_classes, dtype=acc)
     if dpartial_logits.numel() > 0:
         with _on(dphi.device):
             _additive_shapley_bwd_kernel[(num_blocks,)](
-                dphi.contiguous(),
+                dphi,
                 partial_logits,
                 labels,
                 bias,
                 _weights(num_modalities, dphi.device, acc),
                 dpartial_logits,
-                dbias,
+                sums,
                 num_samples,
                 num_classes,
                 num_modalities,
+                *dphi.stride(),
                 *partial_logits.stride(),
                 labels.stride(0),
                 UTILITY=utility,
+                ALIGNED=_is_aligned(partial_logits),
                 HAS_BIAS=bias is not None,
                 LAST=last,
                 ACC=_acc(acc),
                 enable_fp_fusion=True,
                 **blocks,
             )
-    return dpartial_logits, dbias.sum(0)
+    if sums is None:
+        return dpartial_logits, dpartial_logits.new_empty(0)
+    return dpartial_logits, sums[0] if num_blocks == 1 else sums.sum(0)
 
 
 def compile_configurations() -> list[tuple]:
@@ -390,7 +445,13 @@ def compile_configurations() -> list[tuple]:
         acc = _wide(dtype)
         x, wide = f"*{element}", f"*{_acc(dtype)}"
         for num_modalities, num_classes, utility in cases if dtype == acc else cases[1:2]:
-            constants = {"UTILITY": utility, "stride_pc": 1, "HAS_BIAS": True, "ACC": _acc(dtype)}
+            constants = {
+                "UTILITY": utility,
+                "stride_pc": 1,
+                "ALIGNED": False,
+                "HAS_BIAS": True,
+                "ACC": _acc(dtype),
+            }
             blocks = _blocks(num_classes, acc, "fwd")
             constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "fwd")}
             types = [x, labels, wide, wide, wide, size, size, size, size, stride, stride, stride]
@@ -399,6 +460,8 @@ def compile_configurations() -> list[tuple]:
             if utility >= 2:
                 blocks = _blocks(num_classes, acc, "bwd")
                 constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "bwd")}
-                types = [x, x, labels, wide, wide, wide, wide, size, size, size, stride, stride, stride]
+                types = [x, x, labels, wide, wide, wide, wide, *[size] * 3, *[stride] * 5]
                 add(_additive_shapley_bwd_kernel, types, constants)
+        for out in (f"*{element}", wide):
+            add(_sum_splits_kernel, [wide, out, "i64", size], _SUM_BLOCKS)
     return configurations + _row_configurations()

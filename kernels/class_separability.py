@@ -1,15 +1,16 @@
 """Triton kernels of class moments, their gradient, and hits: samples whose own class's centroid is nearest.
 
-Moments: a stable sort of the labels orders the samples by class. A block takes up to BLOCK_R samples of one
-class through registers, a tile of dimensions at a time: their mean, then the squares about it, so nothing
-cancels. A second kernel merges the blocks of a class in float64. Every block has one place to write to:
-neither atomics nor the number of classes enter, and no bit changes from run to run.
+Moments: the samples are ordered by class (`_by_class`). A block takes up to BLOCK_R samples of one class
+through registers, a tile of dimensions at a time: their mean, then the squares about it, so nothing cancels.
+A second kernel merges the blocks of a class in float64. Every block has one place to write to: neither
+atomics nor the number of classes enter, and no bit changes from run to run.
 Hits: one kernel finds, for every centroid, the exact interval in which it is nearest, by comparison with all
 others; one reads the features in their order, low <= x < high, and adds whole numbers.
 Bytes that must move: N D numbers once, the gradient twice. N = 1M, D = 512, float32 is 2.05 GB, 0.68 ms on
 an H100 at 3.0 TB/s; the blocks' moments add 6% to that, gathered rows perhaps 10%: predicted 0.80 ms for the
-moments of 10 classes, 0.75 ms for the hits. At N = 20,000 the features take 14 us; the sort and its
-bookkeeping, about ten launches, 30 us more, the intervals 5 us. Not timed yet on a GPU.
+moments of 10 classes, 0.75 ms for the hits. At N = 20,000 the features take 14 us; the order, three launches,
+10 us more, the intervals 5 us. Up to 512 samples the moments are three launches in all. Not timed yet on a
+GPU.
 """
 
 from __future__ import annotations
@@ -24,23 +25,22 @@ from ._common import (
     _OPTIONS,
     _acc,
     _by_class,
-    _chunk_edges,
     _class_of_chunk,
     _configuration,
     _most_chunks,
     _on,
+    _order_configurations,
     _rows_of_chunk,
     _wide,
 )
 from ._tuning import size_class, tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _class_moments_fwd_kernel(
     x_ptr,  # [N, D]
     order_ptr,  # int64 [N]: samples by class
-    edges_ptr,  # int64 [C + 1]: where each class begins in `order`
-    chunks_ptr,  # int64 [C + 1]: where each class's chunks begin
+    edges_ptr,  # int64 [2, C + 1]: where each class begins in `order`, where its chunks begin
     mean_ptr,  # [chunks, D], contiguous
     squares_ptr,  # [chunks, D], contiguous: sums of squares about the mean
     C,
@@ -53,9 +53,9 @@ def _class_moments_fwd_kernel(
     ACC: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    k = _class_of_chunk(chunk, chunks_ptr, C, BLOCK_C)
+    k = _class_of_chunk(chunk, edges_ptr, C, BLOCK_C)
     if k < C:
-        rows, mask_r, count = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, chunks_ptr, BLOCK_R)
+        rows, mask_r, count = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, C, BLOCK_R)
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = mask_r[:, None] & (offs_d < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd
@@ -72,14 +72,14 @@ def _class_moments_fwd_kernel(
         tl.store(squares_ptr + out, squares, mask=offs_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _class_moments_merge_kernel(
     mean_ptr,  # [chunks, D], contiguous
     squares_ptr,  # [chunks, D], contiguous
-    edges_ptr,  # int64 [C + 1]
-    chunks_ptr,  # int64 [C + 1]
+    edges_ptr,  # int64 [2, C + 1]
     class_mean_ptr,  # [C, D], contiguous
     class_var_ptr,  # [C, D], contiguous
+    C,
     D,
     CHUNK: tl.constexpr,  # BLOCK_R of the chunks
     BLOCK_R: tl.constexpr,
@@ -89,8 +89,8 @@ def _class_moments_merge_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     count = tl.load(edges_ptr + k + 1) - tl.load(edges_ptr + k)
-    first = tl.load(chunks_ptr + k)
-    last = tl.load(chunks_ptr + k + 1)
+    first = tl.load(edges_ptr + C + 1 + k)
+    last = tl.load(edges_ptr + C + 2 + k)
     # A class without samples has no row; any other serves it.
     row = tl.minimum(first, tl.maximum(last - 1, 0))
     origin = tl.load(mean_ptr + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float64)
@@ -117,7 +117,7 @@ def _class_moments_merge_kernel(
     tl.store(class_var_ptr + k * D + offs_d, var.to(element), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C"])
 def _class_moments_bwd_kernel(
     dmean_ptr,  # [C, D], contiguous
     dvar_ptr,  # [C, D], contiguous
@@ -181,11 +181,12 @@ def _end(a, b, tie_to_b, DTYPE: tl.constexpr, BITS: tl.constexpr):
     return tl.where(on_b_side, end, _next_up(end, BITS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _class_intervals_kernel(
     c_ptr,  # [C, D]
     low_ptr,  # [C, D], contiguous
     high_ptr,  # [C, D], contiguous
+    hits_ptr,  # int64 [D], to become zeros; None: there are none
     C,
     D,
     stride_cc,
@@ -201,6 +202,10 @@ def _class_intervals_kernel(
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
     mask = (offs_c < C)[:, None] & mask_d[None, :]
+    if hits_ptr is not None:
+        zeros = tl.zeros((BLOCK_D,), tl.int64)
+        if tl.program_id(0) == 0:
+            tl.store(hits_ptr + offs_d, zeros, mask=mask_d)
     k = offs_c[:, None]
     column_ptrs = c_ptr + offs_d * stride_cd
     c_ptrs = column_ptrs[None, :] + offs_c.to(tl.int64)[:, None] * stride_cc
@@ -232,13 +237,13 @@ def _class_intervals_kernel(
     tl.store(high_ptr + out, tl.where(wins, high, float("-inf")), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C"])
 def _dimension_hits_kernel(
     x_ptr,  # [N, D]
     labels_ptr,  # [N]
     low_ptr,  # [C, D], contiguous
     high_ptr,  # [C, D], contiguous
-    hits_ptr,  # int64 [D], zeros
+    hits_ptr,  # int64 [D], zeros at first
     N,
     C,
     D,
@@ -308,17 +313,16 @@ def class_moments_fwd(
     """Return the number, mean and population variance of each class's samples."""
     num_samples, num_dims = features.shape
     wide = _wide(features.dtype)
-    mean = features.new_full((num_classes, num_dims), float("nan"), dtype=wide)
     if num_samples == 0:
+        mean = features.new_full((num_classes, num_dims), float("nan"), dtype=wide)
         return labels.new_zeros(num_classes, dtype=torch.int64), mean, mean.clone()
+    mean = features.new_empty(num_classes, num_dims, dtype=wide)
     var = torch.empty_like(mean)
-    order, edges = _by_class(labels, num_classes)
-    count = edges.diff()
     if num_dims == 0:
-        return count, mean, var
+        return _by_class(labels, num_classes, 1).count, mean, var
     blocks = _chosen("moments", features, _moments_blocks(num_dims, features.dtype))
     chunk = blocks["BLOCK_R"]
-    chunks = _chunk_edges(edges, chunk)
+    order, edges, count = _by_class(labels, num_classes, chunk)
     max_chunks = _most_chunks(num_samples, num_classes, chunk)
     chunk_mean = features.new_empty(max_chunks, num_dims, dtype=wide)
     chunk_squares = torch.empty_like(chunk_mean)
@@ -327,7 +331,6 @@ def class_moments_fwd(
             features,
             order,
             edges,
-            chunks,
             chunk_mean,
             chunk_squares,
             num_classes,
@@ -340,9 +343,9 @@ def class_moments_fwd(
             chunk_mean,
             chunk_squares,
             edges,
-            chunks,
             mean,
             var,
+            num_classes,
             num_dims,
             CHUNK=chunk,
             **_MERGE_BLOCKS,
@@ -390,6 +393,7 @@ def class_moments_bwd(
 def class_intervals(
     centroids: Tensor,  # [C, D]
     dtype: torch.dtype,  # float32 or float64: what features are compared in
+    hits: Tensor | None = None,  # int64 [D], zeroed along the way
 ) -> tuple[Tensor, Tensor]:  # [C, D], [C, D]
     """Return ends such that, for x of `dtype`, centroid k is nearest just when low[k] <= x < high[k]."""
     num_classes, num_dims = centroids.shape
@@ -402,6 +406,7 @@ def class_intervals(
             centroids,
             low,
             high,
+            hits,
             num_classes,
             num_dims,
             *centroids.stride(),
@@ -422,11 +427,10 @@ def dimension_hits(
 ) -> Tensor:  # int64 [D]
     """Return in how many samples the own class's centroid is the nearest, dimension by dimension."""
     num_samples, num_dims = features.shape
-    hits = features.new_zeros(num_dims, dtype=torch.int64)
     if features.numel() == 0:
-        return hits
-    wide = _wide(features.dtype)
-    low, high = class_intervals(centroids, wide)
+        return features.new_zeros(num_dims, dtype=torch.int64)
+    hits = features.new_empty(num_dims, dtype=torch.int64)
+    low, high = class_intervals(centroids, _wide(features.dtype), hits)
     blocks = _chosen("hits", features, _row_blocks(num_dims, features.dtype))
     rows = _HITS_TILES * blocks["BLOCK_N"]
     with _on(features.device):
@@ -461,7 +465,7 @@ def compile_configurations() -> list[tuple]:
         x, acc = f"*{element}", f"*{_acc(dtype)}"
         for num_dims in (1, 512):
             constants = {"ACC": _acc(dtype), **_moments_blocks(num_dims, dtype)}
-            types = [x, index, index, index, acc, acc, size, size, stride]
+            types = [x, index, index, acc, acc, size, size, stride]
             add(_class_moments_fwd_kernel, types, {"stride_xd": 1, **constants})
             constants = {"ACC": _acc(dtype), **_row_blocks(num_dims, dtype)}
             types = [x, index, acc, acc, index, size, size, size, stride, stride, stride]
@@ -472,9 +476,9 @@ def compile_configurations() -> list[tuple]:
             ends = f"*{_ELEMENT[end]}"
             constants = {"LOWEST": torch.finfo(end).min, "ACC": _acc(dtype), "DTYPE": _ELEMENT[end]}
             constants |= {"BITS": _BITS[end], **_INTERVAL_BLOCKS}
-            types = [x, ends, ends, size, size, stride, stride]
+            types = [x, ends, ends, index, size, size, stride, stride]
             add(_class_intervals_kernel, types, constants, _EXACT_OPTIONS)
         if dtype == wide:
             constants = {"CHUNK": _moments_blocks(512, dtype)["BLOCK_R"], **_MERGE_BLOCKS}
-            add(_class_moments_merge_kernel, [acc, acc, index, index, acc, acc, size], constants)
-    return configurations
+            add(_class_moments_merge_kernel, [acc, acc, index, acc, acc, size, size], constants)
+    return configurations + _order_configurations("*i64")

@@ -5,12 +5,13 @@ For every ordered pair of modalities, over the dimensions d that the first teach
   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
 
-A first kernel closes up the columns of each pair, so that the others read 16 bytes at a time whatever the
-mask; the main one is attention with values = keys over (blocks of queries, columns of the residual, pairs): a
-key tile is loaded once for both products, the maximum and the sum go along, s_ii is taken from the same tile.
-A last one puts columns back in their places and sums over teachers, in their order. Above 256 dimensions the
-queries no longer fit beside the keys: the residual is split by columns, and each part sums the scores over
-pieces of d for itself.
+A first kernel numbers the columns of each pair, a second closes them up, so that the others read 16 bytes at
+a time whatever the mask, both for all pairs at once; the main one is attention with values = keys over
+(blocks of queries, columns of the residual, pairs): a key tile is loaded once for both products, the maximum
+and the sum go along, s_ii is taken from the same tile. One adds up the losses; a last one puts columns back
+in their places and sums over teachers, in their order: five launches whatever the number of modalities, four
+without a gradient. Above 256 dimensions the queries no longer fit beside the keys: the residual is split by
+columns, and each part sums the scores over pieces of d for itself.
 
 Memory: queries, keys and residuals of every pair, N numbers a column. N = 65,536, 512 columns in all pairs
 together, float32: 3 x 134 MB. The number of columns stays on the device: where the host does not know it,
@@ -39,12 +40,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _configuration, _on, _wide
-from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _unpacked
+from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _summed, _unpacked
 from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose, size_class
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "offset"])
 def _duc_loss_fwd_kernel(
     q_ptr,  # [N, W] of every pair
     k_ptr,  # [K, W] of every pair
@@ -238,7 +239,7 @@ def _run(
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses.sum(0) if len(losses) != 1 else losses[0]
-    return losses.sum() / losses.shape[1] if reduction == "mean" else losses.sum()
+    return _summed(losses, losses.shape[1] if reduction == "mean" else 1)
 
 
 def _is_ready(x: Tensor) -> bool:
@@ -316,7 +317,7 @@ def compile_configurations(target: int | str) -> list[tuple]:
     for dtype, precision, width, with_residual in cases:
         common, tiles = _choices(target, dtype, precision, width)
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
-        types = [x, x, "*i32:16", "*i32", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        types = [x, x, "*i32:16", "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
         constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
         if not with_residual:
             del types[5]

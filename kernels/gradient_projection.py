@@ -54,7 +54,7 @@ def _projected_feature_kernel(
     tl.store(part_ptr + tl.num_programs(0), tl.sum(own * own, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _update_projector_kernel(
     p_ptr,  # [D, D] changed in place
     ph_ptr,  # [D] in ACC
@@ -89,7 +89,7 @@ def _update_projector_kernel(
     tl.store(p_ptrs, tl.load(p_ptrs, mask=mask, other=0.0) - u_r[:, None] * u_d[None, :], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _project_gradient_kernel(
     g_ptr,  # [C, D]
     p_ptr,  # [D, D]

@@ -1,16 +1,16 @@
 """Triton kernels of Lloyd's iterations and of the purity of a clustering.
 
 Assignment: a block of samples meets the centroids as a product of tiles, half the squared length of a
-centroid less x . c, both about the mean of all samples, and keeps the lowest. Update: a stable sort of the
-assignments orders the samples by cluster; a block adds up to BLOCK_R samples of one cluster, a second kernel
-adds its blocks in float64, moves the centroid and notes how far. Every block has one place to write to, so no
-bit changes from run to run; only whole numbers are added by atomics. One transfer an iteration tells the host
-whether an assignment changed, a cluster is empty, and how far the centroids moved. Samples are moved to empty
-clusters by their assignment, and the update is made again.
+centroid less x . c, both about the mean of all samples, and keeps the lowest. Update: the samples are ordered
+by cluster (`_by_class`); a block adds up to BLOCK_R samples of one cluster, a second kernel adds its blocks
+in float64, moves the centroid and notes how far. Every block has one place to write to, so no bit changes
+from run to run; only whole numbers are added by atomics. One transfer an iteration tells the host whether an
+assignment changed, a cluster is empty, and how far the centroids moved. Samples are moved to empty clusters
+by their assignment, and the update is made again.
 Bytes that must move: N D numbers twice an iteration, for the assignment and for the update. N = 1M, D = 512,
 float32 is 4.1 GB, 1.37 ms on an H100 at 3.0 TB/s. Operations: 2 N K D, 66 G at K = 64, 1.1 ms at 60 TFLOP/s
-in float32, of which little hides behind the first read. Predicted 2.3 ms an iteration; at N = 20,000 about
-30 launches and a transfer, 150 us. Not timed yet on a GPU.
+in float32, of which little hides behind the first read. Predicted 2.3 ms an iteration; at N = 20,000 seven
+launches and a transfer, 60 us. Not timed yet on a GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ._common import (
     _OPTIONS,
     _acc,
     _by_class,
-    _chunk_edges,
     _class_of_chunk,
     _configuration,
     _most_chunks,
     _on,
+    _order_configurations,
     _rows_of_chunk,
     _wide,
 )
@@ -38,7 +38,7 @@ from ._tuning import size_class, tuned
 _NO_CLUSTER = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _assign_kernel(
     x_ptr,  # [N, D]
     offset_ptr,  # [D] in ACC
@@ -90,13 +90,12 @@ def _assign_kernel(
     tl.atomic_add(changed_ptr, tl.sum((mask_n & (nearest != previous)).to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _cluster_sums_kernel(
     x_ptr,  # [N, D]
     offset_ptr,  # [D] in ACC
     order_ptr,  # int64 [N]: samples by cluster
-    edges_ptr,  # int64 [K + 1]: where each cluster begins in `order`
-    chunks_ptr,  # int64 [K + 1]: where each cluster's chunks begin
+    edges_ptr,  # int64 [2, K + 1]: where each cluster begins in `order`, where its chunks begin
     sums_ptr,  # [chunks, D] in ACC, contiguous
     K,
     D,
@@ -108,9 +107,9 @@ def _cluster_sums_kernel(
     ACC: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    k = _class_of_chunk(chunk, chunks_ptr, K, BLOCK_C)
+    k = _class_of_chunk(chunk, edges_ptr, K, BLOCK_C)
     if k < K:
-        rows, mask_r, _ = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, chunks_ptr, BLOCK_R)
+        rows, mask_r, _ = _rows_of_chunk(chunk, k, order_ptr, edges_ptr, K, BLOCK_R)
         offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
         mask = mask_r[:, None] & mask_d[None, :]
@@ -120,14 +119,15 @@ def _cluster_sums_kernel(
         tl.store(sums_ptr + chunk * D + offs_d, tl.sum(x, axis=0), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _move_kernel(
     sums_ptr,  # [chunks, D] in ACC, contiguous
-    edges_ptr,  # int64 [K + 1]
-    chunks_ptr,  # int64 [K + 1]
+    edges_ptr,  # int64 [2, K + 1]
+    count_ptr,  # int64 [K]
     c_ptr,  # [K, D] in ACC, contiguous
     moved_ptr,  # [K, D] in ACC, contiguous
     shift_ptr,  # float64 [K, blocks of dimensions]: squared movement
+    K,
     D,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,6 +135,7 @@ def _move_kernel(
     k = tl.program_id(0).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
+    chunks_ptr = edges_ptr + K + 1
     last = tl.load(chunks_ptr + k + 1)
     total = tl.zeros((BLOCK_D,), tl.float64)
     for start in range(tl.load(chunks_ptr + k), last, BLOCK_R):
@@ -142,7 +143,7 @@ def _move_kernel(
         mask = (offs_r < last)[:, None] & mask_d[None, :]
         sums = tl.load(sums_ptr + offs_r[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
         total += tl.sum(sums.to(tl.float64), axis=0)
-    count = tl.load(edges_ptr + k + 1) - tl.load(edges_ptr + k)
+    count = tl.load(count_ptr + k)
     c = tl.load(c_ptr + k * D + offs_d, mask=mask_d, other=0.0)
     moved = tl.where(count > 0, (total / tl.maximum(count, 1).to(tl.float64)).to(c.dtype), c)
     tl.store(moved_ptr + k * D + offs_d, moved, mask=mask_d)
@@ -151,7 +152,36 @@ def _move_kernel(
     tl.store(shift_ptr + k * tl.num_programs(1) + tl.program_id(1), shift)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "num_shifts"])
+def _state_kernel(
+    changed_ptr,  # int32 []: how many assignments changed; becomes 0
+    count_ptr,  # int64 [K]
+    shift_ptr,  # float64 [num_shifts]
+    variance_ptr,  # float64 []
+    state_ptr,  # float64 [4]: changed, clusters without samples, summed squared movement, variance
+    K,
+    num_shifts,
+    BLOCK: tl.constexpr,
+):
+    """Gather what the host wants to know of an iteration, for one transfer."""
+    empty = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, K, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        empty += (tl.load(count_ptr + offs, mask=offs < K, other=1) == 0).to(tl.int32)
+    shift = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, num_shifts, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        shift += tl.load(shift_ptr + offs, mask=offs < num_shifts, other=0.0)
+    changed = tl.load(changed_ptr)
+    tl.debug_barrier()
+    tl.store(changed_ptr, tl.zeros_like(changed))
+    tl.store(state_ptr, changed.to(tl.float64))
+    tl.store(state_ptr + 1, tl.sum(empty, 0).to(tl.float64))
+    tl.store(state_ptr + 2, tl.sum(shift, 0))
+    tl.store(state_ptr + 3, tl.load(variance_ptr))
+
+
+@triton.jit(do_not_specialize=["N"])
 def _squared_distances_kernel(
     x_ptr,  # [N, D]
     offset_ptr,  # [D] in ACC
@@ -182,7 +212,7 @@ def _squared_distances_kernel(
     tl.store(distance_ptr + offs_n, tl.sum(squares, axis=1), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C"])
 def _count_pairs_kernel(
     assignments_ptr,  # [N]
     labels_ptr,  # [N]
@@ -203,6 +233,7 @@ def _count_pairs_kernel(
 
 
 _MOVE_BLOCKS = {"BLOCK_R": 128, "BLOCK_D": 16}
+_STATE_BLOCKS = {"BLOCK": 256}
 
 
 def _assign_blocks(num_clusters: int, dtype: torch.dtype) -> dict:
@@ -233,10 +264,12 @@ class _Lloyd:
     def __init__(self, features: Tensor, num_clusters: int):
         self.features, self.num_clusters = features, num_clusters
         self.dtype = _wide(features.dtype)
-        self.variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
+        variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
+        self.variance = variance.mean(dtype=torch.float64)
         self.acc = _acc(features.dtype)
         self.samples = (features.shape[0], features.shape[1], *features.stride())
         self.assignments = features.new_full((features.shape[0],), -1, dtype=torch.int32)
+        self.changed = self.assignments.new_zeros(())
 
     def chosen(self, kernel: str, blocks: dict, *names: str, least: int = 1) -> dict:
         """Return what to launch a kernel with: the table's tile, or that stored for this GPU."""
@@ -246,10 +279,12 @@ class _Lloyd:
         launch, device = _OPTIONS | blocks, self.features.device
         return tuned("kmeans", key, launch, device, *names, "num_warps", least=least)
 
-    def assign(self, centroids: Tensor) -> Tensor:  # [K, D] -> int32 []
-        """Assign every sample to the nearest centroid and return how many changed."""
+    def assign(
+        self,
+        centroids: Tensor,  # [K, D]
+    ) -> None:
+        """Assign every sample to the nearest centroid and add to `changed` how many that changed."""
         num_samples, num_dims, *strides = self.samples
-        changed = self.assignments.new_zeros(())
         blocks = _assign_blocks(self.num_clusters, self.dtype)
         # Operands of matrix products have at least 16 rows.
         least = 16 if blocks["DOT"] else 1
@@ -260,7 +295,7 @@ class _Lloyd:
             self.offset,
             centroids,
             self.assignments,
-            changed,
+            self.changed,
             num_samples,
             self.num_clusters,
             num_dims,
@@ -268,18 +303,16 @@ class _Lloyd:
             ACC=self.acc,
             **blocks,
         )
-        return changed
 
     def move(
         self,
         centroids: Tensor,  # [K, D]
         assignments: Tensor,  # int32 [N]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], int64 [K], float64 []
-        """Return the means of the clusters, their sizes, and the summed squared movement to the means."""
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], int64 [K], float64 [4]
+        """Return the means of the clusters, their sizes, and what `_state_kernel` gathers of both."""
         num_samples, num_dims, *strides = self.samples
         blocks = self.chosen("sums", _sums_blocks(num_dims, self.features.dtype), "BLOCK_R", "BLOCK_D")
-        order, edges = _by_class(assignments, self.num_clusters)
-        chunks = _chunk_edges(edges, blocks["BLOCK_R"])
+        order, edges, count = _by_class(assignments, self.num_clusters, blocks["BLOCK_R"])
         most = _most_chunks(num_samples, self.num_clusters, blocks["BLOCK_R"])
         sums = centroids.new_empty(most, num_dims)
         _cluster_sums_kernel[(most, triton.cdiv(num_dims, blocks["BLOCK_D"]))](
@@ -287,7 +320,6 @@ class _Lloyd:
             self.offset,
             order,
             edges,
-            chunks,
             sums,
             self.num_clusters,
             num_dims,
@@ -297,8 +329,22 @@ class _Lloyd:
         )
         grid = (self.num_clusters, triton.cdiv(num_dims, _MOVE_BLOCKS["BLOCK_D"]))
         moved, shift = torch.empty_like(centroids), centroids.new_empty(grid, dtype=torch.float64)
-        _move_kernel[grid](sums, edges, chunks, centroids, moved, shift, num_dims, **_MOVE_BLOCKS, **_OPTIONS)
-        return moved, edges.diff(), shift.sum()
+        _move_kernel[grid](
+            sums,
+            edges,
+            count,
+            centroids,
+            moved,
+            shift,
+            self.num_clusters,
+            num_dims,
+            **_MOVE_BLOCKS,
+            **_OPTIONS,
+        )
+        state = shift.new_empty(4)
+        tensors = self.changed, count, shift, self.variance, state
+        _state_kernel[(1,)](*tensors, self.num_clusters, shift.numel(), **_STATE_BLOCKS, **_OPTIONS)
+        return moved, count, state
 
     def squared_distances(self, centroids: Tensor) -> Tensor:  # [K, D] -> [N]
         num_samples, num_dims, *strides = self.samples
@@ -340,20 +386,18 @@ def kmeans_lloyd(
     with _on(features.device):
         lloyd = _Lloyd(features, start.shape[0])
         centroids = (start.to(lloyd.dtype) - lloyd.offset).contiguous()
-        variance = lloyd.variance.double().mean()
         is_settled, num_iter = False, 0
         while num_iter < max_iter and not is_settled:
             num_iter += 1
-            changed = lloyd.assign(centroids)
-            moved, count, shift = lloyd.move(centroids, lloyd.assignments)
-            state = torch.stack([changed.double(), (count == 0).sum().double(), shift, variance])
-            num_changed, num_empty, movement, scale = state.tolist()
+            lloyd.assign(centroids)
+            moved, count, state = lloyd.move(centroids, lloyd.assignments)
+            num_changed, num_empty, movement, variance = state.tolist()
             if num_empty:
-                moved, _, shift = lloyd.move(centroids, lloyd.filled(centroids, count))
-                movement = float(shift)
+                moved, _, state = lloyd.move(centroids, lloyd.filled(centroids, count))
+                movement = float(state[2])
             centroids = moved
             is_settled = not num_empty and not num_changed
-            if movement <= tol * scale:
+            if movement <= tol * variance:
                 break
         if not is_settled:
             lloyd.assign(centroids)
@@ -402,12 +446,13 @@ def compile_configurations() -> list[tuple]:
             if num_clusters == 64 or blocks["DOT"]:
                 add(_assign_kernel, types, constants | blocks)
         for num_dims in (1, 512):
-            types = [x, acc, index, index, index, acc, size, size, stride]
+            types = [x, acc, index, index, acc, size, size, stride]
             add(_cluster_sums_kernel, types, constants | _sums_blocks(num_dims, dtype))
             types = [x, acc, acc, "*i32", acc, size, size, stride]
             add(_squared_distances_kernel, types, constants | _distance_blocks(num_dims, dtype))
         if dtype == wide:
-            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size], _MOVE_BLOCKS)
+            add(_move_kernel, [acc, index, index, acc, acc, "*fp64", size, size], _MOVE_BLOCKS)
     for label in ("*i64", "*i32"):
         add(_count_pairs_kernel, [index, label, index, size, size, stride, stride], {"BLOCK_N": 512})
-    return configurations
+    add(_state_kernel, ["*i32", index, "*fp64", "*fp64", "*fp64", size, size], _STATE_BLOCKS)
+    return configurations + _order_configurations("*i32")

@@ -115,7 +115,7 @@ def _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C):
     tl.store(fused_ptr + offs_n[:, None] * C + offs_c[None, :], fused, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "stride_zm", "stride_hm"])
 def _logit_fusion_fwd_kernel(
     z_ptr,  # [M, N, C]
     present_ptr,  # uint8 [M, N] or null
@@ -131,6 +131,7 @@ def _logit_fusion_fwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether stride_zm is a multiple of 16, and rows can be read 16 bytes at a time
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     BLOCK_N: tl.constexpr,
@@ -138,6 +139,8 @@ def _logit_fusion_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if ALIGNED:
+        stride_zm = tl.multiple_of(stride_zm, 16)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
@@ -211,7 +214,7 @@ def _store_dlogits(
     tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "stride_dwm", "stride_zm", "stride_hm"])
 def _logit_fusion_bwd_kernel(
     df_ptr,  # [N, C]
     dw_ptr,  # [M, N]
@@ -232,6 +235,7 @@ def _logit_fusion_bwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether stride_zm is a multiple of 16, and rows can be read 16 bytes at a time
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     LOWEST: tl.constexpr,  # the least finite number of ACC
@@ -240,6 +244,8 @@ def _logit_fusion_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if ALIGNED:
+        stride_zm = tl.multiple_of(stride_zm, 16)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
@@ -314,6 +320,13 @@ def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:
     )
 
 
+def _is_aligned(
+    logits: Tensor,  # [M, N, C]
+) -> bool:
+    """Return what a kernel takes as ALIGNED: it is not made anew for every number of samples."""
+    return logits.stride(0) % 16 == 0 and logits.stride(1) % 16 == 0
+
+
 def logit_fusion_fwd(
     logits: Tensor,  # [M, N, C]
     present: Tensor | None,  # bool [M, N]
@@ -338,6 +351,7 @@ def logit_fusion_fwd(
             *logits.stride(),
             *mask_strides,
             SCORE=score,
+            ALIGNED=_is_aligned(logits),
             HAS_PRESENT=present is not None,
             ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
@@ -375,6 +389,7 @@ def logit_fusion_bwd(
             *logits.stride(),
             *mask_strides,
             SCORE=score,
+            ALIGNED=_is_aligned(logits),
             HAS_PRESENT=present is not None,
             LOWEST=torch.finfo(_wide(logits.dtype)).min,
             ACC=_acc(logits.dtype),
@@ -402,7 +417,13 @@ def compile_configurations() -> list[tuple]:
                 if dtype != torch.float32 and (num_classes, score) not in cases[dtype == wide]:
                     continue
                 shape = (num_modalities, num_classes, dtype)
-                constants = {"stride_zc": 1, "SCORE": score, "HAS_PRESENT": True, "ACC": _acc(dtype)}
+                constants = {
+                    "stride_zc": 1,
+                    "SCORE": score,
+                    "ALIGNED": False,
+                    "HAS_PRESENT": True,
+                    "ACC": _acc(dtype),
+                }
                 types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
                 add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
                 constants |= {"stride_dfc": 1, "LOWEST": torch.finfo(wide).min, **_blocks(*shape, "bwd")}

@@ -51,7 +51,7 @@ def _weights(size, M: tl.constexpr, ACC: tl.constexpr):
     return a, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _shapley_values_fwd_kernel(
     v_ptr,  # [N, S]
     phi_ptr,  # [N, M], contiguous
@@ -83,7 +83,7 @@ def _shapley_values_fwd_kernel(
     tl.store(phi_ptrs, values.to(phi_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _shapley_values_bwd_kernel(
     dphi_ptr,  # [N, M]
     dv_ptr,  # [N, S], contiguous

@@ -5,8 +5,9 @@ depend on the device, tuples of
 
     kernel, {argument: type}, {constexpr: value}, {option: value}[, "warp" or "warpgroup"]
 
-A type that ends in ":16" says, as for triton.tools.compile, that the argument is a multiple of 16. The last
-item asks for matrix instructions: of a warp, or those of a group of four warps where a device has them.
+A type that ends in ":16" says, as for triton.tools.compile, that the argument is a multiple of 16; an
+argument that is a tuple has a tuple of types. The last item asks for matrix instructions: of a warp, or those
+of a group of four warps where a device has them.
 
 Prints a table. Fails if a kernel does not compile, spills registers, takes more shared memory than a block of
 threads can have, or multiplies without the instructions it asks for.
@@ -24,7 +25,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +71,26 @@ class Report(NamedTuple):
     problems: list[str]
 
 
+def leaves(kinds: Iterable) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield the types of arguments, of a tuple all that are in it, each with its place."""
+    for index, kind in enumerate(kinds):
+        if isinstance(kind, tuple):
+            yield from (((index, *path), part) for path, part in leaves(kind))
+        else:
+            yield (index,), kind
+
+
+def plain(kind: Any) -> Any:
+    """Return a type, or a tuple of types, without what is said of the values."""
+    return tuple(map(plain, kind)) if isinstance(kind, tuple) else kind.split(":")[0]
+
+
 def text_of(configuration: tuple) -> str:
     """Return types, constants and options of a configuration on one line."""
     _, signature, constants, options, *_ = configuration
     # The types of pointers tell one kernel's configurations from another's, those of numbers do not.
-    types = dict.fromkeys(kind[1:].split(":")[0] for kind in signature.values() if kind.startswith("*"))
+    kinds = [kind for _, kind in leaves(signature.values())]
+    types = dict.fromkeys(kind[1:].split(":")[0] for kind in kinds if kind.startswith("*"))
     values = {name: value for name, value in {**constants, **options}.items() if value is not None}
     return " ".join([*types, *(f"{name}={value}" for name, value in values.items())])
 
@@ -82,9 +98,9 @@ def text_of(configuration: tuple) -> str:
 def compiled(configuration: tuple, device: Device) -> Facts:
     """Compile one configuration for one device."""
     kernel, signature, constants, options, *_ = configuration
-    types = {name: signature.get(name, "constexpr").split(":")[0] for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.endswith(":16")]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    kinds = [signature.get(name, "constexpr") for name in kernel.arg_names]
+    types = dict(zip(kernel.arg_names, map(plain, kinds), strict=True))
+    attributes = {path: [["tt.divisibility", 16]] for path, kind in leaves(kinds) if kind.endswith(":16")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     log, knobs = io.StringIO(), triton.knobs
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
