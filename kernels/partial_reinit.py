@@ -31,7 +31,7 @@ def _partial_reinit_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     entry_ptr = table_ptr + tl.load(owner_ptr + block)
-    P = P.to(tl.int64)
+    P = tl.cast(P, tl.int64)
     alpha = tl.load(entry_ptr + 4 * P).to(tl.float64, bitcast=True)
     if alpha != 0:
         theta = tl.load(entry_ptr)
