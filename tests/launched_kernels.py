@@ -1,10 +1,10 @@
 """Compile an op's Triton kernels for what its launchers pass: python tests/launched_kernels.py OP.
 
-Triton compiles a kernel anew for an integer argument of 1, which becomes a constant, for a multiple of 16 and
-for pointers to 16 bytes; its interpreter, which the other tests use, knows none of this. So the ops are called
-here with sizes of 1, odd ones and multiples of 16, on CPU tensors: where a kernel would be launched it is
-compiled, for a GPU that need not be there and as far as PTX, and nothing is computed. Needs TRITON_INTERPRET=0.
-Prints the kernels and what does not compile.
+Triton compiles a kernel anew for an integer argument of 1, which becomes a constant, for a multiple of 16
+and for pointers to 16 bytes; its interpreter, which the other tests use, knows none of this. So the ops are
+called here with sizes of 1, odd ones and multiples of 16, on CPU tensors: where a kernel would be launched
+it is compiled, for a GPU that need not be there and as far as PTX, and nothing is computed. Prints the
+kernels and what does not compile. Needs TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmfast import backend as _backend
 from mmfast import ops
+from mmfast.ops import partial_reinit as partial_reinit_op
 
 CAPABILITY = 90
 # Half precision and float64 at a few sizes: what an argument of 1 does is the same in every dtype.
@@ -205,7 +207,10 @@ def partial_reinit() -> None:
     for count, size, dtype in itertools.product((1, 3, 16), (1, 33, 4096), (torch.float32, HALF, WIDE)):
         params = [tensor(size, dtype=dtype).detach() for _ in range(count)]
         initial = [torch.zeros(size, dtype=dtype) for _ in range(count)]
-        ops.partial_reinit_(params, initial, 0.5, backend="triton")
+        for is_capturing in (False, True):
+            # A graph's plan is written by a kernel.
+            with mock.patch.object(partial_reinit_op, "_is_capturing", lambda _, yes=is_capturing: yes):
+                ops.partial_reinit_(params, initial, 0.5 - 0.25 * is_capturing, backend="triton")
 
 
 def gradient_projection() -> None:

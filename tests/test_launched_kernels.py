@@ -78,7 +78,8 @@ for grid in ((0,), (1, 70_000)):
     launches.failures.clear()
     _planted_kernel[grid](x[1:], 2)
     (failure,) = launches.failures.items()
-    assert failure == ("_planted_kernel(x_ptr=int64[3] unaligned, P=2)", f"no GPU takes the grid {grid}"), failure
+    where = "_planted_kernel(x_ptr=int64[3] unaligned, P=2)"
+    assert failure == (where, f"no GPU takes the grid {grid}"), failure
 """
 
 

@@ -5,8 +5,9 @@ depend on the device, tuples of
 
     kernel, {argument: type}, {constexpr: value}, {option: value}[, "warp" or "warpgroup"]
 
-A type that ends in ":16" says, as for triton.tools.compile, that the argument is a multiple of 16. The last
-item asks for matrix instructions: of a warp, or those of a group of four warps where a device has them.
+A type that ends in ":16" says, as for triton.tools.compile, that the argument is a multiple of 16; a tuple of
+types stands for a tuple. The last item asks for matrix instructions: of a warp, or those of a group of four
+warps where a device has them.
 
 Prints a table. Fails if a kernel does not compile, spills registers, takes more shared memory than a block of
 threads can have, or multiplies without the instructions it asks for.
@@ -74,7 +75,8 @@ def text_of(configuration: tuple) -> str:
     """Return types, constants and options of a configuration on one line."""
     _, signature, constants, options, *_ = configuration
     # The types of pointers tell one kernel's configurations from another's, those of numbers do not.
-    types = dict.fromkeys(kind[1:].split(":")[0] for kind in signature.values() if kind.startswith("*"))
+    pointers = [kind for kind in signature.values() if kind[0] == "*"]
+    types = dict.fromkeys(kind[1:].split(":")[0] for kind in pointers)
     values = {name: value for name, value in {**constants, **options}.items() if value is not None}
     return " ".join([*types, *(f"{name}={value}" for name, value in values.items())])
 
@@ -82,8 +84,9 @@ def text_of(configuration: tuple) -> str:
 def compiled(configuration: tuple, device: Device) -> Facts:
     """Compile one configuration for one device."""
     kernel, signature, constants, options, *_ = configuration
-    types = {name: signature.get(name, "constexpr").split(":")[0] for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.endswith(":16")]
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    types = {name: kind.split(":")[0] if isinstance(kind, str) else kind for name, kind in types.items()}
+    aligned = [name for name, kind in signature.items() if isinstance(kind, str) and kind.endswith(":16")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     log, knobs = io.StringIO(), triton.knobs
