@@ -79,6 +79,9 @@ def _blocks(num_classes: int, acc: torch.dtype, kernel: str) -> dict:
     # Numbers of one tile that a thread holds; backward holds eleven tiles, forward seven.
     held = {"fwd": 8, "bwd": 2, "rows": 4}[kernel] * 4 // acc.itemsize
     block_c = max(2, triton.next_power_of_2(num_classes))
+    if block_c == MAX_CLASSES:
+        # As many threads on a multiprocessor as in two blocks of half the warps, which spill.
+        held = min(held, 4)
     num_warps = min(16, max(4, block_c // (32 * held)))
     block_n = min(128, max(1, 32 * num_warps * held // block_c))
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": num_warps}

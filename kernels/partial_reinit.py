@@ -1,11 +1,13 @@
 """Triton kernel of theta <- (1 - alpha) theta + alpha theta_0 over a list of tensors, one launch a dtype.
 
-A block of the grid serves one piece of one tensor. Which one it looks up in a plan that lies on the device:
-addresses, sizes and strengths of the tensors, and the tensor each block belongs to. A plan follows from what
-it holds alone, so it is kept, and a list that comes again costs no copy.
-Bytes that must move: theta twice, theta_0 once; the plan adds 8 to the 24 KiB of a block. 100M float32
+A block of the grid serves one piece of one tensor, whose record it finds in a plan on the device: addresses,
+alpha and size, as mmfast/ops/partial_reinit.py lays it out for the CUDA kernel, too. It keeps the plans, so
+that a list that comes again costs no copy. What alpha = 0 leaves alone has no record.
+A captured graph that finds no plan writes one at each replay: addresses, strengths and sizes of 96 tensors go
+along as arguments of a launch, and the pieces of each are worked out on the device.
+Bytes that must move: theta twice, theta_0 once; a record adds 32 to the 24 KiB of a piece. 100M float32
 numbers are 1.2 GB, 0.40 ms on an H100 at 3.0 TB/s; predicted 0.44 ms. 10,000 tensors of 64: 7.7 MB, 2.6 us,
-but 10,000 blocks that each wait for the memory three times in a row; predicted 10 us. Not timed yet on a GPU.
+but 10,000 blocks that each wait for the memory twice in a row; predicted 8 us. Not timed yet on a GPU.
 """
 
 from __future__ import annotations
@@ -17,43 +19,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _bits, _configuration, _on
+
+# Of a tensor, that a record stands for: 64 bytes a thread.
+PIECE_BYTES = 8192
 
 
 @triton.jit
 def _partial_reinit_kernel(
-    table_ptr,  # int64 [5, P]: address of theta, of theta_0, size, first block, bits of a float64 alpha
-    owner_ptr,  # int64 [blocks]: the tensor of each block
-    P,
+    plan_ptr,  # int64 [pieces, 4]: addresses of theta and theta_0, bits of alpha, size in 32 bits
     ELEMENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    entry_ptr = table_ptr + tl.load(owner_ptr + block)
-    P = P.to(tl.int64)
-    alpha = tl.load(entry_ptr + 4 * P).to(tl.float64, bitcast=True)
-    if alpha != 0:
-        theta = tl.load(entry_ptr)
-        theta_0 = tl.load(entry_ptr + P)
-        size = tl.load(entry_ptr + 2 * P)
-        start = (block - tl.load(entry_ptr + 3 * P)) * BLOCK
-        offs = tl.arange(0, BLOCK)
-        is_aligned = ((theta | theta_0) % 16 == 0) & (start + BLOCK <= size)
-        # In element units from here: a piece starts at a multiple of 16 bytes where its tensor does.
-        theta_ptr = theta.to(tl.pointer_type(ELEMENT)) + start
-        theta_0_ptr = theta_0.to(tl.pointer_type(ELEMENT)) + start
-        if is_aligned:
-            theta_ptrs = tl.multiple_of(theta_ptr, 16) + offs
-            theta_0_ptrs = tl.multiple_of(theta_0_ptr, 16) + offs
-            value = tl.load(theta_ptrs)
-            value_0 = tl.load(theta_0_ptrs)
-            tl.store(theta_ptrs, _blend(value, value_0, alpha, ACC))
-        else:
-            mask = offs < size - start
-            value = tl.load(theta_ptr + offs, mask=mask)
-            value_0 = tl.load(theta_0_ptr + offs, mask=mask)
-            tl.store(theta_ptr + offs, _blend(value, value_0, alpha, ACC), mask=mask)
+    record_ptr = plan_ptr + tl.program_id(0).to(tl.int64) * 4
+    theta = tl.load(record_ptr)
+    theta_0 = tl.load(record_ptr + 1)
+    alpha = tl.load(record_ptr + 2).to(tl.float64, bitcast=True)
+    size = tl.load(record_ptr + 3).to(tl.int32)
+    offs = tl.arange(0, BLOCK)
+    theta_ptr = theta.to(tl.pointer_type(ELEMENT))
+    theta_0_ptr = theta_0.to(tl.pointer_type(ELEMENT))
+    if ((theta | theta_0) % 16 == 0) & (size == BLOCK):
+        theta_ptrs = tl.multiple_of(theta_ptr, 16) + offs
+        theta_0_ptrs = tl.multiple_of(theta_0_ptr, 16) + offs
+        value = tl.load(theta_ptrs)
+        value_0 = tl.load(theta_0_ptrs)
+        tl.store(theta_ptrs, _blend(value, value_0, alpha, ACC))
+    else:
+        mask = offs < size
+        value = tl.load(theta_ptr + offs, mask=mask)
+        value_0 = tl.load(theta_0_ptr + offs, mask=mask)
+        tl.store(theta_ptr + offs, _blend(value, value_0, alpha, ACC), mask=mask)
 
 
 @triton.jit
@@ -63,83 +60,88 @@ def _blend(value, value_0, alpha, ACC: tl.constexpr):
     return tl.where(alpha == 1, value_0, mixed.to(value.dtype))
 
 
-# Plans by what they hold and the stream they were copied on, the least recently made first.
-_MAX_PLANS = 16
-_PLANS: dict[tuple, tuple[Tensor, Tensor]] = {}
-# Plans that captured graphs read at every replay, which nobody can see the end of.
-_CAPTURED: list[tuple[Tensor, Tensor]] = []
+# Tensors of one launch: five numbers each of the 4 KiB that all arguments may take.
+_TENSORS = 96
+# Set in every number, so that it is an int64 whatever its value: of other types it would be another kernel.
+# Addresses, sizes and the bits of an alpha up to 1 are all below.
+_MARK = tl.constexpr(1 << 62)
+_PLAN_BLOCKS = {"BLOCK": 128}
 
 
-def _block(dtype: torch.dtype) -> int:
-    """Return the number of elements of a block: 8 KiB of each tensor, 64 bytes a thread."""
-    return 8192 // dtype.itemsize
+@triton.jit(do_not_specialize=["words"])
+def _partial_reinit_plan_kernel(
+    plan_ptr,  # int64 [pieces, 4], as above
+    words,  # by tensor: addresses of theta and theta_0, bits of alpha, size, first piece
+    PIECE: tl.constexpr,  # elements
+    ITEMSIZE: tl.constexpr,
+    TENSORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    theta, theta_0, alpha, size, first = words[0], words[1], words[2], words[3], words[4]
+    for i in tl.static_range(1, TENSORS):
+        theta = tl.where(index == i, words[5 * i], theta)
+        theta_0 = tl.where(index == i, words[5 * i + 1], theta_0)
+        alpha = tl.where(index == i, words[5 * i + 2], alpha)
+        size = tl.where(index == i, words[5 * i + 3], size)
+        first = tl.where(index == i, words[5 * i + 4], first)
+    size -= _MARK
+    num_pieces = tl.cdiv(size, PIECE)
+    for start in range(tl.program_id(1) * BLOCK, num_pieces, tl.num_programs(1) * BLOCK):
+        offs = start + tl.arange(0, BLOCK).to(tl.int64)
+        mask = offs < num_pieces
+        record_ptrs = plan_ptr + (first - _MARK + offs) * 4
+        tl.store(record_ptrs, theta - _MARK + offs * (PIECE * ITEMSIZE), mask=mask)
+        tl.store(record_ptrs + 1, theta_0 - _MARK + offs * (PIECE * ITEMSIZE), mask=mask)
+        tl.store(record_ptrs + 2, tl.zeros_like(offs) + (alpha - _MARK), mask=mask)
+        tl.store(record_ptrs + 3, tl.minimum(size - offs * PIECE, PIECE), mask=mask)
 
 
-def _plan(
-    table: tuple[tuple[int, ...], ...],  # [5, P], as the kernel takes it
-    num_blocks: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:  # int64 [5, P], int64 [num_blocks]
-    """Return the table on the device and each block's tensor, built where no equal plan is kept."""
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    is_capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-    key = (table, device, stream)
-    plan = _PLANS.get(key)
-    if plan is not None:
-        if is_capturing:
-            _CAPTURED.append(plan)
-        return plan
-    if is_capturing:
-        # A graph would copy from the host's memory again at each replay; a fill carries its value along.
-        rows = torch.empty(len(table), len(table[0]), dtype=torch.int64, device=device)
-        for row, values in zip(rows, table):
-            for entry, value in zip(row, values):
-                entry.fill_(value)
-    else:
-        rows = torch.tensor(table, dtype=torch.int64)
-        if on_gpu:
-            rows = rows.pin_memory().to(device, non_blocking=True)
-    ends = torch.cat([rows[3, 1:], rows.new_full((1,), num_blocks)])
-    plan = rows, torch.repeat_interleave(ends - rows[3], output_size=num_blocks)
-    if not is_capturing:
-        while len(_PLANS) >= _MAX_PLANS:
-            _PLANS.pop(next(iter(_PLANS)), None)
-        _PLANS[key] = plan
-    return plan
+def write_plan(
+    plan: Tensor,  # int64 [pieces, 4], written
+    _: Tensor,  # the same on the host
+    params: Sequence[Tensor],  # P tensors of one dtype on one device, each dense in memory
+    init_params: Sequence[Tensor],  # P tensors in the same order in memory
+    alphas: Sequence[float],  # P
+) -> None:
+    """Write a plan in a form that a graph can capture: nothing is read from the host when it is replayed."""
+    dtype = params[0].dtype
+    piece, first, words = PIECE_BYTES // dtype.itemsize, 0, []
+    for theta, theta_0, alpha in zip(params, init_params, alphas):
+        size = theta.numel()
+        if alpha != 0 and size:
+            words += [theta.data_ptr(), theta_0.data_ptr(), _bits(alpha), size, first]
+            first += triton.cdiv(size, piece)
+    words += [0] * (-len(words) % (5 * _TENSORS))
+    marked = [_MARK.value | word for word in words]
+    # Blocks that share a tensor of many pieces.
+    grid = (_TENSORS, min(64, max(1, triton.cdiv(len(plan), _PLAN_BLOCKS["BLOCK"]))))
+    with _on(plan.device):
+        for start in range(0, len(marked), 5 * _TENSORS):
+            _partial_reinit_plan_kernel[grid](
+                plan,
+                tuple(marked[start : start + 5 * _TENSORS]),
+                PIECE=piece,
+                ITEMSIZE=dtype.itemsize,
+                TENSORS=_TENSORS,
+                **_PLAN_BLOCKS,
+                **_OPTIONS,
+            )
 
 
 def partial_reinit_(
-    params: Sequence[Tensor],  # P tensors of one dtype on one device, each dense in memory; changed in place
-    init_params: Sequence[Tensor],  # P tensors in the same order in memory
-    alphas: Sequence[float],  # one per tensor
+    plan: Tensor,  # int64 [pieces, 4]
+    dtype: torch.dtype,
 ) -> None:
-    """Pull every tensor towards its initial value; alpha 0 and 1 are exact to the bit."""
-    dtype, device = params[0].dtype, params[0].device
-    block = _block(dtype)
-    sizes = [theta.numel() for theta in params]
-    first_blocks, num_blocks = [], 0
-    for size in sizes:
-        first_blocks.append(num_blocks)
-        num_blocks += -(-size // block)
-    if num_blocks == 0:
+    """Pull every tensor of a plan towards its initial value; alpha 0 and 1 are exact to the bit."""
+    if len(plan) == 0:
         return
-    table = (
-        tuple(theta.data_ptr() for theta in params),
-        tuple(theta_0.data_ptr() for theta_0 in init_params),
-        tuple(sizes),
-        tuple(first_blocks),
-        tuple(torch.tensor(alphas, dtype=torch.float64).view(torch.int64).tolist()),
-    )
-    with _on(device):
-        rows, owner = _plan(table, num_blocks, device)
-        _partial_reinit_kernel[(num_blocks,)](
-            rows,
-            owner,
-            len(params),
+    with _on(plan.device):
+        _partial_reinit_kernel[(len(plan),)](
+            plan,
             ELEMENT=_ELEMENT[dtype],
             ACC=_acc(dtype),
-            BLOCK=block,
+            BLOCK=PIECE_BYTES // dtype.itemsize,
             **_OPTIONS,
         )
 
@@ -148,6 +150,9 @@ def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = []
     for dtype, element in _ELEMENT.items():
-        constants = {"ELEMENT": element, "ACC": _acc(dtype), "BLOCK": _block(dtype)}
-        configurations.append(_configuration(_partial_reinit_kernel, ["*i64", "*i64", "i32"], constants))
+        constants = {"ELEMENT": element, "ACC": _acc(dtype), "BLOCK": PIECE_BYTES // dtype.itemsize}
+        configurations.append(_configuration(_partial_reinit_kernel, ["*i64"], constants))
+    constants = {"PIECE": 2048, "ITEMSIZE": 4, "TENSORS": _TENSORS, **_PLAN_BLOCKS}
+    types = ["*i64", ("i64",) * (5 * _TENSORS)]
+    configurations.append(_configuration(_partial_reinit_plan_kernel, types, constants))
     return configurations

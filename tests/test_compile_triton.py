@@ -42,6 +42,22 @@ def test_matrix_instructions_of_a_warp_are_not_those_of_a_group(tool):
     assert len(tool.problems(facts, tool.DEVICES["90"], "warpgroup")) == 1
 
 
+def test_allowed_spills_may_neither_grow_nor_be_left_over(tool, monkeypatch):
+    facts, device = tool.Facts(255, 8, 0, ""), tool.DEVICES["90"]
+    assert tool.problems(facts, device, None, 8) == []
+    assert tool.problems(facts._replace(spills=4), device, None, 8) == []
+    assert tool.problems(facts._replace(spills=12), device, None, 8) == ["spills 12, 8 allowed"]
+    (problem,) = tool.problems(facts._replace(spills=0), device, None, 8)
+    assert "not needed" in problem
+    # By the version, the device, the kernel and its words, whatever their order.
+    monkeypatch.setitem(tool.SPILLS, "3.99", {("90", "_some_kernel", "BLOCK=16 fp32"): 8})
+    for version, found in (("3.99.1", ("90", "_some_kernel", "BLOCK=16 fp32")), ("3.9.9", None)):
+        monkeypatch.setattr("triton.__version__", version)
+        assert tool.allowance("_some_kernel", "fp32 N=2 BLOCK=16", "90") == found
+        assert tool.allowance("_some_kernel", "fp32 N=2 BLOCK=16", "80") is None
+        assert tool.allowance("_some_kernel", "fp32 N=2 BLOCK=162", "90") is None
+
+
 def test_what_differs_from_bfloat16_in_name_alone_is_compiled_once(tool):
     devices = ["80", "90"]
     listed = [str(item[1:]) for item in tool.configurations("logit_fusion", "80")]

@@ -150,16 +150,55 @@ def test_lists_that_come_again(backend, device):
             check(backend, params, [inits[0][: len(params[0])], inits[1]], alpha)
 
 
-def test_a_plan_made_while_a_graph_is_captured(backend, device, monkeypatch):
-    """The CUDA kernel's is written by a kernel, 120 records at a time, and kept while Python runs."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_a_plan_made_while_a_graph_is_captured(backend, device, dtype, monkeypatch):
+    """It is written by kernels, from what they have as arguments, and kept while Python runs."""
     plans: list[Tensor] = []
     monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: True)
     monkeypatch.setattr(partial_reinit, "_PLANS", {})
     monkeypatch.setattr(partial_reinit, "_CAPTURED", plans)
-    params = [make(1 + 20 * index, device=device, seed=index) for index in range(130)]
-    inits = [make(len(theta), device=device, seed=1000) for theta in params]
-    check(backend, params, inits, [index % 5 / 4 for index in range(130)])
-    assert [plan.shape[1] for plan in plans] == ([4] if backend == "cuda" else [])
+    # More than go along with one launch, one of many records among them.
+    params = [make(1 + 20 * index, dtype, device, seed=index) for index in range(130)]
+    params[101] = make(1_100_003 if dtype == torch.float32 else 9000, dtype, device)
+    inits = [make(len(theta), dtype, device, seed=1000) for theta in params]
+    alphas = [index % 5 / 4 for index in range(130)]
+    check(backend, params, inits, alphas)
+    if backend not in ("triton", "cuda"):
+        assert plans == []
+        return
+    (written,) = plans
+    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: False)
+    ops.partial_reinit_(params, inits, alphas, backend=backend)
+    (copied,) = partial_reinit._PLANS.values()
+    # Of the last word Triton, whose launches know the dtype, writes the size alone.
+    columns = slice(0, 4 if backend == "cuda" else 3)
+    assert torch.equal(written[:, columns], copied[:, columns])
+    assert torch.equal(written[:, 3] & 0xFFFFFFFF, copied[:, 3] & 0xFFFFFFFF)
+
+
+def test_a_captured_list_takes_the_plan_of_another_stream(backend, device, monkeypatch):
+    """Nothing is written in a graph where an equal list was copied before, and only then."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("has no plans")
+    plans: list[Tensor] = []
+    monkeypatch.setattr(partial_reinit, "_PLANS", {})
+    monkeypatch.setattr(partial_reinit, "_CAPTURED", plans)
+    params, inits = [make(50, device=device)], [make(50, device=device, seed=1)]
+    ops.partial_reinit_(params, inits, 0.5, backend=backend)
+    ((key, plan),) = partial_reinit._PLANS.items()
+    monkeypatch.setattr(partial_reinit, "_PLANS", {(*key[:-1], key[-1] + 1): plan})
+    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: True)
+    check(backend, params, inits, 0.5)
+    check(backend, params, inits, 0.25)
+    assert plans[0] is plan
+    assert plans[1] is not plan
+    assert len(partial_reinit._PLANS) == 1
+
+
+def test_a_list_that_stays_as_it_is(backend, device):
+    """With alpha = 0 everywhere, or no elements, there is nothing to launch."""
+    check(backend, [make(n, device=device) for n in (0, 7)], [make(n, device=device) for n in (0, 7)], 0.0)
+    check(backend, [make(0, device=device)], [make(0, device=device)], 0.5)
 
 
 def test_channels_last(backend, device):

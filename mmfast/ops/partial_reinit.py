@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -119,17 +119,7 @@ def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float
     )
 
 
-def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    launch = _backend.kernels("partial_reinit").partial_reinit_
-    members: dict[tuple, list[int]] = {}
-    for index, theta in enumerate(params):
-        members.setdefault((theta.device, theta.dtype), []).append(index)
-    for indices in members.values():
-        launch(*([values[index] for index in indices] for values in (params, init_params, alphas)))
-
-
-# A record of the CUDA kernel's plan: struct Piece of csrc/cuda/partial_reinit.cu, and how much of a tensor it
-# stands for.
+# A record of a plan, of which the GPU kernels serve one each: struct Piece of csrc/cuda/partial_reinit.cu.
 _PIECE = np.dtype(
     [
         ("theta", np.int64),
@@ -139,8 +129,10 @@ _PIECE = np.dtype(
         ("dtype", np.int32),
     ]
 )
+# Bytes of a tensor that a record stands for in CUDA; kernels/partial_reinit.py has Triton's.
 _PIECE_BYTES = 4096
-# Plans on the device by what they hold and the stream they were copied on, the least recently made first.
+# Plans on the device by what they hold, where, and the stream they were copied on, the least recently made
+# first.
 _MAX_PLANS = 16
 _PLANS: dict[tuple, Tensor] = {}
 # Plans that captured graphs read at every replay, which nobody can see the end of.
@@ -153,9 +145,10 @@ def _pieces(
     itemsizes: np.ndarray,  # int64 [P]
     codes: np.ndarray,  # int64 [P]
     alphas: np.ndarray,  # float64 [P]
+    piece_bytes: int,
 ) -> np.ndarray:  # [pieces] of _PIECE
     """Return the records of all tensors; one that alpha = 0 leaves as it is has none."""
-    per_piece = _PIECE_BYTES // itemsizes
+    per_piece = piece_bytes // itemsizes
     counts = np.where(alphas == 0, 0, -(-sizes // per_piece))
     owner = np.repeat(np.arange(len(sizes)), counts)
     start = (np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)) * per_piece[owner]
@@ -170,9 +163,16 @@ def _is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _plan(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> Tensor:  # [pieces, 4]
+def _plan(
+    params: list[Tensor],  # P tensors on one device, dense in memory
+    init_params: list[Tensor],  # P tensors in the same order in memory
+    alphas: list[float],  # P
+    piece_bytes: int,
+    write: Callable,  # takes the plan, its records on the host and the three lists; launches what fills it
+) -> Tensor:  # int64 [pieces, 4]
     """Return the records on the device; the key holds all they follow from, so none can be out of date."""
-    device, (index, stream) = params[0].device, _backend.stream_of(params[0])
+    device = params[0].device
+    place, stream = _backend.stream_of(params[0]) if device.type == "cuda" else (-1, 0)
     contents = (
         *map(Tensor.data_ptr, params),
         *map(Tensor.data_ptr, init_params),
@@ -180,11 +180,12 @@ def _plan(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) 
         *(DTYPE_CODE[theta.dtype] for theta in params),
         *alphas,
     )
+    key = (contents, piece_bytes, place, stream)
     is_capturing = _is_capturing(params[0])
-    plan = _PLANS.get((contents, index, stream))
+    plan = _PLANS.get(key)
     if plan is None and is_capturing:
         # What another stream copied before the capture began is there when a replay reads it.
-        plan = next((kept for key, kept in _PLANS.items() if key[:2] == (contents, index)), None)
+        plan = next((kept for other, kept in _PLANS.items() if other[:-1] == key[:-1]), None)
     if plan is not None:
         if is_capturing:
             _CAPTURED.append(plan)
@@ -192,34 +193,52 @@ def _plan(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) 
     table = [contents[start : start + len(params)] for start in range(0, len(contents), len(params))]
     pointers, sizes, codes = (np.array(rows, dtype=np.int64) for rows in (table[:2], table[2], table[3]))
     itemsizes = np.array([theta.element_size() for theta in params], dtype=np.int64)
-    pieces = _pieces(pointers, sizes, itemsizes, codes, np.array(alphas))
+    pieces = _pieces(pointers, sizes, itemsizes, codes, np.array(alphas), piece_bytes)
     words = torch.from_numpy(pieces.view(np.int64)).view(-1, 4)
     if is_capturing:
         # A graph would copy from the host's memory again at each replay; a kernel's arguments it keeps.
         plan = torch.empty_like(words, device=device)
-        launch = _backend.extension("cuda").partial_reinit_plan
-        launch(words.data_ptr(), plan.data_ptr(), len(words), index, stream)
+        write(plan, words, params, init_params, alphas)
         _CAPTURED.append(plan)
         return plan
     plan = words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
     while len(_PLANS) >= _MAX_PLANS:
         _PLANS.pop(next(iter(_PLANS)), None)
-    _PLANS[contents, index, stream] = plan
+    _PLANS[key] = plan
     return plan
 
 
-def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    members: dict[torch.device, list[int]] = {}
+def _by(
+    key: Callable[[Tensor], Hashable],
+    params: list[Tensor],
+    init_params: list[Tensor],
+    alphas: list[float],
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[float]]]:
+    """Yield the three lists in parts whose parameters agree in `key`."""
+    members: dict[Hashable, list[int]] = {}
     for index, theta in enumerate(params):
-        members.setdefault(theta.device, []).append(index)
+        members.setdefault(key(theta), []).append(index)
+    for part in members.values():
+        yield [params[i] for i in part], [init_params[i] for i in part], [alphas[i] for i in part]
+
+
+def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
+    kernels = _backend.kernels("partial_reinit")
+    for members in _by(lambda theta: (theta.device, theta.dtype), params, init_params, alphas):
+        plan = _plan(*members, kernels.PIECE_BYTES, kernels.write_plan)
+        kernels.partial_reinit_(plan, members[0][0].dtype)
+
+
+def _write_cuda(plan: Tensor, words: Tensor, *_: list) -> None:  # int64 [pieces, 4] each
+    launch = _backend.extension("cuda").partial_reinit_plan
+    launch(words.data_ptr(), plan.data_ptr(), len(words), *_backend.stream_of(plan))
+
+
+def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
     launch = _backend.extension("cuda").partial_reinit
-    for indices in members.values():
-        plan = _plan(
-            [params[index] for index in indices],
-            [init_params[index] for index in indices],
-            [alphas[index] for index in indices],
-        )
-        launch(plan.data_ptr(), len(plan), *_backend.stream_of(params[indices[0]]))
+    for members in _by(lambda theta: theta.device, params, init_params, alphas):
+        plan = _plan(*members, _PIECE_BYTES, _write_cuda)
+        launch(plan.data_ptr(), len(plan), *_backend.stream_of(plan))
 
 
 def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
