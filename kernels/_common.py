@@ -56,6 +56,17 @@ def _bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
+def _unit(
+    logits: Tensor,  # [M, N, C]
+) -> int:
+    """Return the unit in which a kernel is to be given the distance of modalities, which grows with N.
+
+    A unit of 16 numbers tells that rows can be read 16 bytes at a time. The distance itself, not specialized,
+    would not; specialized, it would have the kernel compiled anew for a ragged last batch.
+    """
+    return 16 if logits.stride(0) % 16 == 0 and logits.stride(1) % 16 == 0 else 1
+
+
 class _ByClass(NamedTuple):
     """The samples by class, a class's in their own order."""
 

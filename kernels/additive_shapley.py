@@ -7,8 +7,8 @@ decided in registers, eight coalitions to a sum over the others; that sum is mad
 of m, so no rounding accumulates, nothing is subtracted and -inf survives. Only this sum reads the partial
 logits again, out of the L1 cache. Utilities fold into phi at once; there is no table.
 Backward walks the same way. Gradients of the last three modalities stay in registers, the others' in a
-scratch that a block has to itself. Few samples and many modalities: several blocks share the coalitions of a
-sample, and a sum over them follows.
+scratch, the result itself, that a block has to itself. Few samples and many modalities: several blocks share
+the coalitions of a sample, and a sum over them follows.
 The label's class is kept apart, -inf stands in its place: the maximum is then that of the others.
 Bytes that must move: M N C numbers once, backward twice. Operations: about 4 an element and coalition for the
 counting utilities and the margin, an exp more for the others. N = 100,000, C = 32, M = 2, float32 is 26 MB,
@@ -35,7 +35,7 @@ from ._additive_shapley_utility import (
     _dlogits,
     _utility,
 )
-from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _wide
+from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _unit, _wide
 
 __all__ = [
     "MAX_CLASSES",
@@ -101,7 +101,7 @@ def _additive_shapley_fwd_kernel(
     stride_pc,
     stride_ln,
     UTILITY: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether stride_pm is a multiple of 16, and rows can be read 16 bytes at a time
+    UNIT: tl.constexpr,  # of stride_pm, which is given in units of so many numbers: `_unit`
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,8 +109,7 @@ def _additive_shapley_fwd_kernel(
     BLOCK_M: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if ALIGNED:
-        stride_pm = tl.multiple_of(stride_pm, 16)
+    stride_pm = tl.cast(stride_pm, tl.int64) * UNIT
     offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
         p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
     )
@@ -180,15 +179,14 @@ def _additive_shapley_bwd_kernel(
     stride_pc,
     stride_ln,
     UTILITY: tl.constexpr,
-    ALIGNED: tl.constexpr,  # as above
+    UNIT: tl.constexpr,  # of stride_pm
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if ALIGNED:
-        stride_pm = tl.multiple_of(stride_pm, 16)
+    stride_pm = tl.cast(stride_pm, tl.int64) * UNIT
     offs_n, offs_c, mask_n, mask, y, is_own, mask_own, row_ptrs, own_ptrs = _load_samples(
         p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
     )
@@ -322,13 +320,6 @@ def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> i
     return min(num_modalities, 2 if acc == torch.float64 else 3)
 
 
-def _is_aligned(
-    partial_logits: Tensor,  # [M, N, C]
-) -> bool:
-    """Return what a kernel takes as ALIGNED: it is not made anew for every number of samples."""
-    return partial_logits.stride(0) % 16 == 0 and partial_logits.stride(1) % 16 == 0
-
-
 def additive_shapley_fwd(
     partial_logits: Tensor,  # [M, N, C]
     labels: Tensor,  # [N]
@@ -347,6 +338,7 @@ def additive_shapley_fwd(
     wanted = triton.next_power_of_2(triton.cdiv(_ENOUGH_BLOCKS, num_blocks))
     splits = min(2 ** (num_modalities - last), wanted)
     parts = phi[None] if splits == 1 else phi.new_empty(splits, *phi.shape, dtype=acc)
+    unit = _unit(partial_logits)
     with _on(phi.device):
         _additive_shapley_fwd_kernel[(num_blocks, splits)](
             partial_logits,
@@ -358,10 +350,11 @@ def additive_shapley_fwd(
             num_classes,
             num_modalities,
             2 ** (num_modalities - last) // splits,
-            *partial_logits.stride(),
+            partial_logits.stride(0) // unit,
+            *partial_logits.stride()[1:],
             labels.stride(0),
             UTILITY=utility,
-            ALIGNED=_is_aligned(partial_logits),
+            UNIT=unit,
             HAS_BIAS=bias is not None,
             LAST=last,
             BLOCK_M=triton.next_power_of_2(num_modalities),
@@ -403,6 +396,7 @@ def additive_shapley_bwd(
     dpartial_logits = torch.empty(partial_logits.shape, dtype=dtype, device=partial_logits.device)
     sums = None if bias is None else dpartial_logits.new_empty(num_blocks, num_classes, dtype=acc)
     if dpartial_logits.numel() > 0:
+        unit = _unit(partial_logits)
         with _on(dphi.device):
             _additive_shapley_bwd_kernel[(num_blocks,)](
                 dphi,
@@ -416,10 +410,11 @@ def additive_shapley_bwd(
                 num_classes,
                 num_modalities,
                 *dphi.stride(),
-                *partial_logits.stride(),
+                partial_logits.stride(0) // unit,
+                *partial_logits.stride()[1:],
                 labels.stride(0),
                 UTILITY=utility,
-                ALIGNED=_is_aligned(partial_logits),
+                UNIT=unit,
                 HAS_BIAS=bias is not None,
                 LAST=last,
                 ACC=_acc(acc),
@@ -448,7 +443,7 @@ def compile_configurations() -> list[tuple]:
             constants = {
                 "UTILITY": utility,
                 "stride_pc": 1,
-                "ALIGNED": False,
+                "UNIT": 1,
                 "HAS_BIAS": True,
                 "ACC": _acc(dtype),
             }

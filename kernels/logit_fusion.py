@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _wide
+from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _unit, _wide
 from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/logit_fusion.py.
@@ -131,7 +131,7 @@ def _logit_fusion_fwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether stride_zm is a multiple of 16, and rows can be read 16 bytes at a time
+    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many numbers: `_unit`
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     BLOCK_N: tl.constexpr,
@@ -139,8 +139,7 @@ def _logit_fusion_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if ALIGNED:
-        stride_zm = tl.multiple_of(stride_zm, 16)
+    stride_zm = tl.cast(stride_zm, tl.int64) * UNIT
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
@@ -235,7 +234,7 @@ def _logit_fusion_bwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether stride_zm is a multiple of 16, and rows can be read 16 bytes at a time
+    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many numbers: `_unit`
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     LOWEST: tl.constexpr,  # the least finite number of ACC
@@ -244,8 +243,7 @@ def _logit_fusion_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if ALIGNED:
-        stride_zm = tl.multiple_of(stride_zm, 16)
+    stride_zm = tl.cast(stride_zm, tl.int64) * UNIT
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
@@ -320,13 +318,6 @@ def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:
     )
 
 
-def _is_aligned(
-    logits: Tensor,  # [M, N, C]
-) -> bool:
-    """Return what a kernel takes as ALIGNED: it is not made anew for every number of samples."""
-    return logits.stride(0) % 16 == 0 and logits.stride(1) % 16 == 0
-
-
 def logit_fusion_fwd(
     logits: Tensor,  # [M, N, C]
     present: Tensor | None,  # bool [M, N]
@@ -340,6 +331,7 @@ def logit_fusion_fwd(
         return fused, weights
     blocks = _chosen(logits, "fwd")
     mask, *mask_strides = _operands(present)
+    unit = _unit(logits)
     with _on(logits.device):
         _logit_fusion_fwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             logits,
@@ -348,10 +340,11 @@ def logit_fusion_fwd(
             weights,
             _bits(temperature),
             *logits.shape,
-            *logits.stride(),
+            logits.stride(0) // unit,
+            *logits.stride()[1:],
             *mask_strides,
             SCORE=score,
-            ALIGNED=_is_aligned(logits),
+            UNIT=unit,
             HAS_PRESENT=present is not None,
             ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
@@ -375,6 +368,7 @@ def logit_fusion_bwd(
         return dlogits
     blocks = _chosen(logits, "bwd")
     mask, *mask_strides = _operands(present)
+    unit = _unit(logits)
     with _on(logits.device):
         _logit_fusion_bwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
             dfused,
@@ -386,10 +380,11 @@ def logit_fusion_bwd(
             *logits.shape,
             *dfused.stride(),
             *dweights.stride(),
-            *logits.stride(),
+            logits.stride(0) // unit,
+            *logits.stride()[1:],
             *mask_strides,
             SCORE=score,
-            ALIGNED=_is_aligned(logits),
+            UNIT=unit,
             HAS_PRESENT=present is not None,
             LOWEST=torch.finfo(_wide(logits.dtype)).min,
             ACC=_acc(logits.dtype),
@@ -420,7 +415,7 @@ def compile_configurations() -> list[tuple]:
                 constants = {
                     "stride_zc": 1,
                     "SCORE": score,
-                    "ALIGNED": False,
+                    "UNIT": 1,
                     "HAS_PRESENT": True,
                     "ACC": _acc(dtype),
                 }
