@@ -48,7 +48,10 @@ def _configuration(kernel, types: list, constants: dict, options: dict = _OPTION
 
 def _on(device: torch.device):
     """Return a context in which launches go to `device`; Triton's go to the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    # Most often there is nothing to change, and to change it takes a microsecond.
+    return contextlib.nullcontext()
 
 
 def _bits(number: float) -> int:

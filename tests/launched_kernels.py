@@ -182,7 +182,9 @@ def duc_loss() -> None:
 
 def class_separability() -> None:
     # effective_dimensions, which calls these two, refuses centroids that nobody computed.
-    for (num_samples, num_dims, num_classes), dtype, layout in layouts(*sizes(64, 32, 16), (300, 257, 3), (2000, 33, 5)):
+    for (num_samples, num_dims, num_classes), dtype, layout in layouts(
+        *sizes(64, 32, 16), (300, 257, 3), (2000, 33, 5)
+    ):
         x = tensor(num_samples, num_dims, dtype=dtype, layout=layout)
         for y in (labels(num_samples), labels(num_samples, torch.int32, step=2)):
             for expanded in (False, True):
@@ -192,7 +194,9 @@ def class_separability() -> None:
 
 
 def kmeans() -> None:
-    for (num_samples, num_dims, num_clusters), dtype, layout in layouts(*sizes(64, 32, 16), (80, 80, 64), (2000, 33, 5)):
+    for (num_samples, num_dims, num_clusters), dtype, layout in layouts(
+        *sizes(64, 32, 16), (80, 80, 64), (2000, 33, 5)
+    ):
         num_clusters = min(num_clusters, num_samples)
         x = tensor(num_samples, num_dims, dtype=dtype, layout=layout).detach()
         ops.kmeans(x, num_clusters, init=x[:num_clusters], max_iter=2, backend="triton")
