@@ -10,7 +10,7 @@ from mmfast import backend, ops
 
 
 def main(wanted: str | None = None) -> None:
-    """Run shapley_values and one pair of the loss once, or one of them, on every GPU backend that has them."""
+    """Run shapley_values and one pair of the loss once, or one of them, on each GPU backend that has it."""
     device = torch.device("cuda")
     table = torch.randn(2**22, 2**4, device=device)  # [N, S]: 268 MB, more than the caches hold
     query, key = (torch.randn(16_384, 256, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What bench/gpu/measure left, as bench/results/<gpu>-<date>.json with pictures: collect FOLDER [--out RESULTS]."""
+"""What bench/gpu/measure left, as bench/results/<gpu>-<date>.json with pictures and a table."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def merged(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Return op -> rows in order of size; a case that was measured more than once becomes one row.
 
-    Ours and the limit are those of the first time. A peer timed later keeps the ratio of its own run, in which
-    it took turns with ours.
+    Ours and the limit are those of the first time. A peer timed later keeps the ratio of its own run, in
+    which it took turns with ours.
     """
     found: dict[str, dict[tuple, dict[str, Any]]] = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""How fast is it on this GPU? Each op in a process with a limit, what teaches most first, within 330 s."""
+"""How fast is it on a GPU? Each op in a process with a limit, what teaches most first, within 330 s."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNTERS = "ncu.csv"
 
 
 def row_steps(program: list[str], options: list[str]) -> dict[str, list[Step]]:
-    """Return the steps of each selection; rows are written one by one, so a step stopped keeps what it has."""
+    """Return the steps of each selection; rows are written one by one, a step that is stopped keeps its."""
 
     def ops(selection: str, limit: float) -> list[Step]:
         return [Step(f"{selection}: {op}", [*program, op, selection, *options], limit) for op in OPS]

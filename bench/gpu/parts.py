@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What `prepare` leaves and a run looks for.
 PARTS = ROOT / ".gpu"
-MODULES, WHEELS, TRITON, PREPARED = "modules", "wheels", "triton.tar.gz", "prepared.json"
+MODULES, WHEELS, TRITON = "modules", "wheels", "triton.tar.gz"
 # Triton's cache holds absolute paths, so it lies in the same place where it is filled and where it is used.
 TRITON_FOLDER = Path("/tmp/mmfast-gpu/triton")
 BUILD_SECONDS = 200

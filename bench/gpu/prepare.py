@@ -1,4 +1,4 @@
-"""Builds what a GPU machine without network or time is spared: modules, Triton's cache, wheels, into .gpu/."""
+"""Builds what a GPU machine without network is spared: modules, Triton's cache, wheels, into .gpu/."""
 
 from __future__ import annotations
 
