@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import every_op
+from mmfast import backend
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
@@ -17,6 +21,9 @@ from mmfast.bench.harness import Figure, Row, Work
 from mmfast.bench.report import entry
 
 GPU = Path(__file__).resolve().parent.parent / "bench" / "gpu"
+
+
+OPS = ["shapley_values", "class_separability", "kmeans", "duc_loss", "gradient_projection"]
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +206,31 @@ def test_the_steps_name_every_op_and_program_there_is():
     assert set(measure.OPS) == set(main.available()) - {"train"}
     names = [step.name for step in check.check_steps("python3", ["cuda", "triton"], False)]
     for op in measure.OPS:
-        for backend, file in (("cuda", f"csrc/cuda/{op}.cu"), ("triton", f"kernels/{op}.py")):
+        for name, file in (("cuda", f"csrc/cuda/{op}.cu"), ("triton", f"kernels/{op}.py")):
             is_there = (GPU.parent.parent / file).exists()
-            assert is_there == (f"op: {op} {backend}" in names) == (f"graph: {op} {backend}" in names)
+            assert is_there == (f"op: {op} {name}" in names) == (f"graph: {op} {name}" in names)
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_checks_pass_what_is_right_and_catch_what_is_not(stem, tmp_path, monkeypatch):
+    import checks
+
+    import steps
+
+    if reason := backend.why_not("cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(checks, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(checks, "RUNS", 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setenv("MMFAST_GPU_RESULTS", str(tmp_path / "lines"))
+    for name in ("N", "_random"):
+        monkeypatch.setattr(every_op, name, getattr(every_op, name))
+    report = checks.Report(rehearsal=False)
+    checks.check_op(stem, "cpu", report)
+    lines = steps.read(tmp_path / "lines")
+    assert [line["check"] for line in lines if not line["ok"]] == []
+    assert len(lines) >= 12
+    one = torch.ones(3)
+    with pytest.raises(AssertionError, match="against float64"):
+        checks.judge([one * 1.1], [one.double()], [one])

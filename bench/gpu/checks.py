@@ -25,6 +25,7 @@ from mmfast.reference import duc_loss as duc_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1500, 20, 1)
 RUNS = 30
+DEVICE = torch.device("cuda")
 # Which read the device to decide what comes next, or return a Python number: nothing to capture.
 READING = ("kmeans", "cluster_purity")
 # After these errors no call of the process works any more.
@@ -95,7 +96,7 @@ def rounded(dtype: torch.dtype) -> Callable[..., Tensor]:
 
     def random(*shape: int, device: torch.device, dtype: torch.dtype, _rounding=dtype) -> Tensor:
         generator = torch.Generator().manual_seed(sum(shape))
-        return torch.randn(shape, generator=generator).to(_rounding).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(_rounding).to(DEVICE, dtype)
 
     return random
 
@@ -113,30 +114,31 @@ def calls(stem: str, backend_name: str) -> Iterator[tuple[str, every_op.Make, to
 
 def check_op(stem: str, name: str, report: Report) -> None:
     """Check an op on a backend: against float64, and that runs agree to the bit."""
-    device = torch.device("cuda")
     for title, make, dtype, num_samples in calls(stem, name):
         every_op.N, every_op._random = num_samples, rounded(dtype)
 
         def run(make=make, dtype=dtype) -> dict:
             try:
-                truth = make(device, torch.float64, "reference")[1]()
-                plain = make(device, dtype, "reference")[1]()
+                truth = make(DEVICE, torch.float64, "reference")[1]()
+                plain = make(DEVICE, dtype, "reference")[1]()
             except ValueError as refused:
                 # Such as more clusters than samples: then it must be refused here, too.
                 try:
-                    make(device, dtype, name)[1]()
+                    make(DEVICE, dtype, name)[1]()
                 except ValueError:
                     return {"refused": str(refused)[:200]}
                 raise AssertionError("not refused, as the reference does") from refused
-            truth, plain = ([x.clone() for x in results] for results in (truth, plain))
-            call = make(device, dtype, name)[1]
+            plain = [x.clone() for x in plain]
+            # A Python number among the results becomes float32 whatever went in.
+            truth = [x.double() if x.is_floating_point() else x.clone() for x in truth]
+            call = make(DEVICE, dtype, name)[1]
             first = [x.clone() for x in call()]
             torch.cuda.synchronize()
             repeats = 1 if report.rehearsal else RUNS - 1
             differing = sum(not same(first, call()) for _ in range(repeats))
             assert not differing, f"{differing} of {repeats} runs differ from the first"
             if make.__name__ == "kmeans":
-                return {"error": _judge_kmeans(make(device, dtype, name)[0][0], first, truth)}
+                return {"error": _judge_kmeans(make(DEVICE, dtype, name)[0][0], first, truth)}
             return {"error": judge(first, truth, plain)}
 
         report.check(title, run)
@@ -160,14 +162,13 @@ def _judge_kmeans(
 
 def check_graph(stem: str, name: str, report: Report) -> None:
     """Capture calls in CUDA graphs, each before it ran otherwise, and replay them on other numbers."""
-    device = torch.device("cuda")
     for title, make, dtype, num_samples in calls(stem, name):
         if make.__name__ in READING or dtype == torch.float64:
             continue
         every_op.N, every_op._random = num_samples, rounded(dtype)
 
         def run(make=make, dtype=dtype) -> dict:
-            inputs, call = make(device, dtype, name)
+            inputs, call = make(DEVICE, dtype, name)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -238,8 +239,16 @@ def warm() -> None:
     """Run every Triton kernel that the checks take, so that Triton's cache holds it."""
     report = Report(rehearsal=True)
     for stem in every_op.CALLS:
-        if backend.implements("triton", stem):
-            check_op(stem, "triton", report)
+        if not backend.implements("triton", stem):
+            continue
+        for title, make, dtype, num_samples in calls(stem, "triton"):
+            every_op.N = num_samples
+
+            def run(make=make, dtype=dtype) -> dict:
+                make(DEVICE, dtype, "triton")[1]()
+                return {}
+
+            report.check(f"warm: {title}", run)
 
 
 def main() -> None:
