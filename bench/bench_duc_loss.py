@@ -21,6 +21,8 @@ PAIRS = [(n, d, torch.float32) for d in (64, 128, 256, 512) for n in (16, 64, 51
 PAIRS += [(n, d, torch.bfloat16) for d in (128, 512) for n in (16, 64, 512, 4096)]
 QUICK = [(64, 64, torch.float32), (512, 128, torch.float32), (512, 128, torch.bfloat16)]
 TWO_MODALITIES = (16, 64, 512, 4096)
+# On a GPU, in bfloat16, one and two modalities: what the loss is held against attention kernels by.
+HEADLINE = [(n, d) for d in (64, 128, 256) for n in (16_384, 65_536)]
 # Here one N x N matrix takes 17 GB, so only what needs none takes part, once.
 MEMORY = (65_536, 512)
 # Forward and backward are measured each alone, too, in so many dimensions and below so many samples.
@@ -30,11 +32,18 @@ CHECKED = 256
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield one pair of N samples in d dimensions, two modalities with columns to gather, the memory case."""
+    """Yield one pair of N samples in d dimensions, two modalities with columns to gather, the memory case.
+
+    On a GPU the headline cases come before the last.
+    """
     for num_samples, dim, dtype in QUICK if options.quick else PAIRS:
         yield from _pair(num_samples, dim, dtype, options)
     for num_samples in (64,) if options.quick else TWO_MODALITIES:
-        yield from _two_modalities(num_samples, 128, options)
+        yield from _two_modalities(num_samples, 128, torch.float32, options)
+    if options.device == "cuda" and not options.quick:
+        for num_samples, dim in HEADLINE:
+            yield from _pair(num_samples, dim, torch.bfloat16, options)
+            yield from _two_modalities(num_samples, dim, torch.bfloat16, options)
     if not options.quick:
         yield from _pair(*MEMORY, torch.float32, options, once=True)
 
@@ -58,9 +67,9 @@ def _pair(
         return lambda query, key: AttentionLoss.apply(query, key, temperature, name)
 
     peers: dict[str, Any] = {"eager": eager, "torch.compile": compiled(eager, options.quick)}
-    matrix = Missing(f"one N x N matrix takes {num_samples**2 * query.element_size() / 1e9:.0f} GB")
-    if once:
-        peers = dict.fromkeys(peers, matrix)
+    too_large = _too_large(num_samples, query)
+    if too_large:
+        peers = dict.fromkeys(peers, too_large)
     if options.device == "cpu":
         peers["aten flash, v = k"] = attention("cpu")
     else:
@@ -68,7 +77,7 @@ def _pair(
         peers["SDPA efficient, v = k"] = attention("efficient")
         peers["SDPA flash, v = k"] = attention("flash") if half else only
         peers["cuDNN, v = k"] = attention("cudnn") if half else only
-    peers |= _packages(temperature, labels, options, matrix if once else None)
+    peers |= _packages(temperature, labels, options, too_large)
     bytes_of = {"forward": (2, 0), "backward": (1, 1), "both": (2, 1)}
     products = {"forward": 1, "backward": 0, "both": 2}
     for direction in DIRECTIONS if dim == ALONE and num_samples < LARGE else ("both",):
@@ -85,10 +94,17 @@ def _pair(
         )
 
 
-def _two_modalities(num_samples: int, dim: int, options: Options) -> Iterator[Case]:
+def _too_large(num_samples: int, features: Tensor) -> Missing | None:
+    """Return why no matrix of all pairs is made, where it takes too much."""
+    if num_samples <= LARGE:
+        return None
+    return Missing(f"one N x N matrix takes {num_samples**2 * features.element_size() / 1e9:.0f} GB")
+
+
+def _two_modalities(num_samples: int, dim: int, dtype: torch.dtype, options: Options) -> Iterator[Case]:
     """Yield duc_loss of two modalities that each teach the other `dim` of 2 `dim` dimensions."""
     features = [
-        torch.randn(num_samples, 2 * dim, device=options.device, requires_grad=True) for _ in range(2)
+        torch.randn(num_samples, 2 * dim, device=options.device).to(dtype).requires_grad_() for _ in range(2)
     ]
     effective = torch.zeros(2, 2 * dim, dtype=torch.bool, device=options.device)
     order = torch.randperm(2 * dim, device=options.device)
@@ -98,9 +114,9 @@ def _two_modalities(num_samples: int, dim: int, options: Options) -> Iterator[Ca
     def ours(*features: Tensor) -> Tensor:
         return ops.duc_loss(features, dims, temperature=temperature)
 
-    def by(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        columns = {(m, n): dims.dims(m, n) for m, n in ((0, 1), (1, 0))}
+    columns = {(m, n): dims.dims(m, n) for m, n in ((0, 1), (1, 0))}
 
+    def by(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def total(*features: Tensor) -> Tensor:
             pairs = [
                 loss(features[n].index_select(1, d), features[m].detach().index_select(1, d))
@@ -112,13 +128,22 @@ def _two_modalities(num_samples: int, dim: int, options: Options) -> Iterator[Ca
 
     labels = torch.arange(num_samples, device=options.device)
     eager = by(lambda query, key: F.cross_entropy(query @ key.T / temperature, labels))
-    flash, kernel = ("aten flash", "cpu") if options.device == "cpu" else ("SDPA efficient", "efficient")
-    attention = by(lambda query, key: AttentionLoss.apply(query, key, temperature, kernel))
-    peers = {
-        "eager": eager,
-        "torch.compile": compiled(eager, options.quick),
-        f"{flash}, v = k": attention,
+    too_large = _too_large(num_samples, features[0])
+    peers: dict[str, Any] = {
+        "eager": too_large or eager,
+        "torch.compile": too_large or compiled(eager, options.quick),
     }
+
+    def attention(kernel: str) -> Callable[..., Tensor]:
+        return by(lambda query, key: AttentionLoss.apply(query, key, temperature, kernel))
+
+    if options.device == "cpu":
+        peers["aten flash, v = k"] = attention("cpu")
+    elif dtype == torch.float32:
+        peers["SDPA efficient, v = k"] = attention("efficient")
+    else:
+        peers["SDPA flash, v = k"] = attention("flash")
+        peers["cuDNN, v = k"] = attention("cudnn")
 
     def plain(*features: Tensor) -> Tensor:
         return reference.duc_loss(features, effective, temperature=temperature)
@@ -126,13 +151,19 @@ def _two_modalities(num_samples: int, dim: int, options: Options) -> Iterator[Ca
     size = features[0].nbytes
     bytes_of = {"forward": (2 * size, 0), "backward": (2 * size, 2 * size), "both": (2 * size, 2 * size)}
     products = {"forward": 2, "backward": 0, "both": 4}
-    for direction in DIRECTIONS:
+    is_headline = num_samples >= LARGE
+    for direction in ("both",) if is_headline else DIRECTIONS:
+        check = check_against(plain, features, direction)
+        if is_headline:
+            # In float64 all pairs at once would not fit.
+            check = _make_check_of_two([x.detach() for x in features], columns, temperature)
         yield Case(
             name=f"M=2 N={num_samples:,} d={dim}",
             size=num_samples,
-            panel=f"two modalities, d={dim}",
-            check=check_against(plain, features, direction),
+            panel=f"two modalities, d={dim}" + (" bfloat16" if dtype == torch.bfloat16 else ""),
+            check=check,
             work=Work(*bytes_of[direction], 2 * products[direction] * num_samples**2 * dim),
+            dtype=dtype,
             **bind_all(ours, peers, features, direction),
         )
 
@@ -224,6 +255,27 @@ def _make_check(
             assert_close(found[0], losses.double().mean(), losses.mean())
         if direction != "forward":
             assert_close(found[-1][some] * num_samples * temperature, truth[1], plain[1])
+
+    return check
+
+
+def _make_check_of_two(
+    features: list[Tensor],  # two of [N, D]
+    columns: dict[tuple[int, int], Tensor],  # (teacher, taught) -> [d], dimensions
+    temperature: float,
+) -> Callable[[Any], None]:
+    """Return a check of the sum of both pairs' losses, and of some samples' gradients against all keys."""
+
+    def check(found: tuple[Tensor, ...]) -> None:
+        total, *gradients = found
+        means = []
+        for (m, n), dims in columns.items():
+            query, key = (features[part].index_select(1, dims) for part in (n, m))
+            losses = ops.unidirectional_info_nce(query, key, temperature=temperature, reduction="none")
+            means.append(losses.double().mean())
+            gradient = gradients[n].index_select(1, dims)
+            _make_check(query, key, temperature, "both")((losses.mean(), gradient))
+        assert_close(total, means[0] + means[1], (means[0] + means[1]).to(total.dtype))
 
     return check
 

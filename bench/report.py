@@ -20,7 +20,7 @@ import mmfast
 from mmfast import backend, info
 from mmfast.files import write_json
 
-from .harness import DIRECTION_ORDER, OURS, Limits, Options, Row
+from .harness import DIRECTION_ORDER, OURS, Figure, Limits, Options, Row, Work
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,17 +153,30 @@ def write(
     path: Path, facts: dict[str, Any], limits: Limits, options: Options, found: dict[str, list[Row]]
 ) -> None:
     """Write the JSON of a run: the machine, and every row with its peers' times, or why they are missing."""
-    ops = {op: [_entry(row) for row in rows] for op, rows in found.items()}
+    ops = {op: [entry(row) for row in rows] for op, rows in found.items()}
     write_json(path, {"format": 1, "options": asdict(options), "machine": facts, "ops": ops})
 
 
-def _entry(row: Row) -> dict[str, Any]:
+def entry(row: Row) -> dict[str, Any]:
+    """Return a row as it stands in the JSON of a run."""
     seconds = row.ours.seconds
     return asdict(row) | {
         "bytes_per_second": (row.work.read + row.work.written) / seconds,
         "operations_per_second": row.work.operations / seconds,
         "percent_of_limit": row.percent,
     }
+
+
+def row_of(entry: dict[str, Any]) -> Row:
+    """Return the row of which `entry` made what stands in a JSON."""
+    known = {name: value for name, value in entry.items() if name in Row.__dataclass_fields__}
+    figures = {
+        name: Figure(
+            figure["seconds"], (figure["quartiles"][0], figure["quartiles"][1]), figure["peak_memory"]
+        )
+        for name, figure in (entry["peers"] | {OURS: entry["ours"]}).items()
+    }
+    return Row(**known | {"ours": figures.pop(OURS), "peers": figures, "work": Work(**entry["work"])})
 
 
 def plot(op: str, rows: Sequence[Row], size: str, path: Path) -> None:

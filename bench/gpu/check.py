@@ -1,0 +1,136 @@
+"""Does it work on this GPU? Checks in processes with limits, then sanitizers and tests, within 300 s."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import parts
+import steps
+from steps import Run, Step
+
+SECONDS = 300
+HERE = Path(__file__).resolve().parent
+TESTS = parts.ROOT / "tests"
+# Cores that the checks leave to the driver's and the compilers' threads.
+SPARE = 4
+
+
+def stems(backend: str) -> list[str]:
+    """Return the ops that have a kernel on the backend."""
+    folder, pattern = {"triton": ("kernels", "[a-z]*.py"), "cuda": ("csrc/cuda", "[a-z]*.cu")}[backend]
+    found = {path.stem for path in (parts.ROOT / folder).glob(pattern)}
+    return sorted(stem for stem in found if (TESTS / f"test_{stem}.py").exists())
+
+
+def check_steps(python: str, backends: list[str], rehearse: bool) -> list[Step]:
+    """Return every (backend, op), then the graphs."""
+    extra = ["--rehearse"] if rehearse else []
+    pairs = [(backend, stem) for stem in stems("triton") for backend in backends if stem in stems(backend)]
+    program = [python, "-P", str(HERE / "checks.py")]
+    found = [Step("edge: 48 KiB of shared memory", [*program, "edge", *extra], 60)]
+    for what, limit in (("op", 120), ("graph", 90)):
+        found += [
+            Step(f"{what}: {stem} {backend}", [*program, what, backend, stem, *extra], limit)
+            for backend, stem in pairs
+        ]
+    return found
+
+
+def sanitizer_steps(python: str, backends: list[str]) -> list[Step]:
+    """Return memcheck over all ops, and what is slower on a few samples.
+
+    Not initcheck: parts that were never written are loaded by design.
+    """
+    tool = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--print-limit", "20"]
+    program = [python, str(TESTS / "sanitized.py")]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = [
+        Step(
+            f"memcheck: {stem} {backend}",
+            [*tool, "--tool", "memcheck", *program, backend, stem],
+            120,
+            uncached,
+        )
+        for backend in backends
+        for stem in stems(backend)
+    ]
+    return found + [
+        Step(
+            f"{name}: {backend}", [*tool, "--tool", name, *program, backend, "--samples", "20"], 120, uncached
+        )
+        for name in ("synccheck", "racecheck")
+        for backend in backends
+    ]
+
+
+def test_steps(python: str) -> list[Step]:
+    """Return the test files, those of the ops first; what is emulated shows itself anywhere."""
+    command = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures"]
+    command += ["--disable-warnings", "-rN", "--rootdir", str(parts.ROOT), "-k", "not emulated"]
+    first = [f"test_{stem}.py" for stem in stems("triton")] + ["test_every_op.py"]
+    files = sorted(TESTS.glob("test_*.py"), key=lambda path: (path.name not in first, path.name))
+    return [Step(f"tests: {path.name}", [*command, str(path)], 150) for path in files]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/gpu/check", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="mmfast-gpu/check", type=Path)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="the whole keeps to these")
+    parser.add_argument("--only", action="append", default=[], help="only steps whose name holds this text")
+    parser.add_argument("--rehearse", action="store_true", help="repeat little, judge nothing")
+    arguments = parser.parse_args()
+    python, folder = os.environ.get("PYTHON") or sys.executable, arguments.folder.resolve()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = Path(temporary)
+        run = Run(
+            folder,
+            work / "logs",
+            arguments.seconds,
+            {},
+            rehearsal=arguments.rehearse,
+            only=arguments.only,
+        )
+        try:
+            environment, origin = parts.install(python, work)
+            facts = parts.facts_of(python, environment)
+        except parts.NotReadyError as error:
+            print(f"bench/gpu/check: {error}", file=sys.stderr)
+            return 2
+        facts |= {"mmfast": origin, "rehearsal": arguments.rehearse, "script": "check"}
+        (folder / steps.FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        print(json.dumps(facts), flush=True)
+        run.environment |= environment
+        if arguments.rehearse:
+            # What was never computed is then zero at least, not whatever lay there.
+            run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        backends = [name for name in ("cuda", "triton") if facts["backends"][name] is None]
+        riskiest = [python, "-P", str(HERE / "checks.py"), "riskiest"]
+        if "cuda" in backends:
+            extra = ["--rehearse"] if arguments.rehearse else []
+            run.step(Step("riskiest: duc_loss cuda", [*riskiest, *extra], 60))
+        else:
+            run.note("riskiest: duc_loss cuda", facts["backends"]["cuda"])
+        # Side by side, so that none waits for cores that the others hold.
+        run.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        queue = check_steps(python, backends, arguments.rehearse)
+        if shutil.which("compute-sanitizer"):
+            queue += sanitizer_steps(python, backends)
+        else:
+            run.note("memcheck", "compute-sanitizer is not installed")
+        run.together([*queue, *test_steps(python)], workers(facts["cores"]))
+        return 0 if run.close() else 1
+
+
+def workers(cores: int) -> int:
+    """Return how many processes run side by side: ten on sixteen cores."""
+    return max(1, min(10, cores - SPARE))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

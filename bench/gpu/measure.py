@@ -1,0 +1,119 @@
+"""How fast is it on a GPU? Each op in a process with a limit, what teaches most first, within 330 s."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import parts
+import steps
+from steps import Run, Step
+
+SECONDS = 330
+HERE = Path(__file__).resolve().parent
+# First those that are held against bandwidth and plain torch; the loss has had its headline by then.
+OPS = (
+    *("shapley_values", "class_separability", "additive_shapley", "logit_fusion", "partial_reinit"),
+    *("gradient_projection", "kmeans", "duc_loss"),
+)
+PROFILED = ("duc_loss", "shapley_values")
+COUNTERS = "ncu.csv"
+
+
+def row_steps(program: list[str], options: list[str]) -> dict[str, list[Step]]:
+    """Return the steps of each selection; rows are written one by one, a step that is stopped keeps its."""
+
+    def ops(selection: str, limit: float) -> list[Step]:
+        return [Step(f"{selection}: {op}", [*program, op, selection, *options], limit) for op in OPS]
+
+    headline = Step("headline: duc_loss", [*program, "duc_loss", "headline", *options], 45)
+    return {
+        "headline": [headline],
+        # Ours on both backends, beside eager torch: what "auto" takes is settled by these.
+        "ends": ops("ends", 25),
+        "rest": ops("rest", 20),
+        "compiled": ops("compiled", 30),
+        "peers": ops("peers", 30),
+    }
+
+
+def counter_steps(python: str, file: Path) -> list[Step]:
+    """Return a call of ncu for each main kernel; the clocks are not ours to lock."""
+    sections = [
+        f"--section={name}" for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")
+    ]
+    found = []
+    for op in PROFILED:
+        ncu = [
+            "ncu",
+            "--clock-control",
+            "none",
+            "--target-processes",
+            "all",
+            *sections,
+            "--print-details",
+            "all",
+        ]
+        # Launches that prepare data are not ours.
+        ncu += ["--kernel-name", "regex:shapley|duc|nce", "--csv"]
+        program = [python, "-P", "-m", "mmfast.bench.profiled", op]
+        command = ["bash", "-c", 'set -o pipefail; "${@:2}" | tee -a "$1"', "ncu", str(file), *ncu, *program]
+        found.append(Step(f"ncu: {op}", command, 45))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/gpu/measure", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="mmfast-gpu/measure", type=Path)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="the whole keeps to these")
+    parser.add_argument("--only", action="append", default=[], help="only steps whose name holds this text")
+    parser.add_argument("--rehearse", action="store_true", help="few small cases, judge nothing")
+    arguments = parser.parse_args()
+    python, folder = os.environ.get("PYTHON") or sys.executable, arguments.folder.resolve()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = Path(temporary)
+        run = Run(
+            folder, work / "logs", arguments.seconds, {}, rehearsal=arguments.rehearse, only=arguments.only
+        )
+        (folder / COUNTERS).unlink(missing_ok=True)
+        try:
+            environment, origin = parts.install(python, work)
+            facts = parts.facts_of(python, environment)
+        except parts.NotReadyError as error:
+            print(f"bench/gpu/measure: {error}", file=sys.stderr)
+            return 2
+        run.environment |= environment
+        if arguments.rehearse:
+            # What was never computed is then zero at least, not whatever lay there.
+            run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        facts |= {"mmfast": origin, "rehearsal": arguments.rehearse, "script": "measure"}
+        limits = work / "limits.json"
+        options = ["--out", str(folder / steps.RESULTS), "--limits", str(limits)]
+        options += ["--rehearse"] if arguments.rehearse else []
+        program = [python, "-P", str(HERE / "rows.py")]
+        # Whatever is chosen, rows stand beside the limits of the same run.
+        run.only = ()
+        run.step(Step("limits: copy, read, matrix products", [*program, "limits", *options], 40))
+        run.only = arguments.only
+        if limits.exists():
+            facts["run"] = json.loads(limits.read_text())
+        (folder / steps.FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        selections = row_steps(program, options) if limits.exists() else {}
+        for name in ("headline", "ends", "rest"):
+            run.together(selections.get(name, []), workers=1)
+        if shutil.which("ncu"):
+            run.together(counter_steps(python, folder / COUNTERS), workers=1)
+        else:
+            run.note("ncu", "ncu is not installed")
+        for name in ("compiled", "peers"):
+            run.together(selections.get(name, []), workers=1)
+        return 0 if run.close() else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
