@@ -242,8 +242,11 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
 def with_rivals(op: str, cases: Iterable[Case], options: Options) -> Iterator[Case]:
     """Yield the cases with our call on a GPU's other backends among the peers: what "auto" chooses from."""
     for case in cases:
-        # The first is measured as ours; the last, plain torch, is what each op's peers are made of.
-        others = backend.candidates(op, options.device, case.dtype)[1:-1] if op != "train" else []
+        # The last, plain torch, is what each op's peers are made of.
+        others = backend.candidates(op, options.device, case.dtype)[:-1] if op != "train" else []
+        # The first is ours, but where some sizes are left to plain torch.
+        if (op, options.device) not in backend.PLAIN_UP_TO or options.device == "cpu":
+            others = others[1:]
         yield replace(case, peers=case.peers | {f"{OURS}, {name}": _on(name, case) for name in others})
 
 

@@ -56,19 +56,20 @@ class PlainUpTo(NamedTuple):
     columns: int
 
 
-# By public function and kind of device, float32 and float64 only: in half precision plain torch rounds more.
-# Microseconds of plain torch and of ours, info_nce with gradient (d = 128) on two CPU cores: 42 and 48 at N =
-# 16, 60 and 60 at 64, 107 and 99 at 128. On a GPU the host's time until all is handed over is all there is at
-# such sizes: info_nce 48 and 86 (CUDA), project_gradient 1.5 and 30 (Triton).
-_PLAIN_UP_TO = {
-    ("unidirectional_info_nce", "cpu"): PlainUpTo(64, 512),
-    ("unidirectional_info_nce", "cuda"): PlainUpTo(128, 512),
-    ("project_gradient", "cuda"): PlainUpTo(64, 1024),
+# By op and kind of device, float32 and float64 only: in half precision plain torch rounds more. Meant are
+# unidirectional_info_nce, where duc_loss has its pairs in one call, and project_gradient. Microseconds of plain
+# torch and of ours, the first with gradient (d = 128) on two CPU cores: 42 and 48 at N = 16, 60 and 60 at 64,
+# 107 and 99 at 128. On a GPU the host's time until all is handed over is all there is at such sizes: 48 and 86
+# (CUDA) for the first, 1.5 and 30 (Triton) for the second.
+PLAIN_UP_TO = {
+    ("duc_loss", "cpu"): PlainUpTo(64, 512),
+    ("duc_loss", "cuda"): PlainUpTo(128, 512),
+    ("gradient_projection", "cuda"): PlainUpTo(64, 1024),
 }
 
 
 def is_plain_faster(
-    function: str,  # public name
+    op: str,  # stem of the op's files
     x: torch.Tensor,  # [rows, columns]
 ) -> bool:
     """Return whether "auto" leaves a call to plain torch: few numbers, and as exact.
@@ -80,7 +81,7 @@ def is_plain_faster(
     if _preferred is not None:
         return _preferred == "reference"
     device_type = "cpu" if x.is_cpu else x.device.type
-    bound = _PLAIN_UP_TO.get((function, device_type))
+    bound = PLAIN_UP_TO.get((op, device_type))
     return (
         bound is not None
         and x.shape[0] <= bound.rows

@@ -116,10 +116,10 @@ def _matrix(rows, columns, device_type, dtype=torch.float32):
     return SimpleNamespace(shape=(rows, columns), dtype=dtype, device=device, is_cpu=device_type == "cpu")
 
 
-@pytest.mark.parametrize(("function", "device_type"), backend._PLAIN_UP_TO)
-def test_few_numbers_are_left_to_plain_torch(function, device_type, monkeypatch):
-    most = backend._PLAIN_UP_TO[function, device_type]
-    is_plain = functools.partial(backend.is_plain_faster, function)
+@pytest.mark.parametrize(("op", "device_type"), backend.PLAIN_UP_TO)
+def test_few_numbers_are_left_to_plain_torch(op, device_type, monkeypatch):
+    most = backend.PLAIN_UP_TO[op, device_type]
+    is_plain = functools.partial(backend.is_plain_faster, op)
     assert is_plain(_matrix(*most, device_type))
     assert is_plain(_matrix(*most, device_type, torch.float64))
     assert not is_plain(_matrix(most.rows + 1, most.columns, device_type))
@@ -139,7 +139,7 @@ def test_few_numbers_are_left_to_plain_torch(function, device_type, monkeypatch)
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_few_rows_projected_by_plain_torch_are_the_same(wants_gradient, monkeypatch):
-    monkeypatch.setitem(backend._PLAIN_UP_TO, ("project_gradient", "cpu"), backend.PlainUpTo(8, 64))
+    monkeypatch.setitem(backend.PLAIN_UP_TO, ("gradient_projection", "cpu"), backend.PlainUpTo(8, 64))
     grad, projector = torch.randn(8, 16), torch.randn(16, 16, requires_grad=True)
     results = []
     for name in ("auto", "reference"):

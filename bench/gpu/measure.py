@@ -42,6 +42,14 @@ def row_steps(program: list[str], options: list[str]) -> dict[str, list[Step]]:
     }
 
 
+def host_step(python: str, folder: Path, rehearse: bool) -> Step:
+    """Return what calls with few samples cost the host, eager torch beside both backends."""
+    command = [python, "-P", "-m", "mmfast", "bench", "--host", "--device", "cuda", "--out", str(folder)]
+    # Nothing is computed in a rehearsal, and k-means refuses what was never computed.
+    named = [op for op in OPS if op != "kmeans"] + ["--quick"] if rehearse else []
+    return Step("host: every op", [*command, *named], 60)
+
+
 def counter_steps(python: str, file: Path) -> list[Step]:
     """Return a call of ncu for each main kernel; the clocks are not ours to lock."""
     sections = [
@@ -80,7 +88,8 @@ def main() -> int:
         run = Run(
             folder, work / "logs", arguments.seconds, {}, rehearsal=arguments.rehearse, only=arguments.only
         )
-        (folder / COUNTERS).unlink(missing_ok=True)
+        for old in (folder / COUNTERS, *folder.glob("*-host*.json")):
+            old.unlink(missing_ok=True)
         try:
             environment, origin = parts.install(python, work)
             facts = parts.facts_of(python, environment)
@@ -104,7 +113,9 @@ def main() -> int:
             facts["run"] = json.loads(limits.read_text())
         (folder / steps.FACTS).write_text(json.dumps(facts, indent=1) + "\n")
         selections = row_steps(program, options) if limits.exists() else {}
-        for name in ("headline", "ends", "rest"):
+        run.together(selections.get("headline", []), workers=1)
+        run.step(host_step(python, folder, arguments.rehearse))
+        for name in ("ends", "rest"):
             run.together(selections.get(name, []), workers=1)
         if shutil.which("ncu"):
             run.together(counter_steps(python, folder / COUNTERS), workers=1)

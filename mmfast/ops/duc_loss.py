@@ -188,7 +188,7 @@ def unidirectional_info_nce(
     _check_options(temperature, reduction)
     _backend.check_name(backend)
     query, key = promoted(query, key.detach())
-    if backend == "auto" and group is None and _backend.is_plain_faster("unidirectional_info_nce", query):
+    if backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query):
         scores = query @ key.T / temperature
         own = torch.arange(query.shape[0], device=query.device)
         return F.cross_entropy(scores, own, reduction=reduction)

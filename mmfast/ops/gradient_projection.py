@@ -101,7 +101,7 @@ def project_gradient(
     check_same_device(grad=grad, projector=projector)
     _backend.check_name(backend)
     is_same = backend == "auto" and grad.dtype == projector.dtype
-    if is_same and _backend.is_plain_faster("project_gradient", grad):
+    if is_same and _backend.is_plain_faster("gradient_projection", grad):
         return grad @ (projector.detach() if projector.requires_grad else projector)
     if is_constant(grad, projector):
         return _project_op(grad, projector, backend)
