@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._additive_shapley_utility import _CARDINALITY, MAX_CLASSES, _blocks, _chosen, _dlogits, _utility
-from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def coalition_utilities_fwd(
         return values
     blocks = _chosen(logits.transpose(0, 1), "rows")
     with _on(logits.device):
-        _coalition_utilities_fwd_kernel[(triton.cdiv(values.numel(), blocks["BLOCK_N"]),)](
+        _coalition_utilities_fwd_kernel[(_cdiv(values.numel(), blocks["BLOCK_N"]),)](
             logits,
             labels,
             values,
@@ -130,7 +130,7 @@ def coalition_utilities_bwd(
         return dlogits
     blocks = _chosen(logits.transpose(0, 1), "rows bwd")
     with _on(logits.device):
-        _coalition_utilities_bwd_kernel[(triton.cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
+        _coalition_utilities_bwd_kernel[(_cdiv(dutilities.numel(), blocks["BLOCK_N"]),)](
             dutilities,
             logits,
             labels,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _OPTIONS, _acc, _configuration, _on
+from ._common import _OPTIONS, _acc, _cdiv, _configuration, _on
 
 
 @triton.jit
@@ -281,8 +281,8 @@ def _unpacked(
     """Return each student's residuals summed over its teachers, columns back in their places."""
     residuals = like.new_empty(num_modalities, *like.shape)
     grid = (
-        triton.cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
-        triton.cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),
+        _cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
+        _cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),
         num_modalities,
     )
     with _on(like.device):

@@ -35,7 +35,7 @@ from ._additive_shapley_utility import (
     _dlogits,
     _utility,
 )
-from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on, _unit, _wide
+from ._common import _ELEMENT, _OPTIONS, _acc, _cdiv, _configuration, _on, _unit, _wide
 
 __all__ = [
     "MAX_CLASSES",
@@ -334,8 +334,8 @@ def additive_shapley_fwd(
     acc = _wide(partial_logits.dtype)
     blocks = _chosen(partial_logits, "fwd")
     last = _last(num_modalities, blocks, acc, "fwd")
-    num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
-    wanted = triton.next_power_of_2(triton.cdiv(_ENOUGH_BLOCKS, num_blocks))
+    num_blocks = _cdiv(num_samples, blocks["BLOCK_N"])
+    wanted = triton.next_power_of_2(_cdiv(_ENOUGH_BLOCKS, num_blocks))
     splits = min(2 ** (num_modalities - last), wanted)
     parts = phi[None] if splits == 1 else phi.new_empty(splits, *phi.shape, dtype=acc)
     unit = _unit(partial_logits)
@@ -371,7 +371,7 @@ def _summed(
 ) -> Tensor:  # [N, M]
     """Return the sum over splits, in their order, rounded once."""
     with _on(phi.device):
-        grid = (triton.cdiv(phi.numel(), _SUM_BLOCKS["BLOCK"]),)
+        grid = (_cdiv(phi.numel(), _SUM_BLOCKS["BLOCK"]),)
         _sum_splits_kernel[grid](parts, phi, phi.numel(), len(parts), **_SUM_BLOCKS, **_OPTIONS)
     return phi
 
@@ -391,7 +391,7 @@ def additive_shapley_bwd(
     acc = _wide(partial_logits.dtype)
     blocks = _chosen(partial_logits, "bwd")
     last = _last(num_modalities, blocks, acc, "bwd")
-    num_blocks = triton.cdiv(num_samples, blocks["BLOCK_N"])
+    num_blocks = _cdiv(num_samples, blocks["BLOCK_N"])
     dtype = partial_logits.dtype if num_modalities == last else acc
     dpartial_logits = torch.empty(partial_logits.shape, dtype=dtype, device=partial_logits.device)
     sums = None if bias is None else dpartial_logits.new_empty(num_blocks, num_classes, dtype=acc)

@@ -25,6 +25,7 @@ from ._common import (
     _OPTIONS,
     _acc,
     _by_class,
+    _cdiv,
     _class_of_chunk,
     _configuration,
     _most_chunks,
@@ -327,7 +328,7 @@ def class_moments_fwd(
     chunk_mean = features.new_empty(max_chunks, num_dims, dtype=wide)
     chunk_squares = torch.empty_like(chunk_mean)
     with _on(features.device):
-        _class_moments_fwd_kernel[(max_chunks, triton.cdiv(num_dims, blocks["BLOCK_D"]))](
+        _class_moments_fwd_kernel[(max_chunks, _cdiv(num_dims, blocks["BLOCK_D"]))](
             features,
             order,
             edges,
@@ -339,7 +340,7 @@ def class_moments_fwd(
             ACC=_acc(features.dtype),
             **blocks,
         )
-        _class_moments_merge_kernel[(num_classes, triton.cdiv(num_dims, _MERGE_BLOCKS["BLOCK_D"]))](
+        _class_moments_merge_kernel[(num_classes, _cdiv(num_dims, _MERGE_BLOCKS["BLOCK_D"]))](
             chunk_mean,
             chunk_squares,
             edges,
@@ -369,7 +370,7 @@ def class_moments_bwd(
         return dfeatures
     dmean, dvar = (gradient.to(mean.dtype).contiguous() for gradient in (dmean, dvar))
     blocks = _chosen("moments bwd", features, _row_blocks(num_dims, features.dtype))
-    grid = (triton.cdiv(num_samples, blocks["BLOCK_N"]), triton.cdiv(num_dims, blocks["BLOCK_D"]))
+    grid = (_cdiv(num_samples, blocks["BLOCK_N"]), _cdiv(num_dims, blocks["BLOCK_D"]))
     with _on(features.device):
         _class_moments_bwd_kernel[grid](
             dmean,
@@ -400,7 +401,7 @@ def class_intervals(
     low = centroids.new_empty(num_classes, num_dims, dtype=dtype)
     high = torch.empty_like(low)
     blocks = _INTERVAL_BLOCKS
-    grid = (triton.cdiv(num_classes, blocks["BLOCK_C"]), triton.cdiv(num_dims, blocks["BLOCK_D"]))
+    grid = (_cdiv(num_classes, blocks["BLOCK_C"]), _cdiv(num_dims, blocks["BLOCK_D"]))
     with _on(centroids.device):
         _class_intervals_kernel[grid](
             centroids,
@@ -434,7 +435,7 @@ def dimension_hits(
     blocks = _chosen("hits", features, _row_blocks(num_dims, features.dtype))
     rows = _HITS_TILES * blocks["BLOCK_N"]
     with _on(features.device):
-        _dimension_hits_kernel[(triton.cdiv(num_samples, rows), triton.cdiv(num_dims, blocks["BLOCK_D"]))](
+        _dimension_hits_kernel[(_cdiv(num_samples, rows), _cdiv(num_dims, blocks["BLOCK_D"]))](
             features,
             labels,
             low,

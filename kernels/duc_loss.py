@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _acc, _configuration, _on, _wide
+from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
 from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _summed, _unpacked
 from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose, size_class
@@ -195,11 +195,11 @@ def _run(
     target, num_processors = _machine(queries.device)
     precision = _precision(queries.dtype)
     common, tiles = _choices(target, queries.dtype, precision, width)
-    num_splits = 1 if residual is None else triton.cdiv(width, common["BLOCK_D"])
+    num_splits = 1 if residual is None else _cdiv(width, common["BLOCK_D"])
 
     def duration(tile: _Tile) -> float:
-        num_programs = num_splits * num_pairs * triton.cdiv(num_queries, tile.queries)
-        return triton.cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
+        num_programs = num_splits * num_pairs * _cdiv(num_queries, tile.queries)
+        return _cdiv(num_programs, num_processors) * tile.queries / _RATE[tile.queries]
 
     # Queries by powers of four: what counts is how many programs there are for the processors.
     size = size_class(num_pairs * num_queries)
@@ -211,7 +211,7 @@ def _run(
     # A float argument arrives as float32: for float64 the rest comes beside it.
     scale = math.log2(math.e) / temperature
     high = ctypes.c_float(scale).value
-    grid = (triton.cdiv(num_queries, blocks["BLOCK_N"]), num_splits, num_pairs)
+    grid = (_cdiv(num_queries, blocks["BLOCK_N"]), num_splits, num_pairs)
     with _on(queries.device):
         _duc_loss_fwd_kernel[grid](
             queries,
@@ -270,7 +270,7 @@ def duc_loss_fwd(
         # Sums over several teachers are rounded once.
         dtype = _wide(feature.dtype) if num_modalities > 2 else feature.dtype
         residual = torch.empty_like(queries, dtype=dtype)
-    width = 16 * triton.cdiv(num_columns, 16)
+    width = 16 * _cdiv(num_columns, 16)
     shape = (len(feature), len(keys[0]), width)
     losses = _run(queries, packed_keys, columns, *shape, temperature, offset, residual)
     del queries, packed_keys
@@ -296,7 +296,7 @@ def info_nce_fwd(
     queries, keys = query, key
     if not (_is_ready(query) and _is_ready(key)):
         queries, keys, _ = _packed([query], [key], None, ())
-    width = 16 * triton.cdiv(query.shape[1], 16)
+    width = 16 * _cdiv(query.shape[1], 16)
     residual = torch.empty_like(queries) if with_residual else None
     losses = _run(queries, keys, None, len(query), len(key), width, temperature, offset, residual)
     loss = _reduced(losses, reduction)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _bits, _configuration, _number, _on, _wide
+from ._common import _ELEMENT, _OPTIONS, _bits, _cdiv, _configuration, _number, _on, _wide
 from ._tuning import tuned
 
 
@@ -148,7 +148,7 @@ def update_projector_(
     key = f"update {projector.dtype} D<={triton.next_power_of_2(size)}"
     blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
     blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
-    num_parts = triton.cdiv(size, blocks["BLOCK_R"])
+    num_parts = _cdiv(size, blocks["BLOCK_R"])
     ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts)
     with _on(projector.device):
         _projected_feature_kernel[(num_parts,)](
@@ -162,7 +162,7 @@ def update_projector_(
             ACC=acc,
             **blocks,
         )
-        _update_projector_kernel[(num_parts, triton.cdiv(size, blocks["BLOCK_D"]))](
+        _update_projector_kernel[(num_parts, _cdiv(size, blocks["BLOCK_D"]))](
             rows,
             ph,
             parts,
@@ -190,7 +190,7 @@ def project_gradient(
     key = f"product {acc} C<={triton.next_power_of_2(num_rows)} D<={triton.next_power_of_2(size)}"
     blocks = {**_OPTIONS, **_product_blocks(num_rows, acc)}
     blocks = tuned("gradient_projection", key, blocks, grad.device, "BLOCK_K", "BLOCK_D", "num_warps")
-    grid = (triton.cdiv(size, blocks["BLOCK_D"]), triton.cdiv(num_rows, blocks["BLOCK_C"]))
+    grid = (_cdiv(size, blocks["BLOCK_D"]), _cdiv(num_rows, blocks["BLOCK_C"]))
     with _on(grad.device):
         _project_gradient_kernel[grid](
             grad,

@@ -25,6 +25,7 @@ from ._common import (
     _OPTIONS,
     _acc,
     _by_class,
+    _cdiv,
     _class_of_chunk,
     _configuration,
     _most_chunks,
@@ -290,7 +291,7 @@ class _Lloyd:
         least = 16 if blocks["DOT"] else 1
         kernel = f"assign K<={triton.next_power_of_2(self.num_clusters)}"
         blocks = self.chosen(kernel, blocks, "BLOCK_N", "BLOCK_K", least=least)
-        _assign_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+        _assign_kernel[(_cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
             centroids,
@@ -315,7 +316,7 @@ class _Lloyd:
         order, edges, count = _by_class(assignments, self.num_clusters, blocks["BLOCK_R"])
         most = _most_chunks(num_samples, self.num_clusters, blocks["BLOCK_R"])
         sums = centroids.new_empty(most, num_dims)
-        _cluster_sums_kernel[(most, triton.cdiv(num_dims, blocks["BLOCK_D"]))](
+        _cluster_sums_kernel[(most, _cdiv(num_dims, blocks["BLOCK_D"]))](
             self.features,
             self.offset,
             order,
@@ -327,7 +328,7 @@ class _Lloyd:
             ACC=self.acc,
             **blocks,
         )
-        grid = (self.num_clusters, triton.cdiv(num_dims, _MOVE_BLOCKS["BLOCK_D"]))
+        grid = (self.num_clusters, _cdiv(num_dims, _MOVE_BLOCKS["BLOCK_D"]))
         moved, shift = torch.empty_like(centroids), centroids.new_empty(grid, dtype=torch.float64)
         _move_kernel[grid](
             sums,
@@ -351,7 +352,7 @@ class _Lloyd:
         distance = centroids.new_empty(num_samples)
         blocks = _distance_blocks(num_dims, self.features.dtype)
         blocks = self.chosen("distances", blocks, "BLOCK_N", "BLOCK_D")
-        _squared_distances_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+        _squared_distances_kernel[(_cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,
             self.offset,
             centroids,
@@ -414,7 +415,7 @@ def pair_counts(
     """Return how many samples of each class each cluster holds."""
     table = labels.new_zeros(num_clusters, num_classes, dtype=torch.int64)
     with _on(labels.device):
-        _count_pairs_kernel[(triton.cdiv(len(labels), 512),)](
+        _count_pairs_kernel[(_cdiv(len(labels), 512),)](
             assignments,
             labels,
             table,

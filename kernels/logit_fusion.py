@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _acc, _bits, _configuration, _number, _on, _unit, _wide
+from ._common import _ELEMENT, _acc, _bits, _cdiv, _configuration, _number, _on, _unit, _wide
 from ._tuning import size_class, tuned
 
 # By their places, as in mmfast/ops/logit_fusion.py.
@@ -333,7 +333,7 @@ def logit_fusion_fwd(
     mask, *mask_strides = _operands(present)
     unit = _unit(logits)
     with _on(logits.device):
-        _logit_fusion_fwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+        _logit_fusion_fwd_kernel[(_cdiv(num_samples, blocks["BLOCK_N"]),)](
             logits,
             mask,
             fused,
@@ -370,7 +370,7 @@ def logit_fusion_bwd(
     mask, *mask_strides = _operands(present)
     unit = _unit(logits)
     with _on(logits.device):
-        _logit_fusion_bwd_kernel[(triton.cdiv(num_samples, blocks["BLOCK_N"]),)](
+        _logit_fusion_bwd_kernel[(_cdiv(num_samples, blocks["BLOCK_N"]),)](
             dfused,
             dweights,
             logits,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _acc, _configuration, _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _cdiv, _configuration, _on
 from ._tuning import choose
 
 
@@ -149,7 +149,7 @@ def shapley_values_fwd(
         return phi
     rows = utilities.reshape(-1, utilities.shape[-1])
     blocks = _chosen("fwd", rows, num_players)
-    grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]),)
+    grid = (_cdiv(rows.shape[0], blocks["BLOCK_N"]),)
     with _on(utilities.device):
         _shapley_values_fwd_kernel[grid](
             rows,
@@ -173,7 +173,7 @@ def shapley_values_bwd(
         return dv
     rows = dphi.reshape(-1, num_players)
     blocks = _chosen("bwd", rows, num_players)
-    grid = (triton.cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
+    grid = (_cdiv(rows.shape[0], blocks["BLOCK_N"]), 2**num_players // blocks["BLOCK_S"])
     with _on(dphi.device):
         _shapley_values_bwd_kernel[grid](
             rows,
