@@ -247,7 +247,8 @@ def test_the_command_writes_a_table_a_json_and_a_picture(tiny, tmp_path):
     assert found["options"] == {"quick": True, "device": "cpu", "fresh_memory": False}
     machine = found["machine"]
     assert machine["threads"] == torch.get_num_threads()
-    assert machine["versions"]["torch"] == torch.__version__
+    # A build's own mark, as in 2.11.0+cu130, is not in every package's metadata.
+    assert machine["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"processor", "cores", "instruction_set", "system", "date", "load_average_before"} <= set(machine)
     assert machine["limits"]["copy"] == LIMITS.copy
     rows = found["ops"]["logit_fusion"]
