@@ -59,8 +59,8 @@ class PlainUpTo(NamedTuple):
 # By op and kind of device, float32 and float64 only: in half precision plain torch rounds more. Meant are
 # one pair alone (unidirectional_info_nce) and project_gradient. Microseconds of plain torch and of ours, the
 # first with gradient (d = 128) on two CPU cores: 42 and 48 at N = 16, 60 and 60 at 64, 107 and 99 at 128. On
-# a GPU the host's time until all is handed over is all there is at such sizes: 48 and 86 (CUDA) for the first,
-# 1.5 and 30 (Triton) for the second.
+# a GPU the host's time until all is handed over is all there is at such sizes: the first takes 48 and 86
+# (CUDA), the second 1.5 and 30 (Triton).
 PLAIN_UP_TO = {
     ("duc_loss", "cpu"): PlainUpTo(64, 512),
     ("duc_loss", "cuda"): PlainUpTo(128, 512),
