@@ -52,6 +52,9 @@ def run(ops: list[str], options: Options, load_average: float | None, out: Path,
     torch.manual_seed(0)
     device = options.device
     figures: list[HostFigure] = []
+    facts = report.machine_facts(options, None, load_average)
+    path = out / f"{report.stem(facts, ['host'], options)}.json"
+    out.mkdir(parents=True, exist_ok=True)
     with console.status("") as status:
         for case in host_cases(device):
             if case.stem not in ops:
@@ -59,11 +62,10 @@ def run(ops: list[str], options: Options, load_average: float | None, out: Path,
             status.update(case.name)
             for direction in ("forward", "both") if case.is_smooth else ("forward",):
                 figures += _measure(case, direction, options)
+                # After every call: what was measured stays when the run is interrupted.
+                found = [asdict(figure) for figure in figures]
+                write_json(path, {"machine": facts, "samples": N, "host": found})
     _print(console, figures, device)
-    facts = report.machine_facts(options, None, load_average)
-    path = out / f"{report.stem(facts, ['host'], options)}.json"
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"machine": facts, "samples": N, "host": [asdict(figure) for figure in figures]})
     console.print(f"Written to {path}.", soft_wrap=True)
     return path
 

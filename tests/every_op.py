@@ -13,6 +13,13 @@ from mmfast import ops
 Make = Callable[[torch.device, torch.dtype, str], tuple[list[Tensor], Callable[[], list[Tensor]]]]
 CALLS: dict[str, list[Make]] = {}
 N, D, C, M = 1500, 48, 7, 3
+# Which read the device to decide what comes next, or return a Python number: nothing to capture in a graph.
+READING = ("kmeans", "cluster_purity")
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether both hold the same bits; NaN counts as a number."""
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(first, second, strict=True))
 
 
 def call_of(stem: str) -> Callable[[Make], Make]:

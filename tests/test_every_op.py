@@ -17,19 +17,12 @@ from torch.utils._pytree import tree_map_only
 import cuda_emulated
 import every_op
 from conftest import EMULATED, FILES, ROOT
-from every_op import CALLS
+from every_op import CALLS, READING, same
 from mmfast import backend as _backend
 from mmfast import ops
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# Which read the device to decide what comes next, or return a Python number.
-READING = ("kmeans", "cluster_purity")
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether both hold the same bits; NaN counts as a number."""
-    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(first, second, strict=True))
 
 
 def test_every_op_is_called():

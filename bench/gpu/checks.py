@@ -26,8 +26,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1500, 20, 1)
 RUNS = 30
 DEVICE = torch.device("cuda")
-# Which read the device to decide what comes next, or return a Python number: nothing to capture.
-READING = ("kmeans", "cluster_purity")
 # After these errors no call of the process works any more.
 _FATAL = ("illegal memory access", "launch failure", "misaligned", "illegal instruction", "hardware", "lost")
 
@@ -63,11 +61,6 @@ class Report:
             raise SystemExit(
                 f"the device's context is lost after {name}; the rest of this process did not run"
             )
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Whether both hold the same bits; NaN counts as a number."""
-    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(first, second, strict=True))
 
 
 def judge(actual: list[Tensor], truth: list[Tensor], plain: list[Tensor]) -> float:
@@ -135,7 +128,7 @@ def check_op(stem: str, name: str, report: Report) -> None:
             first = [x.clone() for x in call()]
             torch.cuda.synchronize()
             repeats = 1 if report.rehearsal else RUNS - 1
-            differing = sum(not same(first, call()) for _ in range(repeats))
+            differing = sum(not every_op.same(first, call()) for _ in range(repeats))
             assert not differing, f"{differing} of {repeats} runs differ from the first"
             if make.__name__ == "kmeans":
                 return {"error": _judge_kmeans(make(DEVICE, dtype, name)[0][0], first, truth)}
@@ -163,7 +156,7 @@ def _judge_kmeans(
 def check_graph(stem: str, name: str, report: Report) -> None:
     """Capture calls in CUDA graphs, each before it ran otherwise, and replay them on other numbers."""
     for title, make, dtype, num_samples in calls(stem, name):
-        if make.__name__ in READING or dtype == torch.float64:
+        if make.__name__ in every_op.READING or dtype == torch.float64:
             continue
         every_op.N, every_op._random = num_samples, rounded(dtype)
 
@@ -179,7 +172,7 @@ def check_graph(stem: str, name: str, report: Report) -> None:
             graph.replay()
             replayed = [x.clone() for x in captured]
             torch.cuda.synchronize()
-            assert same(replayed, call()), "a replay differs from a call"
+            assert every_op.same(replayed, call()), "a replay differs from a call"
             return {}
 
         report.check(f"graph: {title}", run)
@@ -210,7 +203,7 @@ def _info_nce(num_samples: int, dim: int, dtype: torch.dtype, rehearsal: bool) -
     torch.cuda.synchronize()
     for number in range(1 if rehearsal else RUNS - 1):
         again = call(ops.unidirectional_info_nce, dtype, backend="cuda")
-        assert same(found, again), f"run {number + 2} differs from the first"
+        assert every_op.same(found, again), f"run {number + 2} differs from the first"
     truth = call(duc_reference.unidirectional_info_nce, torch.float64)
     plain = call(duc_reference.unidirectional_info_nce, dtype)
     return {"error": judge(found, truth, plain)}
