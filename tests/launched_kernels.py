@@ -3,7 +3,7 @@
 Triton compiles a kernel anew for an integer argument of 1, which becomes a constant, for a multiple of 16
 and for pointers to 16 bytes; its interpreter, which the other tests use, knows none of this. So the ops are
 called here with sizes of 1, odd ones and multiples of 16, on CPU tensors: where a kernel would be launched
-it is compiled, for a GPU that need not be there and as far as Triton's own passes go, and nothing is computed. Prints the
+it is compiled, for a GPU that need not be there, by Triton's own passes, and nothing is computed. Prints the
 kernels and what does not compile. Needs TRITON_INTERPRET=0.
 """
 
