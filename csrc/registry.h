@@ -23,6 +23,10 @@
 
 namespace mmfast {
 
+// What Python may rely on: raised when a function's arguments or duties change. A module that was built
+// before such a change is refused by mmfast/backend.py, which names the same number.
+constexpr int kInterface = 2;
+
 // One argument as Python gives it: an integer (addresses too) or a float.
 union Argument {
   int64_t integer;

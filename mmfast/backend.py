@@ -108,10 +108,17 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
+# That of csrc/registry.h. 2: the C++ kernels look for labels out of range themselves.
+_INTERFACE = 2
+
+
 @functools.cache
 def _load_extension(name: str) -> ModuleType | str:
     try:
-        return importlib.import_module(f"mmfast._{name}")
+        module = importlib.import_module(f"mmfast._{name}")
+        if getattr(module, "interface", 1) != _INTERFACE:
+            return f"the {name} module was built from other sources than these: install mmfast again"
+        return module
     except ModuleNotFoundError:
         if _is_bare_checkout():
             folder = Path(__file__).parent

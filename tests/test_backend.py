@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmfast import backend, ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_auto_takes_what_is_preferred_for_a_while():
@@ -150,3 +153,16 @@ def test_few_rows_projected_by_plain_torch_are_the_same(wants_gradient, monkeypa
         gradients = torch.autograd.grad(projected.sum(), leaf) if wants_gradient else ()
         results.append((projected.detach(), *gradients))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_module_built_before_a_change_is_refused(name, monkeypatch):
+    """As after a pull without a new install; its kernels would be called with what they do not know."""
+    current, load = backend._load_extension(name), backend._load_extension.__wrapped__
+    if not isinstance(current, str):
+        assert current.interface == backend._INTERFACE
+    for stale in (SimpleNamespace(), SimpleNamespace(interface=backend._INTERFACE + 1)):
+        monkeypatch.setattr(backend.importlib, "import_module", lambda _, stale=stale: stale)
+        text = f"the {name} module was built from other sources than these: install mmfast again"
+        assert load(name) == text
+    assert f"kInterface = {backend._INTERFACE};" in (ROOT / "csrc/registry.h").read_text()

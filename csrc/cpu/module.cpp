@@ -52,6 +52,7 @@ int chosen_isa() {
 
 PYBIND11_MODULE(_cpu, module) {
   const int isa = chosen_isa();
+  module.attr("interface") = mmfast::kInterface;
   module.doc() = "C++ kernels on raw addresses; mmfast.ops checks their arguments.";
   module.def("isa", [isa] { return kNames[isa]; }, "The instruction set of the kernels in use.");
   module.def(

@@ -3,6 +3,7 @@
 #include "bind.h"
 
 PYBIND11_MODULE(_cuda, module) {
+  module.attr("interface") = mmfast::kInterface;
   module.doc() = "CUDA kernels on raw addresses and a stream; mmfast.ops checks their arguments.";
   module.def(
       "architectures", [] { return MMFAST_CUDA_ARCHITECTURES; }, "The compute capabilities compiled in.");
