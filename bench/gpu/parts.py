@@ -25,6 +25,8 @@ _INSTALLED = (
 )
 _FACTS = """
 import json, os, platform, shutil, subprocess, sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} can use no GPU here")
 from mmfast import backend
 facts = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
 facts |= {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
