@@ -52,6 +52,7 @@ def run(ops: list[str], options: Options, load_average: float | None, out: Path,
     torch.manual_seed(0)
     device = options.device
     figures: list[HostFigure] = []
+    missing: dict[str, str] = {}
     facts = report.machine_facts(options, None, load_average)
     path = out / f"{report.stem(facts, ['host'], options)}.json"
     out.mkdir(parents=True, exist_ok=True)
@@ -61,11 +62,13 @@ def run(ops: list[str], options: Options, load_average: float | None, out: Path,
                 continue
             status.update(case.name)
             for direction in ("forward", "both") if case.is_smooth else ("forward",):
-                figures += _measure(case, direction, options)
+                figures += _measure(case, direction, options, missing)
                 # After every call: what was measured stays when the run is interrupted.
                 found = [asdict(figure) for figure in figures]
-                write_json(path, {"machine": facts, "samples": N, "host": found})
+                write_json(path, {"machine": facts, "samples": N, "host": found, "missing": missing})
     _print(console, figures, device)
+    for name, why in missing.items():
+        console.print(f"{name}: eager torch does not run here: {why}", soft_wrap=True)
     console.print(f"Written to {path}.", soft_wrap=True)
     return path
 
@@ -76,7 +79,12 @@ def contestants(case: HostCase, device: str) -> list[str]:
     return [EAGER, *(name for name in found if name != "reference")]
 
 
-def _measure(case: HostCase, direction: str, options: Options) -> list[HostFigure]:
+def _measure(
+    case: HostCase,
+    direction: str,
+    options: Options,
+    missing: dict[str, str],  # gets why a peer does not run, by the op's name
+) -> list[HostFigure]:
     device = options.device
     calls = {name: _call(case, direction, name) for name in contestants(case, device)}
     counted = {}
@@ -84,10 +92,11 @@ def _measure(case: HostCase, direction: str, options: Options) -> list[HostFigur
         try:
             for _ in range(3):
                 call()
-        except RuntimeError:
+        except RuntimeError as error:
             if name != EAGER:
                 raise
-            # A peer that does not run here has no figure; it does not end the run.
+            # A peer that does not run here is a fact of the table, not the end of the run.
+            missing[case.name] = " ".join(str(error).split())[:120]
             del calls[name]
             continue
         counted[name] = _count(call, device)

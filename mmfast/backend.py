@@ -25,7 +25,7 @@ class Preference(NamedTuple):
     """What "auto" takes for an op, fastest first; the first that is there and takes the dtype."""
 
     cpu: tuple[str, ...] = ("cpu",)
-    # Until both are timed on a GPU: the one whose call costs the host less, by a quarter to two thirds at 64
+    # Until both are timed on a GPU: the one whose call costs the host less, by a fifth to two thirds at 64
     # samples (`mmfast bench --host`), and it compiles nothing at run time.
     cuda: tuple[str, ...] = ("cuda", "triton")
 

@@ -22,6 +22,20 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(first, second, strict=True))
 
 
+def replayed(inputs: list[Tensor], call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Capture a call in a CUDA graph, change its inputs, and return what the graph's replay gives."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    with torch.no_grad():
+        for x in inputs:
+            x.mul_(-0.5)
+    graph.replay()
+    results = [x.clone() for x in captured]
+    torch.cuda.synchronize()
+    return results
+
+
 def call_of(stem: str) -> Callable[[Make], Make]:
     """Register a call under the stem of its op's files."""
 

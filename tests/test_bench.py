@@ -118,6 +118,9 @@ def test_our_other_backends_are_peers_and_checked(monkeypatch):
             assert "error 1.0e+00 against float64" in row.missing["mmfast, cuda"]
         else:
             assert set(row.peers) == {"mmfast, cuda"}
+    # Where some sizes are left to plain torch, ours is not always the first backend.
+    (pair,) = harness.with_rivals("duc_loss", [toy(peers={})], Options(device="cuda"))
+    assert set(pair.peers) == {"mmfast, triton", "mmfast, cuda"}
     (train,) = harness.with_rivals("train", [toy(peers={})], QUICK)
     assert train.peers == {}
 
@@ -349,11 +352,14 @@ def test_a_peer_that_does_not_run_has_no_host_figure():
         raise RuntimeError("no library for this device")
 
     case = next(iter(host_cases.host_cases("cpu")))
-    contestants = [f.contestant for f in host._measure(replace(case, eager=fail), "forward", QUICK)]
+    missing = {}
+    figures = host._measure(replace(case, eager=fail), "forward", QUICK, missing)
+    assert missing == {"shapley_values": "no library for this device"}
+    contestants = [figure.contestant for figure in figures]
     assert contestants == host.contestants(case, "cpu")[1:]
     if contestants:
         with pytest.raises(RuntimeError, match="no library"):
-            host._measure(replace(case, ours=fail), "forward", QUICK)
+            host._measure(replace(case, ours=fail), "forward", QUICK, {})
 
 
 def test_every_op_has_a_host_case():

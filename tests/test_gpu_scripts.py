@@ -86,7 +86,7 @@ def test_few_files_come_back_and_an_earlier_run_is_not_among_them(tmp_path):
         run.note("ncu", "ncu is not installed")
         assert run.close(), turn
     files = list((tmp_path / "out").rglob("*"))
-    assert len(files) <= 7  # measure adds ncu.csv
+    assert len(files) <= 6  # measure adds ncu.csv and what calls cost the host
     assert all(file.is_file() and file.stat().st_size <= 2**24 for file in files)
     assert steps.read(tmp_path / "out" / steps.RESULTS) == 3 * [{"n": 1}]
     with tarfile.open(tmp_path / "out" / steps.LOGS) as archive:
@@ -128,6 +128,7 @@ def recorded(folder: Path, rehearsal: bool = False) -> Path:
         line = {"op": "logit_fusion", "case": row.case, "pass": row.direction, "selection": selection}
         line |= {"ours": "triton", "rehearsal": rehearsal, "row": entry(row)}
         steps.append(folder / steps.RESULTS, line)
+    (folder / "nvidia-example-2026-11-27-host.json").write_text("{}")
     step = {"step": "ncu", "state": "not run", "seconds": 0, "why": "ncu is not installed"}
     steps.append(folder / steps.STEPS, step)
     return folder
@@ -145,6 +146,7 @@ def test_collect_writes_the_json_the_table_and_the_picture(tmp_path, monkeypatch
     assert first["ratios"] == {"mmfast, cuda": 0.5, "torch.compile": pytest.approx(3)}
     assert second["ratios"] == {"mmfast, cuda": 2.0}
     assert (out / "nvidia-example-2026-11-27-logit_fusion.png").stat().st_size > 1000
+    assert (out / "nvidia-example-2026-11-27-host.json").read_text() == "{}"
     printed = capsys.readouterr().out
     assert "| `logit_fusion` entropy, forward, float32 | N=1000, N=8000 | triton | 0.02 ms | 50% |" in printed
     assert "logit_fusion: cuda takes 0.5-2 of auto's time; faster in 1 of 2 cases" in printed

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 
+import script
+from script import Machine
+
 import parts
-import steps
-from steps import Run, Step
+from steps import Step
 
 SECONDS = 300
 HERE = Path(__file__).resolve().parent
@@ -78,53 +75,24 @@ def test_steps(python: str) -> list[Step]:
     return [Step(f"tests: {path.name}", [*command, str(path)], 150) for path in files]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench/gpu/check", description=__doc__)
-    parser.add_argument("folder", nargs="?", default="mmfast-gpu/check", type=Path)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the whole keeps to these")
-    parser.add_argument("--only", action="append", default=[], help="only steps whose name holds this text")
-    parser.add_argument("--rehearse", action="store_true", help="repeat little, judge nothing")
-    arguments = parser.parse_args()
-    python, folder = os.environ.get("PYTHON") or sys.executable, arguments.folder.resolve()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        work = Path(temporary)
-        run = Run(
-            folder,
-            work / "logs",
-            arguments.seconds,
-            {},
-            rehearsal=arguments.rehearse,
-            only=arguments.only,
-        )
-        try:
-            environment, origin = parts.install(python, work)
-            facts = parts.facts_of(python, environment)
-        except parts.NotReadyError as error:
-            print(f"bench/gpu/check: {error}", file=sys.stderr)
-            return 2
-        facts |= {"mmfast": origin, "rehearsal": arguments.rehearse, "script": "check"}
-        (folder / steps.FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-        print(json.dumps(facts), flush=True)
-        run.environment |= environment
-        if arguments.rehearse:
-            # What was never computed is then zero at least, not whatever lay there.
-            run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        backends = [name for name in ("cuda", "triton") if facts["backends"][name] is None]
-        riskiest = [python, "-P", str(HERE / "checks.py"), "riskiest"]
-        if "cuda" in backends:
-            extra = ["--rehearse"] if arguments.rehearse else []
-            run.step(Step("riskiest: duc_loss cuda", [*riskiest, *extra], 60))
-        else:
-            run.note("riskiest: duc_loss cuda", facts["backends"]["cuda"])
-        # Side by side, so that none waits for cores that the others hold.
-        run.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        queue = check_steps(python, backends, arguments.rehearse)
-        if shutil.which("compute-sanitizer"):
-            queue += sanitizer_steps(python, backends)
-        else:
-            run.note("memcheck", "compute-sanitizer is not installed")
-        run.together([*queue, *test_steps(python)], workers(facts["cores"]))
-        return 0 if run.close() else 1
+def check(machine: Machine) -> None:
+    """Run the riskiest kernel alone, then all else side by side."""
+    run, python, backends_of = machine.run, machine.python, machine.facts["backends"]
+    backends = [name for name in ("cuda", "triton") if backends_of[name] is None]
+    riskiest = [python, "-P", str(HERE / "checks.py"), "riskiest"]
+    if "cuda" in backends:
+        extra = ["--rehearse"] if machine.rehearse else []
+        run.step(Step("riskiest: duc_loss cuda", [*riskiest, *extra], 60))
+    else:
+        run.note("riskiest: duc_loss cuda", backends_of["cuda"])
+    # Side by side, so that none waits for cores that the others hold.
+    run.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    queue = check_steps(python, backends, machine.rehearse)
+    if shutil.which("compute-sanitizer"):
+        queue += sanitizer_steps(python, backends)
+    else:
+        run.note("memcheck", "compute-sanitizer is not installed")
+    run.together([*queue, *test_steps(python)], workers(machine.facts["cores"]))
 
 
 def workers(cores: int) -> int:
@@ -133,4 +101,4 @@ def workers(cores: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(script.main("check", __doc__, SECONDS, check))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,6 +123,10 @@ def collect(folder: Path, out: Path) -> None:
             picture = out / f"{path.stem}-{op}.png"
             report.plot(op, [report.row_of(row) for row in rows], size, picture)
             print(f"picture: {picture}")
+    for host in folder.glob("*-host.json"):
+        # What calls with few samples cost the host: a file of its own, as `mmfast bench --host` writes it.
+        shutil.copy(host, out)
+        print(f"host: {out / host.name}")
     for line in lines:
         if "failed" in line and "case" in line:
             print(f"failed: {line['op']}, {line['case']}, {line['pass']}: {line['failed']}")

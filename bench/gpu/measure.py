@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 
-import parts
+import script
+from script import Machine
+
 import steps
-from steps import Run, Step
+from steps import Step
 
 SECONDS = 330
 HERE = Path(__file__).resolve().parent
@@ -75,56 +73,35 @@ def counter_steps(python: str, file: Path) -> list[Step]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench/gpu/measure", description=__doc__)
-    parser.add_argument("folder", nargs="?", default="mmfast-gpu/measure", type=Path)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the whole keeps to these")
-    parser.add_argument("--only", action="append", default=[], help="only steps whose name holds this text")
-    parser.add_argument("--rehearse", action="store_true", help="few small cases, judge nothing")
-    arguments = parser.parse_args()
-    python, folder = os.environ.get("PYTHON") or sys.executable, arguments.folder.resolve()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        work = Path(temporary)
-        run = Run(
-            folder, work / "logs", arguments.seconds, {}, rehearsal=arguments.rehearse, only=arguments.only
-        )
-        for old in (folder / COUNTERS, *folder.glob("*-host*.json")):
-            old.unlink(missing_ok=True)
-        try:
-            environment, origin = parts.install(python, work)
-            facts = parts.facts_of(python, environment)
-        except parts.NotReadyError as error:
-            print(f"bench/gpu/measure: {error}", file=sys.stderr)
-            return 2
-        run.environment |= environment
-        if arguments.rehearse:
-            # What was never computed is then zero at least, not whatever lay there.
-            run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        facts |= {"mmfast": origin, "rehearsal": arguments.rehearse, "script": "measure"}
-        limits = work / "limits.json"
-        options = ["--out", str(folder / steps.RESULTS), "--limits", str(limits)]
-        options += ["--rehearse"] if arguments.rehearse else []
-        program = [python, "-P", str(HERE / "rows.py")]
-        # Whatever is chosen, rows stand beside the limits of the same run.
-        run.only = ()
-        run.step(Step("limits: copy, read, matrix products", [*program, "limits", *options], 40))
-        run.only = arguments.only
-        if limits.exists():
-            facts["run"] = json.loads(limits.read_text())
-        (folder / steps.FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-        selections = row_steps(program, options) if limits.exists() else {}
-        run.together(selections.get("headline", []), workers=1)
-        run.step(host_step(python, folder, arguments.rehearse))
-        for name in ("ends", "rest"):
-            run.together(selections.get(name, []), workers=1)
-        if shutil.which("ncu"):
-            run.together(counter_steps(python, folder / COUNTERS), workers=1)
-        else:
-            run.note("ncu", "ncu is not installed")
-        for name in ("compiled", "peers"):
-            run.together(selections.get(name, []), workers=1)
-        return 0 if run.close() else 1
+def measure(machine: Machine) -> None:
+    """Measure the machine's limits, then what teaches most first."""
+    run, python, folder = machine.run, machine.python, machine.run.folder
+    for old in (folder / COUNTERS, *folder.glob("*-host*.json")):
+        old.unlink(missing_ok=True)
+    limits = machine.work / "limits.json"
+    options = ["--out", str(folder / steps.RESULTS), "--limits", str(limits)]
+    options += ["--rehearse"] if machine.rehearse else []
+    program = [python, "-P", str(HERE / "rows.py")]
+    # Whatever is chosen, rows stand beside the limits of the same run.
+    chosen, run.only = run.only, ()
+    run.step(Step("limits: copy, read, matrix products", [*program, "limits", *options], 40))
+    run.only = chosen
+    selections = {}
+    if limits.exists():
+        machine.facts["run"] = json.loads(limits.read_text())
+        machine.write_facts()
+        selections = row_steps(program, options)
+    run.together(selections.get("headline", []), workers=1)
+    run.step(host_step(python, folder, machine.rehearse))
+    for name in ("ends", "rest"):
+        run.together(selections.get(name, []), workers=1)
+    if shutil.which("ncu"):
+        run.together(counter_steps(python, folder / COUNTERS), workers=1)
+    else:
+        run.note("ncu", "ncu is not installed")
+    for name in ("compiled", "peers"):
+        run.together(selections.get(name, []), workers=1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(script.main("measure", __doc__, SECONDS, measure))

@@ -167,13 +167,13 @@ def outside_autocast(impl: Callable) -> Callable:
     """Return `impl` with autocast off inside: a raw op chose its dtypes, its matrix products keep them."""
 
     @functools.wraps(impl)
-    def run(*args):
+    def run(*args, **options):
         tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        device_type = "cpu" if tensor.is_cpu else tensor.device.type
+        device_type = tensor.device.type
         if not torch.is_autocast_enabled(device_type):
-            return impl(*args)
+            return impl(*args, **options)
         with torch.autocast(device_type, enabled=False):
-            return impl(*args)
+            return impl(*args, **options)
 
     return run
 

@@ -429,7 +429,6 @@ def _run_cuda(
     return loss, residuals
 
 
-@outside_autocast
 def _duc_impl(
     features: list[Tensor],  # M of [N, D]
     keys: list[Tensor],  # M of [K, D]; none: the features
@@ -456,7 +455,7 @@ def _duc_impl(
         )
     if columns is None:
         columns, sizes = _reference.split_dims(effective)
-    return _reference.duc_loss_fwd(
+    return outside_autocast(_reference.duc_loss_fwd)(
         features,
         keys or features,
         columns,
@@ -468,7 +467,6 @@ def _duc_impl(
     )
 
 
-@outside_autocast
 def _info_nce_impl(
     query: Tensor,  # [N, D]
     key: Tensor,  # [K, D]
@@ -488,7 +486,7 @@ def _info_nce_impl(
     if chosen == "cuda":
         loss, residuals = _run_cuda([query], [key], None, [], temperature, offset, reduction, with_residual)
         return loss, residuals[0] if with_residual else residuals
-    losses, residual = _reference.info_nce_fwd(
+    losses, residual = outside_autocast(_reference.info_nce_fwd)(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )
     loss = _reference.reduced(losses, reduction)

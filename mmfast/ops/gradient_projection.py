@@ -181,7 +181,6 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     return projected
 
 
-@outside_autocast
 def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend: str) -> None:
     chosen = _backend.choose("gradient_projection", backend, projector)
     if chosen == "cpu":
@@ -190,17 +189,16 @@ def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend:
         _backend.kernels("gradient_projection").update_projector_(projector, mean_feature, alpha)
         _note_change(projector)
     else:
-        _reference.update_projector_(projector, mean_feature, alpha=alpha)
+        outside_autocast(_reference.update_projector_)(projector, mean_feature, alpha=alpha)
 
 
-@outside_autocast
 def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
     chosen = _backend.choose("gradient_projection", backend, grad)
     if chosen == "cpu":
         return _project_cpu(grad, projector)
     if chosen == "triton":
         return _backend.kernels("gradient_projection").project_gradient(grad, projector)
-    return _reference.project_gradient(grad, projector)
+    return outside_autocast(_reference.project_gradient)(grad, projector)
 
 
 def _update_fake(projector, mean_feature, alpha, backend):
