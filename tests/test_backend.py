@@ -133,8 +133,9 @@ def test_few_numbers_are_left_to_plain_torch(op, device_type, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda kind: kind == device_type)
         assert not is_plain(_matrix(*most, device_type))
-    with backend.preferring("triton"):
-        assert not is_plain(_matrix(*most, device_type))
+    for name in ("triton", "reference"):
+        with backend.preferring(name):
+            assert not is_plain(_matrix(*most, device_type))
     for wrong in (lambda: "high", lambda: (_ for _ in ()).throw(RuntimeError("mixed options"))):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", wrong)
         assert not is_plain(_matrix(*most, device_type))
