@@ -139,9 +139,14 @@ struct Fusion {
     auto is_zero = w[0] == 0;
     for (int64_t m = 1; m < M; ++m) is_zero |= w[m] == 0;
     if (any(is_zero)) {
-      // A weight of 0 times the logit -inf of an excluded class is to be 0.
-      for (int64_t m = 0; m < M; ++m)
-        for (int64_t c = 0; c < C; ++c) z[m * C + c] = w[m] == 0 ? V{} : z[m * C + c];
+      // Mathematically above 0: its product with a finite logit vanishes, that with the -inf of an excluded
+      // class does not.
+      const V lowest = V{} + std::numeric_limits<A>::lowest();
+      for (int64_t m = 0; m < M; ++m) {
+        const auto vanishes = w[m] == 0;
+        for (int64_t c = 0; c < C; ++c) z[m * C + c] = vanishes & (z[m * C + c] >= lowest) ? V{} : z[m * C + c];
+        w[m] = vanishes ? V{} + 1 : w[m];
+      }
     }
     for (int64_t c = 0; c < C; ++c) {
       V sum = w[0] * z[c];
@@ -169,8 +174,8 @@ struct Fusion {
         V group_s = {}, group_t = {}, group_dot = {};
         for (int64_t c = begin; c < end; ++c) {
           const V z = em[c], x = shifted(z, max), exponential = exp_nonpositive<A>(x);
-          // An excluded class has logit -inf and gradient 0; their product is to be 0.
-          group_dot += df[c] * (z < lowest ? lowest : z);
+          // Where a class is excluded the fused logit is -inf whatever the weights are.
+          group_dot += df[c] * (z < lowest ? V{} : z);
           group_s += exponential;
           group_t += exponential * x;
           em[c] = score == kEntropy ? x : exponential;
