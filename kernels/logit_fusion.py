@@ -191,6 +191,7 @@ def _store_dlogits(
     top,
     s,
     top_class,
+    here,
     dz_ptr,
     offs_n,
     offs_m,
@@ -209,6 +210,8 @@ def _store_dlogits(
         is_top = offs_c[None, None, :] == top_class[:, :, None]
         slope = (tl.where(is_top, 1.0, 0.0) - p) / s[:, :, None]
     dz = w[:, :, None] * dfused[:, None, :] + dscore[:, :, None] * slope
+    # Where a gradient or a neighbour is NaN, 0 times it would be.
+    dz = tl.where(here[:, :, None], dz, 0.0)
     rows = offs_m[None, :, None] * N + offs_n[:, None, None]
     mask = (offs_n < N)[:, None, None] & (offs_m < M)[None, :, None] & (offs_c < C)[None, None, :]
     tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -269,7 +272,23 @@ def _logit_fusion_bwd_kernel(
     dscore = w * (dw - tl.sum(w * dw, axis=1)[:, None]) / temperature
     if ONE_TILE:
         _store_dlogits(
-            z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, offs_c, M, N, C, SCORE
+            z,
+            dfused,
+            w,
+            dscore,
+            score,
+            top,
+            s,
+            top_class,
+            here,
+            dz_ptr,
+            offs_n,
+            offs_m,
+            offs_c,
+            M,
+            N,
+            C,
+            SCORE,
         )
     else:
         for start in range(0, C, BLOCK_C):
@@ -277,7 +296,23 @@ def _logit_fusion_bwd_kernel(
             dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
             part = start + offs_c
             _store_dlogits(
-                z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, part, M, N, C, SCORE
+                z,
+                dfused,
+                w,
+                dscore,
+                score,
+                top,
+                s,
+                top_class,
+                here,
+                dz_ptr,
+                offs_n,
+                offs_m,
+                part,
+                M,
+                N,
+                C,
+                SCORE,
             )
 
 

@@ -96,4 +96,7 @@ def logit_fusion_bwd(
     finite = z.masked_fill(z == -torch.inf, 0)
     dweight = dweights.to(z.dtype)[..., None] + (dfused * finite).sum(-1, keepdim=True)
     dscores = weights * (dweight - (weights * dweight).sum(0)) / temperature
-    return (weights * dfused + dscores * dscores_dz).to(logits.dtype)
+    dz = weights * dfused + dscores * dscores_dz
+    # Where a gradient or a neighbour is NaN, 0 times it would be.
+    dz = dz if present is None else dz.masked_fill(~present[..., None], 0)
+    return dz.to(logits.dtype)
