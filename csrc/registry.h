@@ -71,6 +71,12 @@ struct Thunk<function> {
   }
 };
 
+// Thrown out of a call that its user wants to end before its time: what it was to write is then undefined.
+struct Interrupted {};
+
+// Asks, in the thread that made a call, whether it is to end. Set by bind.h: kernels know nothing of Python.
+inline bool (*ask_interrupted)() = nullptr;
+
 }  // namespace mmfast
 
 // `function` must have internal linkage (an anonymous namespace), or the builds for several instruction sets

@@ -28,7 +28,7 @@ def _projected_feature_kernel(
     p_ptr,  # [D, D]
     h_ptr,  # [D]
     ph_ptr,  # [D] in ACC
-    parts_ptr,  # [2, row blocks] in ACC: parts of h^T P h and of |h|^2
+    parts_ptr,  # float64 [2, row blocks]: parts of h^T P h and of |h|^2
     D,
     stride_pi,
     stride_pj,
@@ -48,9 +48,10 @@ def _projected_feature_kernel(
         products += tl.load(p_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0) * h[None, :]
     ph = tl.sum(products, axis=1)
     tl.store(ph_ptr + offs_r, ph, mask=mask_r)
-    own = tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC)
+    # Squares of large or small features need the exponents of float64.
+    own = tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC).to(tl.float64)
     part_ptr = parts_ptr + tl.program_id(0)
-    tl.store(part_ptr, tl.sum(own * ph, axis=0))
+    tl.store(part_ptr, tl.sum(own * ph.to(tl.float64), axis=0))
     tl.store(part_ptr + tl.num_programs(0), tl.sum(own * own, axis=0))
 
 
@@ -58,7 +59,7 @@ def _projected_feature_kernel(
 def _update_projector_kernel(
     p_ptr,  # [D, D] changed in place
     ph_ptr,  # [D] in ACC
-    parts_ptr,  # [2, num_parts] in ACC
+    parts_ptr,  # float64 [2, num_parts]
     alpha_bits,  # of a float64
     D,
     num_parts,
@@ -70,20 +71,22 @@ def _update_projector_kernel(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    kept = tl.zeros((BLOCK_P,), dtype=ACC)
-    squares = tl.zeros((BLOCK_P,), dtype=ACC)
+    kept_parts = tl.zeros((BLOCK_P,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK_P,), dtype=tl.float64)
     for start in range(0, num_parts, BLOCK_P):
         offs = start + tl.arange(0, BLOCK_P)
-        kept += tl.load(parts_ptr + offs, mask=offs < num_parts, other=0.0)
+        kept_parts += tl.load(parts_ptr + offs, mask=offs < num_parts, other=0.0)
         squares += tl.load(parts_ptr + num_parts + offs, mask=offs < num_parts, other=0.0)
-    # Once P has next to nothing left along h, h^T P h is rounding: no division by less than its size.
-    rounding = tl.sum(squares, axis=0) * EPS * D
-    alpha = _number(alpha_bits, ACC)
-    root = tl.sqrt(tl.maximum(rounding, alpha) + tl.maximum(tl.sum(kept, axis=0), 0.0))
+    # No division by less than rounding, and a term below 0 is added: see mmfast/reference.
+    kept = tl.sum(kept_parts, axis=0)
+    least = tl.sum(squares, axis=0) * (16 * EPS)
+    alpha = _number(alpha_bits, tl.float64)
+    factor = 1 / tl.sqrt(tl.where(least > alpha, least, alpha) + tl.abs(kept))
+    sign = tl.where(kept < 0, -1.0, 1.0).to(ACC)
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    u_r = tl.load(ph_ptr + offs_r, mask=offs_r < D, other=0.0) / root
-    u_d = tl.load(ph_ptr + offs_d, mask=offs_d < D, other=0.0) / root
+    u_r = (tl.load(ph_ptr + offs_r, mask=offs_r < D, other=0.0).to(tl.float64) * factor).to(ACC) * sign
+    u_d = (tl.load(ph_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float64) * factor).to(ACC)
     mask = (offs_r < D)[:, None] & (offs_d < D)[None, :]
     p_ptrs = p_ptr + offs_r[:, None] * stride_pi + offs_d[None, :] * stride_pj
     tl.store(p_ptrs, tl.load(p_ptrs, mask=mask, other=0.0) - u_r[:, None] * u_d[None, :], mask=mask)
@@ -149,7 +152,7 @@ def update_projector_(
     blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
     blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
     num_parts = _cdiv(size, blocks["BLOCK_R"])
-    ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts)
+    ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts, dtype=torch.float64)
     with _on(projector.device):
         _projected_feature_kernel[(num_parts,)](
             rows,
@@ -218,10 +221,10 @@ def compile_configurations() -> list[tuple]:
         p = f"*{acc}"
         constants = {"stride_pj": 1, "ACC": acc, **_update_blocks(512, dtype)}
         for feature in (p, "*bf16", "*fp16"):
-            types = [p, feature, p, p, "i32", "i64"]
+            types = [p, feature, p, "*fp64", "i32", "i64"]
             add(_projected_feature_kernel, types, {**constants, "stride_h": 1})
         constants |= {"EPS": torch.finfo(dtype).eps, "BLOCK_P": 128}
-        add(_update_projector_kernel, [p, p, p, "i64", "i32", "i32", "i64"], constants)
+        add(_update_projector_kernel, [p, p, "*fp64", "i64", "i32", "i32", "i64"], constants)
         for element in _ELEMENT.values():
             for num_rows in (1, 6):
                 wide = torch.float64 if tl.float64 in (acc, element) else torch.float32

@@ -138,6 +138,92 @@ def test_laws(size, num_updates, alpha, scale, dtype, seed):
     assert float(unit @ projector @ unit) <= alpha / float(last @ last) + slack
 
 
+def closed_form(features, alpha):
+    """Return (I + sum h h^T / alpha)^-1, what the updates come to, in float64."""
+    values, directions = torch.linalg.eigh(features.double().T @ features.double() / alpha)
+    return (directions / (1 + values.clamp_min(0))) @ directions.T
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(0.1, 1.0), (0.1, 3.0), (1e-3, 1.0)])
+def test_an_alpha_far_below_the_feature_counts(backend, device, alpha, scale):
+    """512 dimensions, features of squared length 256 or 2304: alpha is less than D eps |h|^2."""
+    draw = torch.Generator().manual_seed(0)
+    features = scale * torch.randn(6 if backend == "triton" else 40, 512, generator=draw).relu()
+    actual = projector_after(features.to(device), alpha, torch.float32, backend)
+    assert float((actual.cpu() - closed_form(features, alpha)).abs().max()) < 2e-5
+    assert torch.linalg.eigvalsh(actual.double()).min() > -1e-6
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1e-30, 2.938737e-39])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_the_same_directions_for_ever(backend, device, dtype, alpha):
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 24, generator=draw, dtype=dtype)
+    features = features[torch.randint(3, (30 if backend == "triton" else 1000,), generator=draw)].to(device)
+    actual = projector_after(features, alpha, dtype, backend)
+    expected = closed_form(features, alpha).to(device)
+    slack = 1e-4 if dtype == torch.float32 else 1e-7
+    assert float((actual.double() - expected).abs().max()) < slack
+    eigenvalues = torch.linalg.eigvalsh(actual.double())
+    assert eigenvalues.min() > -slack / 100
+    assert eigenvalues.max() < 1 + slack
+
+
+def test_an_eigenvalue_below_0_is_taken_towards_it(backend, device):
+    # What rounding can leave; subtracted, the term would have made it larger at every call.
+    projector = torch.diag(torch.tensor([1.0, -1e-3], device=device))
+    feature = torch.tensor([0.0, 1.0], device=device)
+    ops.update_projector_(projector, feature, alpha=1e-3, backend=backend)
+    torch.testing.assert_close(projector[1, 1].item(), -5e-4, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 3e37])
+def test_features_whose_squares_float32_does_not_hold(backend, device, scale):
+    feature = torch.tensor([3.0, 4.0, 0.0], device=device)
+    projector = torch.eye(3, device=device)
+    ops.update_projector_(projector, feature * scale, alpha=2.938737e-39, backend=backend)
+    share = 25 * scale**2 / (max(2.938737e-39, 25 * 16 * 2.0**-23 * scale**2) + 25 * scale**2)
+    unit = feature.double().cpu() / 5
+    expected = torch.eye(3).double() - share * torch.outer(unit, unit)
+    torch.testing.assert_close(projector.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_what_is_no_number_shows(backend, device, value):
+    projector = projector_after(torch.tensor([[1.0, 2.0, value]], device=device), 0.1, torch.float32, backend)
+    assert bool(projector.isnan().all())
+    projected = ops.project_gradient(torch.eye(3, device=device), projector, backend=backend)
+    assert bool(projected.isnan().all())
+    grad = torch.tensor([[1.0, value, 0.0], [1.0, 2.0, 3.0]], device=device)
+    projected = ops.project_gradient(grad, torch.eye(3, device=device) + 1, backend=backend)
+    assert projected.isfinite().all(1).tolist() == [False, True]
+    assert torch.equal(projected.isnan(), (grad @ (torch.eye(3, device=device) + 1)).isnan())
+
+
+def test_a_projector_that_shares_memory_stays_as_it_is(backend, device):
+    feature = torch.randn(3, device=device)
+    for memory, sizes in ((torch.ones(3, device=device), (1, 0)), (torch.ones(9, device=device), (1, 1))):
+        for strides in (sizes, sizes[::-1]):
+            projector = memory.as_strided((3, 3), strides)
+            with pytest.raises(ValueError, match=r"projector must hold its elements apart in memory, got"):
+                ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
+            assert bool((memory == 1).all())
+    # These are apart, though neither stride spans the other dimension.
+    projector = torch.zeros(20, device=device).as_strided((3, 3), (3, 4))
+    projector.copy_(torch.eye(3))
+    ops.update_projector_(projector, feature, alpha=0.1, backend=backend)
+    torch.testing.assert_close(projector, projector_after(feature[None], 0.1, torch.float32, backend))
+
+
+def test_a_feature_out_of_the_projector(backend, device):
+    for at in ((0,), (slice(None), 1)):
+        projector = projector_after(torch.randn(4, 33, device=device), 0.1, torch.float32, backend)
+        expected = projector.clone()
+        ops.update_projector_(expected, projector[at].clone(), alpha=0.1, backend=backend)
+        ops.update_projector_(projector, projector[at], alpha=0.1, backend=backend)
+        assert torch.equal(projector, expected)
+
+
 def test_removed_direction_does_not_pass(backend, device):
     feature = torch.randn(16, dtype=torch.float64, device=device)
     projector = projector_after(feature[None], 1e-9, backend=backend)
@@ -221,6 +307,11 @@ def test_bad_input():
         ops.update_projector_(projector, feature[:3], alpha=0.1)
     with pytest.raises(ValueError, match="alpha must be positive and finite, got -1"):
         ops.update_projector_(projector, feature, alpha=-1)
+    for alpha in (1e-39, 1e39):
+        with pytest.raises(ValueError, match=r"alpha must lie between 2.938737e-39 and 3.4028235e\+38"):
+            ops.update_projector_(projector, feature, alpha=alpha)
+    with pytest.raises(TypeError, match="alpha must be a number, got 'abc'"):
+        ops.update_projector_(projector, feature, alpha="abc")
     with pytest.raises(ValueError, match=r"grad must have shape \[C, D\] = \[C, 4\], got \[2, 3\]"):
         ops.project_gradient(torch.randn(2, 3), projector)
     assert torch.equal(projector, torch.eye(4))

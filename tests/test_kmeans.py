@@ -206,6 +206,25 @@ def test_products_are_taken_of_centred_features(backend, device):
     assert ops.cluster_purity(result.assignments, labels) == 1
 
 
+@pytest.mark.parametrize("init", ["k-means++", "given"])
+@pytest.mark.parametrize("exponent", [-130, -70, -41, 41, 63, 120])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+def test_features_whose_squares_float32_does_not_hold(dtype, exponent, init, backend, device):
+    """A power of two changes nothing but the units."""
+    features, _ = make(60, 3, 4, dtype, spread=0.5, device=device)
+    factor = 2.0**exponent
+    options = {"num_init": 2, "backend": backend}
+    start = features[:4].clone()
+    large, small = ({"init": x} if init == "given" else {} for x in ((start.double() * factor).to(dtype), start))
+    scaled = ops.kmeans((features.double() * factor).to(dtype), 4, **large, **options)
+    expected = ops.kmeans(features, 4, **small, **options)
+    assert torch.equal(scaled.assignments, expected.assignments)
+    wide = expected.centroids.double() * factor
+    torch.testing.assert_close(scaled.centroids.double(), wide, rtol=1e-5, atol=1e-5 * factor)
+    inertia = (expected.inertia.double() * factor**2).to(expected.inertia.dtype)
+    torch.testing.assert_close(scaled.inertia, inertia, rtol=1e-5, atol=0)
+
+
 def test_chunks_of_samples_give_the_whole(monkeypatch, backend, device):
     features, _ = make(333, 5, 7, torch.float64, spread=2.0, device=device)
     expected = ops.kmeans(features, 7, backend=backend)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -209,6 +212,77 @@ def test_channels_last(backend, device):
     assert theta.is_contiguous(memory_format=torch.channels_last)
 
 
+def apart(device, count=4, dtype=torch.float32):
+    return [make(12, dtype, device, seed=index).view(3, 4) for index in range(count)]
+
+
+SHARED = {
+    "transposed": (lambda w, x, y, z: ([w, w.T], [x, x.T.clone()]), "params[1] and params[0]"),
+    "the same": (lambda w, x, y, z: ([w, w.view(-1)], [x, x.view(-1)]), "params[1] and params[0]"),
+    "rows": (lambda w, x, y, z: ([x, w[:2], w[1:]], [y, y[:2], y[1:]]), "params[2] and params[1]"),
+    "a column": (lambda w, x, y, z: ([w[:, 1], x, w[2]], [y[:, 0], z, y[0]]), "params[2] and params[0]"),
+    "another's initial value": (lambda w, x, y, z: ([w, x], [y, w]), "params[0] and init_params[1]"),
+    "a part of it": (lambda w, x, y, z: ([w[0], x[0, :2]], [y[0], w[0, 2:]]), "params[0] and init_params[1]"),
+    "its own, moved": (lambda w, x, y, z: ([w[:2]], [w[1:]]), "params[0] and init_params[0]"),
+    "its own, turned": (lambda w, x, y, z: ([w[:, :3]], [w[:, :3].T]), "params[0] and init_params[0]"),
+    "other dtype": (
+        lambda w, x, y, z: ([x, w, w.view(torch.float16)[:, :2]], [y, z, z.view(torch.float16)[:, :2]]),
+        "params[2] and params[1]",
+    ),
+    "expanded": (
+        lambda w, x, y, z: ([w, x[:1].expand(3, 4)], [y, z]),
+        "params[1] must hold its elements apart in memory, got shape [3, 4] with strides [0, 1]",
+    ),
+    "windows": (
+        lambda w, x, y, z: ([w, x.view(-1).unfold(0, 4, 2)], [y, torch.zeros(5, 4, device=w.device)]),
+        "params[1] must hold its elements apart in memory, got shape [5, 4] with strides [2, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_nothing_is_changed_where_memory_is_shared(backend, device, case):
+    tensors = apart(device)
+    make_lists, text = SHARED[case]
+    params, inits = make_lists(*tensors)
+    message = text if "must" in text else f"{text} must not share memory: params are changed in place"
+    # Twice, as a plan is kept after the first time.
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ops.partial_reinit_(params, inits, 0.5, backend=backend)
+        assert all(map(torch.equal, tensors, apart(device)))
+
+
+def test_neighbours_in_memory_are_no_overlap(backend, device):
+    """Columns in turn, halves, sizes of 0, initial values that parameters have in common or are themselves."""
+    w, x, y, z = apart(device)
+    params = [w[:, ::2], w[:, 1::2], x[:1], x[1:], x[1:1], y, x[:0]]
+    inits = [z[:, ::2], z[:, 1::2], z[:1], z[1:], z[1:1], y, x[:0]]
+    check(backend, params, inits, 0.25)
+    assert torch.equal(y, apart(device)[2])
+
+
+def test_a_parameter_of_strides_that_cross(backend, device):
+    theta = torch.zeros(20, device=device).as_strided((3, 3), (3, 4))
+    check(backend, [theta], [make(9, device=device).view(3, 3)], 0.5)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda a: torch.tensor(a).double()])
+def test_one_strength_per_tensor_of_any_kind(backend, device, kind):
+    strengths = [0.0, 0.25, 0.5, 1.0]
+    params, expected, inits = apart(device), apart(device), [torch.zeros(3, 4, device=device)] * 4
+    ops.partial_reinit_(params, inits, kind(strengths), backend=backend)
+    ops.partial_reinit_(expected, inits, strengths, backend=backend)
+    assert all(map(torch.equal, params, expected))
+
+
+@pytest.mark.parametrize("alpha", [1, np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.int64(1)], ids=repr)
+def test_one_strength_of_any_kind(alpha):
+    params = apart("cpu")
+    ops.partial_reinit_(params, [torch.zeros(3, 4)] * 4, alpha)
+    assert torch.equal(params[0], apart("cpu")[0] * (1 - float(alpha)))
+
+
 def test_no_tensors(backend):
     ops.partial_reinit_([], [], 0.5, backend=backend)
 
@@ -251,6 +325,18 @@ def test_compiles_to_one_graph(backend, device):
         ([torch.zeros(2)], [torch.zeros(2)], 1.5, ValueError, r"alpha must lie in \[0, 1\], got 1.5"),
         ([torch.zeros(2)], [torch.zeros(2)], float("nan"), ValueError, "alpha must lie in"),
         ([torch.zeros(2)], [torch.zeros(2)], [0.5, 0.5], ValueError, "one per parameter = 1, got 2"),
+        ([torch.zeros(2)], [torch.zeros(2)], torch.zeros(2), ValueError, "one per parameter = 1, got 2"),
+        (
+            [torch.zeros(2)],
+            [torch.zeros(2)],
+            np.zeros((1, 1)),
+            TypeError,
+            r"a number or one per parameter, got shape \[1, 1\]",
+        ),
+        ([torch.zeros(2)], [torch.zeros(2)], None, TypeError, "a number or one per parameter, got None"),
+        ([torch.zeros(2)], [torch.zeros(2)], "0.5", TypeError, "a number or one per parameter, got '0.5'"),
+        ([torch.zeros(2)], [torch.zeros(2)], 1j, TypeError, "a number or one per parameter, got 1j"),
+        ([torch.zeros(2)], [torch.zeros(2)], ["a"], TypeError, r"alpha\[0\] must be a number, got 'a'"),
     ],
     ids=[
         "too-few",
@@ -261,6 +347,12 @@ def test_compiles_to_one_graph(backend, device):
         "alpha-above-1",
         "alpha-nan",
         "too-many-alphas",
+        "too-long-a-tensor",
+        "matrix",
+        "none",
+        "text",
+        "complex",
+        "text-in-a-list",
     ],
 )
 def test_errors_name_the_argument(params, init_params, alpha, error, text):

@@ -266,6 +266,7 @@ struct Walk {
   }
 
   void fwd(int level, const V* z, V z_own, int size, Sums<A>& out) {
+    if (is_interrupted(J * C)) return;
     if (level == depth) {
       V u[J];
       leaves.utilities(z, z_own, u);
@@ -293,6 +294,7 @@ struct Walk {
 
   // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
   void bwd(int level, const V* z, V z_own, int size, V dphi_here, V* dz, V& dz_own) {
+    if (is_interrupted(J * C)) return;
     if (level == depth) {
       V du[J];
       Leaves<A, K>::spread(dphi_here, dphi + depth, 1, du);

@@ -247,8 +247,11 @@ class DucLoss {
     }
     A* const tiles = memory_.get() + panels_size;
     A* const losses = tiles + num_threads * thread_size;
+    Watch watch;
+    const Watcher* const caller = &watcher;
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
     {
+      const Watching watching(watch, &watcher == caller);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < num_panels * static_cast<int64_t>(all_pairs.size()); ++i)
         pack(all_pairs[i / num_panels], i % num_panels);
@@ -259,6 +262,7 @@ class DucLoss {
         run_block(i / num_blocks, first, std::min(block, num_samples - first), mine, losses);
       }
     }
+    watch.finish();
     return losses;
   }
 
@@ -335,6 +339,7 @@ class DucLoss {
       tile.start(queries[pair.student], pair.dims, first + i, tile_count);
     });
     for (int64_t key = 0; key < num_keys; key += kKeys) {
+      if (is_interrupted(count * kKeys * pair.padded_dims)) return;
       const A* panels = pair.panels + key * pair.padded_dims;
       const int64_t tile_keys = std::min<int64_t>(kKeys, num_keys - key);
       for_tiles(pair, count, memory, [&](auto tile, int64_t i, int64_t tile_count) {

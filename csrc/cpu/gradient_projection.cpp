@@ -1,4 +1,5 @@
-// The projector without the direction u, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and G P.
+// The projector without the direction u, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and G P. The divisor
+// and the sign as mmfast/reference/gradient_projection.py explains them.
 //
 // The update reads P for P h, then reads and writes it: 3 D^2 numbers. One parallel region does both, a
 // barrier between, so that a thread's rows stay in its second cache, and the difference begins with the rows
@@ -100,61 +101,69 @@ struct Projector {
     }
   }
 
-  // P -= u u^T in rows [begin, end), u = scale * ph. Each element is one product and one difference, in
+  // P -= s u u^T in rows [begin, end), s = 1 or -1. Each element is one product and one difference, in
   // whatever vector it falls, so mirrored elements that were equal stay equal to the last bit.
-  void subtract(int64_t begin, int64_t end, A scale, const A* ph) const {
+  void subtract(int64_t begin, int64_t end, A sign, const A* u) const {
     // What was read last is still in the first cache.
     for_rows_backwards(begin, end, [&](int64_t i, auto rows) {
       constexpr int num_rows = decltype(rows)::value;
-      V u[num_rows];
+      V own[num_rows];
 #pragma GCC unroll 4
-      for (int r = 0; r < num_rows; ++r) u[r] = V{} + ph[i + r] * scale;
+      for (int r = 0; r < num_rows; ++r) own[r] = V{} + u[i + r] * sign;
       int64_t j = 0;
       for (; j + L <= D; j += L) {
-        const V x = load(ph + j) * scale;
+        const V x = load(u + j);
 #pragma GCC unroll 4
         for (int r = 0; r < num_rows; ++r) {
           A* target = data + (i + r) * stride + j;
-          store(target, load(target) - u[r] * x);
+          store(target, load(target) - own[r] * x);
         }
       }
       if (j < D) {
-        const V x = load(ph + j) * scale;
+        const V x = load(u + j);
         for (int r = 0; r < num_rows; ++r) {
           A* target = data + (i + r) * stride + j;
-          store_part(target, load_part(target, D - j) - u[r] * x, D - j);
+          store_part(target, load_part(target, D - j) - own[r] * x, D - j);
         }
       }
     });
   }
 
+  // Leaves P h / sqrt(divisor) in u; returns the sign of the term. Squares of large or small features need
+  // the exponents of float64.
+  A direction(const A* h, const A* ph, double alpha, A* u) const {
+    constexpr int kSums = 8;
+    double lengths[kSums] = {}, squares[kSums] = {};
+    for (int64_t j = 0; j < round_up(D, L); j += std::min(L, kSums)) {
+      for (int i = 0; i < std::min(L, kSums); ++i) {
+        lengths[i] += static_cast<double>(h[j + i]) * ph[j + i];
+        squares[i] += static_cast<double>(h[j + i]) * h[j + i];
+      }
+    }
+    double kept = 0, square = 0;
+    for (int i = 0; i < kSums; ++i) kept += lengths[i], square += squares[i];
+    const double least = 16 * static_cast<double>(std::numeric_limits<A>::epsilon()) * square;
+    const double factor = 1 / std::sqrt(std::max(alpha, least) + std::abs(kept));
+    for (int64_t j = 0; j < D; ++j) u[j] = static_cast<A>(ph[j] * factor);
+    return kept < 0 ? -1 : 1;
+  }
+
   void update(const A* mean_feature, double alpha, int64_t num_threads) const {
     const int64_t padded = round_up(D, L);
-    std::vector<A> memory(2 * padded);
+    const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
+    const int64_t threads = std::max<int64_t>(1, std::min(num_threads, useful));
+    std::vector<A> memory((2 + threads) * padded);
     A* const h = memory.data();
     A* const ph = h + padded;
     std::copy_n(mean_feature, D, h);
-    const auto scale = [&] {
-      V length = {}, square = {};
-      for (int64_t j = 0; j < padded; j += L) {
-        length += load(h + j) * load(ph + j);
-        square += load(h + j) * load(h + j);
-      }
-      double sum = 0, sum_of_squares = 0;
-      for (int l = 0; l < L; ++l) sum += length[l], sum_of_squares += square[l];
-      // Once P has next to nothing left along h, h^T P h is rounding, of either sign and far above a small
-      // alpha: dividing by less than its size would feed an eigenvalue just below 0 until P overflows.
-      const double rounding = D * static_cast<double>(std::numeric_limits<A>::epsilon()) * sum_of_squares;
-      return static_cast<A>(1 / std::sqrt(std::max(alpha, rounding) + std::max(0.0, sum)));
-    };
-    const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
-    const int64_t threads = std::max<int64_t>(1, std::min(num_threads, useful));
     // A thread's rows stay in its second cache from the product to the difference.
     const auto part = [&](int64_t t, int64_t n, auto&& wait) __attribute__((noinline)) {
       const int64_t begin = D * t / n, end = D * (t + 1) / n;
+      A* const u = ph + (1 + t) * padded;
       multiply(begin, end, h, ph);
       wait();
-      subtract(begin, end, scale(), ph);
+      const A sign = direction(h, ph, alpha, u);
+      subtract(begin, end, sign, u);
     };
     if (threads == 1) return part(0, 1, [] {});
 #pragma omp parallel num_threads(static_cast<int>(threads))

@@ -239,7 +239,7 @@ struct Lloyd {
       Centred<T> chunk{x.features, x.stride, num_dims, std::vector<A>(width)};
       std::vector<double> sum(width);
       const std::vector<A> zero(width);
-      for (int64_t first = begin; first < end; first += kChunk) {
+      for (int64_t first = begin; first < end && !is_interrupted(kChunk * num_dims); first += kChunk) {
         const int64_t last = std::min(first + kChunk, end);
         std::fill(sum.begin(), sum.end(), 0.0);
         for (int64_t i = first; i < last; ++i) add(x.row(i), sum.data());
@@ -352,6 +352,7 @@ struct Lloyd {
       for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
         const int64_t chunk_end = std::min(chunk + kChunk, end);
         for (int64_t i = chunk; i < chunk_end; i += Tile<T>::samples) {
+          if (is_interrupted(Tile<T>::samples * num_dims * num_clusters)) return;
           changed[part] |= assign_tile(tile, i, std::min<int64_t>(Tile<T>::samples, chunk_end - i),
                                        accumulate ? sums.data() : nullptr, count);
         }
@@ -442,7 +443,7 @@ struct Lloyd {
   }
 
   void add_distances(int64_t part, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
+    for (int64_t i = begin; i < end && !is_interrupted(num_dims); ++i)
       squares[part] += x.squared_distance(i, centroids.data() + assignments[i] * width);
   }
 

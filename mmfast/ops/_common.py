@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -113,6 +113,33 @@ def check_label_range(name: str, value: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"{name} must lie in [0, C) = [0, {num_classes}), got values from {int(low)} to {int(high)}"
         )
+
+
+def check_apart(name: str, value: Tensor) -> None:
+    """Raise ValueError if elements of a tensor that is to be written share memory, as an expanded one's do."""
+    if not value.is_contiguous() and overlaps_itself(value.shape, value.stride()):
+        raise ValueError(
+            f"{name} must hold its elements apart in memory, got shape {shape_text(value.shape)} with strides "
+            f"{shape_text(value.stride())}"
+        )
+
+
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether two elements of a tensor share memory."""
+    if 0 in shape:
+        return False
+    reach, places = 0, [(stride, size) for size, stride in zip(shape, strides) if size > 1]
+    for stride, size in sorted(places):
+        if stride == 0:
+            return True
+        if stride <= reach:
+            # Neither dimension lies within the other's steps: only all places together tell.
+            offsets = np.zeros(1, dtype=np.int64)
+            for step, count in places:
+                offsets = (offsets[:, None] + step * np.arange(count)).ravel()
+            return len(np.unique(offsets)) < len(offsets)
+        reach += (size - 1) * stride
+    return False
 
 
 def check_same_device(**tensors: Tensor) -> None:

@@ -9,6 +9,7 @@ from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
+    check_apart,
     check_float,
     check_positive,
     check_same_device,
@@ -33,23 +34,32 @@ def update_projector_(
 ) -> None:
     """Remove the direction of a mean feature from the projector, in place.
 
-    Equivalent to:
+    Equivalent to, with P the projector, h the mean feature, and eps that of the projector's dtype:
 
-        q = projector @ mean_feature / (alpha + mean_feature @ projector @ mean_feature)
-        projector -= torch.outer(q, projector @ mean_feature)
+        kept = h @ P @ h
+        divisor = max(alpha, 16 * eps * h @ h) + abs(kept)
+        P -= torch.outer(P @ h, P @ h) / divisor * (1 if kept >= 0 else -1)
+
+    which is P - P h (P h)^T / (alpha + h^T P h) but for rounding. P is known to about eps, so what is left of
+    a direction is, below some eps |h|^2: an alpha below 16 eps |h|^2 (2e-6 |h|^2 in float32, 4e-15 |h|^2 in
+    float64) counts as that. Dividing by less would make rounding into directions, until P overflows. Where
+    `kept` comes out below 0, by rounding, the sign takes P back towards what has no negative eigenvalue.
 
     Args:
-        projector: [D, D] float32 or float64, any strides; symmetric to the last bit with eigenvalues in
-            [0, 1], begun as the identity. It stays symmetric to the last bit.
-        mean_feature: [D] float32, float64, bfloat16 or float16, the mean of a batch's features.
-        alpha: positive; the smaller against the squared length of `mean_feature`, the more of the direction
-            goes.
+        projector: [D, D] float32 or float64, any strides that keep its elements apart; symmetric to the last
+            bit with eigenvalues in [0, 1], begun as the identity. It stays symmetric to the last bit.
+        mean_feature: [D] float32, float64, bfloat16 or float16, the mean of a batch's features; it may be a
+            part of the projector, whose values before the call count.
+        alpha: positive, within what float32 holds and divides by: 2.938737e-39 to 3.4028235e+38. The smaller
+            against the squared length of `mean_feature`, the more of the direction goes, down to the bound
+            above.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
-        TypeError: `projector` has another dtype than float32 or float64, or `mean_feature` is no floating
-            tensor.
-        ValueError: a shape is wrong, or `alpha` is not positive and finite.
+        TypeError: `projector` has another dtype than float32 or float64, `mean_feature` is no floating
+            tensor, or `alpha` no number.
+        ValueError: a shape is wrong, elements of `projector` share memory, or `alpha` is not positive, finite
+            and within range. Nothing is changed then.
 
     Source: Zhang et al., "Multimodal representation learning by alternating unimodal adaptation", CVPR 2024,
     after Zeng et al., "Continual learning of context-dependent processing in neural
@@ -60,6 +70,7 @@ def update_projector_(
     check_shape("mean_feature", mean_feature, "D", (projector.shape[0],))
     check_same_device(projector=projector, mean_feature=mean_feature)
     check_positive("alpha", alpha)
+    check_apart("projector", projector)
     _backend.check_name(backend)
     if is_constant(projector, mean_feature):
         _update_op(projector, mean_feature, float(alpha), backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import NamedTuple
 
@@ -85,10 +86,13 @@ def kmeans(
     Source: Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++: the
     advantages of careful seeding", 2007.
     """
-    _check(features, num_clusters, init)
+    exponent = _exponent(_check(features, num_clusters, init), features.dtype)
     _check_options(num_init, max_iter, tol, seed)
     _backend.check_name(backend)
     generator = torch.Generator().manual_seed(int(seed))
+    if exponent:
+        features = _scaled(features, -exponent)
+        init = _scaled(init, -exponent) if isinstance(init, Tensor) else init
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
         start = (
@@ -99,6 +103,8 @@ def kmeans(
             best = result
     assert best is not None
     centroids, assignments, inertia, num_iter = best
+    if exponent:
+        centroids, inertia = _scaled(centroids, exponent), _scaled(inertia, 2 * exponent)
     return KMeans(centroids, assignments, inertia, int(num_iter))
 
 
@@ -143,7 +149,8 @@ def cluster_purity(
     return float(torch.ops.mmfast.cluster_purity(assignments, labels, backend))
 
 
-def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
+def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
+    """Raise unless all is as it should be; return the largest magnitude of a feature or given centroid."""
     check_float("features", features)
     check_shape("features", features, "N, D", (None, None))
     check_integer("num_clusters", num_clusters)
@@ -158,15 +165,35 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
         check_same_device(features=features, init=init)
     else:
         check_choice("init", init, ("k-means++",))
+    largest = 0.0
     for name, value in (("features", features), ("init", init)):
-        if isinstance(value, Tensor) and not _is_finite(value):
-            num_bad = value.numel() - int(value.isfinite().sum())
-            raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
+        if isinstance(value, Tensor) and value.numel() > 0:
+            # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
+            low, high = torch.stack(value.aminmax()).tolist()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                num_bad = value.numel() - int(value.isfinite().sum())
+                raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
+            largest = max(largest, -low, high)
+    return largest
 
 
-def _is_finite(x: Tensor) -> bool:
-    # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
-    return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
+def _exponent(largest: float, dtype: torch.dtype) -> int:
+    """Return the power of two to divide by, so that squared distances neither overflow nor vanish; mostly 0."""
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > (400 if dtype == torch.float64 else 40) else 0
+
+
+def _scaled(
+    x: Tensor,  # any shape
+    exponent: int,
+) -> Tensor:  # like `x`, of the dtype of accumulation
+    """Return x * 2^exponent, rounded nowhere but where it has no such number."""
+    x = x.to(accumulation_dtype(x.dtype))
+    # Step by step: the whole power may have no number either.
+    while exponent != 0:
+        step = max(-100, min(100, exponent))
+        x, exponent = x * 2.0**step, exponent - step
+    return x
 
 
 def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:

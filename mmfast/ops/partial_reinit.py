@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._common import DTYPE_CODE, FLOATS, check_float, register, shape_text
+from mmfast.ops._common import DTYPE_CODE, FLOATS, check_apart, check_float, register, shape_text
 from mmfast.reference import partial_reinit as _reference
+
+
+# What a strength may be; a compiler's symbols are numbers, too.
+_REAL = (Real, torch.SymFloat, torch.SymInt)
 
 
 @torch.no_grad()
 def partial_reinit_(
     params: Sequence[Tensor],  # P tensors of any shape; changed in place
     init_params: Sequence[Tensor],  # P tensors of the same shapes
-    alpha: float | Sequence[float],
+    alpha: float | Sequence[float] | Tensor | np.ndarray,
     *,
     backend: str = "auto",
 ) -> None:
@@ -32,14 +37,18 @@ def partial_reinit_(
 
     Args:
         params: sequence of float32, float64, bfloat16 or float16 tensors, any shapes and strides, dtypes may
-            be mixed.
-        init_params: one tensor per parameter, of the same shape, dtype and device.
-        alpha: strength in [0, 1]; one number, or one per parameter.
+            be mixed. No element may share memory with another of any parameter.
+        init_params: one tensor per parameter, of the same shape, dtype and device. None may share memory with
+            a parameter, but for a parameter that is its own initial value.
+        alpha: strength in [0, 1]; one number, or one per parameter as list, tuple, 1-D tensor or array. A
+            tensor on a GPU is waited for.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
-        TypeError: an entry is no tensor of a floating dtype, or dtypes of a pair differ.
-        ValueError: lengths, shapes or devices differ, or alpha lies outside [0, 1].
+        TypeError: an entry is no tensor of a floating dtype, dtypes of a pair differ, or alpha is neither a
+            number nor a list of them.
+        ValueError: lengths, shapes or devices differ, alpha lies outside [0, 1], or what is written shares
+            memory with something else. Nothing is changed then.
 
     Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024.
     """
@@ -51,15 +60,31 @@ def partial_reinit_(
         torch.ops.mmfast.partial_reinit_(params, init_params, alphas, backend)
 
 
-def _alphas(alpha: float | Sequence[float], count: int) -> list[float]:
-    if isinstance(alpha, str):
-        raise TypeError(f"alpha must be a number or one per parameter, got {alpha!r}")
-    # float() takes what NumPy and torch call a number, too.
-    strengths = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)]
-    for a in strengths:
-        if not 0 <= a <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {a}")
-    if not isinstance(alpha, Sequence):
+def _alphas(alpha: float | Sequence[float] | Tensor | np.ndarray, count: int) -> list[float]:
+    values = alpha
+    if isinstance(values, Tensor | np.ndarray):
+        if values.ndim > 1:
+            raise TypeError(f"alpha must be a number or one per parameter, got shape {shape_text(values.shape)}")
+        values = values.tolist()
+    is_one = not isinstance(values, list | tuple)
+    if is_one:
+        if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+            values, is_one = list(values), False
+        else:
+            values = [values]
+    if not set(map(type, values)) <= {float, int}:
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor) and value.dim() == 0:
+                continue
+            if isinstance(value, bool | np.bool_) or not isinstance(value, _REAL):
+                if is_one:
+                    raise TypeError(f"alpha must be a number or one per parameter, got {value!r}")
+                raise TypeError(f"alpha[{index}] must be a number, got {value!r}")
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {float(value)}")
+    strengths = [float(value) for value in values]
+    if is_one:
         return strengths * count
     if len(strengths) != count:
         raise ValueError(f"alpha must be a number or one per parameter = {count}, got {len(strengths)}")
@@ -103,14 +128,90 @@ def _check_pair(index: int, theta: Tensor, theta_0: Tensor) -> None:
         raise ValueError(f"{name} must lie on {theta.device}, got {theta_0.device}")
 
 
+def _pointers(params: list[Tensor], init_params: list[Tensor]) -> np.ndarray:  # int64 [2, P]
+    return np.array([[*map(Tensor.data_ptr, params)], [*map(Tensor.data_ptr, init_params)]], dtype=np.int64)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return the bytes from a tensor's first element to its last."""
+    if tensor.numel() == 0:
+        return 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (reach + 1) * tensor.element_size()
+
+
+def _meet(pointers: np.ndarray, nbytes: np.ndarray) -> bool:  # int64 [2, P], int64 [P] or [2, P]
+    """Whether any two pieces of memory have a byte in common."""
+    # Where all are apart, each ends before the next begins, so that both may be sorted for themselves.
+    begins, ends = np.sort(pointers, axis=None), (pointers + nbytes).ravel()
+    ends.sort()
+    return bool((ends[:-1] > begins[1:]).any())
+
+
+class _Span:
+    """A tensor's place in memory as NumPy takes it, which reads none of it."""
+
+    def __init__(self, name: str, tensor: Tensor):
+        shape, strides = tensor.shape, tensor.stride()
+        item = tensor.element_size()
+        self.name = name
+        self.begin = tensor.data_ptr()
+        self.end = self.begin + _extent(tensor)
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (self.begin, True),
+            "shape": tuple(shape),
+            "strides": tuple(stride * item for stride in strides),
+            "typestr": f"|V{item}",
+        }
+
+    def meets(self, other: _Span) -> bool:
+        """Whether an element of both is in the same place; also where that is too hard to tell."""
+        if self.begin >= other.end or other.begin >= self.end:
+            return False
+        try:
+            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=10**6)
+        except np.exceptions.TooHardError:
+            return True
+
+
+def _check_memory(params: list[Tensor], init_params: list[Tensor]) -> None:
+    """Raise ValueError where what is written shares memory with something else of the call."""
+    spans = []
+    for index, (theta, theta_0) in enumerate(zip(params, init_params, strict=True)):
+        check_apart(f"params[{index}]", theta)
+        spans.append((_Span(f"params[{index}]", theta), True, index))
+        spans.append((_Span(f"init_params[{index}]", theta_0), False, index))
+    current: list[tuple[_Span, bool, int]] = []
+    for span, is_written, index in sorted(spans, key=lambda entry: entry[0].begin):
+        current = [entry for entry in current if entry[0].end > span.begin]
+        for other, is_other_written, other_index in current:
+            if not (is_written or is_other_written) or not span.meets(other):
+                continue
+            is_pair = index == other_index and is_written != is_other_written
+            if is_pair and span.__array_interface__ == other.__array_interface__:
+                continue
+            names = " and ".join(sorted((span.name, other.name), reverse=True))
+            raise ValueError(f"{names} must not share memory: params are changed in place")
+        current.append((span, is_written, index))
+
+
 def _run_cpu(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    pointers = np.array([*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, init_params)], dtype=np.int64)
+    pointers = _pointers(params, init_params)
     sizes = np.array([*map(Tensor.numel, params)], dtype=np.int64)
-    codes = np.array([DTYPE_CODE[theta.dtype] for theta in params], dtype=np.int64)
+    dtypes = [theta.dtype for theta in params]
+    if dtypes.count(dtypes[0]) == len(dtypes):
+        nbytes = sizes * dtypes[0].itemsize
+        codes = np.full(len(dtypes), DTYPE_CODE[dtypes[0]], dtype=np.int64)
+    else:
+        nbytes = sizes * np.array([dtype.itemsize for dtype in dtypes], dtype=np.int64)
+        codes = np.array([DTYPE_CODE[dtype] for dtype in dtypes], dtype=np.int64)
+    if _meet(pointers, nbytes):
+        _check_memory(params, init_params)
     strengths = np.array(alphas, dtype=np.float64)
     _backend.extension("cpu").partial_reinit(
         pointers.ctypes.data,
-        pointers[len(params) :].ctypes.data,
+        pointers[1].ctypes.data,
         sizes.ctypes.data,
         strengths.ctypes.data,
         codes.ctypes.data,
@@ -193,6 +294,9 @@ def _plan(
     table = [contents[start : start + len(params)] for start in range(0, len(contents), len(params))]
     pointers, sizes, codes = (np.array(rows, dtype=np.int64) for rows in (table[:2], table[2], table[3]))
     itemsizes = np.array([theta.element_size() for theta in params], dtype=np.int64)
+    # Once for a plan: what its key holds decides it.
+    if _meet(pointers, sizes * itemsizes):
+        _check_memory(params, init_params)
     pieces = _pieces(pointers, sizes, itemsizes, codes, np.array(alphas), piece_bytes)
     words = torch.from_numpy(pieces.view(np.int64)).view(-1, 4)
     if is_capturing:
@@ -222,9 +326,24 @@ def _by(
         yield [params[i] for i in part], [init_params[i] for i in part], [alphas[i] for i in part]
 
 
+def _groups(
+    key: Callable[[Tensor], Hashable],
+    params: list[Tensor],
+    init_params: list[Tensor],
+    alphas: list[float],
+) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
+    """Return the parts of `_by`; of several, each of which looks at its own memory, all is looked at first."""
+    groups = list(_by(key, params, init_params, alphas))
+    if len(groups) > 1:
+        nbytes = np.array([theta.nbytes for theta in params], dtype=np.int64)
+        if _meet(_pointers(params, init_params), nbytes):
+            _check_memory(params, init_params)
+    return groups
+
+
 def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
     kernels = _backend.kernels("partial_reinit")
-    for members in _by(lambda theta: (theta.device, theta.dtype), params, init_params, alphas):
+    for members in _groups(lambda theta: (theta.device, theta.dtype), params, init_params, alphas):
         plan = _plan(*members, kernels.PIECE_BYTES, kernels.write_plan)
         kernels.partial_reinit_(plan, members[0][0].dtype)
 
@@ -236,7 +355,7 @@ def _write_cuda(plan: Tensor, words: Tensor, *_: list) -> None:  # int64 [pieces
 
 def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
     launch = _backend.extension("cuda").partial_reinit
-    for members in _by(lambda theta: theta.device, params, init_params, alphas):
+    for members in _groups(lambda theta: theta.device, params, init_params, alphas):
         plan = _plan(*members, _PIECE_BYTES, _write_cuda)
         launch(plan.data_ptr(), len(plan), *_backend.stream_of(plan))
 
@@ -255,9 +374,29 @@ def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor
     return dense, inits
 
 
+def _check_originals(
+    params: list[Tensor],
+    init_params: list[Tensor],
+    dense: list[Tensor],  # the same or copies, as `_dense` returns them
+    inits: list[Tensor],
+) -> None:
+    """Raise ValueError where what is written shares memory, which copies of it need not show."""
+    nbytes = []
+    for originals, copies in ((params, dense), (init_params, inits)):
+        for tensor, copy in zip(originals, copies, strict=True):
+            nbytes.append(copy.nbytes if tensor is copy else _extent(tensor))
+    for index, (theta, copy) in enumerate(zip(params, dense, strict=True)):
+        if theta is not copy:
+            check_apart(f"params[{index}]", theta)
+    if _meet(_pointers(params, init_params), np.array(nbytes, dtype=np.int64).reshape(2, -1)):
+        _check_memory(params, init_params)
+
+
 def _run_dense(run: Callable, params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
     """Call `run`, which knows only addresses and sizes, with tensors that lie in memory without gaps."""
     dense, inits = _dense(params, init_params)
+    if dense is not params:
+        _check_originals(params, init_params, dense, inits)
     run(dense, inits, alphas)
     if dense is not params:
         for theta, copy in zip(params, dense, strict=True):
@@ -283,6 +422,7 @@ def _impl(params: list[Tensor], init_params: list[Tensor], alphas: list[float], 
         _run_dense(_run_cuda, params, init_params, alphas)
     else:
         # Also for a list over CPU and GPU, whose kernels would each see a part of it.
+        _check_memory(params, init_params)
         _reference.partial_reinit_(params, init_params, alphas)
 
 

@@ -14,16 +14,22 @@ def update_projector_(
     *,
     alpha: float,
 ) -> None:
-    """Set P to P - P h (P h)^T / (alpha + h^T P h), made symmetric."""
+    """Set P to P - P h (P h)^T / (alpha + h^T P h), where rounding has its say in both of the divisor's terms.
+
+    P is known to about eps, h^T P h so to a few eps |h|^2: by less than that nothing is divided, as it would
+    make digits of rounding. Where the direction is all but gone, h^T P h is rounding itself and can be below
+    0; the term is added then, which takes an eigenvalue below 0 towards it. Subtracted it would be fed until
+    P overflows.
+    """
     h = mean_feature.to(projector.dtype)
     ph = projector @ h
-    # Once P has next to nothing left along h, h^T P h is rounding, of either sign and far above a small
-    # alpha: dividing by less than its size would feed an eigenvalue just below 0 until P overflows.
-    rounding = len(h) * torch.finfo(h.dtype).eps * (h @ h)
-    denominator = rounding.clamp_min(alpha) + (h @ ph).clamp_min(0)
+    # Squares of large or small features need the exponents of float64.
+    h, wide = h.double(), ph.double()
+    kept = h @ wide
+    least = 16 * torch.finfo(projector.dtype).eps * (h @ h)
     # The root on both sides makes the outer product symmetric to the last bit.
-    u = ph / denominator.sqrt()
-    updated = projector - torch.outer(u, u)
+    u = (wide / (least.clamp_min(alpha) + kept.abs()).sqrt()).to(projector.dtype)
+    updated = projector - torch.outer(u, torch.where(kept < 0, -u, u))
     projector.copy_((updated + updated.T) / 2)
 
 
