@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant, without_derivative
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
@@ -17,8 +19,6 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
-    is_constant,
-    once_differentiable,
     register,
     shape_text,
     unbroken_rows,
@@ -90,8 +90,9 @@ def class_moments(
     """
     _check(features, labels, num_classes)
     _backend.check_name(backend)
-    run = _moments_fwd_op if is_constant(features) else _ClassMoments.apply
-    return ClassMoments(*run(features, labels, num_classes, backend))
+    if is_constant(features):
+        return ClassMoments(*_moments_fwd_op(features, labels, num_classes, backend))
+    return ClassMoments(*_moments((num_classes, backend), features, labels))
 
 
 def dimension_accuracy(
@@ -134,8 +135,7 @@ def dimension_accuracy(
     check_shape("centroids", centroids, "C, D", (None, features.shape[1]))
     check_same_device(features=features, centroids=centroids)
     _backend.check_name(backend)
-    if not is_constant(features, centroids):
-        features, centroids = features.detach(), centroids.detach()
+    features, centroids = without_derivative(features, centroids)
     hits = _hits_op(features, labels, centroids, backend)
     dtype = accumulation_dtype(features.dtype)
     # A quotient of whole numbers has torch's default dtype: most often the one that is wanted.
@@ -178,8 +178,7 @@ def effective_dimensions(
     if features.shape[0] == 0:
         raise ValueError(f"features must hold at least one sample, got {shape_text(features.shape)}")
     _backend.check_name(backend)
-    if not is_constant(features):
-        features = features.detach()
+    (features,) = without_derivative(features)
     _, mean, _ = _moments_fwd_op(features, labels, num_classes, backend)
     hits = _hits_op(features, labels, mean, backend)
     return hits * hits.shape[0] > hits.sum()
@@ -195,19 +194,36 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name:
         raise ValueError(f"{num_classes_name} must be at least 1, got {num_classes}")
 
 
-class _ClassMoments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, labels, num_classes, backend):
-        count, mean, var = _moments_fwd_op(features, labels, num_classes, backend)
-        ctx.save_for_backward(features, labels, count, mean)
-        ctx.mark_non_differentiable(count)
-        ctx.backend = backend
-        return count, mean, var
+class _ClassMoments(Op):
+    smooth, kept = slice(1, None), slice(2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dcount, dmean, dvar):
-        return _moments_bwd_op(dmean, dvar, *ctx.saved_tensors, ctx.backend), None, None, None
+    def forward(options, features, labels):
+        return _moments_fwd_op(features, labels, *options)
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        dmean, dvar = _both(gradients[1:], kept[1])
+        return _moments_bwd_op(dmean, dvar, *tensors, *kept, options[1]), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        num_classes, _ = options
+        features, labels = tensors
+        like = features.new_empty((), dtype=accumulation_dtype(features.dtype))
+        dmean, dvar = _both(gradients, like.expand(num_classes, features.shape[1]))
+        return _reference.class_moments_gradient(dmean, dvar, features, labels), None
+
+
+def _both(
+    gradients: Sequence[Tensor | None],  # [C, D] each; None where nothing depends on the result
+    mean: Tensor,  # [C, D]
+) -> list[Tensor]:  # [C, D] each
+    # One number for all: nothing is written.
+    return [mean.new_zeros(()).expand(mean.shape) if x is None else x for x in gradients]
+
+
+_moments = differentiable(_ClassMoments)
 
 
 def _moments_fwd(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._common import (
     DTYPE_CODE,
     FLOATS,
@@ -19,10 +20,9 @@ from mmfast.ops._common import (
     check_float,
     check_positive,
     check_same_device,
+    check_scale_tensor,
     check_shape,
     check_tensor,
-    is_constant,
-    once_differentiable,
     outside_autocast,
     promoted,
     register,
@@ -88,7 +88,7 @@ def duc_loss(
     features: Sequence[Tensor] | Tensor,  # M of [N, D]
     effective: Tensor | DucDims,  # bool [M, D]
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -138,19 +138,23 @@ def duc_loss(
     _backend.check_name(backend)
     features = promoted(*features)
     keys, offset = _gathered(features, group)
+    if isinstance(temperature, Tensor):
+        keys = keys or [_as_key(feature) for feature in features]
+        features, temperature = [_divided(feature, temperature) for feature in features], 1.0
+        keys = [key.to(features[0].dtype) for key in keys]
     if is_constant(*features):
         given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
         return _duc_op(features, *given, False, backend)[0]
-    with_residual = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
-    options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction, with_residual)
-    return _DucLoss.apply(options, backend, *features)
+    keys = keys or [_as_key(feature) for feature in features]
+    options = (list(sizes), float(temperature), offset, reduction, _asks_gradient(features), backend)
+    return _duc(options, mask, columns, *features, *keys)[0]
 
 
 def unidirectional_info_nce(
     query: Tensor,  # [N, D]
     key: Tensor,  # [N, D]
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -187,17 +191,21 @@ def unidirectional_info_nce(
     check_same_device(query=query, key=key)
     _check_options(temperature, reduction)
     _backend.check_name(backend)
-    query, key = promoted(query, key.detach())
-    if backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query):
+    query, key = promoted(query, _as_key(key))
+    is_plain = backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query)
+    if is_plain and not is_transformed():
         scores = query @ key.T / temperature
         own = torch.arange(query.shape[0], device=query.device)
         return F.cross_entropy(scores, own, reduction=reduction)
     keys, offset = _gathered([key], group)
-    with_residual = torch.is_grad_enabled() and query.requires_grad
-    options = (keys[0] if keys else key, float(temperature), offset, reduction, with_residual)
+    key = keys[0] if keys else key
+    if isinstance(temperature, Tensor):
+        query, temperature = _divided(query, temperature), 1.0
+        key = key.to(query.dtype)
+    options = (float(temperature), offset, reduction)
     if is_constant(query):
-        return _info_nce_op(query, *options, backend)[0]
-    return _InfoNCE.apply(options, backend, query)
+        return _info_nce_op(query, key, *options, False, backend)[0]
+    return _info_nce((*options, _asks_gradient([query]), backend), query, key)[0]
 
 
 def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -236,9 +244,36 @@ def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: in
     check_shape("effective", effective, "M, D", (num_modalities, num_dims))
 
 
-def _check_options(temperature: float, reduction: str) -> None:
-    check_positive("temperature", temperature)
+def _check_options(temperature: float | Tensor, reduction: str) -> None:
+    if isinstance(temperature, Tensor):
+        check_scale_tensor("temperature", temperature)
+    else:
+        check_positive("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
+
+
+def _as_key(
+    x: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """Return features as a constant that autograd can keep, which it does not of inference mode's tensors."""
+    x = x.detach() if x.requires_grad or is_transformed() else x
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+def _divided(
+    query: Tensor,  # [N, D]
+    temperature: Tensor,  # [] or [1]
+) -> Tensor:  # [N, D]
+    """Return the queries divided by a temperature that autograd, or a GPU, knows: all of the loss it is in.
+
+    Half precision is divided, and then computed, in float32 on a CPU, where that costs nothing.
+    """
+    wide = accumulation_dtype(query.dtype) if query.is_cpu else query.dtype
+    return (query.to(wide) / temperature.to(query.device).reshape(())).to(wide)
+
+
+def _asks_gradient(features: Sequence[Tensor]) -> bool:
+    return is_transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in features))
 
 
 def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
@@ -254,46 +289,72 @@ def _scaled(
     dloss: Tensor,  # [] or [N]
     temperature: float,
     reduction: str,
-) -> Tensor:  # like `residuals`
+    dtype: torch.dtype,
+) -> Tensor:  # like `residuals`, in `dtype`
     """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
     divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
-    if dloss.dim() == 0 and residuals.dtype == dloss.dtype:
+    if dloss.dim() == 0 and residuals.dtype == dloss.dtype == dtype:
         return residuals * (dloss / divisor)
     # A factor without dimensions would be rounded to half precision before the product; with them, the
     # product is taken in float32 and rounded once.
-    return (residuals * (dloss / divisor).reshape(-1, 1)).to(residuals.dtype)
+    return (residuals * (dloss / divisor).reshape(-1, 1)).to(dtype)
 
 
-class _DucLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
-        options, backend, *features = inputs
-        loss, residuals = _duc_op(features, *options, backend)
-        ctx.save_for_backward(residuals)
-        ctx.temperature, ctx.reduction = options[4], options[6]
-        return loss
+class _DucLoss(Op):
+    smooth, kept = slice(1), slice(1, None)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        (residuals,) = ctx.saved_tensors
-        return None, None, *_scaled(residuals, dloss, ctx.temperature, ctx.reduction).unbind(0)
-
-
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, options, backend, query):
-        loss, residual = _info_nce_op(query, *options, backend)
-        ctx.save_for_backward(residual)
-        ctx.temperature, ctx.reduction = options[1], options[3]
-        return loss
+    def forward(options, mask, columns, *tensors):
+        sizes, *others = options
+        half = len(tensors) // 2
+        features, keys = list(tensors[:half]), list(tensors[half:])
+        return _duc_op(features, keys, mask, columns, sizes, *others)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        (residual,) = ctx.saved_tensors
-        return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction)
+    def gradient(options, gradients, tensors, kept):
+        _, temperature, _, reduction, *_ = options
+        found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[2].dtype).unbind(0)
+        return None, None, *found, *[None] * len(found)
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        mask, _, *features = tensors
+        half = len(features) // 2
+        _, temperature, offset, reduction, *_ = options
+        found = _reference.duc_loss_bwd(
+            gradients[0],
+            features[:half],
+            features[half:],
+            mask,
+            temperature=temperature,
+            offset=offset,
+            reduction=reduction,
+        )
+        return None, None, *found, *[None] * half
+
+
+class _InfoNCE(Op):
+    smooth, kept = slice(1), slice(1, None)
+
+    @staticmethod
+    def forward(options, query, key):
+        return _info_nce_op(query, key, *options)
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        temperature, _, reduction, *_ = options
+        return _scaled(kept[0], gradients[0], temperature, reduction, tensors[0].dtype), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        temperature, offset, reduction, *_ = options
+        dquery = _reference.info_nce_bwd(
+            gradients[0], *tensors, temperature=temperature, offset=offset, reduction=reduction
+        )
+        return dquery.to(tensors[0].dtype), None
+
+
+_duc, _info_nce = differentiable(_DucLoss), differentiable(_InfoNCE)
 
 
 def _views(

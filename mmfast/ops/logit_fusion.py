@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
@@ -14,8 +17,6 @@ from mmfast.ops._common import (
     check_same_device,
     check_shape,
     check_tensor,
-    is_constant,
-    once_differentiable,
     register,
     shape_text,
 )
@@ -59,8 +60,9 @@ def entropy_fusion(
     """
     _check(logits, present)
     _backend.check_name(backend)
-    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
-    return run(logits, present, "entropy", 1.0, backend)
+    if is_constant(logits):
+        return _fwd_op(logits, present, "entropy", 1.0, backend)
+    return _fusion(("entropy", 1.0, backend), logits, present)
 
 
 def certainty_fusion(
@@ -100,8 +102,9 @@ def certainty_fusion(
     _check(logits, present)
     check_positive("temperature", temperature)
     _backend.check_name(backend)
-    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
-    return run(logits, present, "certainty", float(temperature), backend)
+    if is_constant(logits):
+        return _fwd_op(logits, present, "certainty", float(temperature), backend)
+    return _fusion(("certainty", float(temperature), backend), logits, present)
 
 
 def _check(logits: Tensor, present: Tensor | None) -> None:
@@ -121,18 +124,37 @@ def _check(logits: Tensor, present: Tensor | None) -> None:
     check_same_device(logits=logits, present=present)
 
 
-class _LogitFusion(torch.autograd.Function):
+class _LogitFusion(Op):
     @staticmethod
-    def forward(ctx, logits, present, score, temperature, backend):
-        ctx.save_for_backward(logits, present)
-        ctx.options = (score, temperature, backend)
-        return _fwd_op(logits, present, score, temperature, backend)
+    def forward(options, logits, present):
+        return _fwd_op(logits, present, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dfused, dweights):
-        dlogits = _bwd_op(dfused, dweights, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None, None
+    def gradient(options, gradients, tensors, kept):
+        return _bwd_op(*_both(gradients, tensors[0]), *tensors, *options), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        (logits, present), (score, temperature, _) = tensors, options
+        dfused, dweights = _both(gradients, logits)
+        dlogits = _reference.logit_fusion_bwd(
+            dfused, dweights, logits, present=present, score=score, temperature=temperature
+        )
+        return dlogits, None
+
+
+def _both(
+    gradients: Sequence[Tensor | None],  # [N, C], [M, N]; None where nothing depends on the result
+    logits: Tensor,  # [M, N, C]
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    dfused, dweights = gradients
+    # One number for all: nothing is written, and kernels take the strides of what they are given.
+    dfused = logits.new_zeros(()).expand(logits.shape[1:]) if dfused is None else dfused
+    dweights = logits.new_zeros(()).expand(logits.shape[:2]) if dweights is None else dweights
+    return dfused, dweights
+
+
+_fusion = differentiable(_LogitFusion)
 
 
 def _run_cpu(

@@ -50,6 +50,22 @@ def class_moments_bwd(
     return dfeatures
 
 
+def class_moments_gradient(
+    dmean: Tensor,  # [C, D]
+    dvar: Tensor,  # [C, D]
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+) -> Tensor:  # [N, D]
+    """Return `class_moments_bwd` with the means as functions of the features, for derivatives of it."""
+    x, labels = features.to(dmean.dtype), labels.long()
+    ones = torch.ones_like(labels)
+    count = labels.new_zeros(len(dmean)).index_add(0, labels, ones)[:, None].clamp_min(1)
+    mean = torch.zeros_like(dmean).index_add(0, labels, x) / count
+    deviation = x - mean.index_select(0, labels)
+    dx = (dmean / count).index_select(0, labels) + deviation * (2 * dvar / count).index_select(0, labels)
+    return dx.to(features.dtype)
+
+
 def class_intervals(
     centroids: Tensor,  # [C, D]
     dtype: torch.dtype,  # float32 or float64: what features are compared in

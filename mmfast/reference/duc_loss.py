@@ -130,3 +130,51 @@ def duc_loss_fwd(
         if residual is not None:
             residuals[student].index_add_(1, dims, residual)
     return reduced(losses, reduction), residuals.to(feature.dtype)
+
+
+def info_nce_bwd(
+    dloss: Tensor,  # [] or [N]
+    query: Tensor,  # [N, d]
+    key: Tensor,  # [K, d]
+    *,
+    temperature: float,
+    offset: int,
+    reduction: str,
+) -> Tensor:  # [N, d] in at least float32
+    """Return dloss times the gradient for the queries, in one piece: to be differentiated itself."""
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    num_samples = query.shape[0]
+    p = (query @ key.T / temperature).softmax(1)
+    residual = p @ key - key[offset : offset + num_samples]
+    divisor = temperature * num_samples if reduction == "mean" else temperature
+    return residual * (dloss.to(dtype) / divisor).reshape(-1, 1)
+
+
+def duc_loss_bwd(
+    dloss: Tensor,  # [] or [N]
+    features: Sequence[Tensor],  # M of [N, D]
+    keys: Sequence[Tensor],  # M of [K, D]
+    effective: Tensor,  # bool [M, D]
+    *,
+    temperature: float,
+    offset: int,
+    reduction: str,
+) -> list[Tensor]:  # M of [N, D]
+    """Return dloss times the gradient for every feature, to be differentiated itself."""
+    gradients = [torch.zeros_like(feature, dtype=dloss.dtype) for feature in features]
+    for teacher, key in enumerate(keys):
+        for student, query in enumerate(features):
+            # A mask instead of a list of columns asks the device nothing; other columns add nothing.
+            only = (effective[teacher] & ~effective[student]).to(query.dtype)
+            found = info_nce_bwd(
+                dloss,
+                query * only,
+                key * only,
+                temperature=temperature,
+                offset=offset,
+                reduction=reduction,
+            )
+            if teacher != student:
+                gradients[student] = gradients[student] + found * only
+    return [g.to(x.dtype) for g, x in zip(gradients, features, strict=True)]
