@@ -108,8 +108,9 @@ def _weights(s, t, here, temperature, SCORE: tl.constexpr):
 
 @triton.jit
 def _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C):
-    # A weight can underflow to 0 at a low temperature; times a logit of -inf it is to be 0.
-    weighted = tl.where(w[:, :, None] == 0, 0.0, w[:, :, None] * z)
+    # A weight can underflow to 0 at a low temperature; times an excluded class's logit it is to be -inf.
+    vanished = tl.where(z == float("-inf"), z, 0.0)
+    weighted = tl.where(w[:, :, None] == 0, vanished, w[:, :, None] * z)
     fused = tl.sum(weighted, axis=1).to(fused_ptr.dtype.element_ty)
     mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
     tl.store(fused_ptr + offs_n[:, None] * C + offs_c[None, :], fused, mask=mask)
@@ -174,9 +175,9 @@ def _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC: tl.c
 
 
 @triton.jit
-def _inner(z, dfused, LOWEST: tl.constexpr):
-    """Return sum_c dfused z; an excluded class has logit -inf and gradient 0, whose product is to be 0."""
-    finite = tl.where(z == float("-inf"), LOWEST, z)
+def _inner(z, dfused):
+    """Return sum_c dfused z; an excluded class's fused logit is -inf whatever the weights are."""
+    finite = tl.where(z == float("-inf"), 0.0, z)
     return tl.sum(dfused[:, None, :] * finite, axis=2)
 
 
@@ -190,6 +191,7 @@ def _store_dlogits(
     top,
     s,
     top_class,
+    here,
     dz_ptr,
     offs_n,
     offs_m,
@@ -208,6 +210,8 @@ def _store_dlogits(
         is_top = offs_c[None, None, :] == top_class[:, :, None]
         slope = (tl.where(is_top, 1.0, 0.0) - p) / s[:, :, None]
     dz = w[:, :, None] * dfused[:, None, :] + dscore[:, :, None] * slope
+    # Where a gradient or a neighbour is NaN, 0 times it would be.
+    dz = tl.where(here[:, :, None], dz, 0.0)
     rows = offs_m[None, :, None] * N + offs_n[:, None, None]
     mask = (offs_n < N)[:, None, None] & (offs_m < M)[None, :, None] & (offs_c < C)[None, None, :]
     tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -237,7 +241,6 @@ def _logit_fusion_bwd_kernel(
     UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many numbers: `_unit`
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
-    LOWEST: tl.constexpr,  # the least finite number of ACC
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -258,18 +261,34 @@ def _logit_fusion_bwd_kernel(
         z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
         dfused = _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC)
         top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
-        dw += _inner(z, dfused, LOWEST)
+        dw += _inner(z, dfused)
     else:
         for start in range(0, C, BLOCK_C):
             z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
             dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
             top, s, t, top_class = _accumulate(z, start + offs_c, top, s, t, top_class, SCORE)
-            dw += _inner(z, dfused, LOWEST)
+            dw += _inner(z, dfused)
     score, w = _weights(s, t, here, temperature, SCORE)
     dscore = w * (dw - tl.sum(w * dw, axis=1)[:, None]) / temperature
     if ONE_TILE:
         _store_dlogits(
-            z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, offs_c, M, N, C, SCORE
+            z,
+            dfused,
+            w,
+            dscore,
+            score,
+            top,
+            s,
+            top_class,
+            here,
+            dz_ptr,
+            offs_n,
+            offs_m,
+            offs_c,
+            M,
+            N,
+            C,
+            SCORE,
         )
     else:
         for start in range(0, C, BLOCK_C):
@@ -277,7 +296,23 @@ def _logit_fusion_bwd_kernel(
             dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
             part = start + offs_c
             _store_dlogits(
-                z, dfused, w, dscore, score, top, s, top_class, dz_ptr, offs_n, offs_m, part, M, N, C, SCORE
+                z,
+                dfused,
+                w,
+                dscore,
+                score,
+                top,
+                s,
+                top_class,
+                here,
+                dz_ptr,
+                offs_n,
+                offs_m,
+                part,
+                M,
+                N,
+                C,
+                SCORE,
             )
 
 
@@ -386,7 +421,6 @@ def logit_fusion_bwd(
             SCORE=score,
             UNIT=unit,
             HAS_PRESENT=present is not None,
-            LOWEST=torch.finfo(_wide(logits.dtype)).min,
             ACC=_acc(logits.dtype),
             enable_fp_fusion=True,
             **blocks,
@@ -421,7 +455,7 @@ def compile_configurations() -> list[tuple]:
                 }
                 types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
                 add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
-                constants |= {"stride_dfc": 1, "LOWEST": torch.finfo(wide).min, **_blocks(*shape, "bwd")}
+                constants |= {"stride_dfc": 1, **_blocks(*shape, "bwd")}
                 types = [x, x, x, "*u8", x, *sizes, *[stride] * 7]
                 add(_logit_fusion_bwd_kernel, types, constants)
     return configurations

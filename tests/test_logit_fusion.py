@@ -218,10 +218,59 @@ def test_excluded_classes(rule, backend, device):
 
 
 def test_a_low_temperature_picks_the_surest(backend, device):
-    logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 1.0, -torch.inf]]], device=device)
+    logits = torch.tensor([[[9.0, 0.0, 0.0]], [[0.0, 1.0, -5.0]]], device=device)
     fused, weights = ops.certainty_fusion(logits, temperature=1e-4, backend=backend)
     assert weights.tolist() == [[1], [0]]
     assert fused.tolist() == [[9, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-2, 1e-3, 1e-30, 2.938737e-39], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_a_class_is_excluded_at_every_temperature(dtype, temperature, backend, device):
+    """Even by a modality whose weight is too small for the dtype; and the weights hear nothing of it."""
+    logits = torch.tensor([[[9.0, 0, 0]], [[0, 1, -torch.inf]], [[2, 0, 0]]], dtype=dtype, device=device)
+    logits = logits.expand(3, 20, 3).clone().requires_grad_()
+    present = torch.ones(3, 20, dtype=torch.bool, device=device)
+    present[1, 0] = False
+    fuse = functools.partial(ops.certainty_fusion, temperature=temperature, present=present, backend=backend)
+    # As unlikely a class, which no logit excludes.
+    likely = logits.detach().clamp_min(-1e4).requires_grad_()
+    (fused, weights), (expected, same) = fuse(logits), fuse(likely)
+    assert bool((fused[1:, 2] == -torch.inf).all())
+    # Without the modality that excludes it the class is there.
+    assert torch.equal(fused[0], expected[0])
+    assert torch.equal(fused[:, :2], expected[:, :2])
+    assert torch.equal(weights, same)
+    dfused = torch.tensor([0.5, -2.0, 3.0], dtype=dtype, device=device).expand_as(fused)
+    heard = dfused.clone()
+    heard[1:, 2] = 0
+    gradient = torch.autograd.grad(fused, logits, dfused)[0]
+    assert torch.equal(gradient[..., :2], torch.autograd.grad(expected, likely, heard)[0][..., :2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_a_logit_just_below_the_largest_is_not_the_largest(dtype, backend, device):
+    # Its exponential, about the largest, rounds to 1.
+    least = torch.finfo(dtype).eps / 16
+    logits = torch.tensor([[[0.0, least, 0.0]], [[0.0, 3.0, 1.0]]], dtype=dtype, device=device)
+    logits.requires_grad_()
+    ops.certainty_fusion(logits, backend=backend)[1][0].sum().backward()
+    assert (logits.grad[0, 0] > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_neighbour_without_a_score_gives_the_absent_nothing(rule, value, backend, device):
+    logits, present = make((3, 20, 5), torch.float32, device=device)
+    logits[0] = value
+    present[:] = torch.tensor([True, True, False], device=device)[:, None]
+    fused, weights = RULES[rule][0](logits.requires_grad_(), present=present, backend=backend)
+    assert bool(weights[:2].isnan().all())
+    assert bool((weights[2] == 0).all())
+    assert bool(fused.isnan().all())
+    gradient = torch.autograd.grad(fused.sum(), logits)[0]
+    assert bool(gradient[:2].isnan().all())
+    assert bool((gradient[2] == 0).all())
 
 
 def test_equal_logits_give_the_gradient_to_the_lowest_class(backend, device):
@@ -311,3 +360,21 @@ def test_bad_input():
         ops.certainty_fusion(logits, present=present.long())
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         ops.certainty_fusion(logits, temperature=0)
+    for value in ("abc", None, 1j, True):
+        with pytest.raises(TypeError, match=f"temperature must be a number, got {value!r}"):
+            ops.certainty_fusion(logits, temperature=value)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-39, 2.9387e-39, 3.4029e38, 1e300, 10**400], ids=str)
+def test_temperatures_that_float32_does_not_divide_by(value):
+    with pytest.raises(ValueError, match=r"between 2.938737e-39 and 3.4028235e\+38, .* got"):
+        ops.certainty_fusion(make((2, 4, 3))[0], temperature=value)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning:mmfast.ops")
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.array], ids=lambda kind: kind.__name__)
+def test_temperatures_of_other_kinds_of_number(kind, backend, device):
+    logits, _ = make((2, 4, 3), device=device)
+    for value in (2.938737e-39, 0.5, 3.4028235e38):
+        _, weights = ops.certainty_fusion(logits, temperature=kind(value), backend=backend)
+        assert bool(weights.isfinite().all())

@@ -93,7 +93,8 @@ struct Fusion {
       sum += scores[m];
     }
     sum = sum == 0 ? V{} + 1 : sum;
-    for (int64_t m = 0; m < M; ++m) scores[m] /= sum;
+    // Once more 0 for what is absent, beside a modality whose score is NaN.
+    for (int64_t m = 0; m < M; ++m) scores[m] = here[m] ? scores[m] / sum : V{};
   }
 
   void store_weights(const V* w, int64_t first, T* weights) const {
@@ -139,9 +140,14 @@ struct Fusion {
     auto is_zero = w[0] == 0;
     for (int64_t m = 1; m < M; ++m) is_zero |= w[m] == 0;
     if (any(is_zero)) {
-      // A weight of 0 times the logit -inf of an excluded class is to be 0.
-      for (int64_t m = 0; m < M; ++m)
-        for (int64_t c = 0; c < C; ++c) z[m * C + c] = w[m] == 0 ? V{} : z[m * C + c];
+      // Mathematically above 0: its product with a finite logit vanishes, that with the -inf of an excluded
+      // class does not.
+      const V lowest = V{} + std::numeric_limits<A>::lowest();
+      for (int64_t m = 0; m < M; ++m) {
+        const auto vanishes = w[m] == 0;
+        for (int64_t c = 0; c < C; ++c) z[m * C + c] = vanishes & (z[m * C + c] >= lowest) ? V{} : z[m * C + c];
+        w[m] = vanishes ? V{} + 1 : w[m];
+      }
     }
     for (int64_t c = 0; c < C; ++c) {
       V sum = w[0] * z[c];
@@ -164,16 +170,18 @@ struct Fusion {
       here[m] = lanes_present(m, first);
       load_logits(m, first, here[m], em);
       const V max = max_of(em), lowest = V{} + std::numeric_limits<A>::lowest();
+      // What a logit's exponential is at most that is not the largest, or rounding would make it one.
+      const V below_one = V{} + (1 - std::numeric_limits<A>::epsilon() / 2);
       V s = {}, t = {}, dot = {};
       for_groups([&](int64_t begin, int64_t end) {
         V group_s = {}, group_t = {}, group_dot = {};
         for (int64_t c = begin; c < end; ++c) {
           const V z = em[c], x = shifted(z, max), exponential = exp_nonpositive<A>(x);
-          // An excluded class has logit -inf and gradient 0; their product is to be 0.
-          group_dot += df[c] * (z < lowest ? lowest : z);
+          // Where a class is excluded the fused logit is -inf whatever the weights are.
+          group_dot += df[c] * (z < lowest ? V{} : z);
           group_s += exponential;
           group_t += exponential * x;
-          em[c] = score == kEntropy ? x : exponential;
+          em[c] = score == kEntropy ? x : x < 0 & exponential == 1 ? below_one : exponential;
         }
         s += group_s, t += group_t, dot += group_dot;
       });
@@ -205,6 +213,8 @@ struct Fusion {
           em[c] = w[m] * df[c] - scale * em[c] + (is_top ? dscore : V{});
         }
       }
+      if (any(~here[m]))
+        for (int64_t c = 0; c < C; ++c) em[c] = from_bits<A>(bits_of<A>(em[c]) & here[m]);
       store_lanes(em, C, num_rows, dlogits + (m * N + first) * C);
     }
   }

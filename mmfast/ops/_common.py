@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,12 @@ _LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The compiled modules know dtypes by these codes.
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOATS)}
+
+# float first, which most numbers are. A tensor is compared as one.
+_REAL = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)
+_NUMPY = (np.generic, np.ndarray)
+# What rounds to a float32 between these has a reciprocal that is neither infinite nor 0.
+_LEAST_SCALE, _GREATEST_SCALE = 2.0**-128 + 2.0**-150, 2.0**128 - 2.0**103
 
 
 def register(
@@ -124,9 +131,23 @@ def check_integer(name: str, value: object) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a positive finite number."""
+    """Raise unless `value` is a positive number that float32 can hold and divide by.
+
+    Kernels take it in the dtype they compute in, often float32, where a smaller number's reciprocal is
+    infinite and a greater number is.
+    """
+    if isinstance(value, _NUMPY) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if _LEAST_SCALE < value < _GREATEST_SCALE:
+        return
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    raise ValueError(
+        f"{name} must lie between 2.938737e-39 and 3.4028235e+38, within which float32 holds it and its "
+        f"reciprocal, got {value}"
+    )
 
 
 def check_scale_tensor(name: str, value: Tensor) -> None:

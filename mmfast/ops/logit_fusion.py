@@ -42,7 +42,8 @@ def entropy_fusion(
 
     Args:
         logits: [M, N, C] float32, float64, bfloat16 or float16, any strides. A logit of -inf excludes its
-            class.
+            class of that sample: the fused logit is -inf, however small the modality's weight is, and the
+            weights get no gradient from it.
         present: bool [M, N], False where a sample lacks a modality: its weight is 0 and its logits, whatever
             they hold, have no influence. A sample without any modality has weights 0 and fused logits 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -82,8 +83,10 @@ def certainty_fusion(
 
     Args:
         logits: [M, N, C] float32, float64, bfloat16 or float16, any strides. A logit of -inf excludes its
-            class.
-        temperature: positive; the smaller, the more the surest modality decides alone.
+            class of that sample: the fused logit is -inf, however small the modality's weight is, and the
+            weights get no gradient from it.
+        temperature: positive, within what float32 holds and divides by: 2.938737e-39 to 3.4028235e+38. The
+            smaller, the more the surest modality decides alone.
         present: bool [M, N], False where a sample lacks a modality: its weight is 0 and its logits, whatever
             they hold, have no influence. A sample without any modality has weights 0 and fused logits 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -94,8 +97,9 @@ def certainty_fusion(
         gradient.
 
     Raises:
-        TypeError: `logits` is no tensor of a floating dtype, or `present` none of bool.
-        ValueError: a shape is wrong, M or C is 0, or `temperature` is not positive and finite.
+        TypeError: `logits` is no tensor of a floating dtype, `present` none of bool, or `temperature` no
+            number.
+        ValueError: a shape is wrong, M or C is 0, or `temperature` is not positive, finite and within range.
 
     Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
     """

@@ -61,11 +61,11 @@ def logit_fusion(
     else:
         scores = z.softmax(-1).gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)
     weights = _weights(scores / temperature, present)
-    weighted = weights[..., None] * z
-    if score == "certainty":
-        # A weight underflows to 0 at a low temperature; times an excluded class's logit -inf it is to be 0.
-        weighted = weighted.masked_fill(weights[..., None] == 0, 0)
-    fused = weighted.sum(0)
+    is_excluded = z == -torch.inf
+    weighted = weights[..., None] * z.masked_fill(is_excluded, 0)
+    # A weight underflows to 0 at a low temperature; times an excluded class's logit it is to be -inf. What
+    # has no weight, as all logits of a modality are -inf, keeps its NaN.
+    fused = weighted.masked_fill(is_excluded & ~weights.isnan()[..., None], -torch.inf).sum(0)
     return fused.to(logits.dtype), weights.to(logits.dtype)
 
 
@@ -92,8 +92,11 @@ def logit_fusion_bwd(
         dscores_dz = scores * (-p).scatter_add_(-1, top, torch.ones_like(scores))
     weights = _weights(scores.squeeze(-1) / temperature, present)[..., None]
     dfused = dfused.to(z.dtype)
-    # An excluded class has logit -inf and gradient 0; their product is to be 0.
-    finite = z.clamp_min(torch.finfo(z.dtype).min)
+    # Where a class is excluded the fused logit is -inf whatever the weights are.
+    finite = z.masked_fill(z == -torch.inf, 0)
     dweight = dweights.to(z.dtype)[..., None] + (dfused * finite).sum(-1, keepdim=True)
     dscores = weights * (dweight - (weights * dweight).sum(0)) / temperature
-    return (weights * dfused + dscores * dscores_dz).to(logits.dtype)
+    dz = weights * dfused + dscores * dscores_dz
+    # Where a gradient or a neighbour is NaN, 0 times it would be.
+    dz = dz if present is None else dz.masked_fill(~present[..., None], 0)
+    return dz.to(logits.dtype)
