@@ -66,7 +66,7 @@ def logit_fusion(
         # A weight underflows to 0 at a low temperature; times an excluded class's logit -inf it is to be 0.
         weighted = weighted.masked_fill(weights[..., None] == 0, 0)
     fused = weighted.sum(0)
-    return fused.to(logits.dtype), weights.to(logits.dtype)
+    return fused.to(logits.dtype).contiguous(), weights.to(logits.dtype).contiguous()
 
 
 def logit_fusion_bwd(
@@ -96,4 +96,4 @@ def logit_fusion_bwd(
     finite = z.clamp_min(torch.finfo(z.dtype).min)
     dweight = dweights.to(z.dtype)[..., None] + (dfused * finite).sum(-1, keepdim=True)
     dscores = weights * (dweight - (weights * dweight).sum(0)) / temperature
-    return (weights * dfused + dscores * dscores_dz).to(logits.dtype)
+    return (weights * dfused + dscores * dscores_dz).to(logits.dtype).contiguous()
