@@ -139,7 +139,12 @@ def kmeans(device, dtype, backend):
 @call_of("kmeans")
 def cluster_purity(device, dtype, backend):
     labels, clusters = _labels(device, N), _labels(device, N).flip(0)
-    return [], lambda: [torch.tensor(ops.cluster_purity(clusters, labels, backend=backend))]
+
+    def call() -> list[Tensor]:
+        purity = ops.cluster_purity(clusters, labels, backend=backend)
+        return [torch.tensor(purity, dtype=torch.float64, device="cpu")]
+
+    return [], call
 
 
 @call_of("partial_reinit")

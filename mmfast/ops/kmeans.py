@@ -88,7 +88,7 @@ def kmeans(
     _check(features, num_clusters, init)
     _check_options(num_init, max_iter, tol, seed)
     _backend.check_name(backend)
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator("cpu").manual_seed(int(seed))
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
         start = (
@@ -256,7 +256,7 @@ def _lloyd_fake(features, start, max_iter, tol, backend):
         features.new_empty(start.shape, dtype=dtype),
         features.new_empty(features.shape[0], dtype=torch.int64),
         features.new_empty((), dtype=dtype),
-        torch.empty((), dtype=torch.int64),
+        torch.empty((), dtype=torch.int64, device="cpu"),
     )
 
 

@@ -40,7 +40,7 @@ def class_moments_bwd(
     mean: Tensor,  # [C, D]
 ) -> Tensor:  # [N, D]
     """Return (dmean_y + 2 (x - mean_y) dvar_y) / count_y."""
-    dfeatures = torch.empty_like(features)
+    dfeatures = torch.empty_like(features, memory_format=torch.contiguous_format)
     labels = labels.long()
     dmean, dvar = dmean / count[:, None], 2 * dvar / count[:, None]
     for rows in row_chunks(features, *features.shape):

@@ -84,7 +84,7 @@ def info_nce_fwd(
     query, key = query.to(dtype), key.to(dtype)
     num_samples = query.shape[0]
     losses = query.new_empty(num_samples)
-    residual = torch.empty_like(query) if with_residual else None
+    residual = torch.empty_like(query, memory_format=torch.contiguous_format) if with_residual else None
     for rows in row_chunks(query, num_samples, key.shape[0]):
         # log_softmax subtracts the maximum first and the logarithm last: large scores do not cancel.
         log_p = (query[rows] @ key.T).div_(temperature).log_softmax(1)
