@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     residual: np.ndarray
     residual_error: np.ndarray
     beyond: np.ndarray  # [N], a score lies beyond the dtype
-    unsure: np.ndarray  # [N, d], NaN or infinite, not known which
+    unsure: np.ndarray  # [N, d], loose gradients
 
 
 def pair(
@@ -60,17 +60,20 @@ def pair(
     beyond = (size * np.maximum(1, 1 / heat) > top).any(-1)
     # 0 times infinity, where a unit takes for 0 what is none.
     beyond |= ((lost[0] > 0).astype(int) @ np.isinf(k).T.astype(int) + np.isinf(q).astype(int) @ (lost[1] > 0).T > 0).any(-1)
+    k_size = sizes[1]
+    # Where keys near the largest number are added up, and the own one N times subtracted, before the division.
+    crowded = 2 * num_samples * k_size.max(0, initial=0) > top
     own = np.arange(num_samples)
     loss, error = -soft.log_p[own, own], soft.log_p_error[own, own]
     residual = soft.p @ k - k
-    k_size, p = np.abs(np.where(np.isfinite(k), k, 0)), clean(soft.p)
+    p = clean(soft.p)
     spread = p @ k_size
     # The product of probabilities, whose sum divides before or after, with the keys.
     residual_error = soft.p_error @ k_size + (gamma(num_samples + 4, u) + half) * spread + 2 * u * k_size
     residual_error = residual_error + p @ lost[1] + lost[1]
     vanishing = (soft.p < top**-0.9) & (soft.p > 0)
     vanishing = vanishing.astype(np.longdouble) @ np.isinf(k).astype(np.longdouble) > 0
-    return Pair(loss, error, residual, residual_error, beyond, vanishing)
+    return Pair(loss, error, residual, residual_error, beyond, vanishing | crowded)
 
 
 def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:

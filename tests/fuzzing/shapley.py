@@ -54,6 +54,17 @@ def values_of(
     return np.stack(phi, -1), np.stack(bound, -1)
 
 
+def _is_crowded(size: np.ndarray, acc: torch.dtype) -> np.ndarray:  # [..., 1]
+    """Return where sums of utilities may lie beyond the dtype.
+
+    A difference of two is up to 2 max |v|. Folding the weighted table adds up |s|! (M-|s|-1)! / M! of every
+    coalition, 1 + 1 / 2 + ... + 1 / M in all.
+    """
+    num_players = size.shape[-1].bit_length() - 1
+    most = max(2.0, sum(1 / m for m in range(1, num_players + 1)))
+    return most * size.max(-1, keepdims=True) > np.longdouble(torch.finfo(acc).max)
+
+
 def table_of(
     dphi: np.ndarray,  # [..., M]
     u: float,
@@ -98,9 +109,7 @@ def shapley_values(draw: Draw, backend: str, small: bool) -> None:
     table = exact(utilities.tensor)
     truth, bound = values_of(table, 0.0, u)
     size = np.abs(np.where(np.isfinite(table), table, 0))
-    # A difference of two utilities that lies beyond the dtype.
-    top = np.longdouble(torch.finfo(acc).max)
-    loose = np.stack([(sum(_halves(size, m)) > top).any(-1) for m in range(num_players)], -1)
+    loose = np.broadcast_to(_is_crowded(size, acc), truth.shape)
     tiny = 2**num_players * grain(acc)
     check("phi", phi, truth, bound + tiny, dtype=dtype, loose=loose)
     truth, bound = table_of(exact(dphi.tensor), u)
@@ -227,7 +236,7 @@ def additive_shapley(draw: Draw, backend: str, small: bool) -> None:
     error = np.where(beyond & np.isnan(error), np.inf, error)
     truth, bound = values_of(table, error, u)
     amount = np.abs(np.where(np.isfinite(table), table, 0))
-    over = np.stack([(sum(_halves(amount, m)) > top).any(-1) for m in range(num_modalities)], -1)
+    over = np.broadcast_to(_is_crowded(amount, acc), truth.shape)
     loose = over if utility not in SMOOTH else over | beyond.any(1)[:, None]
     check("phi", phi, truth, bound + 2**num_modalities * flush, dtype=dtype, loose=loose)
     if utility in SMOOTH:

@@ -85,11 +85,11 @@ def laid_out(draw: Draw, values: Tensor, layout: str | None = None, poison: floa
     if layout == "transposed" and dims > 1:
         order = list(range(dims))
         first, second = draw.choice([(i, j) for i in order for j in order if i < j])
-        base = values.transpose(first, second).contiguous()
+        base = values.transpose(first, second).clone(memory_format=torch.contiguous_format)
         return Made(base.transpose(first, second), base)
     if layout == "expanded" and dims > 0:
         dim = draw.integer(0, dims - 1)
-        base = values.narrow(dim, 0, min(1, shape[dim])).contiguous()
+        base = values.narrow(dim, 0, min(1, shape[dim])).clone(memory_format=torch.contiguous_format)
         return Made(base.expand(shape), base)
     if layout == "tail" and dims > 0:
         # What follows [a:] or [-n:], in every dimension.
