@@ -55,11 +55,16 @@ class Skip(Exception):
     """The backend does not take what was drawn, and says so."""
 
 
+def stem(op: str) -> str:
+    """Return the name of the op's files."""
+    return _STEMS.get(op, op)
+
+
 def runs_on(op: str, backend: str) -> bool:
     """Whether a backend, "cpu" and the like, has a kernel for an op; it must be available."""
     from mmfast import backend as _backend
 
-    return op == "invalid" or _backend.implements(backend, _STEMS.get(op, op))
+    return op == "invalid" or _backend.implements(backend, stem(op))
 
 
 def run(op: str, draw: Draw, backend: str, small: bool) -> None:
@@ -81,3 +86,17 @@ def run(op: str, draw: Draw, backend: str, small: bool) -> None:
         if type(error).__module__.startswith("hypothesis"):
             raise
         raise AssertionError(f"raised {type(error).__name__}: {error}") from error
+
+
+__all__ = [
+    "CASES",
+    "Draw",
+    "HypothesisDraw",
+    "Recorded",
+    "Replay",
+    "Skip",
+    "run",
+    "runs_on",
+    "shrunk",
+    "stem",
+]

@@ -11,7 +11,7 @@ from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, flushed, gamma, grain, unit, wide
 from fuzzing.shapley import gradients
 from fuzzing.softmax import softmax
-from fuzzing.tensors import FLOATS, Made, assert_unchanged, exact, floats, mask
+from fuzzing.tensors import Made, assert_unchanged, exact, float_dtype, floats, mask
 from mmfast import ops
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -59,9 +59,11 @@ def pair(
     # The sum before the division, or after it.
     beyond = (size * np.maximum(1, 1 / heat) > top).any(-1)
     # 0 times infinity, where a unit takes for 0 what is none.
-    beyond |= ((lost[0] > 0).astype(int) @ np.isinf(k).T.astype(int) + np.isinf(q).astype(int) @ (lost[1] > 0).T > 0).any(-1)
+    beyond |= (
+        (lost[0] > 0).astype(int) @ np.isinf(k).T.astype(int) + np.isinf(q).astype(int) @ (lost[1] > 0).T > 0
+    ).any(-1)
     k_size = sizes[1]
-    # Where keys near the largest number are added up, and the own one N times subtracted, before the division.
+    # Keys near the largest number are added up, and the own one N times subtracted, before the division.
     crowded = 2 * num_samples * k_size.max(0, initial=0) > top
     own = np.arange(num_samples)
     loss, error = -soft.log_p[own, own], soft.log_p_error[own, own]
@@ -85,7 +87,9 @@ def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
     return half, torch.finfo(dtype).tiny if dtype == torch.bfloat16 and backend in ("cpu", "auto") else 0.0
 
 
-def _reduced(values: np.ndarray, errors: np.ndarray, reduction: str, u: float) -> tuple[np.ndarray, np.ndarray]:
+def _reduced(
+    values: np.ndarray, errors: np.ndarray, reduction: str, u: float
+) -> tuple[np.ndarray, np.ndarray]:
     if reduction == "none":
         return values, errors
     count = len(values) if reduction == "mean" else 1
@@ -108,7 +112,9 @@ def _check_loss(
     beyond = np.zeros(num_samples, bool)
     for _, _, one in pairs:
         values = values + one.loss
-        errors = errors + one.loss_error + len(pairs) * u * np.abs(np.where(np.isfinite(one.loss), one.loss, 0))
+        errors = (
+            errors + one.loss_error + len(pairs) * u * np.abs(np.where(np.isfinite(one.loss), one.loss, 0))
+        )
         beyond = beyond | one.beyond
     # A sum over samples beyond the dtype whose mean is not.
     total = np.abs(np.where(np.isfinite(values), values, 0)).sum()
@@ -147,27 +153,31 @@ def _check_loss(
 
 def unidirectional_info_nce(draw: Draw, backend: str, small: bool) -> None:
     """One call of unidirectional_info_nce and its vector-Jacobian product."""
-    dtype = draw.choice(FLOATS)
-    key_dtype = dtype if draw.chance(0.95) else draw.choice(FLOATS)
+    dtype = float_dtype(draw, backend)
+    key_dtype = dtype if draw.chance(0.95) else float_dtype(draw, backend)
     shape = (draw.size(17 if small else 65), draw.size(33 if small else 129))
     query, key = floats(draw, shape, dtype), floats(draw, shape, key_dtype)
     temperature, reduction = draw.choice(_TEMPERATURES), draw.choice(REDUCTIONS)
     if backend == "cpu" and draw.chance(0.2):
         backend = "auto"
     x = query.tensor.detach().requires_grad_()
-    loss = ops.unidirectional_info_nce(x, key.tensor, temperature=temperature, reduction=reduction, backend=backend)
+    loss = ops.unidirectional_info_nce(
+        x, key.tensor, temperature=temperature, reduction=reduction, backend=backend
+    )
     common = torch.promote_types(dtype, key_dtype)
     acc = wide(common)
     half, least = _units(common, backend)
     top = np.longdouble(torch.finfo(acc).max)
-    found = pair(exact(query.tensor), exact(key.tensor), temperature, unit(acc), flushed(acc), top, half, least)
+    found = pair(
+        exact(query.tensor), exact(key.tensor), temperature, unit(acc), flushed(acc), top, half, least
+    )
     _check_loss(draw, loss, [x], [(0, np.arange(shape[1]), found)], temperature, reduction, acc)
     assert_unchanged(query=query, key=key)
 
 
 def duc_loss(draw: Draw, backend: str, small: bool) -> None:
     """One call of duc_loss and its vector-Jacobian products."""
-    dtype, num_modalities = draw.choice(FLOATS), draw.choice((2, 1, 3, 2, 4))
+    dtype, num_modalities = float_dtype(draw, backend), draw.choice((2, 1, 3, 2, 4))
     shape = (draw.size(13 if small else 47), draw.size(17 if small else 97))
     features: list[Made] = [floats(draw, shape, dtype) for _ in range(num_modalities)]
     effective = mask(draw, (num_modalities, shape[1]))

@@ -1,4 +1,4 @@
-"""Where the choices of a generated call come from: a seeded generator, or hypothesis, which can shrink them."""
+"""Where the choices of a generated call come from: a seed, or hypothesis, which can shrink them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,35 @@ import numpy as np
 T = TypeVar("T")
 
 # Around the vectors of every instruction set (4 to 16 numbers, unrolled by up to 4) and the tiles of a GPU.
-SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129, 200, 257, 300)
+SIZES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    13,
+    15,
+    16,
+    17,
+    23,
+    31,
+    32,
+    33,
+    47,
+    63,
+    64,
+    65,
+    97,
+    127,
+    128,
+    129,
+    200,
+    257,
+    300,
+)
 
 
 class Draw:
@@ -92,7 +120,7 @@ def shrunk(
     failure: Callable[[list[int]], tuple[str, list[int]] | None],
     rounds: int = 4,
 ) -> tuple[str, list[int]]:
-    """Return simpler choices that fail alike, and what they fail with: each made smaller as far as it goes."""
+    """Return simpler choices that fail alike, and what they fail with: each made smaller while it can be."""
     kind = _kind(found[0])
     for _ in range(rounds):
         before = found[1]

@@ -9,7 +9,7 @@ from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, flushed, gamma, grain, unit, wide
 from fuzzing.shapley import gradients, leaf
 from fuzzing.softmax import softmax
-from fuzzing.tensors import FLOATS, assert_unchanged, exact, floats, mask
+from fuzzing.tensors import assert_unchanged, exact, float_dtype, floats, mask
 from mmfast import ops
 
 
@@ -54,8 +54,12 @@ def _scores(
 
 
 def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
-    dtype = draw.choice(FLOATS)
-    shape = (draw.choice((2, 1, 3, 4, 5)), draw.size(17 if small else 65), draw.size(33 if small else 129, zero=0))
+    dtype = float_dtype(draw, backend)
+    shape = (
+        draw.choice((2, 1, 3, 4, 5)),
+        draw.size(17 if small else 65),
+        draw.size(33 if small else 129, zero=0),
+    )
     logits = floats(draw, shape, dtype)
     present = mask(draw, shape[:2]) if draw.chance(0.5) else None
     temperature, options = 1.0, {}
@@ -81,7 +85,9 @@ def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
     product = np.where(here[..., None] & (z == -np.inf) & ~np.isnan(w)[..., None], -np.inf, product)
     truth = product.sum(0)
     size = np.abs(_finite(z))
-    bound = ((w_error + gamma(shape[0] + 2, u) * clean(w))[..., None] * size).sum(0) + (shape[0] + 2) * grain(acc)
+    bound = ((w_error + gamma(shape[0] + 2, u) * clean(w))[..., None] * size).sum(0) + (shape[0] + 2) * grain(
+        acc
+    )
     # A sum of rounded weights may pass the largest number where the weighted mean is near it.
     check("weights", weights, w, w_error, dtype=dtype)
     check("fused", fused, truth, bound, dtype=dtype)
@@ -99,7 +105,10 @@ def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
     dw_error = gamma(shape[2] + 1, u) * dw_size
     w_finite, dweight_finite = clean(w), _finite(dweight)
     mean = (np.where(here, w * dweight, 0)).sum(0)
-    mean_error = (w_error * np.abs(dweight_finite) + w_finite * (dw_error + gamma(shape[0] + 2, u) * np.abs(dweight_finite))).sum(0)
+    mean_error = (
+        w_error * np.abs(dweight_finite)
+        + w_finite * (dw_error + gamma(shape[0] + 2, u) * np.abs(dweight_finite))
+    ).sum(0)
     off = np.where(here, dweight - mean, 0)
     off_error = dw_error + mean_error + u * (np.abs(dweight_finite) + np.abs(clean(mean)))
     dscore = np.where(here, w * off / heat, 0)

@@ -8,7 +8,17 @@ import torch
 from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, gamma, unit, wide
 from fuzzing.shapley import gradients, leaf
-from fuzzing.tensors import FLOATS, Made, assert_around_unchanged, assert_unchanged, bits, exact, floats, laid_out
+from fuzzing.tensors import (
+    FLOATS,
+    Made,
+    assert_around_unchanged,
+    assert_unchanged,
+    bits,
+    exact,
+    float_dtype,
+    floats,
+    laid_out,
+)
 from mmfast import ops
 
 _WRITABLE = ("contiguous", "transposed", "tail", "stepped", "unaligned")
@@ -23,15 +33,16 @@ def partial_reinit(draw: Draw, backend: str, small: bool) -> None:
     """One call of partial_reinit_ with a list of tensors."""
     params: list[Made] = []
     initial: list[Made] = []
-    one_dtype = draw.choice((None, *FLOATS))
+    one_dtype = draw.choice((None, float_dtype(draw, backend)))
     for _ in range(draw.choice((1, 2, 3, 7, 0))):
-        dtype = draw.choice(FLOATS) if one_dtype is None else one_dtype
+        dtype = float_dtype(draw, backend) if one_dtype is None else one_dtype
         shape = tuple(draw.size(17 if small else 129) for _ in range(draw.choice((1, 2, 3, 0))))
         shape = shape if len(shape) < 3 else tuple(min(size, 9) for size in shape)
         params.append(floats(draw, shape, dtype, _KINDS, draw.choice(_WRITABLE)))
         initial.append(floats(draw, shape, dtype, _KINDS))
     strengths = [
-        draw.choice((0.5, 0.0, 1.0, 0.1, 0.999, 1e-6, 1 - 1e-10, 1e-30, 1e-42)) for _ in range(max(1, len(params)))
+        draw.choice((0.5, 0.0, 1.0, 0.1, 0.999, 1e-6, 1 - 1e-10, 1e-30, 1e-42))
+        for _ in range(max(1, len(params)))
     ]
     is_one = draw.chance(0.5)
     start = [exact(one.tensor) for one in params]
@@ -108,7 +119,9 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     with np.errstate(all="ignore"):
         relative = clean(denominator_error / (denominator - denominator_error))
         crossed = np.outer(ph_error, ph_amount + ph_error) + np.outer(ph_amount, ph_error)
-        bound = (crossed * (1 + relative) + outer * (relative + 8 * u)) / np.abs(denominator) + 2 * u * np.abs(p)
+        bound = (crossed * (1 + relative) + outer * (relative + 8 * u)) / np.abs(
+            denominator
+        ) + 2 * u * np.abs(p)
     # A product of two numbers below the least normal one, over alpha.
     bound = bound + np.longdouble(info.tiny) * (1 + size / np.sqrt(np.longdouble(alpha)))
     check("projector", projector.tensor, truth, bound, dtype=dtype, loose=loose)
@@ -116,7 +129,7 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
 
 def project_gradient(draw: Draw, backend: str, small: bool) -> None:
     """One call of project_gradient and its vector-Jacobian product."""
-    dtype = draw.choice(FLOATS)
+    dtype = float_dtype(draw, backend)
     projector_dtype = draw.choice((torch.float32, torch.float64))
     shape = (draw.size(17 if small else 33), draw.size(33 if small else 129))
     grad = floats(draw, shape, dtype)

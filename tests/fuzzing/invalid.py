@@ -35,7 +35,12 @@ def _valid() -> dict[str, tuple[Callable, dict[str, Any]]]:
         ),
         "additive_shapley": (
             ops.additive_shapley,
-            {"partial_logits": floats(_M, _N, _C), "labels": target, "bias": floats(_C), "utility": "probability"},
+            {
+                "partial_logits": floats(_M, _N, _C),
+                "labels": target,
+                "bias": floats(_C),
+                "utility": "probability",
+            },
         ),
         "unidirectional_info_nce": (
             ops.unidirectional_info_nce,
@@ -50,7 +55,10 @@ def _valid() -> dict[str, tuple[Callable, dict[str, Any]]]:
                 "reduction": "sum",
             },
         ),
-        "class_moments": (ops.class_moments, {"features": floats(_N, _D), "labels": target, "num_classes": _C}),
+        "class_moments": (
+            ops.class_moments,
+            {"features": floats(_N, _D), "labels": target, "num_classes": _C},
+        ),
         "dimension_accuracy": (
             ops.dimension_accuracy,
             {"features": floats(_N, _D), "labels": target, "centroids": floats(_C, _D)},
@@ -75,13 +83,37 @@ def _valid() -> dict[str, tuple[Callable, dict[str, Any]]]:
         ),
         "kmeans": (
             ops.kmeans,
-            {"features": floats(_N, _D), "num_clusters": 2, "init": "k-means++", "max_iter": 3, "tol": 0.0, "seed": 0, "num_init": 1},
+            {
+                "features": floats(_N, _D),
+                "num_clusters": 2,
+                "init": "k-means++",
+                "max_iter": 3,
+                "tol": 0.0,
+                "seed": 0,
+                "num_init": 1,
+            },
         ),
         "cluster_purity": (ops.cluster_purity, {"assignments": target, "labels": target}),
     }
 
 
-_TEMPERATURES = (0, 0.0, -1.0, float("nan"), float("inf"), 1e-46, 1e-40, 1e39, 1e300, 1e-300, "1", None, 1j, [1.0], torch.ones(_N))
+_TEMPERATURES = (
+    0,
+    0.0,
+    -1.0,
+    float("nan"),
+    float("inf"),
+    1e-46,
+    1e-40,
+    1e39,
+    1e300,
+    1e-300,
+    "1",
+    None,
+    1j,
+    [1.0],
+    torch.ones(_N),
+)
 # Wrong values by argument, whatever the op.
 _WRONG: dict[str, tuple] = {
     "temperature": _TEMPERATURES,
@@ -90,7 +122,14 @@ _WRONG: dict[str, tuple] = {
     "backend": ("gpu", None, ""),
     "num_classes": (0, -1, 2.5, True, None, "4"),
     "num_clusters": (0, -1, _N + 1, 1.5, None, True),
-    "init": ("random", None, torch.zeros(3, _D), torch.zeros(2, _D + 1), torch.full((2, _D), float("nan")), torch.zeros(2, _D).int()),
+    "init": (
+        "random",
+        None,
+        torch.zeros(3, _D),
+        torch.zeros(2, _D + 1),
+        torch.full((2, _D), float("nan")),
+        torch.zeros(2, _D).int(),
+    ),
     "max_iter": (0, -3, 1.5, None),
     "num_init": (0, -3, 1.5, None),
     "tol": (-1.0, float("nan"), float("inf"), "0", None),
@@ -98,7 +137,19 @@ _WRONG: dict[str, tuple] = {
 }
 _ALPHAS = {
     "update_projector_": (0, -1.0, float("nan"), float("inf"), 1e-46, 1e-40, 1e39, 1e300, "1", None, 1j),
-    "partial_reinit_": (-0.1, 1.1, float("nan"), float("inf"), "1", None, 1j, [0.5], [0.1, 0.2, 0.3], [0.1, 2.0], [0.1, float("nan")]),
+    "partial_reinit_": (
+        -0.1,
+        1.1,
+        float("nan"),
+        float("inf"),
+        "1",
+        None,
+        1j,
+        [0.5],
+        [0.1, 0.2, 0.3],
+        [0.1, 2.0],
+        [0.1, float("nan")],
+    ),
 }
 
 
@@ -131,7 +182,17 @@ def _wrong_tensor(draw: Draw, op: str, name: str, x: Tensor) -> Any:
 
 
 # Whose number of rows is the others' measure; a wrong one is said of the others.
-_FIRST = ("utilities", "query", "projector", "grad", "features", "centroids", "assignments", "logits", "partial_logits")
+_FIRST = (
+    "utilities",
+    "query",
+    "projector",
+    "grad",
+    "features",
+    "centroids",
+    "assignments",
+    "logits",
+    "partial_logits",
+)
 
 
 def _wrong_list(draw: Draw, op: str, name: str, x: list[Tensor]) -> Any:

@@ -89,7 +89,9 @@ def check(
     assert isinstance(actual, Tensor), f"{name} is no tensor but {type(actual).__name__}"
     assert actual.dtype == dtype, f"{name} has dtype {actual.dtype}, expected {dtype}"
     truth = np.asarray(truth)
-    assert tuple(actual.shape) == truth.shape, f"{name} has shape {list(actual.shape)}, expected {list(truth.shape)}"
+    assert tuple(actual.shape) == truth.shape, (
+        f"{name} has shape {list(actual.shape)}, expected {list(truth.shape)}"
+    )
     if truth.size == 0:
         return
     got, info = exact(actual), torch.finfo(dtype)
@@ -130,9 +132,13 @@ def check(
 
 def check_same(name: str, actual: Tensor, truth: np.ndarray) -> None:
     """Raise AssertionError unless whole numbers are the same."""
-    assert list(actual.shape) == list(truth.shape), f"{name} has shape {list(actual.shape)}, not {list(truth.shape)}"
+    assert list(actual.shape) == list(truth.shape), (
+        f"{name} has shape {list(actual.shape)}, not {list(truth.shape)}"
+    )
     got = actual.detach().numpy()
     if not np.array_equal(got, truth):
         index = tuple(int(i) for i in np.argwhere(got != truth)[0])
         wrong = int((got != truth).sum())
-        raise AssertionError(f"{name}{list(index)} = {got[index]}, right is {truth[index]} ({wrong} of {got.size} wrong)")
+        raise AssertionError(
+            f"{name}{list(index)} = {got[index]}, right is {truth[index]} ({wrong} of {got.size} wrong)"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, flushed, gamma, grain, unit, wide
 from fuzzing.softmax import softmax
-from fuzzing.tensors import FLOATS, Made, assert_unchanged, exact, floats, labels
+from fuzzing.tensors import FLOATS, Made, assert_unchanged, exact, float_dtype, floats, labels
 from mmfast import ops
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
@@ -57,11 +57,11 @@ def values_of(
 def _is_crowded(size: np.ndarray, acc: torch.dtype) -> np.ndarray:  # [..., 1]
     """Return where sums of utilities may lie beyond the dtype.
 
-    A difference of two is up to 2 max |v|. Folding the weighted table adds up |s|! (M-|s|-1)! / M! of every
-    coalition, 1 + 1 / 2 + ... + 1 / M in all.
+    A difference of two is up to 2 max |v|. Folding the weighted table adds up b_|s| = |s|! (M-|s|-1)! / M! of
+    every coalition, 1 + 1 / 2 + ... + 1 / M in all, and 1 more with b_{|s|-1}.
     """
     num_players = size.shape[-1].bit_length() - 1
-    most = max(2.0, sum(1 / m for m in range(1, num_players + 1)))
+    most = 1 + sum(1 / m for m in range(1, num_players + 1))
     return most * size.max(-1, keepdims=True) > np.longdouble(torch.finfo(acc).max)
 
 
@@ -94,7 +94,7 @@ def leaf(made: Made) -> Tensor:
 
 def shapley_values(draw: Draw, backend: str, small: bool) -> None:
     """One call of shapley_values and its vector-Jacobian product."""
-    dtype = draw.choice(FLOATS)
+    dtype = float_dtype(draw, backend)
     num_players = draw.choice((1, 2, 3, 4, 5, 6, 7) if small else (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13))
     # Tables wider than the number of rows, but enough rows to fill vectors of them.
     most = 33 if small else max(3, min(129, 2**13 >> num_players))
@@ -174,7 +174,7 @@ def utilities_of(
 
 def coalition_utilities(draw: Draw, backend: str, small: bool) -> None:
     """One call of coalition_utilities and its vector-Jacobian product."""
-    dtype, utility = draw.choice(FLOATS), draw.choice(UTILITIES)
+    dtype, utility = float_dtype(draw, backend), draw.choice(UTILITIES)
     shape = (draw.size(9 if small else 33), 2 ** draw.integer(1, 3 if small else 4))
     shape = (*shape, draw.size(33 if small else 129, 2 if utility == "margin" else 1, zero=0))
     logits, target = floats(draw, shape, dtype), labels(draw, shape[0], shape[2])
@@ -208,7 +208,7 @@ def _coalition_logits(
 
 def additive_shapley(draw: Draw, backend: str, small: bool) -> None:
     """One call of additive_shapley and its vector-Jacobian products."""
-    dtype, utility = draw.choice(FLOATS), draw.choice(UTILITIES)
+    dtype, utility = float_dtype(draw, backend), draw.choice(UTILITIES)
     least = 2 if utility == "margin" else 1
     num_modalities = draw.choice((2, 1, 3, 4) if small else (2, 1, 3, 4, 5, 6, 7))
     shape = (num_modalities, draw.size(9 if small else 17), draw.size(17 if small else 65, least, zero=0))

@@ -32,8 +32,8 @@ def softmax(
     """Return exp(z - max) / sum exp(z - max) and z - max - log sum exp(z - max).
 
     With x = z - max, a computed exp(x_j) errs by the factor 1 + r_j, r_j = u |x_j| + EXP_ERRORS u, and their
-    sum of C terms by r = sum_j p_j r_j + C u. An error d_j of z_j multiplies exp(x_j) by at most e^d_j, and their
-    sum by at most the mean of e^d_j with the weights p_j.
+    sum of C terms by r = sum_j p_j r_j + C u. An error d_j of z_j multiplies exp(x_j) by at most e^d_j, and
+    their sum by at most the mean of e^d_j with the weights p_j.
     A row whose maximum is NaN or +inf, or -inf, is NaN.
     """
     top = z.max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Tensors of generated calls: kinds of numbers, dtypes, and layouts in memory that is poisoned around them."""
+"""Tensors of generated calls: kinds of numbers, dtypes, layouts, and memory that is poisoned around them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuzzing.draw import Draw
+from mmfast import backend as _backend
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -28,6 +29,11 @@ class Made:
 
     def __post_init__(self) -> None:
         self.before = self.base.clone()
+
+
+def float_dtype(draw: Draw, backend: str) -> torch.dtype:
+    """Return a floating dtype that the backend takes here."""
+    return draw.choice([dtype for dtype in FLOATS if _backend.supports(backend, "", dtype)])
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -62,7 +68,11 @@ def numbers(draw: Draw, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -
         reach = np.log10(float(info.max)) / draw.choice((2.0, 4.0, 1.0))
         x = np.sign(x) * 10 ** random.uniform(-reach, reach * 0.98, shape)
     elif kind in ("special", "minus infinity"):
-        picks = [-np.inf] if kind == "minus infinity" else draw.choice(([np.nan], [np.inf], [np.nan, np.inf, -np.inf]))
+        picks = (
+            [-np.inf]
+            if kind == "minus infinity"
+            else draw.choice(([np.nan], [np.inf], [np.nan, np.inf, -np.inf]))
+        )
         chosen = random.choice(np.array(picks), shape)
         x = np.where(random.random(shape) < draw.choice((0.03, 0.2, 0.7)), chosen, x)
     if np.size(x) and draw.chance(0.05):
