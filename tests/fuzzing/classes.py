@@ -75,12 +75,12 @@ def class_moments(draw: Draw, backend: str, small: bool) -> None:
     error = clean(mean_error[y]) + u * np.abs(np.where(np.isfinite(centre), centre, 0))
     bound = (2 * np.abs(dv) * (error + 5 * u * finite) + 5 * u * np.abs(dm)) / n
     # 2 dvar / n below the normal numbers, times a deviation.
-    small = 4 * grain(acc) * (1 + finite) + tiny * np.abs(dv)
+    subnormal = 4 * grain(acc) * (1 + finite) + tiny * np.abs(dv)
     top = np.longdouble(info.max)
     loose = (finite * 2 * np.maximum(np.abs(dv), 1) > top) | (
         over[y] if isinstance(over, np.ndarray) else False
     )
-    check("dfeatures", dfeatures, truth, bound + small, dtype=dtype, loose=loose)
+    check("dfeatures", dfeatures, truth, bound + subnormal, dtype=dtype, loose=loose)
     if not small or draw.chance(0.3):
         _check_merge(draw, features.tensor, target.tensor, num_classes, backend)
     assert_unchanged(features=features, labels=target, dmean=dmean, dvar=dvar)

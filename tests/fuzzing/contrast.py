@@ -73,6 +73,10 @@ def pair(
     # The product of probabilities, whose sum divides before or after, with the keys.
     residual_error = soft.p_error @ k_size + (gamma(num_samples + 4, u) + half) * spread + 2 * u * k_size
     residual_error = residual_error + p @ lost[1] + lost[1]
+    if half == unit(torch.bfloat16):
+        # Of float32's range, it may be stored before it is scaled; float16 may not.
+        size = np.abs(np.where(np.isfinite(residual), residual, 0))
+        residual_error = residual_error + half * size + grain(torch.bfloat16)
     vanishing = (soft.p < top**-0.9) & (soft.p > 0)
     vanishing = vanishing.astype(np.longdouble) @ np.isinf(k).astype(np.longdouble) > 0
     return Pair(loss, error, residual, residual_error, beyond, vanishing | crowded)
