@@ -27,6 +27,7 @@ class Pair(NamedTuple):
     residual_error: np.ndarray
     beyond: np.ndarray  # [N], a score lies beyond the dtype
     unsure: np.ndarray  # [N, d], loose gradients
+    reach: np.ndarray  # [d], sums of |k|
 
 
 def pair(
@@ -55,7 +56,7 @@ def pair(
     soft = softmax(s, u, flush, s_error) if num_samples else None
     if soft is None:
         nothing = np.zeros(0, np.longdouble)
-        return Pair(nothing, nothing, q, q, nothing > 0, q > 0)
+        return Pair(nothing, nothing, q, q, nothing > 0, q > 0, sizes[1].sum(0))
     # The sum before the division, or after it.
     beyond = (size * np.maximum(1, 1 / heat) > top).any(-1)
     # 0 times infinity, where a unit takes for 0 what is none.
@@ -79,7 +80,7 @@ def pair(
         residual_error = residual_error + half * size + grain(torch.bfloat16)
     vanishing = (soft.p < top**-0.9) & (soft.p > 0)
     vanishing = vanishing.astype(np.longdouble) @ np.isinf(k).astype(np.longdouble) > 0
-    return Pair(loss, error, residual, residual_error, beyond, vanishing | crowded)
+    return Pair(loss, error, residual, residual_error, beyond, vanishing | crowded, k_size.sum(0))
 
 
 def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
@@ -138,16 +139,19 @@ def _check_loss(
         mine = [(columns, one) for index, columns, one in pairs if index == student]
         truth, bound = (np.zeros(tuple(result.shape), np.longdouble) for _ in range(2))
         unsure = np.zeros(tuple(result.shape), bool)
-        rows = np.zeros(num_samples, bool)
+        rows, reach = np.zeros(num_samples, bool), np.zeros(result.shape[1], np.longdouble)
         for columns, one in mine:
             truth[:, columns] += one.residual
             size = np.abs(np.where(np.isfinite(one.residual), one.residual, 0))
             bound[:, columns] += one.residual_error + (len(mine) + 2) * u * size
             unsure[:, columns] |= one.unsure
+            reach[columns] += one.reach
             rows |= one.beyond
         size = np.abs(np.where(np.isfinite(truth), truth, 0))
-        # Where the factor is below the normal numbers it errs by their grain.
-        bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + 2 * grain(acc) * size
+        # Where the factor, or a probability times it, is below the normal numbers it errs by their grain.
+        bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + 2 * grain(acc) * (
+            size + reach * max(1, 1 / temperature)
+        )
         # 0 times an infinite key is NaN, but a probability next to 0 times it infinite.
         loose = rows[:, None] | unsure
         name = f"dfeatures[{student}]" if len(results) > 1 else "dquery"
