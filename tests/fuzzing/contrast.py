@@ -148,10 +148,9 @@ def _check_loss(
             reach[columns] += one.reach
             rows |= one.beyond
         size = np.abs(np.where(np.isfinite(truth), truth, 0))
-        # Where the factor, or a probability times it, is below the normal numbers it errs by their grain.
-        bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + 2 * grain(acc) * (
-            size + reach * max(1, 1 / temperature)
-        )
+        # Where the factor, or a probability times it, is below the normal numbers, it errs by their grain.
+        subnormal = 2 * grain(acc) * (size + reach * max(1, 1 / temperature))
+        bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + subnormal
         # 0 times an infinite key is NaN, but a probability next to 0 times it infinite.
         loose = rows[:, None] | unsure
         name = f"dfeatures[{student}]" if len(results) > 1 else "dquery"
