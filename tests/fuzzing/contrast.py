@@ -78,9 +78,12 @@ def pair(
         # Of float32's range, it may be stored before it is scaled; float16 may not.
         size = np.abs(np.where(np.isfinite(residual), residual, 0))
         residual_error = residual_error + half * size + grain(torch.bfloat16)
+    # Where the own key is infinite, p k - k and (p - 1) k are NaN or infinite, not always alike.
     vanishing = (soft.p < top**-0.9) & (soft.p > 0)
     vanishing = vanishing.astype(np.longdouble) @ np.isinf(k).astype(np.longdouble) > 0
-    return Pair(loss, error, residual, residual_error, beyond, vanishing | crowded, k_size.sum(0))
+    return Pair(
+        loss, error, residual, residual_error, beyond, vanishing | crowded | np.isinf(k), k_size.sum(0)
+    )
 
 
 def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
