@@ -55,10 +55,10 @@ class ClassMoments(NamedTuple):
         mean, var = torch.where(empty, other.mean, self.mean), torch.where(empty, other.var, self.var)
         # A side without samples changes nothing; its NaN times a share of 0 would, forward and backward.
         unchanged = empty | (other.count == 0)[:, None]
-        # From an infinite mean to the same one there is no way.
-        is_same = unchanged | ((mean == other.mean) & mean.isinf())
+        # An infinite mean stays where it is, save for its opposite or a NaN.
+        is_fixed = mean.isinf() & (other.mean.isfinite() | (mean == other.mean))
         # Halves, and never the square alone: out of range is only what the results are.
-        half = torch.where(is_same, 0, other.mean / 2 - mean / 2)
+        half = torch.where(unchanged | is_fixed, 0, other.mean / 2 - mean / 2)
         growth = torch.where(unchanged, 0, other.var - var)
         var = var + growth * share + (half * (2 * share)) * (half * (2 * own_share))
         return ClassMoments(count, mean + half * (2 * share), var)

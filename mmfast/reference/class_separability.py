@@ -31,6 +31,12 @@ def class_moments(
         total = total.index_add(0, labels[rows], scaled(rows))
     # Zero divided by zero: the NaN of a class without samples.
     mean = total / count[:, None]
+    if exponent is not None:
+        # What rounding left: of numbers near the end of range its square would be out of range.
+        rest = torch.zeros_like(total)
+        for rows in row_chunks(features, num_samples, num_dims):
+            rest = rest.index_add(0, labels[rows], scaled(rows) - mean.index_select(0, labels[rows]))
+        mean = torch.where(mean.isfinite(), mean + rest / count[:, None], mean)
     for rows in row_chunks(features, num_samples, num_dims):
         deviation = scaled(rows) - mean.index_select(0, labels[rows])
         squares = squares.index_add(0, labels[rows], deviation.square())
@@ -66,7 +72,7 @@ def class_moments_bwd(
     """Return (dmean_y + 2 (x - mean_y) dvar_y) / count_y."""
     dfeatures = torch.empty_like(features)
     labels = labels.long()
-    dmean, dvar = dmean / count[:, None], dvar * (2 / count[:, None]).to(dvar.dtype)
+    dmean, dvar = dmean / count[:, None], 2 * (dvar / count[:, None])
     for rows in row_chunks(features, *features.shape):
         y = labels[rows]
         deviation = features[rows].to(mean.dtype) - mean.index_select(0, y)
