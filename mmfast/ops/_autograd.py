@@ -258,9 +258,7 @@ class _Gradient(torch.autograd.Function):
 
         shapes = formula(*values)
         zeros = [torch.zeros_like(x) for x in shapes if x is not None]
-        found = iter(
-            torch.func.vjp(transposed, *zeros)[1](tuple(tangents[places[i]] for i in used))
-        )
+        found = iter(torch.func.vjp(transposed, *zeros)[1](tuple(tangents[places[i]] for i in used)))
         return tuple(None if x is None else next(found) for x in shapes)
 
     @classmethod
