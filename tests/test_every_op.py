@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -169,7 +168,7 @@ def _require(backend: str, stem: str) -> None:
         pytest.skip(reason)
 
 
-def _once_differentiable_calls():
+def _differentiable_calls():
     labels, effective = torch.arange(200) % 3, torch.tensor([[True, True, False], [False, False, True]])
     partial, table = (2, 200, 3), (200, 4, 3)
     return {
@@ -189,27 +188,11 @@ def _once_differentiable_calls():
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(
-    ("shape", "op"), _once_differentiable_calls().values(), ids=_once_differentiable_calls()
-)
-def test_a_penalty_on_a_gradient_is_not_dropped(shape, op, backend):
-    if reason := _backend.why_not(backend):
-        pytest.skip(reason)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = op(x, backend)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    # The incoming gradient was a plain one, and still a second derivative is asked for.
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (loss + gradient.square().sum()).backward()
-
-
 def test_results_without_gradients_are_the_same():
     """Where no gradient is asked for, a raw op is called without autograd's Function around it."""
     labels, effective = torch.arange(200) % 3, torch.tensor([[True, True, False], [False, False, True]])
     calls = {
-        name: (shape, lambda x, op=op: op(x, "auto"))
-        for name, (shape, op) in _once_differentiable_calls().items()
+        name: (shape, lambda x, op=op: op(x, "auto")) for name, (shape, op) in _differentiable_calls().items()
     }
     calls["shapley_values"] = ((200, 8), ops.shapley_values)
     calls["project_gradient"] = ((200, 3), lambda x: ops.project_gradient(x, torch.ones(3, 3)))
@@ -227,17 +210,3 @@ def test_results_without_gradients_are_the_same():
         for result in (op(x), hidden):
             assert not result.requires_grad, name
             assert torch.equal(result, recorded.detach()), name
-
-
-@pytest.mark.parametrize("stem", ["shapley_values", "logit_fusion", "class_separability", "additive_shapley"])
-def test_forward_mode_says_that_there_is_no_formula(stem):
-    labels = torch.arange(6) % 3
-    shape, op = {
-        "shapley_values": ((6, 4), ops.shapley_values),
-        "logit_fusion": ((2, 6, 3), ops.entropy_fusion),
-        "class_separability": ((6, 3), lambda x: ops.class_moments(x, labels, 3)),
-        "additive_shapley": ((2, 6, 3), lambda x: ops.additive_shapley(x, labels, utility="margin")),
-    }[stem]
-    x = torch.randn(shape)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        op(forward_ad.make_dual(x, torch.ones_like(x)))

@@ -1,4 +1,4 @@
-"""How raw ops become differentiable: in the fewest microseconds, and under everything that torch.func does."""
+"""How raw ops become differentiable: in the fewest microseconds, and under all that torch.func does."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def check_scale_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must have a floating dtype, got {got}")
     is_known = value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()
     if is_known:
-        check_positive(name, float(value))
+        check_positive(name, float(value.detach()))
 
 
 def outside_autocast(impl: Callable) -> Callable:

@@ -16,7 +16,6 @@ from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._common import (
     DTYPE_CODE,
     FLOATS,
-    cast,
     check_choice,
     check_float,
     check_integer,
@@ -278,7 +277,9 @@ def _as_key(
     x: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
     """Return features as a constant that autograd can keep, which it does not of inference mode's tensors."""
-    x = x.detach() if x.requires_grad or is_transformed() else x
+    if torch.compiler.is_compiling() or is_transformed():
+        return x.detach()
+    x = x.detach() if x.requires_grad else x
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 

@@ -165,7 +165,7 @@ class _Tempered(Op):
     @staticmethod
     def forward(options, logits, present, temperature):
         if _Tempered._known(temperature):
-            return _fwd_op(logits, present, "certainty", float(temperature), *options)
+            return _fwd_op(logits, present, "certainty", float(temperature.detach()), *options)
         return _reference.logit_fusion(
             logits, present=present, score="certainty", temperature=_wide(temperature, logits)
         )
@@ -176,7 +176,7 @@ class _Tempered(Op):
         dlogits, _, dtemperature = _Tempered.formula(options, gradients, tensors)
         if _Tempered._known(temperature):
             both = _both(gradients, logits)
-            dlogits = _bwd_op(*both, logits, present, "certainty", float(temperature), *options)
+            dlogits = _bwd_op(*both, logits, present, "certainty", float(temperature.detach()), *options)
         return dlogits, None, dtemperature
 
     @staticmethod
