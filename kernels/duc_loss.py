@@ -314,7 +314,8 @@ def info_nce_fwd(
     loss = _reduced(losses, reduction)
     if residual is None:
         return loss, query.new_empty(0, dtype=_residual_dtype(query.dtype))
-    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous()
+    # Viewed again, a single row has the strides of its own width.
+    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous().view(query.shape)
 
 
 def compile_configurations(target: int | str) -> list[tuple]:

@@ -98,8 +98,8 @@ def coalition_utilities(device, dtype, backend):
 def duc_loss(device, dtype, backend):
     features = [_random(N // 5, D + m, device=device, dtype=dtype)[:, :D].contiguous() for m in range(M)]
     effective = torch.arange(M * D, device=device).view(M, D) % 3 == 0
-    effective[:, 0] = False
-    effective[0, 0] = True
+    effective[:, :1] = False
+    effective[:1, :1] = True
     return _with_gradient(features, lambda *x: ops.duc_loss(x, effective, temperature=2.0, backend=backend))
 
 

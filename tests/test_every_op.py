@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-import cuda_emulated
 import every_op
-from conftest import EMULATED, FILES, ROOT
+from conftest import FILES, ROOT
 from every_op import CALLS, READING, same
 from mmfast import backend as _backend
 from mmfast import ops
@@ -70,51 +66,6 @@ def test_every_instruction_set(stem, isa):
     )
     environment = {**os.environ, "MMFAST_CPU_ISA": isa}
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, check=True)
-
-
-class RawCalls(TorchDispatchMode):
-    """Keeps one call of each raw op while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[torch._ops.OpOverload, tuple] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "mmfast":
-            detached = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs or {}))
-            self.calls.setdefault(function, detached)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("backend", [*FILES, EMULATED])
-@pytest.mark.parametrize(("stem", "make"), CASES)
-def test_raw_ops_are_as_torch_library_wants_them(stem, make, backend, dtype, monkeypatch):
-    monkeypatch.setattr(every_op, "N", 20)
-    is_emulated = backend == EMULATED
-    if is_emulated and not cuda_emulated.compiler():
-        pytest.skip("no C++ compiler for the emulation of CUDA")
-    name = "cuda" if is_emulated else backend
-    with cuda_emulated.emulated() if is_emulated else nullcontext():
-        _require(name, stem)
-        if not _backend.supports(name, stem, dtype):
-            pytest.skip(f"its kernel does not take {dtype} here")
-        on_gpu = not is_emulated and (name == "cuda" or (name == "triton" and not _backend.interpreting()))
-        _, call = make(torch.device("cuda" if on_gpu else "cpu"), dtype, name)
-        with RawCalls() as raw:
-            call()
-        assert raw.calls
-        for function, (args, kwargs) in raw.calls.items():
-            torch.library.opcheck(function, args, kwargs)
-
-
-def test_every_raw_op_is_called(monkeypatch):
-    monkeypatch.setattr(every_op, "N", 20)
-    with RawCalls() as raw:
-        for _, make in (case.values for case in CASES):
-            make(torch.device("cpu"), torch.float32, "reference")[1]()
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmfast::")}
-    assert {function.name() for function in raw.calls} == registered
 
 
 def test_without_triton_every_op_runs_on_the_cpu():
