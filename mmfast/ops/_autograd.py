@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def is_transformed() -> bool:
 
 def without_derivative(
     *tensors: Tensor | None,  # any shapes
-) -> Sequence[Tensor | None]:  # like `tensors`
+) -> Sequence[Any]:  # like `tensors`
     """Return tensors of an op that has no derivative with nothing left for one to be asked through."""
     if is_constant(*tensors):
         return tensors
@@ -50,10 +51,8 @@ class Op:
     smooth = slice(None)
     kept = slice(0)
 
-    @staticmethod
-    def forward(options: tuple, *tensors: Tensor | None) -> tuple[Tensor, ...] | Tensor:
-        """Return the outputs; `options` holds no tensor."""
-        raise NotImplementedError
+    # Static, of (options, *tensors): returns the outputs, a tuple or one tensor; `options` holds no tensor.
+    forward: Callable
 
     @staticmethod
     def gradient(
@@ -104,8 +103,10 @@ def differentiable(op: type[Op]) -> Callable:
             return None, *op.gradient(ctx.options, gradients, tensors, kept)
         return None, *_gradient(op, ctx.options, gradients, tensors, kept)
 
-    # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
-    def forward(ctx, *inputs):
+    # torch.compile tells whether `forward` takes ctx by the number of its parameters: as many as there are
+    # inputs mean that it does not, and there are two at least.
+    def forward(*args):
+        ctx, *inputs = args
         output = op.forward(*inputs)
         setup_context(ctx, inputs, output)
         return output
@@ -130,8 +131,8 @@ def differentiable(op: type[Op]) -> Callable:
         results = [next(found) if is_smooth else None for is_smooth in ctx.is_smooth]
         return results[0] if len(results) == 1 else tuple(results)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    plain = type(op.__name__, (torch.autograd.Function,), members)
+    members: dict = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    plain: Any = type(op.__name__, (torch.autograd.Function,), members)
     members = {
         "forward": staticmethod(op.forward),
         "setup_context": staticmethod(setup_context_of_all),
@@ -139,7 +140,7 @@ def differentiable(op: type[Op]) -> Callable:
         "jvp": staticmethod(jvp),
         "vmap": classmethod(_looped),
     }
-    transformed = type(op.__name__, (torch.autograd.Function,), members)
+    transformed: Any = type(op.__name__, (torch.autograd.Function,), members)
 
     def apply(options: tuple, *tensors: Tensor | None):
         if not torch.compiler.is_compiling() and is_transformed():

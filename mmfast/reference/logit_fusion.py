@@ -79,8 +79,7 @@ def logit_fusion_bwd(
     temperature: float | Tensor,
 ) -> Tensor:  # [M, N, C]
     """Return the gradient with respect to the logits."""
-    options = {"present": present, "score": score, "temperature": temperature}
-    return gradients(dfused, dweights, logits, **options)[0]
+    return gradients(dfused, dweights, logits, present=present, score=score, temperature=temperature)[0]
 
 
 def gradients(
