@@ -565,7 +565,8 @@ def _info_nce_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
     chosen = _backend.choose("duc_loss", backend, query)
-    if chosen == "cpu":
+    # A pair without dimensions adds 0 to the kernel's sum over pairs; alone its scores are 0 and count.
+    if chosen == "cpu" and query.shape[1] > 0:
         loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
         return loss, residuals[0] if with_residual else residuals
     if chosen == "triton":

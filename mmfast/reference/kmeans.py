@@ -109,7 +109,8 @@ def lloyd(
     # Products of centred features lose less to rounding.
     offset = features.to(dtype).mean(0)
     x, centroids = features.to(dtype) - offset, start.to(dtype) - offset
-    threshold = tol * float(x.var(0, correction=0).mean())
+    # Without dimensions nothing moves.
+    threshold = tol * float(x.var(0, correction=0).mean()) if x.shape[1] else 0.0
     previous, settled, num_iter = None, False, 0
     while num_iter < max_iter and not settled:
         num_iter += 1
