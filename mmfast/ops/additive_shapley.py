@@ -55,7 +55,7 @@ def coalition_utilities(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [N, S] in the dtype of `logits`; half precision is computed in float32. Differentiable once with
+        [N, S] in the dtype of `logits`; half precision is computed in float32. Differentiable with
         respect to `logits` for the last three utilities; the first two carry no gradient.
 
     Raises:
@@ -109,7 +109,7 @@ def additive_shapley(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [N, M] in the dtype of `partial_logits`; half precision is computed in float32. Differentiable once
+        [N, M] in the dtype of `partial_logits`; half precision is computed in float32. Differentiable
         with respect to `partial_logits` and `bias` for the smooth utilities "probability", "log_probability",
         "margin".
 

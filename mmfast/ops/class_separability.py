@@ -91,7 +91,7 @@ def class_moments(
     Returns:
         ClassMoments with count int64 [C], and mean and var [C, D] in float32 for half precision, else in the
         dtype of `features`; NaN for a class without samples. `merge` joins the moments of two sets of
-        samples. mean and var are differentiable once.
+        samples. mean and var are differentiable.
 
     Raises:
         TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.

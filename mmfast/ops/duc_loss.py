@@ -129,7 +129,9 @@ def duc_loss(
             mixed dtypes are promoted to a common one.
         effective: bool [M, D]. Prepare `DucDims(effective)` once: from a bare mask plain torch reads column
             lists on the host in every call, and the Triton kernel, which does not, takes memory for all D.
-        temperature: positive, divides the dot products.
+        temperature: positive, divides the dot products. A tensor of one element may be learnt, and is not
+            read on a GPU: queries are divided by it, rounded to their dtype there, and those of float16 must
+            stay within its range.
         reduction: "mean" or "sum" over samples, or "none": [N], each sample's losses summed over pairs.
         group: a torch.distributed process group: keys are gathered from all its processes (which may hold
             different N), each reduces over its own rows, and gradients averaged over processes that hold
@@ -139,8 +141,8 @@ def duc_loss(
 
     Returns:
         A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of the features.
-        The mean of an empty batch is NaN, its sum 0. Differentiable once with respect to the features as
-        queries.
+        The mean of an empty batch is NaN, its sum 0. Differentiable with respect to the features as
+        queries, and to a temperature that is a tensor.
 
     Raises:
         TypeError: a feature is no tensor of a floating dtype, or `effective` none of bool.
@@ -190,14 +192,17 @@ def unidirectional_info_nce(
     Args:
         query: [N, D] float32, float64, bfloat16 or float16, any strides; not normalised.
         key: [N, D], row i belongs to row i of `query`; mixed dtypes are promoted to a common one.
-        temperature: positive, divides the dot products.
+        temperature: positive, divides the dot products. A tensor of one element may be learnt, and is not
+            read on a GPU: queries are divided by it, rounded to their dtype there, and those of float16 must
+            stay within its range.
         reduction: "mean", "sum" or "none" over samples.
         group: as for `duc_loss`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of `query`.
-        Differentiable once with respect to `query`; `key` gets no gradient.
+        Differentiable with respect to `query` and to a temperature that is a tensor; `key` gets no
+        gradient.
 
     Raises:
         TypeError: `query` or `key` is no tensor of a floating dtype.
