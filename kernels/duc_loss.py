@@ -68,6 +68,7 @@ def _duc_loss_fwd_kernel(
     scale_high,
     scale_low,
     HAS_RESIDUAL: tl.constexpr,
+    HALVED: tl.constexpr,  # whether differences of scores that count may be out of range
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,7 +93,7 @@ def _duc_loss_fwd_kernel(
         tl.store(losses_ptrs, tl.zeros((BLOCK_N,), dtype=ACC), mask=mask_n)
     # A program past the columns in use has nothing to write.
     if first_column < count:
-        scale = 2 * (tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC))
+        scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
         width = W if counts_ptr is None else _fitted(count)
         # The pair's rows come after those of the pairs before it. `pair` is 0 where there is one: not in so
         # many words, as ptxas then keeps all in registers.
@@ -107,7 +108,10 @@ def _duc_loss_fwd_kernel(
         if not WIDE:
             q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
-        row_max = tl.full((BLOCK_N,), float("-inf"), dtype=ACC)
+        # Not -infinity: as long as all scores are, their difference from it would be NaN.
+        row_max = tl.full(
+            (BLOCK_N,), -3.4028234e38 if ACC != tl.float64 else -1.7976931348623157e308, dtype=ACC
+        )
         row_sum = tl.zeros((BLOCK_N,), dtype=ACC)
         own_score = tl.zeros((BLOCK_N,), dtype=ACC)
         # Tiles that hold own keys, and a ragged last one, go first and pay for masks; the others need none.
@@ -148,11 +152,14 @@ def _duc_loss_fwd_kernel(
                     own_score += tl.sum(tl.where(is_own, s, 0.0), 1)
                     s = tl.where(mask_k[None, :], s, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(s, 1))
-                # Differences before the scale: a large score's rounding stays out of the exponent. Of halves,
-                # as the whole may be out of range where the product is not; none from -infinity.
-                base = tl.where(new_max == float("-inf"), 0.0, 0.5 * new_max)
-                p = tl.exp2((0.5 * s - base[:, None]) * scale)
-                decay = tl.exp2((0.5 * row_max - base) * scale)
+                # Differences before the scale: a large score's rounding stays out of the exponent. Of halves
+                # where the whole may be out of range and the product is not.
+                if HALVED:
+                    p = tl.exp2((0.5 * s - 0.5 * new_max[:, None]) * (2 * scale))
+                    decay = tl.exp2((0.5 * row_max - 0.5 * new_max) * (2 * scale))
+                else:
+                    p = tl.exp2((s - new_max[:, None]) * scale)
+                    decay = tl.exp2((row_max - new_max) * scale)
                 row_sum = row_sum * decay + tl.sum(p, 1)
                 row_max = new_max
                 if HAS_RESIDUAL:
@@ -160,7 +167,7 @@ def _duc_loss_fwd_kernel(
                     acc = tl.dot(p.to(k.dtype), k, acc=acc, input_precision=PRECISION, out_dtype=ACC)
         if first_column == 0:
             # The maximum and the own score come from the same products: where they are one, this is log 1.
-            loss = tl.log(row_sum) + (0.5 * row_max - 0.5 * own_score) * scale * 0.6931471805599453
+            loss = tl.log(row_sum) + (0.5 * row_max - 0.5 * own_score) * (2 * scale) * 0.6931471805599453
             tl.store(losses_ptrs, loss, mask=mask_n)
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
@@ -237,6 +244,7 @@ def _run(
             high,
             scale - high,
             HAS_RESIDUAL=residual is not None,
+            HALVED=temperature > (1e300 if queries.dtype == torch.float64 else 1e30),
             PRECISION=precision,
             ACC=_acc(queries.dtype),
             **common,
@@ -333,7 +341,8 @@ def compile_configurations(target: int | str) -> list[tuple]:
         residual = f"*{_ELEMENT[_residual_dtype(dtype)]}:16"
         types = [x, x, "*i32:16", "*i32:16", acc, residual]
         types += ["i32", "i32", "i32:16", "i32", "fp32", "fp32"]
-        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
+        constants = {"HAS_RESIDUAL": with_residual, "HALVED": False, "PRECISION": precision}
+        constants |= {"ACC": _acc(dtype), **common}
         if not with_residual:
             del types[5]
             constants["residual_ptr"] = None

@@ -431,6 +431,10 @@ def test_a_difference_of_scores_may_be_out_of_range(dtype, num_samples, backend,
     (gradient,) = torch.autograd.grad(actual.sum(), leaf)
     torch.testing.assert_close(actual.double(), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=0)
+    # The temperature times N is out of range, too.
+    mean = ops.unidirectional_info_nce(leaf, key, temperature=1e38, backend=backend)
+    (gradient,) = torch.autograd.grad(mean * 1e6, leaf)
+    torch.testing.assert_close(gradient.double(), expected * (1e6 / num_samples), rtol=1e-2, atol=0)
 
 
 def test_whatever_bits_a_nan_has_it_stays_one(backend, device):

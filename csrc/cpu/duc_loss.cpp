@@ -123,7 +123,8 @@ struct QueryTile {
           target = widen(row[dims[c] * queries.stride_dim]);
         }
       }
-      top[i] = -INFINITY, sum[i] = 0, own[i] = 0;
+      // Not -infinity: as long as all scores are, their difference from it would be NaN.
+      top[i] = std::numeric_limits<A>::lowest(), sum[i] = 0, own[i] = 0;
     }
   }
 
@@ -164,22 +165,20 @@ struct QueryTile {
         const V score = load(column + j * W);
         highest = score > highest ? score : highest;
       }
-      // As long as all scores are -infinity, the difference from it would be NaN.
-      const V base = highest == -std::numeric_limits<A>::infinity() ? V{} : highest;
 #pragma GCC unroll 2
       for (int64_t j = 0; j < num_keys; j += kGroup) {
-        const V weight = exp_nonpositive<A>(load(column + j * W) - base);
+        const V weight = exp_nonpositive<A>(load(column + j * W) - highest);
         total += weight;
         if constexpr (pairs) {
           V second = {};
-          if (j + 1 < num_keys) second = exp_nonpositive<A>(load(column + (j + 1) * W) - base);
+          if (j + 1 < num_keys) second = exp_nonpositive<A>(load(column + (j + 1) * W) - highest);
           total += second;
           store(column + j / 2 * W, pair_up(weight, second));
         } else {
           store(column + j * W, weight);
         }
       }
-      decay[v] = exp_nonpositive<A>(last - base);
+      decay[v] = exp_nonpositive<A>(last - highest);
       store(top + v * L, highest);
       store(sum + v * L, load(sum + v * L) * decay[v] + total);
     }

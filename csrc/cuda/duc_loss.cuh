@@ -1,9 +1,15 @@
 // What the kernels of duc_loss share: the sweep's operands, where packed elements lie, the online softmax.
 #pragma once
 
+#include <limits>
+
 #include "tensor_core.cuh"
 
 namespace mmfast::duc {
+
+// What is larger than no score but -infinity: as long as all are, their difference from that would be NaN.
+template <class A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -83,19 +89,13 @@ __host__ __device__ inline int64_t packed_index(int64_t row, int column, int row
 // One thread's two rows in the accumulators of the matrix units, g and g + 8 with g = lane / 4, whose columns
 // 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h and the next for row g + 8 h.
 struct TwoRows {
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, own_score[2] = {};
+  // Of the largest score half, see online_softmax.
+  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, sum[2] = {}, own_score[2] = {};
 };
 
-// What is taken from half of a score: half of the largest, as the whole difference may be out of range where
-// its product with the scale is not. Nothing as long as all are -infinity: the difference would be NaN.
-template <class A>
-__device__ __forceinline__ A base_of(A top) {
-  return top == -INFINITY ? A(0) : A(0.5) * top;
-}
-
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
-// are subtracted before they are scaled: a large one's rounding stays out of the exponent. A row's sum
-// is that of this thread's columns.
+// are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
+// the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
 template <int keys>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_own, int64_t num_keys,
@@ -113,14 +113,14 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float top = rows.max[h];
+    float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
-    for (int i = 0; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
+    for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float base = base_of(top), twice = 2 * scale;
-    decay[h] = exp2_approx(fmaf(rows.max[h], 0.5f, -base) * twice);
-    rows.max[h] = top;
+    const float base = fmaxf(0.5f * top, rows.half_max[h]), twice = 2 * scale;
+    decay[h] = exp2_approx((rows.half_max[h] - base) * twice);
+    rows.half_max[h] = base;
     float sum = rows.sum[h] * decay[h];
 #pragma unroll
     for (int i = 0; i < keys / 8; ++i) {
@@ -228,7 +228,7 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
-    store_loss(sweep, index, row, rows.sum[h], rows.max[h], rows.own_score[h]);
+    store_loss(sweep, index, row, rows.sum[h], 2 * rows.half_max[h], rows.own_score[h]);
   }
 }
 

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kBlock)
     own_score += __shfl_xor_sync(0xffffffffu, own_score, distance);
   }
   const A scale = static_cast<A>(sweep.scale);
-  const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - base_of(top)) * (2 * scale)) : A(0);
+  const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - A(0.5) * top) * (2 * scale)) : A(0);
   A total = sum;
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)

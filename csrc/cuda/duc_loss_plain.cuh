@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
   const int64_t first_own = sweep.offset + first_row;
   T acc[kRows][kColumns] = {}, row_max[kRows], row_sum[kRows] = {}, own_score[kRows] = {};
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) row_max[i] = -INFINITY;
+  for (int i = 0; i < kRows; ++i) row_max[i] = kLowest<T>;
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     T s[kRows][kKeys] = {};
     for (int part = 0; part < score_steps; ++part) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2)
         top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
-      const T base = base_of(top), twice = 2 * scale;
+      const T base = T(0.5) * top, twice = 2 * scale;
       const T decay = power_of_two(multiply_add(row_max[i], T(0.5), -base) * twice);
       row_max[i] = top;
       row_sum[i] *= decay;

@@ -241,6 +241,30 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+// What a thread writes of a row of gradients, by the formula itself: where gradients are infinite, or
+// overflow in sums. Rarely needed.
+template <class T, class P>
+__device__ __noinline__ void gradients_by_formula(const T* dphi, int64_t stride, T* target, int players,
+                                                  int turns, int thread,
+                                                  const accumulate_t<T>* b) {  // [num_players + 1]
+  using A = accumulate_t<T>;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+#pragma unroll 1
+    for (int i = 0; i < P::vector; ++i) {
+      const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector + i;
+      const int size = __popcll(coalition);
+      A sum = 0;
+#pragma unroll 1
+      for (int m = 0; m < players; ++m) {
+        const A share = static_cast<A>(dphi[m * stride]);
+        sum += coalition >> m & 1 ? b[size - 1] * share : -b[size] * share;
+      }
+      target[coalition] = static_cast<T>(sum);
+    }
+  }
+}
+
 template <class T, class P>
 __global__ void __launch_bounds__(kBlock)
     shapley_values_bwd_kernel(const T* __restrict__ dphi,  // [rows, M]
@@ -257,12 +281,11 @@ __global__ void __launch_bounds__(kBlock)
   if (row >= num_rows) return;
 
   const int players = P::is_exact ? P::players : num_players;
-  A row_dphi[P::players], total = 0, below = 0, largest_sum = 0;
+  A row_dphi[P::players], total = 0, below = 0;
 #pragma unroll
   for (int m = 0; m < P::players; ++m) {
     row_dphi[m] = m < players ? static_cast<A>(dphi[row * stride_row + m * stride_player]) : A(0);
     total += row_dphi[m];
-    largest_sum += fabs(row_dphi[m]);
   }
 #pragma unroll
   for (int bit = 0; bit < P::thread_bits; ++bit)
@@ -270,6 +293,7 @@ __global__ void __launch_bounds__(kBlock)
 
   T* target = dv + (row << players);
   const int turns = P::is_exact ? 1 : 1 << (players - P::turn_bit);
+  bool is_finite_here = true;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector;
@@ -286,7 +310,9 @@ __global__ void __launch_bounds__(kBlock)
       const int more = (i & 1) + (i >> 1);
       A members = sum + (i & 1 ? row_dphi[0] : A(0));
       if constexpr (P::vector == 4) members += i & 2 ? row_dphi[1] : A(0);
-      stored.values[i] = static_cast<T>(a[size + more] * members - b[size + more] * total);
+      const A value = a[size + more] * members - b[size + more] * total;
+      is_finite_here = is_finite_here && is_finite(value);
+      stored.values[i] = static_cast<T>(value);
     }
     if (is_packed) {
       *reinterpret_cast<Pack<T, P::vector>*>(target + coalition) = stored;
@@ -295,22 +321,9 @@ __global__ void __launch_bounds__(kBlock)
       for (int i = 0; i < P::vector; ++i) target[coalition + i] = stored.values[i];
     }
   }
-  if (is_finite(largest_sum)) return;
-  // Infinite gradients, or such that overflow in sums: by the formula itself.
-#pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-#pragma unroll 1
-    for (int i = 0; i < P::vector; ++i) {
-      const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector + i;
-      const int size = __popcll(coalition);
-      A sum = 0;
-#pragma unroll 1
-      for (int m = 0; m < players; ++m) {
-        const A share = static_cast<A>(dphi[row * stride_row + m * stride_player]);
-        sum += coalition >> m & 1 ? b[size - 1] * share : -b[size] * share;
-      }
-      target[coalition] = static_cast<T>(sum);
-    }
+  if (!is_finite_here) {
+    const auto* source = dphi + row * stride_row;
+    gradients_by_formula<T, P>(source, stride_player, target, players, turns, thread, b);
   }
 }
 

@@ -320,6 +320,9 @@ def _scaled(
     dtype: torch.dtype,
 ) -> Tensor:  # like `residuals`, in `dtype`
     """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
+    if temperature > 1e30:
+        # Times N it might be out of float32's range, and the gradient 0.
+        dloss, temperature = dloss / temperature, 1.0
     divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
     if dloss.dim() == 0 and residuals.dtype == dloss.dtype == dtype:
         return residuals * (dloss / divisor)
