@@ -110,7 +110,7 @@ def _duc_loss_fwd_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
         # Not -infinity: as long as all scores are, their difference from it would be NaN.
         row_max = tl.full(
-            (BLOCK_N,), -3.4028234e38 if ACC != tl.float64 else -1.7976931348623157e308, dtype=ACC
+            (BLOCK_N,), -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234e38, dtype=ACC
         )
         row_sum = tl.zeros((BLOCK_N,), dtype=ACC)
         own_score = tl.zeros((BLOCK_N,), dtype=ACC)
