@@ -403,7 +403,8 @@ def kmeans_lloyd(
         if not is_settled:
             lloyd.assign(centroids)
         inertia = lloyd.squared_distances(centroids).double().sum().to(lloyd.dtype)
-    return centroids + lloyd.offset, lloyd.assignments.long(), inertia, torch.tensor(num_iter)
+    centroids += lloyd.offset
+    return centroids, lloyd.assignments.long(), inertia, torch.tensor(num_iter, device="cpu")
 
 
 def pair_counts(

@@ -3,7 +3,8 @@
 phi_m = sum_{s contains m} a_|s| v_s - sum_s b_|s| v_s, b_k = k! (M-k-1)! / M!, b_M = 0, a_k = b_{k-1} + b_k.
 Both kernels choose the weights of a chunk of coalitions by size and multiply the chunk by the pattern of its
 bits. The utilities are read once. Products are taken in the type of accumulation, not on tensor cores,
-whose float32 is too short; M = 12 means 12 multiply-adds for every 4 bytes. Not timed yet on a GPU.
+whose float32 is too short; M = 12 means 12 multiply-adds for every 4 bytes. Where sums are not finite, the
+block is computed once more in a way that no intermediate overflows. Not timed yet on a GPU.
 """
 
 from __future__ import annotations
@@ -51,6 +52,35 @@ def _weights(size, M: tl.constexpr, ACC: tl.constexpr):
     return a, b
 
 
+@triton.jit
+def _fold(
+    v_ptrs,  # [BLOCK_N, 1]
+    mask_n,  # [BLOCK_N]
+    offs_m,  # [BLOCK_M]
+    origin,  # [BLOCK_N]
+    stride_vs,
+    SCALE: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return the values of SCALE times the utilities, [BLOCK_N, BLOCK_M]."""
+    values = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+    origin *= SCALE
+    for start in range(0, 1 << M, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        size = _popcount(offs_s)
+        a, b = _weights(size, M, ACC)
+        ptrs = v_ptrs + offs_s.to(tl.int64)[None, :] * stride_vs
+        v = tl.load(ptrs, mask=mask_n[:, None], other=0.0).to(ACC) * SCALE - origin[:, None]
+        contains = ((offs_s[:, None] >> offs_m[None, :]) & 1) != 0
+        pattern = tl.where(contains, (a - b)[:, None], -b[:, None])
+        values += tl.sum(v[:, :, None] * pattern[None, :, :], axis=1)
+    return values
+
+
 @triton.jit(do_not_specialize=["N"])
 def _shapley_values_fwd_kernel(
     v_ptr,  # [N, S]
@@ -67,18 +97,16 @@ def _shapley_values_fwd_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_m = tl.arange(0, BLOCK_M)
-    values = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
     # A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     origin = tl.load(v_ptr + offs_n * stride_vn, mask=mask_n, other=0.0).to(ACC)
-    for start in range(0, 1 << M, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        size = _popcount(offs_s)
-        a, b = _weights(size, M, ACC)
-        v_ptrs = v_ptr + offs_n[:, None] * stride_vn + offs_s.to(tl.int64)[None, :] * stride_vs
-        v = tl.load(v_ptrs, mask=mask_n[:, None], other=0.0).to(ACC) - origin[:, None]
-        contains = ((offs_s[:, None] >> offs_m[None, :]) & 1) != 0
-        pattern = tl.where(contains, (a - b)[:, None], -b[:, None])
-        values += tl.sum(v[:, :, None] * pattern[None, :, :], axis=1)
+    # Infinity less infinity would be no number for all other coalitions.
+    origin = tl.where(origin - origin == 0, origin, 0.0)
+    v_ptrs = v_ptr + offs_n[:, None] * stride_vn
+    values = _fold(v_ptrs, mask_n, offs_m, origin, stride_vs, 1.0, M, BLOCK_N, BLOCK_S, BLOCK_M, ACC)
+    is_bad = (values - values != 0) & (offs_m < M)[None, :]
+    if tl.max(is_bad.to(tl.int32)) != 0:
+        large = _fold(v_ptrs, mask_n, offs_m, origin, stride_vs, 0.25, M, BLOCK_N, BLOCK_S, BLOCK_M, ACC)
+        values = tl.where(is_bad, 4 * large, values)
     phi_ptrs = phi_ptr + offs_n[:, None] * M + offs_m[None, :]
     tl.store(phi_ptrs, values.to(phi_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
@@ -99,13 +127,25 @@ def _shapley_values_bwd_kernel(
     mask_n = offs_n < N
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     total = tl.zeros((BLOCK_N,), dtype=ACC)
+    largest_sum = tl.zeros((BLOCK_N,), dtype=ACC)
     members = tl.zeros((BLOCK_N, BLOCK_S), dtype=ACC)
     for m in tl.static_range(M):
         dphi = tl.load(dphi_ptr + offs_n * stride_dphin + m * stride_dphim, mask=mask_n, other=0.0).to(ACC)
         total += dphi
+        largest_sum += tl.abs(dphi)
         members += tl.where(((offs_s >> m) & 1) != 0, 1.0, 0.0).to(ACC)[None, :] * dphi[:, None]
     a, b = _weights(_popcount(offs_s), M, ACC)
     dv = a[None, :] * members - b[None, :] * total[:, None]
+    is_bad = largest_sum - largest_sum != 0
+    if tl.max(is_bad.to(tl.int32)) != 0:
+        exact = tl.zeros((BLOCK_N, BLOCK_S), dtype=ACC)
+        for m in tl.static_range(M):
+            dphi = tl.load(dphi_ptr + offs_n * stride_dphin + m * stride_dphim, mask=mask_n, other=0.0).to(
+                ACC
+            )
+            weight = tl.where(((offs_s >> m) & 1) != 0, a - b, -b)
+            exact += weight[None, :] * dphi[:, None]
+        dv = tl.where(is_bad[:, None], exact, dv)
     dv_ptrs = dv_ptr + (offs_n << M)[:, None] + offs_s[None, :]
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_n[:, None])
 

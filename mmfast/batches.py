@@ -89,7 +89,7 @@ def epoch_shard(
 
     A last batch with fewer than two samples for every process, as batch norm needs, joins the one before.
     """
-    order = torch.randperm(num_samples, generator=generator).tolist()
+    order = torch.randperm(num_samples, generator=generator, device="cpu").tolist()
     whole = [order[start : start + batch_size] for start in range(0, num_samples, batch_size)]
     if len(whole) > 1 and len(whole[-1]) < 2 * world_size:
         runt = whole.pop()
@@ -132,7 +132,7 @@ def evaluation_batches(
 
     A data set whose samples are augmented gives its plain form as its attribute `evaluation`.
     """
-    example = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    example = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     yield from iterate(
         getattr(dataset, "evaluation", dataset),
         batch_size,

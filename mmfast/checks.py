@@ -30,14 +30,14 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
     for key, mask in getattr(dataset, "present", {}).items():
-        if whole and key in model.modalities and not bool(torch.as_tensor(mask).any()):
+        if whole and key in model.modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
             raise ValueError(f"{name} must hold samples with {key}, got none of {len(dataset)}")
     for key in model.modalities:
-        check_finite(f"{key} of the first sample of {name}", torch.as_tensor(sample[key]))
+        check_finite(f"{key} of the first sample of {name}", torch.as_tensor(sample[key], device="cpu"))
     labels = getattr(dataset, "labels", None)
     if labels is None:
         return
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels, device="cpu")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= model.num_classes:
         raise ValueError(
@@ -65,6 +65,6 @@ def check_finite(
 def check_fits(learner: Learner, train: Any) -> None:
     """Raise what encoders or prediction have against two samples, before any training."""
     with evaluating(learner):
-        few = Entries(getattr(train, "evaluation", train), torch.arange(min(2, len(train))))
+        few = Entries(getattr(train, "evaluation", train), torch.arange(min(2, len(train)), device="cpu"))
         for batch in evaluation_batches(learner, few):
             learner.predict(batch)

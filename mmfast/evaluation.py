@@ -40,7 +40,7 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
     alone = [MulticlassAccuracy(classes, average="micro").to(learner.device) for _ in names]
     contribution = [MeanMetric().to(learner.device) for _ in names]
     loss = MeanMetric().to(learner.device)
-    counts = torch.zeros(len(names), dtype=torch.int64)
+    counts = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     with evaluating(learner), fabric.autocast():
         for batch in evaluation_batches(
             learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size

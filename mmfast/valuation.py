@@ -120,10 +120,10 @@ def valuate(
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
     _check(model, dataset, utility)
-    coalitions = torch.arange(2 ** len(model.modalities))
+    coalitions = torch.arange(2 ** len(model.modalities), device="cpu")
     sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
     found, labels, shown = [], [], []
-    correct = torch.zeros(len(coalitions), dtype=torch.float64)
+    correct = torch.zeros(len(coalitions), dtype=torch.float64, device="cpu")
     with evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
             features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
@@ -213,7 +213,7 @@ def batch_contributions(
     if model.additive and present is None:
         partial = model.partial_logits(features)
         return ops.additive_shapley(partial, labels, model.bias, utility=utility, backend=backend)
-    coalitions = torch.arange(2 ** len(features))
+    coalitions = torch.arange(2 ** len(features), device="cpu")
     values = []
     for part in _parts(len(labels), len(coalitions) * model.num_classes):
         logits = model.coalition_logits([h[part] for h in features], coalitions)

@@ -98,8 +98,8 @@ def coalition_utilities(device, dtype, backend):
 def duc_loss(device, dtype, backend):
     features = [_random(N // 5, D + m, device=device, dtype=dtype)[:, :D].contiguous() for m in range(M)]
     effective = torch.arange(M * D, device=device).view(M, D) % 3 == 0
-    effective[:, 0] = False
-    effective[0, 0] = True
+    effective[:, :1] = False
+    effective[:1, :1] = True
     return _with_gradient(features, lambda *x: ops.duc_loss(x, effective, temperature=2.0, backend=backend))
 
 
@@ -139,7 +139,12 @@ def kmeans(device, dtype, backend):
 @call_of("kmeans")
 def cluster_purity(device, dtype, backend):
     labels, clusters = _labels(device, N), _labels(device, N).flip(0)
-    return [], lambda: [torch.tensor(ops.cluster_purity(clusters, labels, backend=backend))]
+
+    def call() -> list[Tensor]:
+        purity = ops.cluster_purity(clusters, labels, backend=backend)
+        return [torch.tensor(purity, dtype=torch.float64, device="cpu")]
+
+    return [], call
 
 
 @call_of("partial_reinit")

@@ -5,18 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-import cuda_emulated
 import every_op
-from conftest import EMULATED, FILES, ROOT
+from conftest import FILES, ROOT
 from every_op import CALLS, READING, same
 from mmfast import backend as _backend
 from mmfast import ops
@@ -73,51 +68,6 @@ def test_every_instruction_set(stem, isa):
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, check=True)
 
 
-class RawCalls(TorchDispatchMode):
-    """Keeps one call of each raw op while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[torch._ops.OpOverload, tuple] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "mmfast":
-            detached = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs or {}))
-            self.calls.setdefault(function, detached)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("backend", [*FILES, EMULATED])
-@pytest.mark.parametrize(("stem", "make"), CASES)
-def test_raw_ops_are_as_torch_library_wants_them(stem, make, backend, dtype, monkeypatch):
-    monkeypatch.setattr(every_op, "N", 20)
-    is_emulated = backend == EMULATED
-    if is_emulated and not cuda_emulated.compiler():
-        pytest.skip("no C++ compiler for the emulation of CUDA")
-    name = "cuda" if is_emulated else backend
-    with cuda_emulated.emulated() if is_emulated else nullcontext():
-        _require(name, stem)
-        if not _backend.supports(name, stem, dtype):
-            pytest.skip(f"its kernel does not take {dtype} here")
-        on_gpu = not is_emulated and (name == "cuda" or (name == "triton" and not _backend.interpreting()))
-        _, call = make(torch.device("cuda" if on_gpu else "cpu"), dtype, name)
-        with RawCalls() as raw:
-            call()
-        assert raw.calls
-        for function, (args, kwargs) in raw.calls.items():
-            torch.library.opcheck(function, args, kwargs)
-
-
-def test_every_raw_op_is_called(monkeypatch):
-    monkeypatch.setattr(every_op, "N", 20)
-    with RawCalls() as raw:
-        for _, make in (case.values for case in CASES):
-            make(torch.device("cpu"), torch.float32, "reference")[1]()
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmfast::")}
-    assert {function.name() for function in raw.calls} == registered
-
-
 def test_without_triton_every_op_runs_on_the_cpu():
     """As on a machine that has none: an import would fail."""
     program = (
@@ -169,7 +119,7 @@ def _require(backend: str, stem: str) -> None:
         pytest.skip(reason)
 
 
-def _once_differentiable_calls():
+def _differentiable_calls():
     labels, effective = torch.arange(200) % 3, torch.tensor([[True, True, False], [False, False, True]])
     partial, table = (2, 200, 3), (200, 4, 3)
     return {
@@ -189,27 +139,11 @@ def _once_differentiable_calls():
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(
-    ("shape", "op"), _once_differentiable_calls().values(), ids=_once_differentiable_calls()
-)
-def test_a_penalty_on_a_gradient_is_not_dropped(shape, op, backend):
-    if reason := _backend.why_not(backend):
-        pytest.skip(reason)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = op(x, backend)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    # The incoming gradient was a plain one, and still a second derivative is asked for.
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (loss + gradient.square().sum()).backward()
-
-
 def test_results_without_gradients_are_the_same():
     """Where no gradient is asked for, a raw op is called without autograd's Function around it."""
     labels, effective = torch.arange(200) % 3, torch.tensor([[True, True, False], [False, False, True]])
     calls = {
-        name: (shape, lambda x, op=op: op(x, "auto"))
-        for name, (shape, op) in _once_differentiable_calls().items()
+        name: (shape, lambda x, op=op: op(x, "auto")) for name, (shape, op) in _differentiable_calls().items()
     }
     calls["shapley_values"] = ((200, 8), ops.shapley_values)
     calls["project_gradient"] = ((200, 3), lambda x: ops.project_gradient(x, torch.ones(3, 3)))
@@ -227,17 +161,3 @@ def test_results_without_gradients_are_the_same():
         for result in (op(x), hidden):
             assert not result.requires_grad, name
             assert torch.equal(result, recorded.detach()), name
-
-
-@pytest.mark.parametrize("stem", ["shapley_values", "logit_fusion", "class_separability", "additive_shapley"])
-def test_forward_mode_says_that_there_is_no_formula(stem):
-    labels = torch.arange(6) % 3
-    shape, op = {
-        "shapley_values": ((6, 4), ops.shapley_values),
-        "logit_fusion": ((2, 6, 3), ops.entropy_fusion),
-        "class_separability": ((6, 3), lambda x: ops.class_moments(x, labels, 3)),
-        "additive_shapley": ((2, 6, 3), lambda x: ops.additive_shapley(x, labels, utility="margin")),
-    }[stem]
-    x = torch.randn(shape)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        op(forward_ad.make_dual(x, torch.ones_like(x)))

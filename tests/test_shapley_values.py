@@ -265,6 +265,7 @@ def test_a_common_offset_costs_no_digits(backend, device, num_players, offset):
     assert_close_to_truth(values, truth, reference.shapley_values(utilities))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("num_players", [1, 2, 5, 7, 13])
 @pytest.mark.parametrize("infinity", [float("inf"), -float("inf")])
 def test_an_infinite_whole_is_shared_by_all(backend, device, num_players, infinity):
@@ -273,6 +274,75 @@ def test_an_infinite_whole_is_shared_by_all(backend, device, num_players, infini
     values = ops.shapley_values(utilities, backend=backend)
     assert (values[1] == infinity).all()
     assert values[[0, 2]].isfinite().all()
+
+
+def scatter_special(x: Tensor, seed: int) -> Tensor:
+    """Put infinities and NaN into all rows but the first two; the row before the last is -inf throughout."""
+    generator = torch.Generator().manual_seed(seed)
+    inf = float("inf")
+    for row in range(2, len(x)):
+        numbers = [[inf], [-inf], [inf, -inf], [inf, inf], [-inf, -inf], [float("nan")]][row % 6]
+        places = torch.randint(x.shape[1], (len(numbers),), generator=generator)
+        x[row, places] = torch.tensor(numbers, dtype=x.dtype)
+    x[-2] = -inf
+    return x
+
+
+# The interpreter computes with numpy, which warns.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("num_players", [1, 2, 3, 4, 5, 7, 9, 13])
+def test_infinities_and_nan_as_in_the_formula(backend, device, num_players, dtype):
+    require_dtype(backend, dtype)
+    if num_players == 13 and backend == "triton" and _backend.interpreting():
+        pytest.skip("a minute in Triton's interpreter")
+    utilities = scatter_special(make(19, 2**num_players, dtype), num_players)
+    # At the empty coalition, too, which kernels take for their origin.
+    utilities[-1, 0] = -float("inf")
+    dphi = scatter_special(make(19, num_players, dtype), num_players)
+    runs = [
+        (lambda x: ops.shapley_values(x, backend=backend), reference.shapley_values, utilities),
+        (lambda x: torch.ops.mmfast.shapley_values_bwd(x, backend), reference.shapley_values_bwd, dphi),
+    ]
+    for run, truth, x in runs:
+        # Whether rows lie side by side or not, and each row whatever its neighbours hold.
+        for laid_out in (x, x.repeat_interleave(2, dim=-1)[:, ::2]):
+            result = run(laid_out.to(device)).cpu()
+            expected = truth(x.double())
+            assert not expected[2:].isfinite().any()
+            torch.testing.assert_close(result[2:].double(), expected[2:], equal_nan=True)
+            assert torch.equal(result[:2], run(x[:2].to(device)).cpu())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("num_players", [1, 2, 3, 4, 5, 7, 9, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_sums_do_not_overflow_where_values_do_not(backend, device, num_players, dtype):
+    require_dtype(backend, dtype)
+    if num_players == 13 and backend == "triton" and _backend.interpreting():
+        pytest.skip("a minute in Triton's interpreter")
+    most = torch.finfo(dtype).max
+    generator = torch.Generator().manual_seed(num_players)
+    signs = 0.9 - 1.8 * torch.randint(2, (6, 2**num_players), generator=generator)
+    # A player that adds nearly all there is to any coalition, and one that adds nothing to large numbers.
+    signs[0], signs[1] = 0.3 * (2.0 * (torch.arange(2**num_players) & 1) - 1), 0.9
+    runs = [
+        (
+            lambda x: ops.shapley_values(x, backend=backend),
+            reference.shapley_values,
+            signs,
+        ),
+        (
+            lambda x: torch.ops.mmfast.shapley_values_bwd(x, backend),
+            reference.shapley_values_bwd,
+            signs[:, :num_players],
+        ),
+    ]
+    for run, truth, x in runs:
+        found = run((most * x.double()).to(dtype).to(device)).cpu().double() / most
+        expected = truth(x.double())
+        expected[expected.abs() > 1] *= torch.inf
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_one_graph_serves_another_batch_size(backend, device):

@@ -145,7 +145,8 @@ struct Fusion {
       const V lowest = V{} + std::numeric_limits<A>::lowest();
       for (int64_t m = 0; m < M; ++m) {
         const auto vanishes = w[m] == 0;
-        for (int64_t c = 0; c < C; ++c) z[m * C + c] = vanishes & (z[m * C + c] >= lowest) ? V{} : z[m * C + c];
+        for (int64_t c = 0; c < C; ++c)
+          z[m * C + c] = vanishes & (z[m * C + c] >= lowest) ? V{} : z[m * C + c];
         w[m] = vanishes ? V{} + 1 : w[m];
       }
     }

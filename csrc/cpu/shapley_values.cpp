@@ -15,13 +15,15 @@
 //   / torch.mm   6.5  5.6  4.4  4.4  2.5  5.0  5.3  9.0  8.0  9.2  6.3    v @ W
 //   bwd, GB/s     19   21   22   15   17   22   25   25   25   24   25    of gradient written
 //   / torch.mm   9.2  8.8  2.0  2.2  2.8  5.6  6.7  7.3  4.2  3.3  3.7    dphi @ W^T
+// An infinite utility makes no number of the folds, and large ones may overflow there though their weighted
+// means do not: rows whose values come out so are computed once more, player by player.
 // Tried and slower: one row at a time at M = 5 (45 ns a row instead of 10), loops left rolled (twice the time
 // to M = 7).
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "vec.h"
+#include "vec_math.h"
 
 namespace mmfast {
 namespace {
@@ -73,6 +75,73 @@ struct VectorWeights {
 template <class T>
 void gather(const T* source, int64_t stride, int64_t count, T* target) {
   for (int64_t i = 0; i < count; ++i) target[i] = source[i * stride];
+}
+
+// Whether any of `count` numbers is NaN, infinite, or above `most` in magnitude.
+template <class T>
+__attribute__((noinline)) bool has_unbounded(const T* x, int64_t count, accumulate_t<T> most) {
+  using A = accumulate_t<T>;
+  constexpr int L = kLanes<A>;
+  Bits<A> is_bad = 0;
+  auto are_bad = Vec<Bits<A>>{};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    const Vec<A> next = load(x + i);
+    are_bad |= ~((next <= most) & (next >= -most));
+  }
+  for (; i < count; ++i) is_bad |= !(std::abs(widen(x[i])) <= most);
+  return is_bad != 0 || any(are_bad);
+}
+
+// The values of a row by the formula itself, if any of them is NaN or infinite as the fold left it.
+template <class T>
+__attribute__((noinline, cold)) void mend_values(const T* v, int64_t stride, int num_players, T* phi) {
+  using A = accumulate_t<T>;
+  if (!has_unbounded(phi, num_players, std::numeric_limits<A>::max())) return;
+  // Every coalition counts for every player: one that is worth infinity lifts those within it and sinks the
+  // others, and so the reverse. Who is both lifted and sunk has NaN.
+  uint32_t lifted = 0, sunk = 0;
+  const uint32_t size = uint32_t{1} << num_players;
+  for (uint32_t s = 0; s < size; ++s) {
+    const A utility = widen(v[s * stride]);
+    if (std::isfinite(utility)) continue;
+    if (!(utility < 0)) lifted |= s, sunk |= ~s;
+    if (!(utility > 0)) lifted |= ~s, sunk |= s;
+  }
+  const bool is_infinite = (lifted | sunk) != 0;
+  const Weights weights(num_players);
+  for (int m = 0; m < num_players; ++m) {
+    // Halves, so that nothing overflows that a value does not.
+    double with = 0, without = 0;
+    for (uint32_t s = 0; s < size && !is_infinite; ++s) {
+      const double half = 0.5 * widen(v[s * stride]);
+      const int players = __builtin_popcount(s);
+      if (s >> m & 1) {
+        with += weights.b[players - 1] * half;
+      } else {
+        without += weights.b[players] * half;
+      }
+    }
+    A value = static_cast<A>(2 * (with - without));
+    if (is_infinite) value = (lifted >> m & 1 ? kInfinity<A> : A(0)) - (sunk >> m & 1 ? kInfinity<A> : A(0));
+    phi[m] = narrow<T>(value);
+  }
+}
+
+// The gradients of `count` coalitions from `first` on by the formula itself.
+template <class T>
+__attribute__((noinline, cold)) void mend_gradients(const T* dphi, int num_players, int64_t first,
+                                                    int64_t count, T* dv) {
+  const Weights weights(num_players);
+  for (int64_t i = 0; i < count; ++i) {
+    const int players = __builtin_popcountll(first + i);
+    double sum = 0;
+    for (int m = 0; m < num_players; ++m) {
+      const double share = widen(dphi[m]);
+      sum += (first + i) >> m & 1 ? weights.b[players - 1] * share : -weights.b[players] * share;
+    }
+    dv[i] = narrow<T>(static_cast<accumulate_t<T>>(sum));
+  }
 }
 
 // From vectors of interleaved rows of n numbers to one vector per number, at the position of reversed bits;
@@ -155,23 +224,40 @@ struct SmallRows {
     for (int k = 0; k <= M; ++k) a[k] = static_cast<A>(weights.a[k]), b[k] = static_cast<A>(weights.b[k]);
   }
 
-  // L rows of S numbers to L rows of M numbers.
-  void fwd(const T* v, T* phi) const {
-    V x[S], values[M], rows[M], shared = {};
+  // L rows of S numbers to L rows of M numbers. What it returns is 0 unless a value was NaN or infinite and
+  // may have to be mended.
+  V fwd(const T* v, T* phi) const {
+    V x[S], values[M], rows[M], doubt = {};
     MMFAST_UNROLL
     for (int i = 0; i < S; ++i) x[i] = load(v + i * L);
     unzip_rows<S>(x);
+    if constexpr (M == 1) {
+      values[0] = x[1] - x[0];
+    } else {
+      doubt = by_folds(x, values);
+    }
+    convert<Rows<M, L>>(values, rows, Players{});
+    MMFAST_UNROLL
+    for (int m = 0; m < M; ++m) store(phi + m * L, rows[m]);
+    return doubt;
+  }
+
+  V by_folds(V* x, V* values) const {
+    V shared, sum_of_values;
     // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     const V origin = x[0];
+    // The empty one is then worth nothing, and of five players left in all the same: GCC makes better code of
+    // it.
+    constexpr int first = M < 5;
     MMFAST_UNROLL
-    for (int i = 0; i < S; ++i) {
+    for (int i = first; i < S; ++i) {
       const int size = count_bits(i);
       const V utility = x[i] - origin;
-      // b is 0 for all players together, whose utility may be infinite.
-      if (i != S - 1) shared += b[size] * utility;
+      // b is 0 for all players together.
+      if (i != S - 1) shared = i == first ? b[size] * utility : shared + b[size] * utility;
       x[i] = a[size] * utility;
     }
-    // Bits are reversed: player m is bit M-1-m of i, and the top bit is folded first.
+    // The top bit is folded first.
     MMFAST_UNROLL
     for (int m = 0; m < M; ++m) {
       const int half = S >> (m + 1);
@@ -179,13 +265,15 @@ struct SmallRows {
       MMFAST_UNROLL
       for (int i = 1; i < half; ++i) sum += x[half + i];
       MMFAST_UNROLL
-      for (int i = 0; i < half; ++i) x[i] += x[half + i];
+      for (int i = first; i < half; ++i) x[i] += x[half + i];
       values[m] = sum - shared;
+      sum_of_values = m == 0 ? values[m] : sum_of_values + values[m];
     }
-    convert<Rows<M, L>>(values, rows, Players{});
-    MMFAST_UNROLL
-    for (int m = 0; m < M; ++m) store(phi + m * L, rows[m]);
+    return sum_of_values - sum_of_values;
   }
+
+  // b_k / b_0 = 1 / binom(M-1, k)
+  static constexpr A relative_b(int k) { return k == 0 ? A(1) : relative_b(k - 1) * k / (M - k); }
 
   // L rows of M numbers to L rows of S numbers.
   void bwd(const T* dphi, T* dv) const {
@@ -195,13 +283,19 @@ struct SmallRows {
     convert<Columns<M, L>>(rows, columns, Players{});
     MMFAST_UNROLL
     for (int m = 0; m < M; ++m) {
+      // By b_0 beforehand, so that no sum overflows.
+      columns[m] *= A(1) / M;
       MMFAST_UNROLL
       for (int i = 0; i < 1 << m; ++i) x[(1 << m) + i] = x[i] + columns[m];
     }
-    const V total = x[S - 1];
+    // The players of a coalition and the others apart: infinities remain what they are.
+    zipped[0] = -x[S - 1];
+    zipped[S - 1] = x[S - 1];
     MMFAST_UNROLL
-    for (int s = 0; s < S; ++s)
-      zipped[reverse_bits(s, M)] = a[count_bits(s)] * x[s] - b[count_bits(s)] * total;
+    for (int s = 1; s < S - 1; ++s) {
+      const int size = count_bits(s);
+      zipped[reverse_bits(s, M)] = relative_b(size - 1) * x[s] - relative_b(size) * x[S - 1 - s];
+    }
     zip_rows<S>(zipped);
     MMFAST_UNROLL
     for (int i = 0; i < S; ++i) store(dv + i * L, zipped[i]);
@@ -316,28 +410,10 @@ struct LargeRow {
     T gathered[1 << kChunkBits];
     // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     const A origin = widen(*v);
-    const int64_t last = (int64_t{1} << bits) - 1;
-    // The utility of all players together may be infinite, and infinity times its b, 0, is no number.
-    const A whole = chunk == num_chunks - 1 ? widen(source[last * stride]) - origin : A(0);
-    const bool is_apart = !(std::abs(whole) <= std::numeric_limits<A>::max());
-    if (stride != 1 || is_apart) {
-      gather(source, stride, last + 1, gathered);
-      if (is_apart) gathered[last] = *v;
+    if (stride != 1) {
+      gather(source, stride, int64_t{1} << bits, gathered);
       source = gathered;
     }
-    fold_all(source, origin, players, out);
-    if (is_apart) {
-      V share = {};
-      share[L - 1] = a_of_all() * whole;
-      out.total += share;
-      for (int bit = 0; bit < bits - lane_bits; ++bit) out.half_sums[bit] += share;
-    }
-  }
-
-  // The weight of all players together, 1 / M.
-  A a_of_all() const { return A(1) / num_players; }
-
-  void fold_all(const T* source, A origin, int players, Partial<A>& out) const {
     const V *a = weights.a + players, *b = weights.b + players;
     switch (std::min(3, bits - lane_bits)) {
       case 1:
@@ -449,6 +525,46 @@ struct LargeRow {
   }
 };
 
+// Rows after which those that need it are mended, while they are in the cache.
+constexpr int64_t kRowsAtOnce = 256;
+
+// Calls function(begin, end) for rows [begin, end), some at a time, mending what it leaves of them.
+template <class T, class Function>
+void for_mended_rows(const T* v, T* phi, int64_t begin, int64_t end, int num_players, int64_t stride_row,
+                     int64_t stride, Function&& function) {
+  for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+    const int64_t last = std::min(end, first + kRowsAtOnce);
+    function(first, last);
+    T* values = phi + first * num_players;
+    constexpr auto most = std::numeric_limits<accumulate_t<T>>::max();
+    if (!has_unbounded(values, (last - first) * num_players, most)) continue;
+    for (int64_t row = first; row < last; ++row)
+      mend_values(v + row * stride_row, stride, num_players, phi + row * num_players);
+  }
+}
+
+// Of chunks [begin, end) of all rows' chunks in a line, those whose sums may be infinite or overflow.
+template <class T>
+void mend_chunks(const T* dphi, T* dv, int64_t begin, int64_t end, const LargeRow<T>& large,
+                 int64_t stride_row, int64_t stride_player) {
+  constexpr auto most = std::numeric_limits<accumulate_t<T>>::max() / (2 * kMaxPlayers);
+  const int M = large.num_players;
+  if (begin == end) return;
+  const int64_t first_row = begin / large.num_chunks, last_row = (end - 1) / large.num_chunks;
+  if (stride_row == M && stride_player == 1 &&
+      !has_unbounded(dphi + first_row * M, (last_row - first_row + 1) * M, most))
+    return;
+  for (int64_t row = first_row; row <= last_row; ++row) {
+    T row_dphi[kMaxPlayers];
+    gather(dphi + row * stride_row, stride_player, M, row_dphi);
+    if (!has_unbounded(row_dphi, M, most)) continue;
+    for (int64_t item = std::max(begin, row * large.num_chunks);
+         item < std::min(end, (row + 1) * large.num_chunks); ++item)
+      mend_gradients(row_dphi, M, item % large.num_chunks << large.bits, int64_t{1} << large.bits,
+                     dv + (item << large.bits));
+  }
+}
+
 // Calls function(SmallRows of M players) where that is the faster way, else returns false.
 template <class T, int largest, class Function>
 bool with_small(int num_players, Function&& function) {
@@ -474,16 +590,25 @@ void fwd(const T* v, T* phi, int64_t num_rows, int num_players, int64_t stride_r
   const bool is_done = with_small<T, 5>(num_players, [&](const auto& small) {
     using Small = std::decay_t<decltype(small)>;
     parallel_for((num_rows + L - 1) / L, L * row_bytes, num_threads, [&](int64_t begin, int64_t end) {
+      typename Small::V doubt = {};
       Small::template for_blocks<Small::S, Small::M>(v, phi, begin * L, std::min(end * L, num_rows),
-                                                     stride_row, stride_coalition,
-                                                     [&](const T* from, T* to) { small.fwd(from, to); });
+                                                     stride_row, stride_coalition, [&](const T* from, T* to) {
+                                                       const auto next = small.fwd(from, to);
+                                                       if constexpr (Small::M > 1) doubt += next;
+                                                     });
+      if (!any(doubt != 0)) return;
+      for (int64_t row = begin * L; row < std::min(end * L, num_rows); ++row)
+        mend_values(v + row * stride_row, stride_coalition, num_players, phi + row * num_players);
     });
   });
   if (is_done) return;
   const LargeRow<T> large(num_players);
   if (large.num_chunks == 1) {
     return parallel_for(num_rows, row_bytes, num_threads, [&](int64_t begin, int64_t end) {
-      large.fwd_rows(v, phi, begin, end, stride_row, stride_coalition);
+      for_mended_rows(v, phi, begin, end, num_players, stride_row, stride_coalition,
+                      [&](int64_t first, int64_t last) {
+                        large.fwd_rows(v, phi, first, last, stride_row, stride_coalition);
+                      });
     });
   }
   std::vector<Partial<accumulate_t<T>>> chunks(large.num_chunks);
@@ -494,7 +619,9 @@ void fwd(const T* v, T* phi, int64_t num_rows, int num_players, int64_t stride_r
                      large.fold(v + row * stride_row, stride_coalition, chunk, chunks[chunk]);
                    }
                  });
-    large.finish(large.sum_chunks(chunks.data()), phi + row * num_players, num_players);
+    for_mended_rows(v, phi, row, row + 1, num_players, stride_row, stride_coalition, [&](int64_t, int64_t) {
+      large.finish(large.sum_chunks(chunks.data()), phi + row * num_players, num_players);
+    });
   }
 }
 
@@ -512,9 +639,11 @@ void bwd(const T* dphi, T* dv, int64_t num_rows, int num_players, int64_t stride
   });
   if (is_done) return;
   const LargeRow<T> large(num_players);
-  parallel_for(
-      num_rows * large.num_chunks, sizeof(T) << large.bits, num_threads,
-      [&](int64_t begin, int64_t end) { large.bwd_chunks(dphi, dv, begin, end, stride_row, stride_player); });
+  parallel_for(num_rows * large.num_chunks, sizeof(T) << large.bits, num_threads,
+               [&](int64_t begin, int64_t end) {
+                 large.bwd_chunks(dphi, dv, begin, end, stride_row, stride_player);
+                 mend_chunks(dphi, dv, begin, end, large, stride_row, stride_player);
+               });
 }
 
 void check_players(const char* op, int64_t num_players) {

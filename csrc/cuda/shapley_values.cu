@@ -7,7 +7,11 @@
 // 11, a block a row above. Bits of the coalition index are, from the lowest: the four of a vector, the
 // thread, the turn of the loop. A thread folds its own bits in registers; at the end each thread holds M
 // partial values and the row's threads exchange halves of them, so M sums cost about M shuffles instead of M
-// log2(threads). Compiled for every architecture without spills; not timed yet on a GPU.
+// log2(threads). An infinite utility makes no number of these sums, and large ones may overflow in them
+// though their weighted means do not: where a value comes out so, the row is looked through once more.
+// Compiled for every architecture without spills; not timed yet on a GPU.
+#include <limits>
+
 #include "shapley.cuh"
 
 namespace mmfast {
@@ -50,6 +54,54 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
   }
 }
 
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+template <class A>
+__device__ bool is_finite(A x) {
+  return x - x == 0;
+}
+
+// Who is lifted and who is sunk by the infinite utilities of a row: a coalition worth infinity lifts those
+// within it and sinks the others, and so the reverse; NaN does both.
+struct Fates {
+  static constexpr unsigned kAll = (1u << kMaxPlayers) - 1;
+  unsigned lifted, sunk;
+
+  template <class A>
+  __device__ void add(unsigned coalition, A utility) {
+    if (is_finite(utility)) return;
+    const unsigned others = ~coalition & kAll;
+    if (!(utility < 0)) lifted |= coalition, sunk |= others;
+    if (!(utility > 0)) lifted |= others, sunk |= coalition;
+  }
+};
+
+// A player's value by the formula itself. Rarely needed.
+template <class T>
+__device__ __noinline__ accumulate_t<T> value_by_formula(const T* v, int64_t stride,
+                                                         const accumulate_t<T>* b,  // [num_players + 1]
+                                                         int num_players, int player, Fates fates) {
+  using A = accumulate_t<T>;
+  if (fates.lifted | fates.sunk) {
+    return (fates.lifted >> player & 1 ? kInfinity<A> : A(0)) -
+           (fates.sunk >> player & 1 ? kInfinity<A> : A(0));
+  }
+  // Halves, so that nothing overflows that a value does not.
+  double with = 0, without = 0;
+#pragma unroll 1
+  for (unsigned s = 0; s < 1u << num_players; ++s) {
+    const double half = 0.5 * static_cast<double>(static_cast<A>(v[s * stride]));
+    const int size = __popc(s);
+    if (s >> player & 1) {
+      with += static_cast<double>(b[size - 1]) * half;
+    } else {
+      without += static_cast<double>(b[size]) * half;
+    }
+  }
+  return static_cast<A>(2 * (with - without));
+}
+
 template <class T, class P>
 __global__ void __launch_bounds__(kBlock)
     shapley_values_fwd_kernel(const T* __restrict__ v,  // [rows, S]
@@ -87,7 +139,7 @@ __global__ void __launch_bounds__(kBlock)
     for (int i = 0; i < P::vector; ++i) {
       const A utility = static_cast<A>(loaded.values[i]) - origin;
       const int more = (i & 1) + (i >> 1);
-      // b is 0 for all players together, whose utility may be infinite.
+      // b is 0 for all players together.
       if (size + more < num_players) shared += b[size + more] * utility;
       x[i] = a[size + more] * utility;
     }
@@ -116,7 +168,44 @@ __global__ void __launch_bounds__(kBlock)
   sum_over_lanes<lanes, padded>(sums, lane);
   constexpr int left = padded > lanes ? padded / lanes : 1, group = lanes > padded ? lanes / padded : 1;
   T* target = phi + row * num_players;
+  const auto fates_of_own = [&] {
+    Fates fates{0, 0};
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+#pragma unroll 1
+      for (int i = 0; i < P::vector; ++i) {
+        const unsigned s = static_cast<unsigned>((turn * P::threads + thread) * P::vector + i);
+        fates.add(s, static_cast<A>(source[s * stride_coalition]));
+      }
+    }
+    return fates;
+  };
+  const auto fates_of_warp = [&](Fates fates) {
+#pragma unroll 1
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      fates.lifted |= __shfl_xor_sync(0xffffffffu, fates.lifted, distance);
+      fates.sunk |= __shfl_xor_sync(0xffffffffu, fates.sunk, distance);
+    }
+    return fates;
+  };
   if constexpr (P::threads <= kWarp) {
+    bool is_bad = false;
+#pragma unroll
+    for (int i = 0; i < left; ++i) is_bad |= !is_finite(sums[i]);
+    if (__any_sync(0xffffffffu, is_bad)) {
+      Fates fates = fates_of_own();
+      // That the row is bad travels along.
+      if (is_bad) fates.lifted |= 1u << 31;
+      fates = fates_of_warp(fates);
+      is_bad = fates.lifted >> 31;
+      fates.lifted &= Fates::kAll;
+#pragma unroll
+      for (int i = 0; i < left; ++i) {
+        const int player = lane / group * left + i;
+        if (is_bad && player < num_players)
+          sums[i] = value_by_formula(source, stride_coalition, b, num_players, player, fates);
+      }
+    }
     if (wanted >= num_rows || lane % group != 0) return;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
@@ -127,12 +216,51 @@ __global__ void __launch_bounds__(kBlock)
     static_assert(padded == kWarp, "one lane a player");
     MMFAST_SHARED(A, warps, [P::threads / kWarp][kWarp]);
     warps[thread / kWarp][lane] = sums[0];
+    MMFAST_SHARED(Fates, fates_of, [P::threads / kWarp]);
+    MMFAST_SHARED(int, is_bad, [1]);
     __syncthreads();
-    if (thread < num_players) {
-      A sum = 0;
+    A sum = 0;
+    if (thread < kWarp) {
 #pragma unroll
       for (int warp = 0; warp < P::threads / kWarp; ++warp) sum += warps[warp][thread];
-      target[thread] = static_cast<T>(sum);
+      const int is_bad_here = __any_sync(0xffffffffu, !is_finite(sum));
+      if (thread == 0) is_bad[0] = is_bad_here;
+    }
+    __syncthreads();
+    if (is_bad[0]) {
+      const Fates fates = fates_of_warp(fates_of_own());
+      if (lane == 0) fates_of[thread / kWarp] = fates;
+      __syncthreads();
+      Fates all{0, 0};
+#pragma unroll 1
+      for (int warp = 0; warp < P::threads / kWarp; ++warp)
+        all = {all.lifted | fates_of[warp].lifted, all.sunk | fates_of[warp].sunk};
+      if (thread < num_players) sum = value_by_formula(source, stride_coalition, b, num_players, thread, all);
+    }
+    if (thread < num_players) target[thread] = static_cast<T>(sum);
+  }
+}
+
+// What a thread writes of a row of gradients, by the formula itself: where gradients are infinite, or
+// overflow in sums. Rarely needed.
+template <class T, class P>
+__device__ __noinline__ void gradients_by_formula(const T* dphi, int64_t stride, T* target, int players,
+                                                  int turns, int thread,
+                                                  const accumulate_t<T>* b) {  // [num_players + 1]
+  using A = accumulate_t<T>;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+#pragma unroll 1
+    for (int i = 0; i < P::vector; ++i) {
+      const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector + i;
+      const int size = __popcll(coalition);
+      A sum = 0;
+#pragma unroll 1
+      for (int m = 0; m < players; ++m) {
+        const A share = static_cast<A>(dphi[m * stride]);
+        sum += coalition >> m & 1 ? b[size - 1] * share : -b[size] * share;
+      }
+      target[coalition] = static_cast<T>(sum);
     }
   }
 }
@@ -165,6 +293,7 @@ __global__ void __launch_bounds__(kBlock)
 
   T* target = dv + (row << players);
   const int turns = P::is_exact ? 1 : 1 << (players - P::turn_bit);
+  bool is_finite_here = true;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector;
@@ -181,7 +310,9 @@ __global__ void __launch_bounds__(kBlock)
       const int more = (i & 1) + (i >> 1);
       A members = sum + (i & 1 ? row_dphi[0] : A(0));
       if constexpr (P::vector == 4) members += i & 2 ? row_dphi[1] : A(0);
-      stored.values[i] = static_cast<T>(a[size + more] * members - b[size + more] * total);
+      const A value = a[size + more] * members - b[size + more] * total;
+      is_finite_here = is_finite_here && is_finite(value);
+      stored.values[i] = static_cast<T>(value);
     }
     if (is_packed) {
       *reinterpret_cast<Pack<T, P::vector>*>(target + coalition) = stored;
@@ -189,6 +320,10 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int i = 0; i < P::vector; ++i) target[coalition + i] = stored.values[i];
     }
+  }
+  if (!is_finite_here) {
+    const auto* source = dphi + row * stride_row;
+    gradients_by_formula<T, P>(source, stride_player, target, players, turns, thread, b);
   }
 }
 

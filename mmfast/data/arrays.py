@@ -87,7 +87,11 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
 
     def subset(self, indices: Any) -> ArrayDataset:
         """Return the samples at `indices` (ints `[B]`, or a slice) as a data set of their own."""
-        key = torch.arange(len(self))[indices] if isinstance(indices, slice) else self._as_index(indices)
+        key = (
+            torch.arange(len(self), device="cpu")[indices]
+            if isinstance(indices, slice)
+            else self._as_index(indices)
+        )
         if key.ndim != 1:
             raise TypeError("indices must be a list, a 1-D array or a slice, got one integer")
         return self._with(
@@ -104,7 +108,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return other
 
     def _as_index(self, index: Any) -> Tensor:  # [] or [B]
-        key = torch.as_tensor(index)
+        key = torch.as_tensor(index, device="cpu")
         # An empty list has no dtype of its own.
         real = key.is_floating_point() and key.numel() > 0
         if key.ndim > 1 or real or key.is_complex() or key.dtype == torch.bool:

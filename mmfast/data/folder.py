@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmfast.data.media import log_mel, read_array, read_image, read_video, read_wav, wav_header
@@ -211,7 +210,7 @@ def _stack(name: str, samples: Sequence[_Sample], read: Callable[[list[Path]], T
             continue
         features = read(sample.files[name])
         if stacked is None:
-            stacked, first = torch.zeros(len(samples), *features.shape), sample.files[name][0]
+            stacked, first = features.new_zeros(len(samples), *features.shape), sample.files[name][0]
         if features.shape != stacked.shape[1:]:
             raise ValueError(
                 f"{sample.files[name][0]}: must have the shape of {first}, {list(stacked.shape[1:])}, "

@@ -56,22 +56,22 @@ def log_mel(
     num_samples = max(num_samples, num_fft)
     samples = samples[:num_samples]
     samples = torch.nn.functional.pad(samples, (0, num_samples - len(samples)))
-    spectrum = torch.stft(
-        samples, num_fft, hop, window, torch.hann_window(window), center=False, return_complex=True
-    )
+    taper = torch.hann_window(window, dtype=samples.dtype, device=samples.device)
+    spectrum = torch.stft(samples, num_fft, hop, window, taper, center=False, return_complex=True)
     power = spectrum.abs().square() / window
     return (mel_filters(mels, num_fft, rate) @ power + _FLOOR).log()[None]
 
 
 def mel_filters(mels: int, num_fft: int, rate: int) -> Tensor:  # [mels, num_fft // 2 + 1]
     """Return triangles equally spaced in mel, 2595 log10(1 + hertz / 700), up to half the sample rate."""
-    edges = torch.linspace(0, 2595 * log10(1 + rate / 2 / 700), mels + 2, dtype=torch.float64)
+    edges = torch.linspace(0, 2595 * log10(1 + rate / 2 / 700), mels + 2, dtype=torch.float64, device="cpu")
     edges = 700 * (10 ** (edges / 2595) - 1)
     bin_width = rate / num_fft
     # A triangle narrower than a bin would miss every bin: widen it to reach its neighbours.
     rise = (edges[1:-1] - edges[:-2]).clamp_min(bin_width)[:, None]
     fall = (edges[2:] - edges[1:-1]).clamp_min(bin_width)[:, None]
-    distance = torch.arange(num_fft // 2 + 1, dtype=torch.float64) * bin_width - edges[1:-1, None]
+    bins = torch.arange(num_fft // 2 + 1, dtype=torch.float64, device="cpu")
+    distance = bins * bin_width - edges[1:-1, None]
     return torch.minimum(1 + distance / rise, 1 - distance / fall).clamp_min(0).float()
 
 

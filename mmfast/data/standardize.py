@@ -36,11 +36,11 @@ def _moments(
     mask: Tensor | None,  # [N]
 ) -> tuple[list[float], list[float]]:  # twice [channels]
     """Return the mean and the inverse standard deviation per channel, 0 for a constant one."""
-    rows = torch.arange(len(array)) if mask is None else mask.nonzero().view(-1)
+    rows = torch.arange(len(array), device="cpu") if mask is None else mask.nonzero().view(-1)
     axis = _CHANNEL_AXIS[array.ndim]
     dims = [dim for dim in range(array.ndim) if dim != axis]
     count = len(rows) * (array[0].numel() // array.shape[axis])
-    total, square = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    total, square = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
     for chunk in rows.split(CHUNK):
         total = total + array[chunk].double().sum(dims, keepdim=True)
     mean = total / count
@@ -59,7 +59,8 @@ def _scale(
 ) -> Tensor:  # [N, ...]
     shape = [1] * array.ndim
     shape[_CHANNEL_AXIS[array.ndim]] = -1
-    scaled = (array - torch.tensor(mean).view(shape)) * torch.tensor(inverse).view(shape)
+    shift, factor = (torch.tensor(x, dtype=array.dtype, device="cpu").view(shape) for x in (mean, inverse))
+    scaled = (array - shift) * factor
     if mask is not None:
         scaled[~mask] = 0
     return scaled

@@ -252,7 +252,7 @@ class Learner(nn.Module):
         state = self.seed & 0xFFFFFFFF
         for number in key:
             state = (state * 6364136223846793005 + number + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF
-        return torch.Generator().manual_seed(state)
+        return torch.Generator("cpu").manual_seed(state)
 
     def extra_state(self) -> dict[str, Any]:
         """Return state of training that is no parameter or buffer, as tensors and plain values.

@@ -17,8 +17,8 @@ class CopiesLearner(Learner):
     """A learner whose `end_epoch` chooses the copies that the next epoch trains on besides all samples."""
 
     def build(self) -> None:
-        self.indices = torch.zeros(0, dtype=torch.int64)  # [E] sample of each copy
-        self.coalitions = torch.zeros(0, dtype=torch.int64)  # [E] the modality it shows, as a coalition
+        self.indices = torch.zeros(0, dtype=torch.int64, device="cpu")  # [E] sample of each copy
+        self.coalitions = torch.zeros_like(self.indices)  # [E] the modality it shows, as a coalition
 
     def contributions(self, data: Any) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
         """Return contributions under the published value function, or under the released code's."""
@@ -29,8 +29,9 @@ class CopiesLearner(Learner):
     def start_epoch(self, epoch, train):
         if len(self.indices) == 0:
             return train
-        full = torch.full((len(train),), 2 ** len(self.modalities) - 1)
-        indices = torch.cat([torch.arange(len(train)), self.indices])
+        samples = torch.arange(len(train), device="cpu")
+        full = torch.full_like(samples, 2 ** len(self.modalities) - 1)
+        indices = torch.cat([samples, self.indices])
         return Entries(train, indices, torch.cat([full, self.coalitions]))
 
     def keep_shown(self, train: Any) -> None:
@@ -40,7 +41,7 @@ class CopiesLearner(Learner):
         entries = Entries(getattr(train, "evaluation", train), self.indices, self.coalitions)
         batches = iterate(entries, 4096, torch.device("cpu"))
         shown = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
-        keep = torch.cat([torch.zeros(0, dtype=torch.bool), *shown])
+        keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *shown])
         self.indices, self.coalitions = self.indices[keep], self.coalitions[keep]
 
     def figures(

@@ -27,14 +27,15 @@ class _ModalityValuationLearner(CopiesLearner):
         if epoch + 1 < method.warmup:
             return {}
         draw = self.generator(epoch)
-        subset = torch.randint(len(train), (max(1, int(method.fraction * len(train))),), generator=draw)
+        num_drawn = max(1, int(method.fraction * len(train)))
+        subset = torch.randint(len(train), (num_drawn,), generator=draw, device="cpu")
         plain = getattr(train, "evaluation", train)
         phi = mean_contributions(*self.contributions(Entries(plain, subset)))  # [M]
         # A modality that no drawn sample has cannot be compared.
         known = phi[~phi.isnan()]
         gap = float(known.max() - known.min())
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
-        self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw)
+        self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
         self.coalitions = torch.full_like(self.indices, 1 << int(phi.nan_to_num(nan=torch.inf).argmin()))
         self.keep_shown(train)
         return self.figures(phi)

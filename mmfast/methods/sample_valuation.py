@@ -29,7 +29,8 @@ def copy_counts(
     whole = (exact + 1e-4).floor()
     chance = (exact - whole).clamp(min=0)
     chance = torch.where(chance < 1e-4, 0.0, chance)
-    return (whole + (torch.rand(phi.shape, generator=generator, dtype=torch.float64) < chance)).long()
+    draws = torch.rand(phi.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (whole + (draws < chance)).long()
 
 
 class _SampleValuationLearner(CopiesLearner):

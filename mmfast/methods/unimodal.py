@@ -44,7 +44,9 @@ class _UnimodalLearner(SeparateLearner):
     def note_own_accuracy(self, own_accuracy):
         # A modality that no sample has comes after all others.
         known = [own_accuracy[name] for name in self.modalities]
-        score = torch.tensor([-1.0 if value is None else value for value in known])
+        score = torch.tensor(
+            [-1.0 if value is None else value for value in known], dtype=self.score.dtype, device="cpu"
+        )
         before = self.score.cpu().argsort(stable=True, descending=True)
         self.score.copy_(score)
         return not torch.equal(before, score.argsort(stable=True, descending=True))

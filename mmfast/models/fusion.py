@@ -46,7 +46,7 @@ class FusionHead(nn.Module):
     @property
     def bias(self) -> Tensor:  # [C]
         """The part of the logits that no feature enters; zeros unless the head has such a bias."""
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
         return like.new_zeros(self.num_classes)
 
     def partial_logits(

@@ -9,7 +9,8 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from mmfast.ops import _autograd
 
 _LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
 
@@ -39,22 +40,13 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mmfast, name).default
+    op = getattr(torch.ops.mmfast, name).default
 
+    def of_batch(info, in_dims, *args):
+        return _autograd.looped(op, info.batch_size, in_dims, args)
 
-def is_constant(*tensors: Tensor | None) -> bool:
-    """Whether autograd asks nothing of these tensors, so that a raw op may be called without a Function.
-
-    A Function costs 2.6 microseconds, as much as the rest of a call with few samples. Forward-mode AD has to
-    hear from it that there is no formula, and a compiler traces one way for both.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return False
-    return True
+    torch.library.register_vmap(f"mmfast::{name}", of_batch, lib=_LIBRARY)
+    return op
 
 
 def shape_text(shape) -> str:
@@ -185,30 +177,16 @@ def check_positive(name: str, value: float) -> None:
     )
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """Return `backward` with gradients that raise when they are differentiated again.
-
-    torch's function of this name does so only where the incoming gradient is part of a graph. A penalty on
-    the gradient of a plain loss would be dropped without a word; here `create_graph=True` is enough.
-    """
-
-    @functools.wraps(backward)
-    def run(ctx, *gradients):
-        if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
-        with torch.no_grad():
-            results = backward(ctx, *gradients)
-        # A compiler traces this with gradients enabled and asks for no second derivative.
-        if torch.compiler.is_compiling():
-            return results
-        results = results if isinstance(results, tuple) else (results,)
-        text = b"trying to differentiate twice an op of mmfast that is differentiable once"
-        raising = torch._C._functions.DelayedError(text, sum(x is not None for x in results))
-        marked = raising(*[x.detach().requires_grad_() for x in results if x is not None])
-        rest = iter((marked,) if isinstance(marked, torch.Tensor) else marked)
-        return tuple(None if x is None else next(rest) for x in results)
-
-    return run
+def check_scale_tensor(name: str, value: Tensor) -> None:
+    """Raise unless `value` is one real number, positive and finite; one on a GPU is not read."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of shape {shape_text(value.shape)}")
+    if not value.is_floating_point():
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have a floating dtype, got {got}")
+    is_known = value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()
+    if is_known:
+        check_positive(name, float(value.detach()))
 
 
 def outside_autocast(impl: Callable) -> Callable:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
@@ -15,8 +16,6 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
-    is_constant,
-    once_differentiable,
     register,
     shape_text,
     whole_labels,
@@ -56,7 +55,7 @@ def coalition_utilities(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [N, S] in the dtype of `logits`; half precision is computed in float32. Differentiable once with
+        [N, S] in the dtype of `logits`; half precision is computed in float32. Differentiable with
         respect to `logits` for the last three utilities; the first two carry no gradient.
 
     Raises:
@@ -82,7 +81,7 @@ def coalition_utilities(
     if is_constant(logits):
         return _utilities_fwd_op(logits, labels, utility, backend)
     if utility in SMOOTH_UTILITIES:
-        return _CoalitionUtilities.apply(logits, labels, utility, backend)
+        return _utilities((utility, backend), logits, labels)
     return _utilities_fwd_op(logits.detach(), labels, utility, backend)
 
 
@@ -110,7 +109,7 @@ def additive_shapley(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [N, M] in the dtype of `partial_logits`; half precision is computed in float32. Differentiable once
+        [N, M] in the dtype of `partial_logits`; half precision is computed in float32. Differentiable
         with respect to `partial_logits` and `bias` for the smooth utilities "probability", "log_probability",
         "margin".
 
@@ -142,7 +141,7 @@ def additive_shapley(
     if is_constant(partial_logits, bias):
         return _fwd_op(partial_logits, labels, bias, utility, backend)
     if utility in SMOOTH_UTILITIES:
-        return _AdditiveShapley.apply(partial_logits, labels, bias, utility, backend)
+        return _additive((utility, backend), partial_logits, labels, bias)
     if bias is not None:
         bias = bias.detach()
     return _fwd_op(partial_logits.detach(), labels, bias, utility, backend)
@@ -156,33 +155,38 @@ def _check_classes(name: str, logits: Tensor, utility: str) -> None:
         )
 
 
-class _CoalitionUtilities(torch.autograd.Function):
+class _CoalitionUtilities(Op):
     @staticmethod
-    def forward(ctx, logits, labels, utility, backend):
-        ctx.save_for_backward(logits, labels)
-        ctx.utility, ctx.backend = utility, backend
-        return _utilities_fwd_op(logits, labels, utility, backend)
+    def forward(options, logits, labels):
+        return _utilities_fwd_op(logits, labels, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dutilities):
-        logits, labels = ctx.saved_tensors
-        return _utilities_bwd_op(dutilities, logits, labels, ctx.utility, ctx.backend), None, None, None
-
-
-class _AdditiveShapley(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial_logits, labels, bias, utility, backend):
-        ctx.save_for_backward(partial_logits, labels, bias)
-        ctx.utility, ctx.backend = utility, backend
-        return _fwd_op(partial_logits, labels, bias, utility, backend)
+    def gradient(options, gradients, tensors, kept):
+        return _utilities_bwd_op(*gradients, *tensors, *options), None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dphi):
-        partial_logits, labels, bias = ctx.saved_tensors
-        dpartial_logits, dbias = _bwd_op(dphi, partial_logits, labels, bias, ctx.utility, ctx.backend)
-        return dpartial_logits, None, None if bias is None else dbias, None, None
+    def formula(options, gradients, tensors):
+        return _reference.coalition_utilities_bwd(*gradients, *tensors, utility=options[0]), None
+
+
+class _AdditiveShapley(Op):
+    @staticmethod
+    def forward(options, partial_logits, labels, bias):
+        return _fwd_op(partial_logits, labels, bias, *options)
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        dpartial_logits, dbias = _bwd_op(*gradients, *tensors, *options)
+        return dpartial_logits, None, None if tensors[2] is None else dbias
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        partial_logits, _, bias = tensors
+        dpartial, dbias = _reference.additive_shapley_bwd(*gradients, *tensors, utility=options[0])
+        return dpartial.to(partial_logits.dtype), None, None if bias is None else dbias.to(bias.dtype)
+
+
+_utilities, _additive = differentiable(_CoalitionUtilities), differentiable(_AdditiveShapley)
 
 
 def _resolve(tensor: Tensor, backend: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant, without_derivative
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
@@ -17,8 +19,6 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
-    is_constant,
-    once_differentiable,
     register,
     shape_text,
     unbroken_rows,
@@ -47,15 +47,24 @@ class ClassMoments(NamedTuple):
                 f"got {shape_text(other.mean.shape)}"
             )
         count = self.count + other.count
-        share = (other.count.to(self.mean.dtype) / count)[:, None]
+        # Each from whole numbers: a small share would be lost in 1 less the other.
+        share, own_share = (
+            (part.double() / count)[:, None].to(self.mean.dtype) for part in (other.count, self.count)
+        )
         empty = (self.count == 0)[:, None]
         mean, var = torch.where(empty, other.mean, self.mean), torch.where(empty, other.var, self.var)
         # A side without samples changes nothing; its NaN times a share of 0 would, forward and backward.
         unchanged = empty | (other.count == 0)[:, None]
-        delta = torch.where(unchanged, 0, other.mean - mean)
+        # An infinite mean stays where it is, save for its opposite or a NaN.
+        is_fixed = mean.isinf() & (other.mean.isfinite() | (mean == other.mean))
+        # Halves, and never the square alone: out of range is only what the results are.
+        half = torch.where(unchanged | is_fixed, 0, other.mean / 2 - mean / 2)
         growth = torch.where(unchanged, 0, other.var - var)
-        var = var + growth * share + delta.square() * share * (1 - share)
-        return ClassMoments(count, mean + delta * share, var)
+        var = var + growth * share + (half * (2 * share)) * (half * (2 * own_share))
+        return ClassMoments(count, mean + half * (2 * share), var)
+
+
+torch.serialization.add_safe_globals([ClassMoments])
 
 
 def class_moments(
@@ -82,7 +91,7 @@ def class_moments(
     Returns:
         ClassMoments with count int64 [C], and mean and var [C, D] in float32 for half precision, else in the
         dtype of `features`; NaN for a class without samples. `merge` joins the moments of two sets of
-        samples. mean and var are differentiable once.
+        samples. mean and var are differentiable.
 
     Raises:
         TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.
@@ -90,8 +99,9 @@ def class_moments(
     """
     _check(features, labels, num_classes)
     _backend.check_name(backend)
-    run = _moments_fwd_op if is_constant(features) else _ClassMoments.apply
-    return ClassMoments(*run(features, labels, num_classes, backend))
+    if is_constant(features):
+        return ClassMoments(*_moments_fwd_op(features, labels, num_classes, backend))
+    return ClassMoments(*_moments((num_classes, backend), features, labels))
 
 
 def dimension_accuracy(
@@ -134,8 +144,7 @@ def dimension_accuracy(
     check_shape("centroids", centroids, "C, D", (None, features.shape[1]))
     check_same_device(features=features, centroids=centroids)
     _backend.check_name(backend)
-    if not is_constant(features, centroids):
-        features, centroids = features.detach(), centroids.detach()
+    features, centroids = without_derivative(features, centroids)
     hits = _hits_op(features, labels, centroids, backend)
     dtype = accumulation_dtype(features.dtype)
     # A quotient of whole numbers has torch's default dtype: most often the one that is wanted.
@@ -169,8 +178,8 @@ def effective_dimensions(
 
     Raises:
         TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.
-        ValueError: a shape is wrong, there is no sample, a label on the CPU lies outside [0, C), or
-            `num_classes` is below 1.
+        ValueError: a shape is wrong, there is no sample, `num_classes` is below 1, or, on the CPU, a label
+            lies outside [0, C) or no class has a finite mean.
 
     Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
     """
@@ -178,8 +187,7 @@ def effective_dimensions(
     if features.shape[0] == 0:
         raise ValueError(f"features must hold at least one sample, got {shape_text(features.shape)}")
     _backend.check_name(backend)
-    if not is_constant(features):
-        features = features.detach()
+    (features,) = without_derivative(features)
     _, mean, _ = _moments_fwd_op(features, labels, num_classes, backend)
     hits = _hits_op(features, labels, mean, backend)
     return hits * hits.shape[0] > hits.sum()
@@ -195,19 +203,36 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, num_classes_name:
         raise ValueError(f"{num_classes_name} must be at least 1, got {num_classes}")
 
 
-class _ClassMoments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, labels, num_classes, backend):
-        count, mean, var = _moments_fwd_op(features, labels, num_classes, backend)
-        ctx.save_for_backward(features, labels, count, mean)
-        ctx.mark_non_differentiable(count)
-        ctx.backend = backend
-        return count, mean, var
+class _ClassMoments(Op):
+    smooth, kept = slice(1, None), slice(2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dcount, dmean, dvar):
-        return _moments_bwd_op(dmean, dvar, *ctx.saved_tensors, ctx.backend), None, None, None
+    def forward(options, features, labels):
+        return _moments_fwd_op(features, labels, *options)
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        dmean, dvar = _both(gradients[1:], kept[1])
+        return _moments_bwd_op(dmean, dvar, *tensors, *kept, options[1]), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        num_classes, _ = options
+        features, labels = tensors
+        like = features.new_empty((), dtype=accumulation_dtype(features.dtype))
+        dmean, dvar = _both(gradients, like.expand(num_classes, features.shape[1]))
+        return _reference.class_moments_gradient(dmean, dvar, features, labels), None
+
+
+def _both(
+    gradients: Sequence[Tensor | None],  # [C, D] each; None where nothing depends on the result
+    mean: Tensor,  # [C, D]
+) -> list[Tensor]:  # [C, D] each
+    # One number for all: nothing is written.
+    return [mean.new_zeros(()).expand(mean.shape) if x is None else x for x in gradients]
+
+
+_moments = differentiable(_ClassMoments)
 
 
 def _moments_fwd(

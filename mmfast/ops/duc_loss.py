@@ -12,23 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._common import (
     DTYPE_CODE,
     FLOATS,
     check_choice,
     check_float,
+    check_integer,
     check_positive,
     check_same_device,
+    check_scale_tensor,
     check_shape,
     check_tensor,
-    is_constant,
-    once_differentiable,
     outside_autocast,
     promoted,
     register,
 )
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
+from mmfast.reference.duc_loss import residual_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,36 +45,55 @@ class DucDims:
         effective: bool [M, D], True where a dimension of a modality separates the classes.
 
     Attributes:
-        effective: as given.
+        effective: as given; not to be changed, a call with it raises after that.
         columns: int64, on the device of `effective`: the dimensions effective in m and not in n, pair after
             pair.
         sizes: M^2 numbers of such dimensions, n running fastest.
     """
 
-    effective: Tensor  # bool [M, D]
     columns: Tensor  # int64 [sum of sizes]
     sizes: tuple[int, ...]  # M^2
 
     def __init__(self, effective: Tensor) -> None:
         _check_effective(effective, None, None)
-        self.effective = effective.detach().clone()
-        self.columns, sizes = _reference.split_dims(self.effective)
+        # Of a tensor made in inference mode nobody would hear that it was changed.
+        with torch.inference_mode(False):
+            self._effective = effective.detach().clone()
+            self._version = self._effective._version
+            self.columns, sizes = _reference.split_dims(self._effective)
         self.sizes = tuple(sizes)
+
+    @property
+    def effective(self) -> Tensor:  # bool [M, D]
+        return self._effective
+
+    def _unchanged(self) -> Tensor:  # bool [M, D]
+        """Return the mask; raise where the columns, which were read from it, are no longer its own."""
+        # A compiled graph takes both as they are when it runs, and has no number of changes to ask for.
+        if not torch.compiler.is_compiling() and self._effective._version != self._version:
+            raise ValueError("effective of DucDims was changed in place: build DucDims(effective) once more")
+        return self._effective
 
     def dims(self, teacher: int, student: int) -> Tensor:  # int64 [d]
         """Return the dimensions in which modality `teacher` teaches modality `student`."""
-        return self.columns.split(list(self.sizes))[teacher * len(self.effective) + student]
+        num_modalities = len(self._unchanged())
+        for name, modality in (("teacher", teacher), ("student", student)):
+            check_integer(name, modality)
+            if not 0 <= modality < num_modalities:
+                raise IndexError(f"{name} must lie in [0, M) = [0, {num_modalities}), got {modality}")
+        return self.columns.split(list(self.sizes))[teacher * num_modalities + student]
 
     def to(self, device: torch.device | str) -> DucDims:
         """Return the same dimensions on another device, without a question to either."""
         moved = object.__new__(DucDims)
-        moved.effective, moved.columns = self.effective.to(device), self.columns.to(device)
-        moved.sizes = self.sizes
+        with torch.inference_mode(False):
+            moved._effective, moved.columns = self._unchanged().to(device), self.columns.to(device)
+        moved._version, moved.sizes = moved._effective._version, self.sizes
         return moved
 
     def __reduce__(self):
         # Column lists that do not fit the mask, as a file may hold them, can never be loaded.
-        return DucDims, (self.effective,)
+        return DucDims, (self._unchanged(),)
 
     def __repr__(self) -> str:
         num_modalities, num_dims = self.effective.shape
@@ -88,7 +109,7 @@ def duc_loss(
     features: Sequence[Tensor] | Tensor,  # M of [N, D]
     effective: Tensor | DucDims,  # bool [M, D]
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -108,7 +129,9 @@ def duc_loss(
             mixed dtypes are promoted to a common one.
         effective: bool [M, D]. Prepare `DucDims(effective)` once: from a bare mask plain torch reads column
             lists on the host in every call, and the Triton kernel, which does not, takes memory for all D.
-        temperature: positive, divides the dot products.
+        temperature: positive, divides the dot products. A tensor of one element may be learnt, and is not
+            read on a GPU: queries are divided by it, rounded to their dtype there, and those of float16 must
+            stay within its range.
         reduction: "mean" or "sum" over samples, or "none": [N], each sample's losses summed over pairs.
         group: a torch.distributed process group: keys are gathered from all its processes (which may hold
             different N), each reduces over its own rows, and gradients averaged over processes that hold
@@ -118,8 +141,8 @@ def duc_loss(
 
     Returns:
         A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of the features.
-        The mean of an empty batch is NaN, its sum 0. Differentiable once with respect to the features as
-        queries.
+        The mean of an empty batch is NaN, its sum 0. Differentiable with respect to the features as
+        queries, and to a temperature that is a tensor.
 
     Raises:
         TypeError: a feature is no tensor of a floating dtype, or `effective` none of bool.
@@ -131,26 +154,30 @@ def duc_loss(
     features = _check_features(features)
     num_modalities, num_dims = len(features), features[0].shape[1]
     columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
-    mask = effective.effective if isinstance(effective, DucDims) else effective
+    mask = effective._unchanged() if isinstance(effective, DucDims) else effective
     _check_effective(mask, num_modalities, num_dims)
     check_same_device(features=features[0], effective=mask)
     _check_options(temperature, reduction)
     _backend.check_name(backend)
     features = promoted(*features)
     keys, offset = _gathered(features, group)
+    if isinstance(temperature, Tensor):
+        keys = keys or [_as_key(feature) for feature in features]
+        features, temperature = [_divided(feature, temperature) for feature in features], 1.0
+        keys = [key.to(features[0].dtype) for key in keys]
     if is_constant(*features):
         given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
         return _duc_op(features, *given, False, backend)[0]
-    with_residual = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
-    options = (keys, mask, columns, list(sizes), float(temperature), offset, reduction, with_residual)
-    return _DucLoss.apply(options, backend, *features)
+    keys = keys or [_as_key(feature) for feature in features]
+    options = (list(sizes), float(temperature), offset, reduction, _asks_gradient(features), backend)
+    return _duc(options, mask, columns, *features, *keys)[0]
 
 
 def unidirectional_info_nce(
     query: Tensor,  # [N, D]
     key: Tensor,  # [N, D]
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -165,14 +192,17 @@ def unidirectional_info_nce(
     Args:
         query: [N, D] float32, float64, bfloat16 or float16, any strides; not normalised.
         key: [N, D], row i belongs to row i of `query`; mixed dtypes are promoted to a common one.
-        temperature: positive, divides the dot products.
+        temperature: positive, divides the dot products. A tensor of one element may be learnt, and is not
+            read on a GPU: queries are divided by it, rounded to their dtype there, and those of float16 must
+            stay within its range.
         reduction: "mean", "sum" or "none" over samples.
         group: as for `duc_loss`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         A scalar, or [N] without reduction, in float32 for half precision, else in the dtype of `query`.
-        Differentiable once with respect to `query`; `key` gets no gradient.
+        Differentiable with respect to `query` and to a temperature that is a tensor; `key` gets no
+        gradient.
 
     Raises:
         TypeError: `query` or `key` is no tensor of a floating dtype.
@@ -187,17 +217,21 @@ def unidirectional_info_nce(
     check_same_device(query=query, key=key)
     _check_options(temperature, reduction)
     _backend.check_name(backend)
-    query, key = promoted(query, key.detach())
-    if backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query):
+    query, key = promoted(query, _as_key(key))
+    is_plain = backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query)
+    if is_plain and not is_transformed():
         scores = query @ key.T / temperature
         own = torch.arange(query.shape[0], device=query.device)
         return F.cross_entropy(scores, own, reduction=reduction)
     keys, offset = _gathered([key], group)
-    with_residual = torch.is_grad_enabled() and query.requires_grad
-    options = (keys[0] if keys else key, float(temperature), offset, reduction, with_residual)
+    key = keys[0] if keys else key
+    if isinstance(temperature, Tensor):
+        query, temperature = _divided(query, temperature), 1.0
+        key = key.to(query.dtype)
+    options = (float(temperature), offset, reduction)
     if is_constant(query):
-        return _info_nce_op(query, *options, backend)[0]
-    return _InfoNCE.apply(options, backend, query)
+        return _info_nce_op(query, key, *options, False, backend)[0]
+    return _info_nce((*options, _asks_gradient([query]), backend), query, key)[0]
 
 
 def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -236,9 +270,38 @@ def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: in
     check_shape("effective", effective, "M, D", (num_modalities, num_dims))
 
 
-def _check_options(temperature: float, reduction: str) -> None:
-    check_positive("temperature", temperature)
+def _check_options(temperature: float | Tensor, reduction: str) -> None:
+    if isinstance(temperature, Tensor):
+        check_scale_tensor("temperature", temperature)
+    else:
+        check_positive("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
+
+
+def _as_key(
+    x: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """Return features as a constant that autograd can keep, which it does not of inference mode's tensors."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return x.detach()
+    x = x.detach() if x.requires_grad else x
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+def _divided(
+    query: Tensor,  # [N, D]
+    temperature: Tensor,  # [] or [1]
+) -> Tensor:  # [N, D]
+    """Return the queries divided by a temperature that autograd, or a GPU, knows: all of the loss it is in.
+
+    Half precision is divided, and then computed, in float32 on a CPU, where that costs nothing.
+    """
+    wide = accumulation_dtype(query.dtype) if query.is_cpu else query.dtype
+    return (query.to(wide) / temperature.to(query.device).reshape(())).to(wide)
+
+
+def _asks_gradient(features: Sequence[Tensor]) -> bool:
+    return is_transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in features))
 
 
 def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
@@ -254,46 +317,75 @@ def _scaled(
     dloss: Tensor,  # [] or [N]
     temperature: float,
     reduction: str,
-) -> Tensor:  # like `residuals`
+    dtype: torch.dtype,
+) -> Tensor:  # like `residuals`, in `dtype`
     """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
+    if temperature > 1e30:
+        # Times N it might be out of float32's range, and the gradient 0.
+        dloss, temperature = dloss / temperature, 1.0
     divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
-    if dloss.dim() == 0 and residuals.dtype == dloss.dtype:
+    if dloss.dim() == 0 and residuals.dtype == dloss.dtype == dtype:
         return residuals * (dloss / divisor)
     # A factor without dimensions would be rounded to half precision before the product; with them, the
     # product is taken in float32 and rounded once.
-    return (residuals * (dloss / divisor).reshape(-1, 1)).to(residuals.dtype)
+    return (residuals * (dloss / divisor).reshape(-1, 1)).to(dtype)
 
 
-class _DucLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not by name: torch.compile tells whether `forward` takes ctx by the number of its parameters.
-        options, backend, *features = inputs
-        loss, residuals = _duc_op(features, *options, backend)
-        ctx.save_for_backward(residuals)
-        ctx.temperature, ctx.reduction = options[4], options[6]
-        return loss
+class _DucLoss(Op):
+    smooth, kept = slice(1), slice(1, None)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        (residuals,) = ctx.saved_tensors
-        return None, None, *_scaled(residuals, dloss, ctx.temperature, ctx.reduction).unbind(0)
-
-
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, options, backend, query):
-        loss, residual = _info_nce_op(query, *options, backend)
-        ctx.save_for_backward(residual)
-        ctx.temperature, ctx.reduction = options[1], options[3]
-        return loss
+    def forward(options, mask, columns, *tensors):
+        sizes, *others = options
+        half = len(tensors) // 2
+        features, keys = list(tensors[:half]), list(tensors[half:])
+        return _duc_op(features, keys, mask, columns, sizes, *others)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        (residual,) = ctx.saved_tensors
-        return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction)
+    def gradient(options, gradients, tensors, kept):
+        _, temperature, _, reduction, *_ = options
+        found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[2].dtype).unbind(0)
+        return None, None, *found, *[None] * len(found)
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        mask, _, *features = tensors
+        half = len(features) // 2
+        _, temperature, offset, reduction, *_ = options
+        found = _reference.duc_loss_bwd(
+            gradients[0],
+            features[:half],
+            features[half:],
+            mask,
+            temperature=temperature,
+            offset=offset,
+            reduction=reduction,
+        )
+        return None, None, *found, *[None] * half
+
+
+class _InfoNCE(Op):
+    smooth, kept = slice(1), slice(1, None)
+
+    @staticmethod
+    def forward(options, query, key):
+        return _info_nce_op(query, key, *options)
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        temperature, _, reduction, *_ = options
+        return _scaled(kept[0], gradients[0], temperature, reduction, tensors[0].dtype), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        temperature, offset, reduction, *_ = options
+        dquery = _reference.info_nce_bwd(
+            gradients[0], *tensors, temperature=temperature, offset=offset, reduction=reduction
+        )
+        return dquery.to(tensors[0].dtype), None
+
+
+_duc, _info_nce = differentiable(_DucLoss), differentiable(_InfoNCE)
 
 
 def _views(
@@ -309,7 +401,8 @@ def _views(
 
 def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
     query = features[0]
-    return query.new_empty(len(features), *query.shape) if with_residual else query.new_empty(0)
+    shape = (len(features), *query.shape) if with_residual else (0,)
+    return query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
 def _run_cpu(
@@ -388,8 +481,8 @@ def _run_cuda(
     packed = query.new_empty(num_pairs * num_rows * width)
     # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
     num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
-    # Sums over several teachers are rounded once.
-    is_rounded = effective is None or len(features) == 2
+    # Sums over several teachers are rounded once, residuals in float16 after their factors.
+    is_rounded = (effective is None or len(features) == 2) and residuals.dtype == query.dtype
     packed_residual = residuals
     if with_residual and (effective is not None or num_dims % 2):
         dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
@@ -441,7 +534,10 @@ def _duc_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    """Return the loss and temperature times the gradient of its sum, in range even in half precision."""
+    """Return the loss and temperature times the gradient of its sum, of float16 in float32.
+
+    Out of float16's range such a product is soon; the other dtypes have range enough.
+    """
     chosen = _backend.choose("duc_loss", backend, features[0])
     if chosen == "cpu":
         return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
@@ -477,7 +573,8 @@ def _info_nce_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
     chosen = _backend.choose("duc_loss", backend, query)
-    if chosen == "cpu":
+    # A pair without dimensions adds 0 to the kernel's sum over pairs; alone its scores are 0 and count.
+    if chosen == "cpu" and query.shape[1] > 0:
         loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
         return loss, residuals[0] if with_residual else residuals
     if chosen == "triton":
@@ -490,7 +587,8 @@ def _info_nce_impl(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )
     loss = _reference.reduced(losses, reduction)
-    return loss, query.new_empty(0) if residual is None else residual.to(query.dtype)
+    residual = query.new_empty(0) if residual is None else residual
+    return loss, residual.to(residual_dtype(query.dtype))
 
 
 def _loss_fake(query: Tensor, reduction: str) -> Tensor:
@@ -502,11 +600,13 @@ def _duc_fake(
     features, keys, effective, columns, sizes, temperature, offset, reduction, with_residual, backend
 ):
     shape = (len(features), *features[0].shape) if with_residual else (0,)
-    return _loss_fake(features[0], reduction), features[0].new_empty(shape)
+    residuals = features[0].new_empty(shape, dtype=residual_dtype(features[0].dtype))
+    return _loss_fake(features[0], reduction), residuals
 
 
 def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, backend):
-    return _loss_fake(query, reduction), query.new_empty(query.shape if with_residual else (0,))
+    shape = query.shape if with_residual else (0,)
+    return _loss_fake(query, reduction), query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
 _duc_op = register(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
@@ -15,7 +16,6 @@ from mmfast.ops._common import (
     check_same_device,
     check_shape,
     check_tensor,
-    is_constant,
     outside_autocast,
     register,
     shape_text,
@@ -116,7 +116,7 @@ def project_gradient(
         return grad @ (projector.detach() if projector.requires_grad else projector)
     if is_constant(grad, projector):
         return _project_op(grad, projector, backend)
-    return _ProjectGradient.apply(grad, projector.detach(), backend)
+    return _project((backend,), grad, projector.detach())
 
 
 def _check_projector(projector: Tensor) -> None:
@@ -131,17 +131,21 @@ def _check_projector(projector: Tensor) -> None:
         raise ValueError(f"projector must have shape [D, D], got {shape_text(shape)}")
 
 
-class _ProjectGradient(torch.autograd.Function):
+class _ProjectGradient(Op):
     @staticmethod
-    def forward(ctx, grad, projector, backend):
-        ctx.save_for_backward(projector)
-        ctx.backend = backend
-        return _project_op(grad, projector, backend)
+    def forward(options, grad, projector):
+        return _project_op(grad, projector, *options)
 
     @staticmethod
-    def backward(ctx, dprojected):
-        (projector,) = ctx.saved_tensors
-        return _ProjectGradient.apply(dprojected, projector.T, ctx.backend), None, None
+    def gradient(options, gradients, tensors, kept):
+        return _project_op(gradients[0], tensors[1].T, *options), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        return _project(options, gradients[0], tensors[1].T), None
+
+
+_project = differentiable(_ProjectGradient)
 
 
 def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:

@@ -89,7 +89,7 @@ def kmeans(
     exponent = _exponent(_check(features, num_clusters, init), features.dtype)
     _check_options(num_init, max_iter, tol, seed)
     _backend.check_name(backend)
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator("cpu").manual_seed(int(seed))
     if exponent:
         features = _scaled(features, -exponent)
         init = _scaled(init, -exponent) if isinstance(init, Tensor) else init
@@ -283,7 +283,7 @@ def _lloyd_fake(features, start, max_iter, tol, backend):
         features.new_empty(start.shape, dtype=dtype),
         features.new_empty(features.shape[0], dtype=torch.int64),
         features.new_empty((), dtype=dtype),
-        torch.empty((), dtype=torch.int64),
+        torch.empty((), dtype=torch.int64, device="cpu"),
     )
 
 

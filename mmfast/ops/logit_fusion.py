@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._common import (
     DTYPE_CODE,
     cast,
     check_float,
     check_positive,
     check_same_device,
+    check_scale_tensor,
     check_shape,
     check_tensor,
-    is_constant,
-    once_differentiable,
     register,
     shape_text,
 )
 from mmfast.reference import logit_fusion as _reference
+from mmfast.reference._common import accumulation_dtype
 
 # The kernels know the scores by their places here.
 SCORES = ("entropy", "certainty")
@@ -49,7 +52,7 @@ def entropy_fusion(
 
     Returns:
         fused [N, C] and weights [M, N] in the dtype of `logits`, computed in at least float32; the weights of
-        a sample sum to 1. No sample depends on another. Both are differentiable once.
+        a sample sum to 1. No sample depends on another. Both are differentiable.
 
     Raises:
         TypeError: `logits` is no tensor of a floating dtype, or `present` none of bool.
@@ -60,14 +63,15 @@ def entropy_fusion(
     """
     _check(logits, present)
     _backend.check_name(backend)
-    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
-    return run(logits, present, "entropy", 1.0, backend)
+    if is_constant(logits):
+        return _fwd_op(logits, present, "entropy", 1.0, backend)
+    return _fusion(("entropy", 1.0, backend), logits, present)
 
 
 def certainty_fusion(
     logits: Tensor,  # [M, N, C]
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or []
     present: Tensor | None = None,  # bool [M, N]
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
@@ -84,14 +88,16 @@ def certainty_fusion(
             class of that sample: the fused logit is -inf, however small the modality's weight is, and the
             weights get no gradient from it.
         temperature: positive, within what float32 holds and divides by: 2.938737e-39 to 3.4028235e+38. The
-            smaller, the more the surest modality decides alone.
+            smaller, the more the surest modality decides alone. A tensor of one element may be learnt; what
+            is on a GPU is not read there, and plain torch computes.
         present: bool [M, N], False where a sample lacks a modality: its weight is 0 and its logits, whatever
             they hold, have no influence. A sample without any modality has weights 0 and fused logits 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         fused [N, C] and weights [M, N] in the dtype of `logits`, computed in at least float32; the weights of
-        a sample sum to 1. Both are differentiable once; of equal largest logits the lowest class gets the
+        a sample sum to 1. Both are differentiable, also with
+        respect to a temperature that is a tensor; of equal largest logits the lowest class gets the
         gradient.
 
     Raises:
@@ -102,10 +108,15 @@ def certainty_fusion(
     Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
     """
     _check(logits, present)
+    if isinstance(temperature, Tensor):
+        check_scale_tensor("temperature", temperature)
+        _backend.check_name(backend)
+        return _tempered((backend,), logits, present, temperature.to(logits.device))
     check_positive("temperature", temperature)
     _backend.check_name(backend)
-    run = _fwd_op if is_constant(logits) else _LogitFusion.apply
-    return run(logits, present, "certainty", float(temperature), backend)
+    if is_constant(logits):
+        return _fwd_op(logits, present, "certainty", float(temperature), backend)
+    return _fusion(("certainty", float(temperature), backend), logits, present)
 
 
 def _check(logits: Tensor, present: Tensor | None) -> None:
@@ -125,18 +136,81 @@ def _check(logits: Tensor, present: Tensor | None) -> None:
     check_same_device(logits=logits, present=present)
 
 
-class _LogitFusion(torch.autograd.Function):
+class _LogitFusion(Op):
     @staticmethod
-    def forward(ctx, logits, present, score, temperature, backend):
-        ctx.save_for_backward(logits, present)
-        ctx.options = (score, temperature, backend)
-        return _fwd_op(logits, present, score, temperature, backend)
+    def forward(options, logits, present):
+        return _fwd_op(logits, present, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dfused, dweights):
-        dlogits = _bwd_op(dfused, dweights, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None, None
+    def gradient(options, gradients, tensors, kept):
+        return _bwd_op(*_both(gradients, tensors[0]), *tensors, *options), None
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        (logits, present), (score, temperature, _) = tensors, options
+        dfused, dweights = _both(gradients, logits)
+        dlogits = _reference.logit_fusion_bwd(
+            dfused, dweights, logits, present=present, score=score, temperature=temperature
+        )
+        return dlogits, None
+
+
+class _Tempered(Op):
+    """Certainty fusion with a temperature that is a tensor."""
+
+    @staticmethod
+    def _known(temperature: Tensor) -> bool:
+        return temperature.is_cpu and not torch.compiler.is_compiling() and not is_transformed()
+
+    @staticmethod
+    def forward(options, logits, present, temperature):
+        if _Tempered._known(temperature):
+            return _fwd_op(logits, present, "certainty", float(temperature.detach()), *options)
+        return _reference.logit_fusion(
+            logits, present=present, score="certainty", temperature=_wide(temperature, logits)
+        )
+
+    @staticmethod
+    def gradient(options, gradients, tensors, kept):
+        logits, present, temperature = tensors
+        dlogits, _, dtemperature = _Tempered.formula(options, gradients, tensors)
+        if _Tempered._known(temperature):
+            both = _both(gradients, logits)
+            dlogits = _bwd_op(*both, logits, present, "certainty", float(temperature.detach()), *options)
+        return dlogits, None, dtemperature
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        logits, present, temperature = tensors
+        dlogits, dtemperature = _reference.gradients(
+            *_both(gradients, logits),
+            logits,
+            present=present,
+            score="certainty",
+            temperature=_wide(temperature, logits),
+        )
+        return dlogits, None, dtemperature.to(temperature.dtype).reshape(temperature.shape)
+
+
+def _wide(
+    temperature: Tensor,  # [] or [1]
+    logits: Tensor,  # [M, N, C]
+) -> Tensor:  # []
+    return temperature.to(accumulation_dtype(logits.dtype)).reshape(())
+
+
+def _both(
+    gradients: Sequence[Tensor | None],  # [N, C], [M, N]; None where nothing depends on the result
+    logits: Tensor,  # [M, N, C]
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    dfused, dweights = gradients
+    # One number for all: nothing is written, and kernels take the strides of what they are given.
+    dfused = logits.new_zeros(()).expand(logits.shape[1:]) if dfused is None else dfused
+    dweights = logits.new_zeros(()).expand(logits.shape[:2]) if dweights is None else dweights
+    return dfused, dweights
+
+
+_fusion, _tempered = differentiable(_LogitFusion), differentiable(_Tempered)
 
 
 def _run_cpu(

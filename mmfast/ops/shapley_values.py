@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._common import DTYPE_CODE, check_float, is_constant, register, shape_text
+from mmfast.ops._autograd import Op, differentiable, is_constant
+from mmfast.ops._common import DTYPE_CODE, check_float, register, shape_text
 from mmfast.reference import shapley_values as _reference
 
 MAX_PLAYERS = 20
@@ -43,8 +43,9 @@ def shapley_values(
     """
     _check(utilities)
     _backend.check_name(backend)
-    run = _fwd_op if is_constant(utilities) else _ShapleyValues.apply
-    return run(utilities, backend)
+    if is_constant(utilities):
+        return _fwd_op(utilities, backend)
+    return _shapley_values((backend,), utilities)
 
 
 def _check(utilities: Tensor) -> None:
@@ -68,29 +69,37 @@ def _check(utilities: Tensor) -> None:
         )
 
 
-class _ShapleyValues(torch.autograd.Function):
+class _ShapleyValues(Op):
     @staticmethod
-    def forward(ctx, utilities, backend):
-        ctx.backend = backend
-        return _fwd_op(utilities, backend)
+    def forward(options, utilities):
+        return _fwd_op(utilities, *options)
 
     @staticmethod
-    def backward(ctx, dphi):
-        run = _bwd_op if is_constant(dphi) else _ShapleyValuesBackward.apply
-        return run(dphi, ctx.backend), None
+    def gradient(options, gradients, tensors, kept):
+        return (_bwd_op(gradients[0], *options),)
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        return (_transposed(options, gradients[0]),)
 
 
-class _ShapleyValuesBackward(torch.autograd.Function):
+class _Transposed(Op):
     """The transposed map; its own gradient is the map again."""
 
     @staticmethod
-    def forward(ctx, dphi, backend):
-        ctx.backend = backend
-        return _bwd_op(dphi, backend)
+    def forward(options, dphi):
+        return _bwd_op(dphi, *options)
 
     @staticmethod
-    def backward(ctx, dutilities):
-        return _ShapleyValues.apply(dutilities, ctx.backend), None
+    def gradient(options, gradients, tensors, kept):
+        return (_fwd_op(gradients[0], *options),)
+
+    @staticmethod
+    def formula(options, gradients, tensors):
+        return (_shapley_values(options, gradients[0]),)
+
+
+_shapley_values, _transposed = differentiable(_ShapleyValues), differentiable(_Transposed)
 
 
 def _run(

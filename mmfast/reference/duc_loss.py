@@ -71,6 +71,11 @@ def duc_loss(
     return loss
 
 
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gradients before their factors, which float16 alone has not the range for."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def info_nce_fwd(
     query: Tensor,  # [N, d]
     key: Tensor,  # [K, d]
@@ -84,7 +89,7 @@ def info_nce_fwd(
     query, key = query.to(dtype), key.to(dtype)
     num_samples = query.shape[0]
     losses = query.new_empty(num_samples)
-    residual = torch.empty_like(query) if with_residual else None
+    residual = torch.empty_like(query, memory_format=torch.contiguous_format) if with_residual else None
     for rows in row_chunks(query, num_samples, key.shape[0]):
         # log_softmax subtracts the maximum first and the logarithm last: large scores do not cancel.
         log_p = (query[rows] @ key.T).div_(temperature).log_softmax(1)
@@ -113,7 +118,7 @@ def duc_loss_fwd(
     offset: int,
     reduction: str,
     with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N] in at least float32; [M, N, D] in the dtype of the features, or [0]
+) -> tuple[Tensor, Tensor]:  # [] or [N] in at least float32; [M, N, D] in `residual_dtype`, or [0]
     """Return the loss and, per feature, temperature times the gradient of the sum of all samples' losses."""
     num_modalities, feature = len(features), features[0]
     losses = feature.new_zeros(feature.shape[0], dtype=accumulation_dtype(feature.dtype))
@@ -129,4 +134,52 @@ def duc_loss_fwd(
         losses += loss
         if residual is not None:
             residuals[student].index_add_(1, dims, residual)
-    return reduced(losses, reduction), residuals.to(feature.dtype)
+    return reduced(losses, reduction), residuals.to(residual_dtype(feature.dtype))
+
+
+def info_nce_bwd(
+    dloss: Tensor,  # [] or [N]
+    query: Tensor,  # [N, d]
+    key: Tensor,  # [K, d]
+    *,
+    temperature: float,
+    offset: int,
+    reduction: str,
+) -> Tensor:  # [N, d] in at least float32
+    """Return dloss times the gradient for the queries, in one piece: to be differentiated itself."""
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    num_samples = query.shape[0]
+    p = (query @ key.T / temperature).softmax(1)
+    residual = p @ key - key[offset : offset + num_samples]
+    divisor = temperature * num_samples if reduction == "mean" else temperature
+    return residual * (dloss.to(dtype) / divisor).reshape(-1, 1)
+
+
+def duc_loss_bwd(
+    dloss: Tensor,  # [] or [N]
+    features: Sequence[Tensor],  # M of [N, D]
+    keys: Sequence[Tensor],  # M of [K, D]
+    effective: Tensor,  # bool [M, D]
+    *,
+    temperature: float,
+    offset: int,
+    reduction: str,
+) -> list[Tensor]:  # M of [N, D]
+    """Return dloss times the gradient for every feature, to be differentiated itself."""
+    gradients = [torch.zeros_like(feature, dtype=dloss.dtype) for feature in features]
+    for teacher, key in enumerate(keys):
+        for student, query in enumerate(features):
+            # A mask instead of a list of columns asks the device nothing; other columns add nothing.
+            others = ~effective[teacher] | effective[student]
+            found = info_nce_bwd(
+                dloss,
+                query.masked_fill(others, 0),
+                key.masked_fill(others, 0),
+                temperature=temperature,
+                offset=offset,
+                reduction=reduction,
+            )
+            if teacher != student:
+                gradients[student] = gradients[student] + found.masked_fill(others, 0)
+    return [g.to(x.dtype) for g, x in zip(gradients, features, strict=True)]

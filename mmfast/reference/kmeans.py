@@ -21,7 +21,7 @@ def kmeans(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # [K, D], int64 [N], [], number of iterations
     """Return centroids, assignments, inertia and iterations of the restart with the lowest inertia."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
         start = init if isinstance(init, Tensor) else seed_centroids(features, num_clusters, generator)
@@ -40,7 +40,8 @@ def seed_centroids(
     """Return k-means++ seeds: each the best of 2 + floor(ln K) points drawn by squared distance."""
     x = features.to(accumulation_dtype(features.dtype))
     num_samples, num_trials = len(x), 2 + int(math.log(num_clusters))
-    draws = torch.rand(num_clusters, num_trials, generator=generator, dtype=torch.float64).to(x.device)
+    draws = torch.rand(num_clusters, num_trials, generator=generator, dtype=torch.float64, device="cpu")
+    draws = draws.to(x.device)
     chosen = [(draws[0, :1] * num_samples).long()]
     nearest = _squared_distances(x, x[chosen[0]])[0]
     for step in range(1, num_clusters):
@@ -108,7 +109,8 @@ def lloyd(
     # Products of centred features lose less to rounding.
     offset = features.to(dtype).mean(0)
     x, centroids = features.to(dtype) - offset, start.to(dtype) - offset
-    threshold = tol * float(x.var(0, correction=0).mean())
+    # Without dimensions nothing moves.
+    threshold = tol * float(x.var(0, correction=0).mean()) if x.shape[1] else 0.0
     previous, settled, num_iter = None, False, 0
     while num_iter < max_iter and not settled:
         num_iter += 1
@@ -127,7 +129,7 @@ def lloyd(
     inertia = x.new_zeros(())
     for rows in row_chunks(x, *x.shape):
         inertia += (x[rows] - centroids.index_select(0, assignments[rows])).square().sum()
-    return centroids + offset, assignments, inertia, torch.tensor(num_iter)
+    return (centroids + offset).contiguous(), assignments, inertia, torch.tensor(num_iter, device="cpu")
 
 
 def cluster_purity(

@@ -52,7 +52,7 @@ def logit_fusion(
     *,
     present: Tensor | None,  # bool [M, N]
     score: str,  # "entropy" or "certainty"
-    temperature: float,
+    temperature: float | Tensor,  # or []
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
     """Return the fused logits and the weights, for either score."""
     z = _visible(logits, present)
@@ -66,7 +66,7 @@ def logit_fusion(
     # A weight underflows to 0 at a low temperature; times an excluded class's logit it is to be -inf. What
     # has no weight, as all logits of a modality are -inf, keeps its NaN.
     fused = weighted.masked_fill(is_excluded & ~weights.isnan()[..., None], -torch.inf).sum(0)
-    return fused.to(logits.dtype), weights.to(logits.dtype)
+    return fused.to(logits.dtype).contiguous(), weights.to(logits.dtype).contiguous()
 
 
 def logit_fusion_bwd(
@@ -76,9 +76,22 @@ def logit_fusion_bwd(
     *,
     present: Tensor | None,  # bool [M, N]
     score: str,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Tensor:  # [M, N, C]
     """Return the gradient with respect to the logits."""
+    return gradients(dfused, dweights, logits, present=present, score=score, temperature=temperature)[0]
+
+
+def gradients(
+    dfused: Tensor,  # [N, C]
+    dweights: Tensor,  # [M, N]
+    logits: Tensor,  # [M, N, C]
+    *,
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:  # [M, N, C], []
+    """Return the gradients with respect to the logits and to the temperature."""
     z = _visible(logits, present)
     p = z.softmax(-1)
     if score == "entropy":
@@ -96,7 +109,9 @@ def logit_fusion_bwd(
     finite = z.masked_fill(z == -torch.inf, 0)
     dweight = dweights.to(z.dtype)[..., None] + (dfused * finite).sum(-1, keepdim=True)
     dscores = weights * (dweight - (weights * dweight).sum(0)) / temperature
+    dscored = dscores if present is None else dscores.masked_fill(~present[..., None], 0)
+    dtemperature = -(dscored * scores).sum() / temperature
     dz = weights * dfused + dscores * dscores_dz
     # Where a gradient or a neighbour is NaN, 0 times it would be.
     dz = dz if present is None else dz.masked_fill(~present[..., None], 0)
-    return dz.to(logits.dtype)
+    return dz.to(logits.dtype).contiguous(), dtemperature

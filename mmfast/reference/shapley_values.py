@@ -34,14 +34,18 @@ def shapley_values(
     """Return the Shapley value of each player: its mean marginal utility over all orders of arrival."""
     dtype = accumulation_dtype(utilities.dtype)
     num_players = utilities.shape[-1].bit_length() - 1
-    weights = _weights(num_players, utilities.to(dtype))
+    utilities, result = utilities.to(dtype), utilities.dtype
+    # Of utilities near the largest number a quarter, whose differences do not overflow.
+    is_large = utilities.abs().amax(-1, keepdim=True) > torch.finfo(dtype).max / 4
+    scale = 1 - 0.75 * is_large.to(dtype)
+    weights = _weights(num_players, utilities)
     values = []
     for player in range(num_players):
         # Bit `player` of the coalition index splits the table into coalitions without and with the player.
-        halves = utilities.to(dtype).unflatten(-1, (-1, 2, 2**player))
+        halves = (scale * utilities).unflatten(-1, (-1, 2, 2**player))
         marginal = (halves[..., 1, :] - halves[..., 0, :]).flatten(-2)
         values.append((weights * marginal).sum(-1))
-    return torch.stack(values, dim=-1).to(utilities.dtype)
+    return (torch.stack(values, dim=-1) / scale).to(result)
 
 
 def shapley_values_bwd(
