@@ -28,11 +28,12 @@ def _projected_feature_kernel(
     p_ptr,  # [D, D]
     h_ptr,  # [D]
     ph_ptr,  # [D] in ACC
-    parts_ptr,  # float64 [2, row blocks]: parts of h^T P h and of |h|^2
+    parts_ptr,  # float64 [3, row blocks]: parts of h^T P h and of |h|^2, h times unit, and the unit
     D,
     stride_pi,
     stride_pj,
     stride_h,
+    MOST: tl.constexpr,  # the largest power of two that ACC and its reciprocal hold with ease
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -40,26 +41,39 @@ def _projected_feature_kernel(
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < D
     products = tl.zeros((BLOCK_R, BLOCK_D), dtype=ACC)
+    # Features times a power of two, the same in every block, and alpha times its square, which changes
+    # nothing: products of large or small ones stay in range.
+    sizes = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, D, BLOCK_D):
+        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        sizes = tl.maximum(
+            sizes, tl.abs(tl.load(h_ptr + offs_d * stride_h, mask=offs_d < D, other=0.0).to(ACC))
+        )
+    exponent = tl.cast(tl.max(sizes, axis=0).to(tl.float64), tl.int64, bitcast=True) >> 52
+    exponent = tl.minimum(tl.maximum(exponent - 1023, -MOST), MOST)
+    wide_unit = tl.cast((1023 - exponent) << 52, tl.float64, bitcast=True)
+    unit = wide_unit.to(ACC)
     for start in range(0, D, BLOCK_D):
         offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
-        h = tl.load(h_ptr + offs_d * stride_h, mask=mask_d, other=0.0).to(ACC)
+        h = tl.load(h_ptr + offs_d * stride_h, mask=mask_d, other=0.0).to(ACC) * unit
         p_ptrs = p_ptr + offs_r[:, None] * stride_pi + offs_d[None, :] * stride_pj
         products += tl.load(p_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0) * h[None, :]
     ph = tl.sum(products, axis=1)
     tl.store(ph_ptr + offs_r, ph, mask=mask_r)
-    # Squares of large or small features need the exponents of float64.
-    own = tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC).to(tl.float64)
+    # Squares in float64.
+    own = (tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC) * unit).to(tl.float64)
     part_ptr = parts_ptr + tl.program_id(0)
     tl.store(part_ptr, tl.sum(own * ph.to(tl.float64), axis=0))
     tl.store(part_ptr + tl.num_programs(0), tl.sum(own * own, axis=0))
+    tl.store(part_ptr + 2 * tl.num_programs(0), wide_unit)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _update_projector_kernel(
     p_ptr,  # [D, D] changed in place
     ph_ptr,  # [D] in ACC
-    parts_ptr,  # float64 [2, num_parts]
+    parts_ptr,  # float64 [3, num_parts]
     alpha_bits,  # of a float64
     D,
     num_parts,
@@ -80,7 +94,8 @@ def _update_projector_kernel(
     # No division by less than rounding, and a term below 0 is added: see mmfast/reference.
     kept = tl.sum(kept_parts, axis=0)
     least = tl.sum(squares, axis=0) * (16 * EPS)
-    alpha = _number(alpha_bits, tl.float64)
+    unit = tl.load(parts_ptr + 2 * num_parts)
+    alpha = _number(alpha_bits, tl.float64) * unit * unit
     factor = 1 / tl.sqrt(tl.where(least > alpha, least, alpha) + tl.abs(kept))
     sign = tl.where(kept < 0, -1.0, 1.0).to(ACC)
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -136,6 +151,10 @@ def _product_blocks(num_rows: int, acc: torch.dtype) -> dict:
     return {"BLOCK_C": block_c, "BLOCK_K": 256 // acc.itemsize, "BLOCK_D": 32 // acc.itemsize}
 
 
+def _most(dtype: torch.dtype) -> int:
+    return 120 if dtype == torch.float32 else 1000
+
+
 def update_projector_(
     projector: Tensor,  # [D, D] float32 or float64, symmetric; changed in place
     mean_feature: Tensor,  # [D]
@@ -152,7 +171,7 @@ def update_projector_(
     blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
     blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
     num_parts = _cdiv(size, blocks["BLOCK_R"])
-    ph, parts = projector.new_empty(size), projector.new_empty(2, num_parts, dtype=torch.float64)
+    ph, parts = projector.new_empty(size), projector.new_empty(3, num_parts, dtype=torch.float64)
     with _on(projector.device):
         _projected_feature_kernel[(num_parts,)](
             rows,
@@ -162,6 +181,7 @@ def update_projector_(
             size,
             *rows.stride(),
             *mean_feature.stride(),
+            MOST=_most(projector.dtype),
             ACC=acc,
             **blocks,
         )
@@ -222,7 +242,7 @@ def compile_configurations() -> list[tuple]:
         constants = {"stride_pj": 1, "ACC": acc, **_update_blocks(512, dtype)}
         for feature in (p, "*bf16", "*fp16"):
             types = [p, feature, p, "*fp64", "i32", "i64"]
-            add(_projected_feature_kernel, types, {**constants, "stride_h": 1})
+            add(_projected_feature_kernel, types, {**constants, "stride_h": 1, "MOST": _most(dtype)})
         constants |= {"EPS": torch.finfo(dtype).eps, "BLOCK_P": 128}
         add(_update_projector_kernel, [p, p, "*fp64", "i64", "i32", "i32", "i64"], constants)
         for element in _ELEMENT.values():

@@ -16,7 +16,7 @@ CALLS = {
     "kmeans": "ops.kmeans(rand(100_000, 512), 2000, init=rand(2000, 512), tol=0, backend='cpu')",
     "duc_loss": "ops.unidirectional_info_nce(rand(300_000, 64), rand(300_000, 64), backend='cpu')",
     "additive_shapley": "ops.additive_shapley(rand(20, 64, 500), zeros(64).long(), backend='cpu')",
-    "its backward": "ops.additive_shapley(parts, zeros(2000).long(), backend='cpu').sum().backward()",
+    "its backward": "ops.additive_shapley(parts, zeros(2000).long(), utility='margin', backend='cpu').sum().backward()",
 }
 PROGRAM = """
 from torch import rand, zeros
@@ -37,7 +37,9 @@ def test_a_long_call_is_interrupted(call):
     if reason := _backend.why_not("cpu"):
         pytest.skip(reason)
     program = PROGRAM.format(call=CALLS[call])
-    with subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

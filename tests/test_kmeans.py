@@ -207,7 +207,7 @@ def test_products_are_taken_of_centred_features(backend, device):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "given"])
-@pytest.mark.parametrize("exponent", [-130, -70, -41, 41, 63, 120])
+@pytest.mark.parametrize("exponent", [-115, -70, -41, 41, 63, 120])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 def test_features_whose_squares_float32_does_not_hold(dtype, exponent, init, backend, device):
     """A power of two changes nothing but the units."""
@@ -215,7 +215,9 @@ def test_features_whose_squares_float32_does_not_hold(dtype, exponent, init, bac
     factor = 2.0**exponent
     options = {"num_init": 2, "backend": backend}
     start = features[:4].clone()
-    large, small = ({"init": x} if init == "given" else {} for x in ((start.double() * factor).to(dtype), start))
+    large, small = (
+        {"init": x} if init == "given" else {} for x in ((start.double() * factor).to(dtype), start)
+    )
     scaled = ops.kmeans((features.double() * factor).to(dtype), 4, **large, **options)
     expected = ops.kmeans(features, 4, **small, **options)
     assert torch.equal(scaled.assignments, expected.assignments)

@@ -266,7 +266,6 @@ struct Walk {
   }
 
   void fwd(int level, const V* z, V z_own, int size, Sums<A>& out) {
-    if (is_interrupted(J * C)) return;
     if (level == depth) {
       V u[J];
       leaves.utilities(z, z_own, u);
@@ -281,6 +280,7 @@ struct Walk {
       out.total = u[0];
       return;
     }
+    if (is_interrupted(2 * J * C)) return;
     fwd(level + 1, z, z_own, size, out);
     V* next = levels.data() + level * C;
     descend(level, z, next);
@@ -294,7 +294,6 @@ struct Walk {
 
   // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
   void bwd(int level, const V* z, V z_own, int size, V dphi_here, V* dz, V& dz_own) {
-    if (is_interrupted(J * C)) return;
     if (level == depth) {
       V du[J];
       Leaves<A, K>::spread(dphi_here, dphi + depth, 1, du);
@@ -306,6 +305,7 @@ struct Walk {
       leaves.gradients(z, z_own, du, e.data(), dz, &dz_own, dpartials.data() + depth * C, down + depth);
       return;
     }
+    if (is_interrupted(4 * J * C)) return;
     bwd(level + 1, z, z_own, size, dphi_here, dz, dz_own);
     V *next = levels.data() + level * C, *dnext = dlevels.data() + level * C;
     V dnext_own = {};
@@ -389,6 +389,7 @@ struct Shapley {
         Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
         Sums<A> sums;
         for (int64_t first = begin * L; first < std::min(end * L, N); first += L) {
+          if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
           load_block(first, walk);
           walk.fwd(0, walk.base.data(), walk.own_base, 0, sums);
           for (int m = 0; m < M; ++m) sums.halves[m] -= sums.shared;
@@ -403,7 +404,7 @@ struct Shapley {
       parallel_for((N + kChunk - 1) / kChunk, 3 * kChunk / L * block_bytes(), num_threads,
                    [&](int64_t begin, int64_t end) {
                      Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
-                     for (int64_t chunk = begin; chunk < end; ++chunk) {
+                     for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M); ++chunk) {
                        std::fill(walk.root.begin(), walk.root.end(), V{});
                        const int64_t last = std::min(N, (chunk + 1) * kChunk);
                        for (int64_t first = chunk * kChunk; first < last; first += L)

@@ -129,8 +129,7 @@ struct Projector {
     });
   }
 
-  // Leaves P h / sqrt(divisor) in u; returns the sign of the term. Squares of large or small features need
-  // the exponents of float64.
+  // Leaves P h / sqrt(divisor) in u; returns the sign of the term. Squares are taken in float64.
   A direction(const A* h, const A* ph, double alpha, A* u) const {
     constexpr int kSums = 8;
     double lengths[kSums] = {}, squares[kSums] = {};
@@ -148,6 +147,26 @@ struct Projector {
     return kept < 0 ? -1 : 1;
   }
 
+  // Multiplies features [padded] whose products might not be in range by a power of two; returns it. With
+  // alpha times its square the update is the same.
+  double scale(A* h, int64_t padded) const {
+    constexpr bool is_float = std::is_same_v<A, float>;
+    constexpr A kMost = is_float ? A(0x1p60) : A(0x1p400), kLeast = 1 / kMost;
+    V sizes = {};
+    for (int64_t j = 0; j < padded; j += L) {
+      const V x = load(h + j), size = x < 0 ? -x : x;
+      sizes = size > sizes ? size : sizes;
+    }
+    A largest = 0;
+    for (int l = 0; l < L; ++l) largest = std::max(largest, sizes[l]);
+    if ((largest > kLeast && largest < kMost) || largest == 0) return 1;
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    const double unit = std::ldexp(1.0, -std::clamp(exponent, is_float ? -120 : -1000, is_float ? 120 : 1000));
+    for (int64_t j = 0; j < D; ++j) h[j] *= static_cast<A>(unit);
+    return unit;
+  }
+
   void update(const A* mean_feature, double alpha, int64_t num_threads) const {
     const int64_t padded = round_up(D, L);
     const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
@@ -156,6 +175,8 @@ struct Projector {
     A* const h = memory.data();
     A* const ph = h + padded;
     std::copy_n(mean_feature, D, h);
+    const double unit = scale(h, padded);
+    alpha *= unit * unit;
     // A thread's rows stay in its second cache from the product to the difference.
     const auto part = [&](int64_t t, int64_t n, auto&& wait) __attribute__((noinline)) {
       const int64_t begin = D * t / n, end = D * (t + 1) / n;

@@ -290,18 +290,21 @@ void parallel_for(int64_t num_items, int64_t bytes_per_item, int64_t num_threads
   constexpr int64_t kMinBytes = 1 << 16;
   const int64_t useful = std::max<int64_t>(1, num_items * bytes_per_item / kMinBytes);
   const int64_t threads = std::max<int64_t>(1, std::min({num_threads, useful, num_items}));
-  Watch watch;
-  const Watcher* const caller = &watcher;
   // One copy of the kernel, called from both places.
   const auto part = [&](int64_t t) __attribute__((noinline)) {
-    const Watching watching(watch, &watcher == caller);
     function(num_items * t / threads, num_items * (t + 1) / threads);
   };
+  Watch watch;
+  const Watcher* const caller = &watcher;
+  const auto watched_part = [&](int64_t t) {
+    const Watching watching(watch, &watcher == caller);
+    part(t);
+  };
   if (threads == 1) {
-    part(0);
+    watched_part(0);
   } else {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; ++t) part(t);
+    for (int64_t t = 0; t < threads; ++t) watched_part(t);
   }
   watch.finish();
 }

@@ -52,7 +52,7 @@ def partial_reinit_(
 
     Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024.
     """
-    params, init_params = list(params), list(init_params)
+    params, init_params = _listed("params", params), _listed("init_params", init_params)
     _check(params, init_params)
     _backend.check_name(backend)
     alphas = _alphas(alpha, len(params))
@@ -60,11 +60,20 @@ def partial_reinit_(
         torch.ops.mmfast.partial_reinit_(params, init_params, alphas, backend)
 
 
+def _listed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(tensors).__name__}") from None
+
+
 def _alphas(alpha: float | Sequence[float] | Tensor | np.ndarray, count: int) -> list[float]:
     values = alpha
     if isinstance(values, Tensor | np.ndarray):
         if values.ndim > 1:
-            raise TypeError(f"alpha must be a number or one per parameter, got shape {shape_text(values.shape)}")
+            raise TypeError(
+                f"alpha must be a number or one per parameter, got shape {shape_text(values.shape)}"
+            )
         values = values.tolist()
     is_one = not isinstance(values, list | tuple)
     if is_one:

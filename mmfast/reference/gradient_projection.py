@@ -21,14 +21,20 @@ def update_projector_(
     0; the term is added then, which takes an eigenvalue below 0 towards it. Subtracted it would be fed until
     P overflows.
     """
+    if len(mean_feature) == 0:
+        return
     h = mean_feature.to(projector.dtype)
+    # Times a power of two, and alpha times its square, which changes nothing: products of large or small
+    # features stay in range. Squares are taken in float64.
+    most = 120 if h.dtype == torch.float32 else 1000
+    unit = torch.exp2(-torch.frexp(h.abs().amax())[1].double().clamp(-most, most))
+    h = h * unit.to(h.dtype)
     ph = projector @ h
-    # Squares of large or small features need the exponents of float64.
     h, wide = h.double(), ph.double()
     kept = h @ wide
     least = 16 * torch.finfo(projector.dtype).eps * (h @ h)
     # The root on both sides makes the outer product symmetric to the last bit.
-    u = (wide / (least.clamp_min(alpha) + kept.abs()).sqrt()).to(projector.dtype)
+    u = (wide / (torch.maximum(least, alpha * unit.square()) + kept.abs()).sqrt()).to(projector.dtype)
     updated = projector - torch.outer(u, torch.where(kept < 0, -u, u))
     projector.copy_((updated + updated.T) / 2)
 

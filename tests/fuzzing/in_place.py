@@ -84,7 +84,7 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     """One call of update_projector_.
 
     Where h P h cancels, as in a direction that is already gone, its rounding decides what the formula gives:
-    there only symmetry and finite numbers are asked for.
+    its sign, or the divisor, where only symmetry and finite numbers are asked for.
     """
     dtype, size = draw.choice((torch.float32, torch.float64)), draw.size(33 if small else 129)
     values = _projector(draw, size, dtype)
@@ -101,9 +101,11 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     quadratic = h @ ph
     quadratic_size = _size(h) @ ph_size
     ph_error = gamma(size + 1, u) * ph_size
-    denominator = np.longdouble(alpha) + quadratic
-    denominator_error = gamma(2 * size + 4, u) * (alpha + quadratic_size)
-    truth = p - np.outer(ph / denominator, ph)
+    quadratic_error = gamma(2 * size + 4, u) * quadratic_size
+    least = np.maximum(np.longdouble(alpha), 16 * np.longdouble(info.eps) * (h @ h))
+    denominator = least + np.abs(quadratic)
+    denominator_error = gamma(2 * size + 4, u) * least + quadratic_error
+    truth = p - np.outer(ph / denominator, ph) * (-1 if quadratic < 0 else 1)
     symmetric = np.array_equal(exact(projector.tensor), exact(projector.tensor).T, equal_nan=True)
     assert symmetric, "the projector is not symmetric to the last bit"
     assert_around_unchanged("projector", projector)
@@ -111,7 +113,8 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     top = np.longdouble(info.max)
     ph_amount = _size(ph)
     outer = np.outer(ph_amount, ph_amount)
-    loose = bool(quadratic_size > top) or bool((ph_size > top).any())
+    # Squares are taken in float64.
+    loose = bool(quadratic_size > np.finfo(np.float64).max) or bool((ph_size > top).any())
     if np.isfinite(truth).all() and denominator_error >= denominator / 4:
         if not loose:
             assert bool(projector.tensor.isfinite().all()), "the projector is not finite"
@@ -122,6 +125,8 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
         bound = (crossed * (1 + relative) + outer * (relative + 8 * u)) / np.abs(
             denominator
         ) + 2 * u * np.abs(p)
+        if np.abs(quadratic) <= quadratic_error:
+            bound = bound + 2 * outer / denominator
     # A product of two numbers below the least normal one, over alpha.
     bound = bound + np.longdouble(info.tiny) * (1 + size / np.sqrt(np.longdouble(alpha)))
     check("projector", projector.tensor, truth, bound, dtype=dtype, loose=loose)
