@@ -16,12 +16,12 @@ CALLS = {
     "kmeans": "ops.kmeans(rand(100_000, 512), 2000, init=rand(2000, 512), tol=0, backend='cpu')",
     "duc_loss": "ops.unidirectional_info_nce(rand(300_000, 64), rand(300_000, 64), backend='cpu')",
     "additive_shapley": "ops.additive_shapley(rand(20, 64, 500), zeros(64).long(), backend='cpu')",
-    "its backward": "ops.additive_shapley(parts, zeros(2000).long(), utility='margin', backend='cpu').sum().backward()",
+    "its backward": "ops.additive_shapley(parts, labels, utility='margin', backend='cpu').sum().backward()",
 }
 PROGRAM = """
 from torch import rand, zeros
 from mmfast import ops
-parts = rand(13, 2000, 100, requires_grad=True)
+parts, labels = rand(13, 2000, 100, requires_grad=True), zeros(2000).long()
 print("ready", flush=True)
 try:
     while True:

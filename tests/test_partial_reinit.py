@@ -276,9 +276,10 @@ def test_one_strength_per_tensor_of_any_kind(backend, device, kind):
     assert all(map(torch.equal, params, expected))
 
 
-@pytest.mark.parametrize(
-    "alpha", [1, np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.int64(1)], ids=repr
-)
+ONE_STRENGTH = [1, np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.int64(1)]
+
+
+@pytest.mark.parametrize("alpha", ONE_STRENGTH, ids=repr)
 def test_one_strength_of_any_kind(alpha):
     params = apart("cpu")
     ops.partial_reinit_(params, [torch.zeros(3, 4)] * 4, alpha)

@@ -108,11 +108,11 @@ def check_label_range(name: str, value: Tensor, num_classes: int) -> None:
 
 
 def check_apart(name: str, value: Tensor) -> None:
-    """Raise ValueError if elements of a tensor that is to be written share memory, as an expanded one's do."""
+    """Raise ValueError if elements of a tensor that is written share memory, as an expanded one's do."""
     if not value.is_contiguous() and overlaps_itself(value.shape, value.stride()):
+        shape, strides = shape_text(value.shape), shape_text(value.stride())
         raise ValueError(
-            f"{name} must hold its elements apart in memory, got shape {shape_text(value.shape)} with strides "
-            f"{shape_text(value.stride())}"
+            f"{name} must hold its elements apart in memory, got shape {shape} with strides {strides}"
         )
 
 

@@ -178,7 +178,7 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
 
 
 def _exponent(largest: float, dtype: torch.dtype) -> int:
-    """Return the power of two to divide by, so that squared distances neither overflow nor vanish; mostly 0."""
+    """Return the power of two to divide by, so that squared distances stay in range; mostly 0."""
     exponent = math.frexp(largest)[1]
     return exponent if abs(exponent) > (400 if dtype == torch.float64 else 40) else 0
 

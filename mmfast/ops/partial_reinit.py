@@ -14,7 +14,6 @@ from mmfast import backend as _backend
 from mmfast.ops._common import DTYPE_CODE, FLOATS, check_apart, check_float, register, shape_text
 from mmfast.reference import partial_reinit as _reference
 
-
 # What a strength may be; a compiler's symbols are numbers, too.
 _REAL = (Real, torch.SymFloat, torch.SymInt)
 
@@ -68,19 +67,14 @@ def _listed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _alphas(alpha: float | Sequence[float] | Tensor | np.ndarray, count: int) -> list[float]:
-    values = alpha
-    if isinstance(values, Tensor | np.ndarray):
-        if values.ndim > 1:
+    if isinstance(alpha, Tensor | np.ndarray):
+        if alpha.ndim > 1:
             raise TypeError(
-                f"alpha must be a number or one per parameter, got shape {shape_text(values.shape)}"
+                f"alpha must be a number or one per parameter, got shape {shape_text(alpha.shape)}"
             )
-        values = values.tolist()
-    is_one = not isinstance(values, list | tuple)
-    if is_one:
-        if isinstance(values, Sequence) and not isinstance(values, str | bytes):
-            values, is_one = list(values), False
-        else:
-            values = [values]
+        alpha = alpha.tolist()
+    is_one = not isinstance(alpha, Sequence) or isinstance(alpha, str | bytes)
+    values: list = [alpha] if is_one else list(alpha)  # type: ignore[arg-type]
     if not set(map(type, values)) <= {float, int}:
         for index, value in enumerate(values):
             if isinstance(value, Tensor) and value.dim() == 0:
@@ -157,6 +151,10 @@ def _meet(pointers: np.ndarray, nbytes: np.ndarray) -> bool:  # int64 [2, P], in
     return bool((ends[:-1] > begins[1:]).any())
 
 
+# Steps of NumPy's search for an element that two tensors share; most need none.
+_MAX_WORK = 10**6
+
+
 class _Span:
     """A tensor's place in memory as NumPy takes it, which reads none of it."""
 
@@ -179,7 +177,7 @@ class _Span:
         if self.begin >= other.end or other.begin >= self.end:
             return False
         try:
-            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=10**6)
+            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=_MAX_WORK)  # type: ignore[arg-type]
         except np.exceptions.TooHardError:
             return True
 
@@ -341,7 +339,7 @@ def _groups(
     init_params: list[Tensor],
     alphas: list[float],
 ) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
-    """Return the parts of `_by`; of several, each of which looks at its own memory, all is looked at first."""
+    """Return the parts of `_by`; of several, which look at their own memory alone, all is looked at first."""
     groups = list(_by(key, params, init_params, alphas))
     if len(groups) > 1:
         nbytes = np.array([theta.nbytes for theta in params], dtype=np.int64)

@@ -14,7 +14,7 @@ def update_projector_(
     *,
     alpha: float,
 ) -> None:
-    """Set P to P - P h (P h)^T / (alpha + h^T P h), where rounding has its say in both of the divisor's terms.
+    """Set P to P - P h (P h)^T / (alpha + h^T P h), with both terms of the divisor kept above rounding.
 
     P is known to about eps, h^T P h so to a few eps |h|^2: by less than that nothing is divided, as it would
     make digits of rounding. Where the direction is all but gone, h^T P h is rounding itself and can be below
