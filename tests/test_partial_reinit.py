@@ -254,7 +254,7 @@ def test_nothing_is_changed_where_memory_is_shared(backend, device, case):
 
 
 def test_neighbours_in_memory_are_no_overlap(backend, device):
-    """Columns in turn, halves, sizes of 0, initial values that parameters have in common or are themselves."""
+    """Columns in turn, halves, sizes of 0, initial values shared or the parameter itself."""
     w, x, y, z = apart(device)
     params = [w[:, ::2], w[:, 1::2], x[:1], x[1:], x[1:1], y, x[:0]]
     inits = [z[:, ::2], z[:, 1::2], z[:1], z[1:], z[1:1], y, x[:0]]
