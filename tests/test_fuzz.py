@@ -51,7 +51,7 @@ def cases() -> list:
 
     found = [(op, backend) for backend in EXAMPLES for op in fuzzing.CASES if has_kernel(op, backend)]
     is_open = pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="found by these calls, not mended yet"
+        strict=False, raises=AssertionError, reason="found by these calls, not mended yet"
     )
     return [pytest.param(*case, marks=is_open if case[0] in OPEN else ()) for case in found]
 
