@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -534,19 +533,6 @@ def test_one_modality_may_be_a_constant(backend, device):
         leaves[learner].requires_grad_()
         ops.duc_loss(leaves, effective, backend=backend).backward()
         torch.testing.assert_close(leaves[learner].grad, expected[learner])
-
-
-def test_forward_mode_has_no_formula_and_says_so(backend, device):
-    features, effective = make((2, 5, 4), device=device)
-    losses = {
-        "duc_loss": lambda x: ops.duc_loss(x, effective, backend=backend),
-        "unidirectional_info_nce": lambda x: ops.unidirectional_info_nce(x[0], x[1], backend=backend),
-    }
-    for loss in losses.values():
-        with pytest.raises(RuntimeError, match=r"autograd\.Function"):
-            torch.func.jvp(loss, (features,), (torch.ones_like(features),))
-        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-            loss(forward_ad.make_dual(features, torch.ones_like(features)))
 
 
 def test_key_of_info_nce_gets_no_gradient(backend, device):

@@ -196,7 +196,8 @@ def test_a_temperature_learns_at_every_size(size, shape, backend, device):
         if ours:
             yield ops.unidirectional_info_nce(query, key, temperature=t, backend=backend)
             yield ops.duc_loss([query, key], mask, temperature=t, backend=backend)
-            for p in fusing:
+            # There is no CUDA kernel for the fusions.
+            for p in fusing if backend != "cuda" else ():
                 yield (
                     ops.certainty_fusion(logits, temperature=t, present=p, backend=backend)[0].square().mean()
                 )

@@ -443,7 +443,7 @@ struct Lloyd {
   }
 
   void add_distances(int64_t part, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end && !is_interrupted(num_dims); ++i)
+    for (int64_t i = begin; i < end; ++i)
       squares[part] += x.squared_distance(i, centroids.data() + assignments[i] * width);
   }
 

@@ -258,7 +258,7 @@ class Watching {
 // that takes longer than a second asks this at least every few milliseconds of it, and does no more once it
 // is true.
 inline bool is_interrupted(int64_t operations) {
-  constexpr int64_t kOperations = 1 << 17, kPeriod = 100'000'000;
+  constexpr int64_t kOperations = 1 << 20, kPeriod = 100'000'000;
   watcher.operations += operations;
   if (watcher.operations < kOperations) return false;
   watcher.operations = 0;
