@@ -19,6 +19,7 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
+    columns_at_a_time,
     register,
     shape_text,
     unbroken_rows,
@@ -242,6 +243,10 @@ def _moments_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     chosen = _backend.choose("class_separability", backend, features)
+    if chosen != "reference" and (width := columns_at_a_time(features)) < features.shape[1]:
+        parts = [_moments_fwd(part, labels, num_classes, chosen) for part in features.split(width, 1)]
+        counts, means, variances = zip(*parts, strict=True)
+        return counts[0], torch.cat(means, 1), torch.cat(variances, 1)
     if chosen == "cpu":
         return _moments_fwd_cpu(features, labels, num_classes)
     check_label_range("labels", labels, num_classes)
@@ -392,7 +397,9 @@ def _hits(
     backend: str,
 ) -> Tensor:  # int64 [D]
     chosen = _backend.choose("class_separability", backend, features)
-    if chosen == "cpu":
+    width = columns_at_a_time(features)
+    is_whole = width >= features.shape[1] or chosen not in ("cpu", "cuda")
+    if chosen == "cpu" and is_whole:
         return _hits_cpu(features, labels, centroids)
     check_label_range("labels", labels, centroids.shape[0])
     if centroids.device.type == "cpu" and centroids.numel() and not bool(centroids.isfinite().any()):
@@ -400,11 +407,28 @@ def _hits(
         raise ValueError(
             f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
         )
+    if not is_whole:
+        parts = zip(features.split(width, 1), centroids.split(width, 1), strict=True)
+        return torch.cat([_hits_of_columns(x, labels, c, chosen) for x, c in parts])
     if chosen == "cuda":
         return _hits_cuda(features, labels, centroids)
     if chosen == "triton":
         return _backend.kernels("class_separability").dimension_hits(features, labels, centroids)
     return _reference.dimension_hits(features, labels, centroids)
+
+
+def _hits_of_columns(
+    features: Tensor,  # [N, d]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, d]
+    chosen: str,  # "cpu" or "cuda"
+) -> Tensor:  # int64 [d]
+    if chosen == "cuda":
+        return _hits_cuda(features, labels, centroids)
+    if bool(centroids.isfinite().any()):
+        return _hits_cpu(features, labels, centroids)
+    # What the kernel refuses, and other columns may make up for.
+    return features.new_zeros(features.shape[1], dtype=torch.int64)
 
 
 def _hits_cpu(

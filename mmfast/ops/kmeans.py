@@ -24,7 +24,7 @@ from mmfast.ops._common import (
     unbroken_rows,
 )
 from mmfast.reference import kmeans as _reference
-from mmfast.reference._common import accumulation_dtype
+from mmfast.reference._common import accumulation_dtype, row_chunks
 
 # Entries of a table of clusters and classes, of 8 bytes each.
 _MAX_TABLE_NUMEL = 2**22
@@ -166,7 +166,13 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> None:
 
 def _is_finite(x: Tensor) -> bool:
     # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
-    return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
+    if x.numel() == 0:
+        return True
+    if x.is_contiguous():
+        return bool(torch.stack(x.aminmax()).isfinite().all())
+    # Some rows at a time: torch copies what does not lie in one piece.
+    ends = [end for rows in row_chunks(x, *x.shape) for end in x[rows].aminmax()]
+    return bool(torch.stack(ends).isfinite().all())
 
 
 def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:
