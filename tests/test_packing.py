@@ -1,4 +1,4 @@
-"""What kernels cannot read as it lies is copied in parts: an expanded input may stand for any number of them."""
+"""What kernels cannot read as it lies is copied in parts: an expanded input may stand for any number."""
 
 from __future__ import annotations
 
