@@ -210,11 +210,9 @@ _MOST_PACKED = 2**26
 def columns_at_a_time(
     matrix: Tensor,  # [N, D]
 ) -> int:
-    """Return how many columns to give to `unbroken_rows` at a time: all where nothing is copied."""
+    """Return how many columns of a matrix may be copied at a time."""
     num_rows, num_columns = matrix.shape
-    if matrix.stride(1) == 1:
-        return max(1, num_columns)
-    return max(1, min(num_columns, _MOST_PACKED // max(1, num_rows)))
+    return min(num_columns, max(1, _MOST_PACKED // max(1, num_rows)))
 
 
 def large_parts(
