@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -226,6 +227,34 @@ def unbroken_rows(
 ) -> Tensor:  # [N, D]
     """Return the matrix, or a copy, with every row in one piece; rows may lie any distance apart."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+# Numbers copied at a time, at most, of an input that a kernel cannot read as it lies. Expanded by a stride
+# of 0, a few numbers may stand for more than the memory holds.
+_MOST_PACKED = 2**26
+
+
+def columns_at_a_time(
+    matrix: Tensor,  # [N, D]
+) -> int:
+    """Return how many columns of a matrix may be copied at a time."""
+    num_rows, num_columns = matrix.shape
+    return min(num_columns, max(1, _MOST_PACKED // max(1, num_rows)))
+
+
+def large_parts(
+    x: Tensor,  # [..., D], at least one number
+) -> list[Tensor]:
+    """Return `x`, or parts of it one after the other where a matrix of all its rows would be a large copy."""
+    if x.dim() <= 2 or x.numel() <= _MOST_PACKED:
+        return [x]
+    with contextlib.suppress(RuntimeError):
+        x.view(-1, x.shape[-1])
+        return [x]
+    length = x.numel() // len(x)
+    if length > _MOST_PACKED:
+        return [matrix for part in x for matrix in large_parts(part)]
+    return list(x.split(_MOST_PACKED // length))
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from mmfast.ops._common import (
     check_labels,
     check_same_device,
     check_shape,
+    columns_at_a_time,
     register,
     shape_text,
     unbroken_rows,
@@ -242,24 +243,31 @@ def _moments_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     chosen = _backend.choose("class_separability", backend, features)
+    if features.stride(1) != 1 and chosen != "reference":
+        width = columns_at_a_time(features)
+        if width < features.shape[1]:
+            parts = [_moments_fwd(part, labels, num_classes, chosen) for part in features.split(width, 1)]
+            counts, means, variances = zip(*parts, strict=True)
+            return counts[0], torch.cat(means, 1), torch.cat(variances, 1)
+        features = features.contiguous()
     if chosen == "cpu":
         return _moments_fwd_cpu(features, labels, num_classes)
     check_label_range("labels", labels, num_classes)
     if chosen == "triton":
         launch = _backend.kernels("class_separability").class_moments_fwd
-        return launch(unbroken_rows(features), labels, num_classes)
+        return launch(features, labels, num_classes)
     if chosen == "cuda":
         return _moments_fwd_cuda(features, labels, num_classes)
     return _reference.class_moments(features, labels, num_classes)
 
 
 def _moments_fwd_cpu(
-    features: Tensor,  # [N, D]
+    features: Tensor,  # [N, D], every row in one piece
     labels: Tensor,  # [N]
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
-    features, labels = unbroken_rows(features), whole_labels(labels)
+    labels = whole_labels(labels)
     _backend.extension("cpu").class_separability_moments_fwd(
         features.data_ptr(),
         labels.data_ptr(),
@@ -297,12 +305,11 @@ def _blocks_of_moments(
 
 
 def _moments_fwd_cuda(
-    features: Tensor,  # [N, D]
+    features: Tensor,  # [N, D], every row in one piece
     labels: Tensor,  # [N]
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cuda")
-    features = unbroken_rows(features)
     num_samples, num_dims = features.shape
     rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
     num_blocks = -(-num_samples // rows)
@@ -392,7 +399,13 @@ def _hits(
     backend: str,
 ) -> Tensor:  # int64 [D]
     chosen = _backend.choose("class_separability", backend, features)
-    if chosen == "cpu":
+    if chosen == "cpu" and features.stride(1) == 1:
+        return _hits_cpu(features, labels, centroids)
+    width = features.shape[1]
+    if features.stride(1) != 1 and chosen in ("cpu", "cuda"):
+        width = columns_at_a_time(features)
+        features = features if width < features.shape[1] else features.contiguous()
+    if chosen == "cpu" and width == features.shape[1]:
         return _hits_cpu(features, labels, centroids)
     check_label_range("labels", labels, centroids.shape[0])
     if centroids.device.type == "cpu" and centroids.numel() and not bool(centroids.isfinite().any()):
@@ -400,6 +413,9 @@ def _hits(
         raise ValueError(
             f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
         )
+    if width < features.shape[1]:
+        parts = zip(features.split(width, 1), centroids.split(width, 1), strict=True)
+        return torch.cat([_hits_of_columns(x, labels, c, chosen) for x, c in parts])
     if chosen == "cuda":
         return _hits_cuda(features, labels, centroids)
     if chosen == "triton":
@@ -407,13 +423,27 @@ def _hits(
     return _reference.dimension_hits(features, labels, centroids)
 
 
+def _hits_of_columns(
+    features: Tensor,  # [N, d]
+    labels: Tensor,  # [N]
+    centroids: Tensor,  # [C, d]
+    chosen: str,  # "cpu" or "cuda"
+) -> Tensor:  # int64 [d]
+    if chosen == "cuda":
+        return _hits_cuda(features.contiguous(), labels, centroids)
+    if bool(centroids.isfinite().any()):
+        return _hits_cpu(features.contiguous(), labels, centroids)
+    # What the kernel refuses, and other columns may make up for.
+    return features.new_zeros(features.shape[1], dtype=torch.int64)
+
+
 def _hits_cpu(
-    features: Tensor,  # [N, D]
+    features: Tensor,  # [N, D], every row in one piece
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
     hits = features.new_empty(features.shape[1], dtype=torch.int64)
-    features, labels = unbroken_rows(features), whole_labels(labels)
+    labels = whole_labels(labels)
     centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     _backend.extension("cpu").class_separability_hits(
         features.data_ptr(),
@@ -431,12 +461,12 @@ def _hits_cpu(
 
 
 def _hits_cuda(
-    features: Tensor,  # [N, D]
+    features: Tensor,  # [N, D], every row in one piece
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
     hits = features.new_zeros(features.shape[1], dtype=torch.int64)
-    features, labels = unbroken_rows(features), whole_labels(labels)
+    labels = whole_labels(labels)
     centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     intervals = centroids.new_empty(2, *centroids.shape, dtype=accumulation_dtype(features.dtype))
     _backend.extension("cuda").class_separability_hits(

@@ -25,7 +25,7 @@ from mmfast.ops._common import (
     unbroken_rows,
 )
 from mmfast.reference import kmeans as _reference
-from mmfast.reference._common import accumulation_dtype
+from mmfast.reference._common import accumulation_dtype, row_chunks
 
 # Entries of a table of clusters and classes, of 8 bytes each.
 _MAX_TABLE_NUMEL = 2**22
@@ -169,12 +169,26 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
     for name, value in (("features", features), ("init", init)):
         if isinstance(value, Tensor) and value.numel() > 0:
             # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
-            low, high = torch.stack(value.aminmax()).tolist()
+            low, high = _extremes(value)
             if not (math.isfinite(low) and math.isfinite(high)):
                 num_bad = value.numel() - int(value.isfinite().sum())
                 raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
             largest = max(largest, -low, high)
     return largest
+
+
+def _extremes(
+    x: Tensor,  # [N, D] or [K, D], not empty
+) -> tuple[float, float]:
+    """Return the least and the largest element; NaN where one is."""
+    if x.is_contiguous():
+        ends = x.aminmax()
+    else:
+        # Some rows at a time: torch copies what does not lie in one piece.
+        parts = [x[rows].aminmax() for rows in row_chunks(x, *x.shape)]
+        ends = torch.stack([low for low, _ in parts]).amin(), torch.stack([high for _, high in parts]).amax()
+    low, high = torch.stack(list(ends)).tolist()
+    return low, high
 
 
 def _exponent(largest: float, dtype: torch.dtype) -> int:

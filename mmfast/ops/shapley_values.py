@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant
-from mmfast.ops._common import DTYPE_CODE, check_float, register, shape_text
+from mmfast.ops._common import DTYPE_CODE, check_float, large_parts, register, shape_text
 from mmfast.reference import shapley_values as _reference
 
 MAX_PLAYERS = 20
@@ -126,11 +127,21 @@ def _run(
     return out
 
 
+def _joined(
+    parts: list[Tensor],  # of the rows of `like`, each [..., E]
+    like: Tensor,  # [..., D]
+) -> Tensor:  # [..., E]
+    size = parts[0].shape[-1]
+    return torch.cat([part.view(-1, size) for part in parts]).view(*like.shape[:-1], size)
+
+
 def _fwd(utilities: Tensor, backend: str) -> Tensor:
     num_players = utilities.shape[-1].bit_length() - 1
     chosen = _backend.choose("shapley_values", backend, utilities)
     if chosen == "reference":
         return _reference.shapley_values(utilities)
+    if utilities.dim() > 2 and len(parts := large_parts(utilities)) > 1:
+        return _joined([_fwd(part, chosen) for part in parts], utilities)
     if chosen == "triton":
         return _backend.kernels("shapley_values").shapley_values_fwd(utilities)
     return _run("shapley_values_fwd", utilities, num_players, num_players, chosen)
@@ -141,6 +152,8 @@ def _bwd(dphi: Tensor, backend: str) -> Tensor:
     chosen = _backend.choose("shapley_values", backend, dphi)
     if chosen == "reference":
         return _reference.shapley_values_bwd(dphi)
+    if dphi.dim() > 2 and len(parts := large_parts(dphi)) > 1:
+        return _joined([_bwd(part, chosen) for part in parts], dphi)
     if chosen == "triton":
         return _backend.kernels("shapley_values").shapley_values_bwd(dphi)
     return _run("shapley_values_bwd", dphi, 2**num_players, num_players, chosen)
