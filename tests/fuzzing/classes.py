@@ -25,9 +25,9 @@ def moments(
     """Return the numbers, the means, the variances, and bounds of the last two's errors.
 
     Two passes: a mean of n samples errs by (n + 1) u mean |x| = e, the mean of n squared deviations from it
-    by (2 n + 8) u var + e^2 (the sum of deviations from the mean is 0, so e enters squared), and by
-    4 u e max |x - mean| for the deviations' own rounding. Deviations from any sample instead of the mean,
-    summed in float64 or in short blocks, stay within it, as their squares have a mean of at most (n + 1) var.
+    by (2 n + 8) u var + e^2 (the sum of deviations from the mean is 0, so e enters squared). Deviations from
+    any sample instead of the mean, in short blocks, stay within it: their squares have a mean of at most
+    (n + 1) var. Means of parts that are merged in float64 round there, which enters once: 8 u64 max |x d|.
     """
     shape = (num_classes, x.shape[1])
     count = np.bincount(y, minlength=num_classes)
@@ -39,7 +39,8 @@ def moments(
         var[label] = (deviation * deviation).mean(0)
         e = gamma(n + 1, u) * np.abs(mine).mean(0)
         mean_error[label] = e
-        var_error[label] = gamma(2 * n + 8, u) * var[label] + e * e + 4 * u * e * np.abs(deviation).max(0)
+        merging = 8 * unit(torch.float64) * np.abs(mine).max(0) * np.abs(deviation).max(0)
+        var_error[label] = gamma(2 * n + 8, u) * var[label] + e * e + merging
     return count, mean, var, clean(mean_error), clean(var_error)
 
 

@@ -79,9 +79,10 @@ def kmeans(draw: Draw, backend: str, small: bool) -> None:
         before = ((x[:, None] - start) ** 2).sum(-1).min(1).sum()
         reach_slack = shape[0] * (slack + 4 * gamma(num_dims + 8, u) * reach**2 * max(num_dims, 1))
         assert mine.sum() <= before + reach_slack, "iterations made the clustering worse"
-    # Where squared distances vanish, clusters do as well.
-    is_normal = radius**2 * u * u > np.longdouble(info.tiny) or radius == 0
-    if result.num_iter < options["max_iter"] and options["tol"] == 0.0 and is_normal:
+    # Where centroids lie closer than rounding tells, samples go to one or the other, or clusters run empty.
+    gaps = ((c[:, None] - c) ** 2).sum(-1) + np.where(np.eye(num_clusters) > 0, np.inf, 0)
+    is_clear = gaps.min() > 100 * slack and len(np.unique(assigned)) == num_clusters
+    if result.num_iter < options["max_iter"] and options["tol"] == 0.0 and is_clear:
         for cluster in range(num_clusters):
             members = x[assigned == cluster]
             if len(members):
