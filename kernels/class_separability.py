@@ -67,14 +67,59 @@ def _class_moments_fwd_kernel(
         # What the mean lost to rounding; an infinite mean lost nothing.
         rest = tl.sum(deviation, axis=0) / count
         rest = tl.where(mean - mean == 0, rest, 0.0)
+        # Of equal numbers this is one of them: their deviations are 0, however large they are.
+        best = mean + rest
+        rest -= best - mean
+        deviation = tl.where(mask, x - best[None, :], 0.0)
         squares = tl.sum(deviation * deviation, axis=0) - rest * rest * count
         out = chunk * D + offs_d
-        tl.store(mean_ptr + out, mean + rest, mask=offs_d < D)
+        tl.store(mean_ptr + out, best, mask=offs_d < D)
         tl.store(squares_ptr + out, squares, mask=offs_d < D)
+
+
+@triton.jit
+def _moments_in_range(
+    x_ptrs, order_ptr, first, last, mask_d, stride_xn, LARGE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Return mean and variance of columns of a class whose sums left the range of numbers on the way.
+
+    Squares of float32 fit into float64; float64 is taken times a power of two, as only numbers near its ends
+    come here.
+    """
+    scale = tl.full((), 2.0**-600 if LARGE else 1.0, tl.float64)
+    number = (last - first).to(tl.float64)
+    # Of equal numbers, which may be the largest there is, the mean is one of them.
+    row = tl.load(order_ptr + first)
+    origin = tl.load(x_ptrs + row * stride_xn, mask=mask_d, other=0.0).to(tl.float64) * scale
+    origin = tl.where(origin - origin == 0, origin, 0.0)
+    total = tl.zeros_like(origin)
+    for start in range(first, last, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        mask = (offs_r < last)[:, None] & mask_d[None, :]
+        rows = tl.load(order_ptr + offs_r, mask=offs_r < last, other=0)
+        x = tl.load(x_ptrs[None, :] + rows[:, None] * stride_xn, mask=mask, other=0.0).to(tl.float64)
+        total += tl.sum(tl.where(mask, x * scale - origin[None, :], 0.0), axis=0)
+    centre = origin + total / number
+    rest = tl.zeros_like(origin)
+    squares = tl.zeros_like(origin)
+    # Of an infinite sample the mean is infinite, and the deviation from it no number.
+    for start in range(first, last, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        mask = (offs_r < last)[:, None] & mask_d[None, :]
+        rows = tl.load(order_ptr + offs_r, mask=offs_r < last, other=0)
+        x = tl.load(x_ptrs[None, :] + rows[:, None] * stride_xn, mask=mask, other=0.0).to(tl.float64)
+        deviation = tl.where(mask, x * scale - centre[None, :], 0.0)
+        rest += tl.sum(deviation, axis=0)
+        squares += tl.sum(deviation * deviation, axis=0)
+    squares -= rest * (rest / number)
+    squares = tl.where(squares < 0, 0.0, squares)
+    return centre / scale, squares / number / scale / scale
 
 
 @triton.jit(do_not_specialize=["C"])
 def _class_moments_merge_kernel(
+    x_ptr,  # [N, D]
+    order_ptr,  # int64 [N]: samples by class
     mean_ptr,  # [chunks, D], contiguous
     squares_ptr,  # [chunks, D], contiguous
     edges_ptr,  # int64 [2, C + 1]
@@ -82,6 +127,8 @@ def _class_moments_merge_kernel(
     class_var_ptr,  # [C, D], contiguous
     C,
     D,
+    stride_xn,
+    stride_xd,
     CHUNK: tl.constexpr,  # BLOCK_R of the chunks
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -112,10 +159,22 @@ def _class_moments_merge_kernel(
     # Zero divided by zero: the NaN of a class without samples.
     number = count.to(tl.float64)
     var = (squares - shift * shift / number) / number
-    var = tl.where(var < 0, 0.0, var)
+    # Less than infinity: squares left the range, and so did what is taken off.
+    var = tl.where(var < 0, tl.where(var - var == 0, 0.0, -var), var)
     element = class_mean_ptr.dtype.element_ty
-    tl.store(class_mean_ptr + k * D + offs_d, (total / number).to(element), mask=mask_d)
-    tl.store(class_var_ptr + k * D + offs_d, var.to(element), mask=mask_d)
+    class_mean = (total / number).to(element)
+    class_var = var.to(element)
+    is_lost = mask_d & ((class_mean - class_mean != 0) | (class_var - class_var != 0))
+    if (count > 0) & (tl.sum(is_lost.to(tl.int32), axis=0) > 0):
+        x_ptrs = x_ptr + offs_d.to(tl.int64) * stride_xd
+        begin = tl.load(edges_ptr + k)
+        better, better_var = _moments_in_range(
+            x_ptrs, order_ptr, begin, begin + count, mask_d, stride_xn, element == tl.float64, BLOCK_R
+        )
+        class_mean = tl.where(is_lost, better.to(element), class_mean)
+        class_var = tl.where(is_lost, better_var.to(element), class_var)
+    tl.store(class_mean_ptr + k * D + offs_d, class_mean, mask=mask_d)
+    tl.store(class_var_ptr + k * D + offs_d, class_var, mask=mask_d)
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -150,7 +209,9 @@ def _class_moments_bwd_kernel(
     dvar = tl.load(dvar_ptr + own, mask=known, other=0.0)
     mean = tl.load(mean_ptr + own, mask=known, other=0.0)
     count = tl.load(count_ptr + y, mask=mask_n & (y >= 0) & (y < C), other=1).to(ACC)
-    dx = (dmean + 2 * (x.to(ACC) - mean) * dvar) / count[:, None]
+    # The factors of the class first: a deviation times dvar alone may be out of range.
+    scale = (1 / count)[:, None]
+    dx = dmean * scale + (x.to(ACC) - mean) * (dvar * (2 * scale))
     tl.store(dx_ptr + offs_n[:, None] * D + offs_d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -172,12 +233,16 @@ def _end(a, b, tie_to_b, DTYPE: tl.constexpr, BITS: tl.constexpr):
 
     The sum is kept with its rounding error, and x doubled, which is exact where halving the sum is not.
     """
+    # A sum out of range is that of two numbers so large that their halves are exact.
+    unit = tl.where((a + b) - (a + b) == 0, 1.0, 0.5).to(tl.float64)
+    a = a * unit
+    b = b * unit
     twice = a + b
     b_rounded = twice - a
     error = (a - (twice - b_rounded)) + (b - b_rounded)
     tie_to_b = (error < 0) | ((error == 0) & tie_to_b)
-    end = (0.5 * twice).to(DTYPE)
-    doubled = 2 * end.to(tl.float64)
+    end = (twice / (2 * unit)).to(DTYPE)
+    doubled = 2 * unit * end.to(tl.float64)
     on_b_side = (doubled > twice) | ((doubled == twice) & tie_to_b)
     return tl.where(on_b_side, end, _next_up(end, BITS))
 
@@ -341,6 +406,8 @@ def class_moments_fwd(
             **blocks,
         )
         _class_moments_merge_kernel[(num_classes, _cdiv(num_dims, _MERGE_BLOCKS["BLOCK_D"]))](
+            features,
+            order,
             chunk_mean,
             chunk_squares,
             edges,
@@ -348,6 +415,7 @@ def class_moments_fwd(
             var,
             num_classes,
             num_dims,
+            *features.stride(),
             CHUNK=chunk,
             **_MERGE_BLOCKS,
             **_OPTIONS,
@@ -462,7 +530,6 @@ def compile_configurations() -> list[tuple]:
 
     index, size, stride = "*i64", "i32", "i64"
     for dtype, element in _ELEMENT.items():
-        wide = _wide(dtype)
         x, acc = f"*{element}", f"*{_acc(dtype)}"
         for num_dims in (1, 512):
             constants = {"ACC": _acc(dtype), **_moments_blocks(num_dims, dtype)}
@@ -479,7 +546,7 @@ def compile_configurations() -> list[tuple]:
             constants |= {"BITS": _BITS[end], **_INTERVAL_BLOCKS}
             types = [x, ends, ends, index, size, size, stride, stride]
             add(_class_intervals_kernel, types, constants, _EXACT_OPTIONS)
-        if dtype == wide:
-            constants = {"CHUNK": _moments_blocks(512, dtype)["BLOCK_R"], **_MERGE_BLOCKS}
-            add(_class_moments_merge_kernel, [acc, acc, index, acc, acc, size, size], constants)
+        constants = {"stride_xd": 1, "CHUNK": _moments_blocks(512, dtype)["BLOCK_R"], **_MERGE_BLOCKS}
+        types = [x, index, acc, acc, index, acc, acc, size, size, stride]
+        add(_class_moments_merge_kernel, types, constants)
     return configurations + _order_configurations("*i64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from fractions import Fraction
 
 import pytest
@@ -274,6 +275,134 @@ def test_moments_of_half_precision_survive_a_large_mean(backend, device):
     _, _, var = ops.class_moments(features, labels, num_classes, backend=backend)
     truth = plain_moments(features.double(), labels, num_classes)[2]
     torch.testing.assert_close(var.double(), truth, rtol=4e-6, atol=0)
+
+
+def check_moments_in_range(x, backend, device, labels=None, num_classes=1, rtol=1e-5):
+    """Hold the moments of one column against those of the same numbers times a power of two.
+
+    A mean may be rounded to float64, and the variance be off by the square of that.
+    """
+    labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels
+    # Many rows of many columns are several chunks of every kernel.
+    rows = x[:, None].repeat(1, 64 if len(x) > 100 else 1).to(device)
+    _, mean, var = ops.class_moments(rows, labels.to(device), num_classes, backend=backend)
+    scale = 2.0**-600 if x.dtype == torch.float64 else 1.0
+    for k in range(num_classes):
+        own = x[labels == k].double() * scale
+        true_mean = own[0] + (own - own[0]).mean()
+        true_var = (own - true_mean).square().mean() / scale / scale
+        rounding = (4 * 2.0**-53 * true_mean / scale).square().nan_to_num(posinf=0).item()
+        for actual, true, atol in ((mean[k], true_mean / scale, 0), (var[k], true_var, rounding)):
+            assert actual.dtype == torch.promote_types(x.dtype, torch.float32)
+            expected = true.to(actual.dtype).expand_as(actual)
+            torch.testing.assert_close(actual.cpu(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("number", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_moments_out_of_range_on_the_way(dtype, number, backend, device):
+    power, largest = (135, torch.finfo(dtype).max) if dtype == torch.float64 else (0, torch.finfo(dtype).max)
+    unit = 10.0**power
+    # Variances in range, whose sums of squares are not.
+    check_moments_in_range(
+        (torch.tensor([1e19, -1e19, 1.2e19, -1.1e19], dtype=torch.float64) * unit).to(dtype).repeat(number),
+        backend,
+        device,
+    )
+    # Equal numbers: their sum is out of range, or the square of what a mean of them is rounded by.
+    for value in (2.786e26, 2.786e24, 1e38, largest, -largest, largest / 3, 0.1, 1e-38):
+        x = torch.full((number + 2,), value, dtype=torch.float64).to(dtype)
+        check_moments_in_range(x, backend, device, rtol=0 if dtype != torch.float64 else 1e-15)
+        labels = torch.arange(2 * number + 4) % 2
+        both = torch.stack((x, torch.zeros_like(x)), 1).flatten()
+        check_moments_in_range(both, backend, device, labels, 2, rtol=0 if dtype != torch.float64 else 1e-15)
+    # The largest numbers of both signs: the variance is out of range, the mean is not.
+    x = torch.tensor([largest, -largest, largest], dtype=torch.float64).to(dtype).repeat(number)
+    check_moments_in_range(x, backend, device)
+
+
+@pytest.mark.parametrize("num_classes", [1, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_moments_of_what_is_no_number(dtype, num_classes, backend, device):
+    x = torch.randn(700, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+    labels = torch.arange(700) % 3 % num_classes
+    infinite = torch.inf
+    for row, column, value in ((0, 0, torch.nan), (600, 1, infinite), (3, 2, -infinite), (9, 3, infinite)):
+        x[row, column] = value
+    x[12, 3], x[labels == 0, 4], x[0, 5] = -infinite, infinite, -0.0
+    _, mean, var = ops.class_moments(x.to(device), labels.to(device), num_classes, backend=backend)
+    own = x[labels == 0].double()
+    for actual, true in ((mean[0], own.mean(0)), (var[0], own.var(0, correction=0))):
+        true = torch.where(true.isfinite(), 0, true)
+        actual = torch.where(actual.isfinite(), 0, actual).cpu().double()
+        torch.testing.assert_close(actual, true, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_a_gradient_of_moments_in_range_is_so_on_the_way(dtype, backend, device):
+    # A deviation of 1e20 times 2 dvar is 4e38 before it is divided by the number of samples.
+    features = torch.tensor([[1e20], [-1e20], [1e20], [-1e20]], dtype=dtype, device=device)
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
+    count = torch.tensor([4], device=device)
+    dmean, dvar, mean = (torch.full((1, 1), value, device=device) for value in (0.0, 2e18, 0.0))
+    arguments = (dmean, dvar, features, labels, count, mean, backend)
+    actual = torch.ops.mmfast.class_moments_bwd(*arguments)
+    torch.testing.assert_close(actual.double(), features.double() * 1e18, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+def test_centroids_near_the_end_of_range(dtype, backend, device):
+    largest = torch.finfo(dtype).max
+    shares = torch.tensor([1.0, 0.75, 0.5, -0.5, -1.0, 1e-300], dtype=torch.float64)
+    centroids = (largest * shares)[:, None].to(dtype)
+    x = (largest * torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.1, -0.6, -0.8, -1.0, 0.0]).double()).to(
+        dtype
+    )
+    nearest = [0, 0, 1, 1, 2, 2, 5, 3, 4, 4, 5]
+    labels = torch.tensor(nearest, device=device)
+    options = {"labels": labels, "centroids": centroids.to(device), "backend": backend}
+    assert ops.dimension_accuracy(x[:, None].to(device), **options).item() == 1
+    # None of them is any other's.
+    others = (labels + 1) % 6
+    options["labels"] = others
+    assert ops.dimension_accuracy(x[:, None].to(device), **options).item() == 0
+
+
+def test_merged_moments_stay_in_range():
+    for largest in (torch.tensor([[3e38]]), torch.tensor([[1.7e308]], dtype=torch.float64)):
+        count, zero = torch.tensor([1]), torch.zeros_like(largest)
+        merged = ops.ClassMoments(count, largest, zero).merge(ops.ClassMoments(count, -largest, zero))
+        assert merged.mean.item() == 0
+        assert merged.var.item() == torch.inf
+        # Means 2e19 apart: the square is out of range, a quarter of it is not.
+        size = largest.sqrt() * 0.9
+        merged = ops.ClassMoments(count, size, zero).merge(ops.ClassMoments(count, -size, zero))
+        torch.testing.assert_close(merged.var, size * size, rtol=1e-6, atol=0)
+        infinite = torch.full_like(largest, torch.inf)
+        for mean in (infinite, -infinite):
+            moments = ops.ClassMoments(count, mean, infinite * 0)
+            assert moments.merge(moments).mean.item() == mean.item()
+            assert moments.merge(ops.ClassMoments(count, zero, zero)).mean.item() == mean.item()
+        assert moments.merge(ops.ClassMoments(count, infinite, zero)).mean.isnan().all()
+
+
+def test_merged_moments_of_very_unequal_numbers():
+    one, many = torch.tensor([1]), torch.tensor([2**40 + 1])
+    mean, zero = torch.tensor([[1e12]]), torch.tensor([[0.0]])
+    for first, second in ((one, many), (many, one)):
+        means = (mean, zero) if first is one else (zero, mean)
+        merged = ops.ClassMoments(first, means[0], zero).merge(ops.ClassMoments(second, means[1], zero))
+        torch.testing.assert_close(merged.var, torch.tensor([[1e24 / 2**40]]), rtol=1e-6, atol=0)
+
+
+def test_moments_are_saved_and_loaded():
+    moments = ops.class_moments(*make((12, 3, 3))[:2], 3)
+    file = io.BytesIO()
+    torch.save({"moments": moments}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["moments"]
+    assert type(loaded) is ops.ClassMoments
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(loaded, moments, strict=True))
 
 
 def test_moments_gradient(backend, device):

@@ -109,6 +109,9 @@ void for_blocks(const Run& run, Function&& function) {
   }
 }
 
+template <class T>
+using Signed = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
 // Some whole vectors of columns.
 template <class A, int num_vectors>
 struct Tile {
@@ -206,12 +209,16 @@ void add_block(const T* x, int64_t stride, const int64_t* rows, int64_t count, c
   V shift[n] = {}, total[n] = {}, square[n] = {};
   if (sums.count == 0) {
     const int64_t num_rows = std::min(count, kShiftRows);
-    for (int64_t r = 0; r < num_rows; ++r) {
+    // From the first row on: where all are equal, the shift is exact.
+    V first[n];
 #pragma GCC unroll 8
-      for (int j = 0; j < n; ++j) shift[j] += tile.load(x + rows[r] * stride, j);
+    for (int j = 0; j < n; ++j) first[j] = tile.load(x + rows[0] * stride, j);
+    for (int64_t r = 1; r < num_rows; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) shift[j] += tile.load(x + rows[r] * stride, j) - first[j];
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) shift[j] /= static_cast<A>(num_rows);
+    for (int j = 0; j < n; ++j) shift[j] = first[j] + shift[j] / static_cast<A>(num_rows);
   } else {
     const double scale = 1.0 / sums.count;
     for (int64_t i = 0; i < tile.width(); ++i) {
@@ -244,8 +251,30 @@ void add_block(const T* x, int64_t stride, const int64_t* rows, int64_t count, c
       [&](int64_t i) { return static_cast<double>(count) * shifts[i] + totals[i]; },
       [&](int64_t i) {
         const double rest = squares[i] - static_cast<double>(totals[i]) * totals[i] * scale;
-        return rest < 0 ? 0 : rest;
+        // Less than infinity: squares left the range, and the sum's.
+        return rest < 0 ? (rest - rest == 0 ? 0 : -rest) : rest;
       });
+}
+
+// Mean and variance of a column of some samples whose sums left the range of numbers on the way. Squares of
+// float32 fit into float64; float64 is taken times a power of two, as only numbers near its ends come here.
+template <class T, class A>
+void moments_in_range(const T* x, int64_t stride, const int64_t* rows, int64_t count, A& mean, A& var) {
+  constexpr double scale = std::is_same_v<T, double> ? 0x1p-600 : 1;
+  const auto number = [&](int64_t r) { return scale * widen(x[rows[r] * stride]); };
+  // Of equal numbers, which may be the largest there is, the mean is one of them.
+  const double origin = number(0) - number(0) == 0 ? number(0) : 0;
+  double sum = 0, rest = 0, squares = 0;
+  for (int64_t r = 0; r < count; ++r) sum += number(r) - origin;
+  const double centre = origin + sum / count;
+  // Of an infinite sample the mean is infinite, and the deviation from it no number.
+  for (int64_t r = 0; r < count; ++r) {
+    const double deviation = number(r) - centre;
+    rest += deviation, squares += deviation * deviation;
+  }
+  mean = static_cast<A>(centre / scale);
+  const double least = squares - rest * (rest / count);
+  var = static_cast<A>((least < 0 ? 0 : least) / count / scale / scale);
 }
 
 template <class T>
@@ -292,9 +321,19 @@ void moments_fwd(const T* x, const int64_t* labels, int64_t* count, accumulate_t
             [&](int64_t i) { return other.squares[begin + i]; });
         sums.count += added;
       }
+      A* const own_mean = mean + k * num_dims;
+      A* const own_var = var + k * num_dims;
+      // In one piece, which the compiler makes vectors of; what left the range is looked for where there is
+      // any.
+      Signed<A> is_lost = 0;
       for (int64_t d = begin; d < end; ++d) {
-        mean[k * num_dims + d] = static_cast<A>(sums.sum[d] / samples);
-        var[k * num_dims + d] = static_cast<A>(sums.squares[d] / samples);
+        const A m = static_cast<A>(sums.sum[d] / samples), v = static_cast<A>(sums.squares[d] / samples);
+        own_mean[d] = m, own_var[d] = v;
+        is_lost |= (m - m == 0) & (v - v == 0) ? 0 : 1;
+      }
+      for (int64_t d = begin; is_lost != 0 && d < end; ++d) {
+        if (own_mean[d] - own_mean[d] == 0 && own_var[d] - own_var[d] == 0) continue;
+        moments_in_range(x + d, stride, order.rows.data() + order.first[k], samples, own_mean[d], own_var[d]);
       }
     }
   });
@@ -336,9 +375,6 @@ void moments_bwd(const accumulate_t<T>* dmean, const accumulate_t<T>* dvar, cons
     }
   });
 }
-
-template <class T>
-using Signed = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
 // As many numbers of any type as there are float64 in a vector: columns whose centroids are sorted at once.
 constexpr int kColumns = kLanes<double>;
@@ -384,12 +420,16 @@ Columns<A> next_up(Columns<A> x) {
 // The smallest number of A nearer to b than to a, where a < b; a midpoint is b's if `tie_to_b`.
 template <class A>
 Columns<A> first_nearer(Vec<double> a, Vec<double> b, Vec<int64_t> tie_to_b) {
+  // A sum out of range is that of two numbers so large that their halves are exact.
+  const auto is_large = (a + b) - (a + b) != Vec<double>{};
+  a = is_large ? 0.5 * a : a, b = is_large ? 0.5 * b : b;
   // The sum with its rounding error: doubling x is exact where halving the sum is not.
   const Vec<double> twice = a + b, b_rounded = twice - a;
   const Vec<double> error = (a - (twice - b_rounded)) + (b - b_rounded);
   const auto on_b_if_equal = (error < 0) | ((error == 0) & tie_to_b);
-  const auto end = __builtin_convertvector(twice * 0.5, Columns<A>);
-  const Vec<double> doubled = 2 * __builtin_convertvector(end, Vec<double>);
+  const Vec<double> middle = is_large ? twice : 0.5 * twice;
+  const auto end = __builtin_convertvector(middle, Columns<A>);
+  const Vec<double> wide = __builtin_convertvector(end, Vec<double>), doubled = is_large ? wide : 2 * wide;
   const auto on_b = (doubled > twice) | ((doubled == twice) & on_b_if_equal);
   return __builtin_convertvector(on_b, Columns<Signed<A>>) ? end : next_up<A>(end);
 }

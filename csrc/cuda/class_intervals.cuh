@@ -26,11 +26,14 @@ __device__ inline double next_up(double x) {
 // The smallest number of A nearer to b than to a, where a < b; a midpoint is b's if `tie_to_b`.
 template <class A>
 __device__ A first_nearer(double a, double b, bool tie_to_b) {
+  // A sum out of range is that of two numbers so large that their halves are exact.
+  const bool is_large = !is_finite(a + b);
+  if (is_large) a *= 0.5, b *= 0.5;
   // The sum with its rounding error: doubling x is exact where halving the sum is not.
   const double twice = a + b, b_rounded = twice - a;
   const double error = (a - (twice - b_rounded)) + (b - b_rounded);
-  const A end = static_cast<A>(0.5 * twice);
-  const double doubled = 2 * static_cast<double>(end);
+  const A end = static_cast<A>(is_large ? twice : 0.5 * twice);
+  const double doubled = (is_large ? 1 : 2) * static_cast<double>(end);
   const bool is_on_b = doubled > twice || (doubled == twice && (error < 0 || (error == 0 && tie_to_b)));
   return is_on_b ? end : next_up(end);
 }

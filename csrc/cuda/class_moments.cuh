@@ -16,6 +16,13 @@ constexpr int kBatch = n == 8 ? 4 : 8;
 template <class T>
 using part_mean_t = double;
 
+// What remains of squares once the rounding that makes them negative is taken off; a sum that left the range
+// of numbers stays out of it.
+template <class A>
+__device__ A not_negative(A squares) {
+  return squares < 0 ? (is_finite(squares) ? A(0) : -squares) : squares;
+}
+
 // Mean and sum of squared deviations of some samples of a class, in `n` columns.
 template <class T, int n>
 struct Moments {
@@ -75,7 +82,7 @@ struct Sums {
     for (int i = 0; i < n; ++i) {
       const A rest = squares[i] - sum[i] * (sum[i] * scale);
       result.mean.values[i] = static_cast<part_mean_t<T>>(shift[i]) + sum[i] * scale;
-      result.squares.values[i] = rest < 0 ? A(0) : rest;
+      result.squares.values[i] = not_negative(rest);
     }
     return result;
   }
@@ -84,12 +91,14 @@ struct Sums {
   __device__ void choose_shift(const Pack<T, n> (&loaded)[kBatch<n>], int batch) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
+      // From the first row on: where all are equal, the shift is exact.
+      const A first = static_cast<A>(loaded[0].values[i]);
       A total = 0;
 #pragma unroll
-      for (int r = 0; r < kBatch<n>; ++r) {
-        if (r < batch) total += static_cast<A>(loaded[r].values[i]);
+      for (int r = 1; r < kBatch<n>; ++r) {
+        if (r < batch) total += static_cast<A>(loaded[r].values[i]) - first;
       }
-      total /= static_cast<A>(batch);
+      total = first + total / static_cast<A>(batch);
       // Infinity less infinity would make a NaN of an infinite mean.
       shift[i] = is_finite(total) ? total : A(0);
       sum[i] = squares[i] = 0;
@@ -211,8 +220,7 @@ struct Total {
   // Zero divided by zero: the NaN of a class without samples.
   __device__ double mean() const { return origin + sum / static_cast<double>(count); }
   __device__ double squares_about_mean() const {
-    const double rest = squares - sum / static_cast<double>(count) * sum;
-    return rest < 0 ? 0 : rest;
+    return not_negative(squares - sum / static_cast<double>(count) * sum);
   }
 };
 
@@ -230,18 +238,54 @@ __device__ inline int64_t lower_bound(const int* sorted, int64_t size, int64_t k
   return low;
 }
 
+// Mean and variance of a column of class k whose sums left the range of numbers on the way. Squares of
+// float32 fit into float64; float64 is taken times a power of two, as only numbers near its ends come here.
+template <class T>
+__device__ void moments_in_range(const T* x, int64_t stride,
+                                 const int64_t* labels,  // [N], of which those that are k count; or null
+                                 const int64_t* order,   // the rows of the class, or null
+                                 int64_t num_rows, int64_t k, int64_t count, accumulate_t<T>& mean,
+                                 accumulate_t<T>& var) {
+  constexpr double scale = std::is_same_v<T, double> ? 0x1p-600 : 1;
+  const auto for_numbers = [&](auto&& function) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      if (order == nullptr && labels[r] != k) continue;
+      function(scale * static_cast<double>(
+                           static_cast<accumulate_t<T>>(x[(order == nullptr ? r : order[r]) * stride])));
+    }
+  };
+  // Of equal numbers, which may be the largest there is, the mean is one of them.
+  const double number = static_cast<double>(count);
+  double origin = INFINITY, sum = 0, rest = 0, squares = 0;
+  for_numbers([&](double value) {
+    if (!is_finite(origin)) origin = is_finite(value) ? value : 0;
+    sum += value - origin;
+  });
+  const double centre = origin + sum / number;
+  // Of an infinite sample the mean is infinite, and the deviation from it no number.
+  for_numbers([&](double value) { rest += value - centre, squares += (value - centre) * (value - centre); });
+  mean = static_cast<accumulate_t<T>>(centre / scale);
+  var = static_cast<accumulate_t<T>>(not_negative(squares - rest * (rest / number)) / number / scale / scale);
+}
+
 // Merges the parts of one class, a column a lane; the warps share the parts.
-template <class M, class A>
+template <class T>
 __global__ void __launch_bounds__(kBlock, 2)
-    class_moments_merge_kernel(const M* __restrict__ part_mean,        // [parts, D]
-                               const A* __restrict__ part_squares,     // [parts, D]
-                               const int* __restrict__ part_count,     // [blocks, C], or null
-                               const int* __restrict__ sorted_labels,  // [N], or null
-                               int64_t* __restrict__ count,            // [C]
-                               A* __restrict__ mean,                   // [C, D]
-                               A* __restrict__ var,                    // [C, D]
+    class_moments_merge_kernel(const part_mean_t<T>* __restrict__ part_mean,      // [parts, D]
+                               const accumulate_t<T>* __restrict__ part_squares,  // [parts, D]
+                               const int* __restrict__ part_count,                // [blocks, C], or null
+                               const int* __restrict__ sorted_labels,             // [N], or null
+                               const T* __restrict__ x,                           // [N, D]
+                               const int64_t* __restrict__ labels,                // [N], or null
+                               const int64_t* __restrict__ order,                 // [N], or null
+                               int64_t stride,
+                               int64_t* __restrict__ count,         // [C]
+                               accumulate_t<T>* __restrict__ mean,  // [C, D]
+                               accumulate_t<T>* __restrict__ var,   // [C, D]
                                int64_t num_rows, int64_t num_columns, int num_classes, int64_t num_blocks,
                                int rows_per_block, unsigned num_groups) {
+  using A = accumulate_t<T>;
+  using M = part_mean_t<T>;
   constexpr int batch = 4;
   MMFAST_SHARED(int64_t, counts, [kWarps][kWarp]);
   MMFAST_SHARED(double, means, [kWarps][kWarp]);
@@ -298,8 +342,14 @@ __global__ void __launch_bounds__(kBlock, 2)
   for (int w = 0; w < kWarps; ++w) all.add(counts[w][lane], means[w][lane], squares[w][lane]);
   if (lane == 0 && column == 0) count[k] = all.count;
   if (!has_column) return;
-  mean[k * num_columns + column] = static_cast<A>(all.mean());
-  var[k * num_columns + column] = static_cast<A>(all.squares_about_mean() / static_cast<double>(all.count));
+  A own_mean = static_cast<A>(all.mean());
+  A own_var = static_cast<A>(all.squares_about_mean() / static_cast<double>(all.count));
+  if (all.count > 0 && !(is_finite(own_mean) && is_finite(own_var))) {
+    moments_in_range(x + column, stride, labels, order == nullptr ? order : order + first,
+                     order == nullptr ? num_rows : last - first, k, all.count, own_mean, own_var);
+  }
+  mean[k * num_columns + column] = own_mean;
+  var[k * num_columns + column] = own_var;
 }
 
 }  // namespace

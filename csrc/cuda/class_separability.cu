@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const A deviation = static_cast<A>(loaded[r].values[i]) - own_mean.values[i];
-        stored.values[i] = static_cast<T>((own_dmean.values[i] + 2 * deviation * own_dvar.values[i]) * scale);
+        // The factors of the class first: a deviation times dvar alone may be out of range.
+        const A slope = own_dvar.values[i] * (2 * scale);
+        stored.values[i] = static_cast<T>(own_dmean.values[i] * scale + deviation * slope);
       }
     }
     *reinterpret_cast<Pack<T, n>*>(dx + row * num_columns + position.column) = stored;
@@ -235,9 +237,10 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
                     part_count, num_samples, num_dims, classes, stride, rows, num_slabs);
       check_cuda(op, cudaGetLastError());
     }
-    MMFAST_LAUNCH((class_moments_merge_kernel<M, A>), static_cast<unsigned>(num_classes * num_groups), kBlock,
-                  0, stream, means, squares, part_count, sorted_labels, count, static_cast<A*>(mean),
-                  static_cast<A*>(var), num_samples, num_dims, classes, num_blocks, rows, num_groups);
+    MMFAST_LAUNCH((class_moments_merge_kernel<T>), static_cast<unsigned>(num_classes * num_groups), kBlock, 0,
+                  stream, means, squares, part_count, sorted_labels, static_cast<const T*>(features), labels,
+                  order, stride, count, static_cast<A*>(mean), static_cast<A*>(var), num_samples, num_dims,
+                  classes, num_blocks, rows, num_groups);
   });
   check_cuda(op, cudaGetLastError());
 }

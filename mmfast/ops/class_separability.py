@@ -47,15 +47,24 @@ class ClassMoments(NamedTuple):
                 f"got {shape_text(other.mean.shape)}"
             )
         count = self.count + other.count
-        share = (other.count.to(self.mean.dtype) / count)[:, None]
+        # Each from whole numbers: a small share would be lost in 1 less the other.
+        share, own_share = (
+            (part.double() / count)[:, None].to(self.mean.dtype) for part in (other.count, self.count)
+        )
         empty = (self.count == 0)[:, None]
         mean, var = torch.where(empty, other.mean, self.mean), torch.where(empty, other.var, self.var)
         # A side without samples changes nothing; its NaN times a share of 0 would, forward and backward.
         unchanged = empty | (other.count == 0)[:, None]
-        delta = torch.where(unchanged, 0, other.mean - mean)
+        # An infinite mean stays where it is, save for its opposite or a NaN.
+        is_fixed = mean.isinf() & (other.mean.isfinite() | (mean == other.mean))
+        # Halves, and never the square alone: out of range is only what the results are.
+        half = torch.where(unchanged | is_fixed, 0, other.mean / 2 - mean / 2)
         growth = torch.where(unchanged, 0, other.var - var)
-        var = var + growth * share + delta.square() * share * (1 - share)
-        return ClassMoments(count, mean + delta * share, var)
+        var = var + growth * share + (half * (2 * share)) * (half * (2 * own_share))
+        return ClassMoments(count, mean + half * (2 * share), var)
+
+
+torch.serialization.add_safe_globals([ClassMoments])
 
 
 def class_moments(
@@ -169,8 +178,8 @@ def effective_dimensions(
 
     Raises:
         TypeError: `features` is no tensor of a floating dtype, or `labels` none of an integer dtype.
-        ValueError: a shape is wrong, there is no sample, a label on the CPU lies outside [0, C), or
-            `num_classes` is below 1.
+        ValueError: a shape is wrong, there is no sample, `num_classes` is below 1, or, on the CPU, a label
+            lies outside [0, C) or no class has a finite mean.
 
     Source: Fan et al., "Detached and interactive multimodal learning", ACM MM 2024.
     """

@@ -21,14 +21,44 @@ def class_moments(
     # Millions of numbers are added one after the other: in float32 the last ones would count for nothing.
     total = features.new_zeros(num_classes, num_dims, dtype=torch.float64)
     squares = torch.zeros_like(total)
+    exponent = _class_exponents(features, labels, num_classes)
+
+    def scaled(rows: slice) -> Tensor:
+        x = features[rows].double()
+        return x if exponent is None else x.ldexp(-exponent.index_select(0, labels[rows]))
+
     for rows in row_chunks(features, num_samples, num_dims):
-        total = total.index_add(0, labels[rows], features[rows].double())
+        total = total.index_add(0, labels[rows], scaled(rows))
     # Zero divided by zero: the NaN of a class without samples.
     mean = total / count[:, None]
+    if exponent is not None:
+        # What rounding left: of numbers near the end of range its square would be out of range.
+        rest = torch.zeros_like(total)
+        for rows in row_chunks(features, num_samples, num_dims):
+            rest = rest.index_add(0, labels[rows], scaled(rows) - mean.index_select(0, labels[rows]))
+        mean = torch.where(mean.isfinite(), mean + rest / count[:, None], mean)
     for rows in row_chunks(features, num_samples, num_dims):
-        deviation = features[rows].double() - mean.index_select(0, labels[rows])
+        deviation = scaled(rows) - mean.index_select(0, labels[rows])
         squares = squares.index_add(0, labels[rows], deviation.square())
-    return count, mean.to(dtype), (squares / count[:, None]).to(dtype)
+    var = squares / count[:, None]
+    if exponent is not None:
+        mean, var = mean.ldexp(exponent), var.ldexp(exponent).ldexp(exponent)
+    return count, mean.to(dtype), var.to(dtype)
+
+
+def _class_exponents(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    num_classes: int,
+) -> Tensor | None:  # int32 [C, D]; None: sums and squares of the features are in float64's range
+    """Return the powers of two by which numbers too large to be squared are divided, 0 for all others."""
+    if features.dtype != torch.float64:
+        return None
+    largest = features.new_zeros(num_classes, features.shape[1])
+    for rows in row_chunks(features, *features.shape):
+        largest = largest.index_reduce(0, labels[rows], features[rows].abs(), "amax")
+    # 2^400: sums of 2^200 squares are in range.
+    return torch.where(largest.isfinite() & (largest > 2.0**400), 600, 0).to(torch.int32)
 
 
 def class_moments_bwd(
@@ -42,7 +72,7 @@ def class_moments_bwd(
     """Return (dmean_y + 2 (x - mean_y) dvar_y) / count_y."""
     dfeatures = torch.empty_like(features)
     labels = labels.long()
-    dmean, dvar = dmean / count[:, None], 2 * dvar / count[:, None]
+    dmean, dvar = dmean / count[:, None], dvar * (2 / count.to(dvar.dtype))[:, None]
     for rows in row_chunks(features, *features.shape):
         y = labels[rows]
         deviation = features[rows].to(mean.dtype) - mean.index_select(0, y)
@@ -68,13 +98,16 @@ def class_intervals(
     winner = order.gather(0, torch.where(first, rank, 0).cummax(0).values)
 
     a, b = value[:-1], value[1:]
+    # A sum out of range is that of two numbers so large that their halves are exact.
+    unit = torch.where((a + b).isfinite(), 1.0, 0.5)
+    a, b = a * unit, b * unit
     twice = a + b
     b_rounded = twice - a
     error = (a - (twice - b_rounded)) + (b - b_rounded)
     tie_to_b = (error < 0) | ((error == 0) & (winner[1:] < winner[:-1]))
     # The smallest number of `dtype` on b's side; doubling it is exact where halving the sum is not.
-    end = (twice / 2).to(dtype)
-    doubled = 2 * end.double()
+    end = (twice / (2 * unit)).to(dtype)
+    doubled = 2 * unit * end.double()
     on_b_side = (doubled > twice) | ((doubled == twice) & tie_to_b)
     end = torch.where(on_b_side, end, end.nextafter(torch.full_like(end, torch.inf)))
     # Between equal centroids there is no end: the interval reaches to the next larger centroid's.
