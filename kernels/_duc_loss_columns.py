@@ -200,6 +200,11 @@ _PACK_BLOCKS = {"BLOCK_N": 16, "BLOCK_D": 128}
 _SUM_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
 
 
+def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gradients before their factors, which float16 alone has not the range for."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class _Columns(NamedTuple):
     """Which columns each pair has, and where its rows lie among those of all pairs."""
 
@@ -279,7 +284,7 @@ def _unpacked(
     num_modalities: int,
 ) -> Tensor:  # [M, N, D]
     """Return each student's residuals summed over its teachers, columns back in their places."""
-    residuals = like.new_empty(num_modalities, *like.shape)
+    residuals = like.new_empty(num_modalities, *like.shape, dtype=_residual_dtype(like.dtype))
     grid = (
         _cdiv(like.shape[0], _PACK_BLOCKS["BLOCK_N"]),
         _cdiv(like.shape[1], _PACK_BLOCKS["BLOCK_D"]),

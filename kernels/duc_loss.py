@@ -40,7 +40,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
-from ._duc_loss_columns import _column_configurations, _Columns, _fitted, _packed, _summed, _unpacked
+from ._duc_loss_columns import (
+    _column_configurations,
+    _Columns,
+    _fitted,
+    _packed,
+    _residual_dtype,
+    _summed,
+    _unpacked,
+)
 from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose, size_class
 
@@ -60,6 +68,8 @@ def _duc_loss_fwd_kernel(
     scale_high,
     scale_low,
     HAS_RESIDUAL: tl.constexpr,
+    LOWEST: tl.constexpr,  # the least finite number of ACC
+    HALVED: tl.constexpr,  # whether differences of scores that count may be out of range
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,7 +109,8 @@ def _duc_loss_fwd_kernel(
         if not WIDE:
             q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
-        row_max = tl.full((BLOCK_N,), float("-inf"), dtype=ACC)
+        # Not -infinity: as long as all scores are, their difference from it would be NaN.
+        row_max = tl.full((BLOCK_N,), LOWEST, dtype=ACC)
         row_sum = tl.zeros((BLOCK_N,), dtype=ACC)
         own_score = tl.zeros((BLOCK_N,), dtype=ACC)
         # Tiles that hold own keys, and a ragged last one, go first and pay for masks; the others need none.
@@ -140,9 +151,14 @@ def _duc_loss_fwd_kernel(
                     own_score += tl.sum(tl.where(is_own, s, 0.0), 1)
                     s = tl.where(mask_k[None, :], s, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(s, 1))
-                # Differences before the scale: a large score's rounding stays out of the exponent.
-                p = tl.exp2((s - new_max[:, None]) * scale)
-                decay = tl.exp2((row_max - new_max) * scale)
+                # Differences before the scale: a large score's rounding stays out of the exponent. Of halves
+                # where the whole may be out of range and the product is not.
+                if HALVED:
+                    p = tl.exp2((0.5 * s - 0.5 * new_max[:, None]) * (2 * scale))
+                    decay = tl.exp2((0.5 * row_max - 0.5 * new_max) * (2 * scale))
+                else:
+                    p = tl.exp2((s - new_max[:, None]) * scale)
+                    decay = tl.exp2((row_max - new_max) * scale)
                 row_sum = row_sum * decay + tl.sum(p, 1)
                 row_max = new_max
                 if HAS_RESIDUAL:
@@ -150,7 +166,7 @@ def _duc_loss_fwd_kernel(
                     acc = tl.dot(p.to(k.dtype), k, acc=acc, input_precision=PRECISION, out_dtype=ACC)
         if first_column == 0:
             # The maximum and the own score come from the same products: where they are one, this is log 1.
-            loss = tl.log(row_sum) + (row_max - own_score) * scale * 0.6931471805599453
+            loss = tl.log(row_sum) + 2 * ((0.5 * row_max - 0.5 * own_score) * scale * 0.6931471805599453)
             tl.store(losses_ptrs, loss, mask=mask_n)
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
@@ -227,6 +243,8 @@ def _run(
             high,
             scale - high,
             HAS_RESIDUAL=residual is not None,
+            LOWEST=torch.finfo(_wide(queries.dtype)).min,
+            HALVED=temperature > (1e300 if queries.dtype == torch.float64 else 1e30),
             PRECISION=precision,
             ACC=_acc(queries.dtype),
             **common,
@@ -263,12 +281,13 @@ def duc_loss_fwd(
     if num_modalities == 1 or num_columns == 0 or feature.shape[0] == 0:
         losses = feature.new_zeros(1, feature.shape[0], dtype=_wide(feature.dtype))
         shape = (num_modalities, *feature.shape) if with_residual else (0,)
-        return _reduced(losses, reduction), feature.new_zeros(shape)
+        residuals = feature.new_zeros(shape, dtype=_residual_dtype(feature.dtype))
+        return _reduced(losses, reduction), residuals
     queries, packed_keys, columns = _packed(features, keys, effective, sizes)
     residual = None
     if with_residual:
         # Sums over several teachers are rounded once.
-        dtype = _wide(feature.dtype) if num_modalities > 2 else feature.dtype
+        dtype = _wide(feature.dtype) if num_modalities > 2 else _residual_dtype(feature.dtype)
         residual = torch.empty_like(queries, dtype=dtype)
     width = 16 * _cdiv(num_columns, 16)
     shape = (len(feature), len(keys[0]), width)
@@ -276,7 +295,7 @@ def duc_loss_fwd(
     del queries, packed_keys
     loss = _reduced(losses, reduction)
     if residual is None:
-        return loss, feature.new_empty(0)
+        return loss, feature.new_empty(0, dtype=_residual_dtype(feature.dtype))
     return loss, _unpacked(residual, columns, feature, num_modalities)
 
 
@@ -292,16 +311,17 @@ def info_nce_fwd(
     if query.numel() == 0:
         # Without dimensions all scores are 0.
         losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query.dtype))
-        return _reduced(losses, reduction), query.new_empty(query.shape if with_residual else 0)
+        shape = query.shape if with_residual else (0,)
+        return _reduced(losses, reduction), query.new_empty(shape, dtype=_residual_dtype(query.dtype))
     queries, keys = query, key
     if not (_is_ready(query) and _is_ready(key)):
         queries, keys, _ = _packed([query], [key], None, ())
     width = 16 * _cdiv(query.shape[1], 16)
-    residual = torch.empty_like(queries) if with_residual else None
+    residual = torch.empty_like(queries, dtype=_residual_dtype(query.dtype)) if with_residual else None
     losses = _run(queries, keys, None, len(query), len(key), width, temperature, offset, residual)
     loss = _reduced(losses, reduction)
     if residual is None:
-        return loss, query.new_empty(0)
+        return loss, query.new_empty(0, dtype=_residual_dtype(query.dtype))
     return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous()
 
 
@@ -317,8 +337,11 @@ def compile_configurations(target: int | str) -> list[tuple]:
     for dtype, precision, width, with_residual in cases:
         common, tiles = _choices(target, dtype, precision, width)
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
-        types = [x, x, "*i32:16", "*i32:16", acc, x, "i32", "i32", "i32:16", "i32", "fp32", "fp32"]
-        constants = {"HAS_RESIDUAL": with_residual, "PRECISION": precision, "ACC": _acc(dtype), **common}
+        residual = f"*{_ELEMENT[_residual_dtype(dtype)]}:16"
+        types = [x, x, "*i32:16", "*i32:16", acc, residual]
+        types += ["i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        constants = {"HAS_RESIDUAL": with_residual, "HALVED": False, "PRECISION": precision}
+        constants |= {"LOWEST": torch.finfo(_wide(dtype)).min, "ACC": _acc(dtype), **common}
         if not with_residual:
             del types[5]
             constants["residual_ptr"] = None

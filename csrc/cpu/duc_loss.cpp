@@ -30,6 +30,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -50,6 +51,11 @@ constexpr int64_t kBlockBytes = 1 << 19;
 constexpr int64_t kMinOperations = 1 << 19;
 
 enum Reduction { kMean, kSum, kNone };
+
+// The residual's type: its factors, 1 / temperature among them, are still to come, and float16 would not hold
+// it before.
+template <class T>
+using residual_t = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
 template <class T>
 struct Matrix {
@@ -117,7 +123,8 @@ struct QueryTile {
           target = widen(row[dims[c] * queries.stride_dim]);
         }
       }
-      top[i] = -INFINITY, sum[i] = 0, own[i] = 0;
+      // Not -infinity: as long as all scores are, their difference from it would be NaN.
+      top[i] = std::numeric_limits<A>::lowest(), sum[i] = 0, own[i] = 0;
     }
   }
 
@@ -206,6 +213,7 @@ template <class T, bool pairs>
 class DucLoss {
  public:
   using A = accumulate_t<T>;
+  using R = residual_t<T>;
   template <int nv>
   using Tile = QueryTile<A, nv, pairs>;
   static constexpr int kTile = kVectors * kLanes<A>;
@@ -214,7 +222,7 @@ class DucLoss {
   std::vector<Pair<A>> all_pairs;
   int64_t num_samples, num_keys, num_dims, offset;
   A scale;
-  T* residual;  // [M, N, D] or null
+  R* residual;  // [M, N, D] or null
 
   // Writes the residual and returns losses [M, N].
   const A* run(int64_t num_threads) {
@@ -233,7 +241,7 @@ class DucLoss {
     num_tiles_ = std::min(num_tiles_, num_samples * num_students / (kTile * num_threads * 4));
     num_tiles_ = std::max<int64_t>(1, num_tiles_);
     const int64_t block = num_tiles_ * kTile, num_blocks = (num_samples + block - 1) / block;
-    const int64_t row_size = std::is_same_v<T, A> || residual == nullptr ? 0 : block * num_dims;
+    const int64_t row_size = std::is_same_v<R, A> || residual == nullptr ? 0 : block * num_dims;
     const int64_t thread_size = round_up(num_tiles_ * tile_size_ + kKeys * kTile + row_size, 64);
     const int64_t panels_size = round_up(num_panels * kPanel * sum_dims, 64);
     memory_.reset(static_cast<A*>(std::aligned_alloc(
@@ -300,9 +308,9 @@ class DucLoss {
   void run_block(int64_t student, int64_t first, int64_t count, A* memory, A* losses) const {
     losses += student * num_samples + first;
     std::fill_n(losses, count, A{0});
-    T* const target = residual == nullptr ? nullptr : residual + (student * num_samples + first) * num_dims;
+    R* const target = residual == nullptr ? nullptr : residual + (student * num_samples + first) * num_dims;
     A* rows = nullptr;
-    if constexpr (std::is_same_v<T, A>) {
+    if constexpr (std::is_same_v<R, A>) {
       rows = target;
     } else if (target != nullptr) {
       rows = memory + num_tiles_ * tile_size_ + kKeys * kTile;
@@ -311,9 +319,9 @@ class DucLoss {
     for (const Pair<A>& pair : all_pairs) {
       if (pair.student == student) run_pair(pair, first, count, memory, losses, rows);
     }
-    if constexpr (!std::is_same_v<T, A>) {
+    if constexpr (!std::is_same_v<R, A>) {
       if (rows == nullptr) return;
-      for (int64_t i = 0; i < count * num_dims; ++i) target[i] = narrow<T>(rows[i]);
+      for (int64_t i = 0; i < count * num_dims; ++i) target[i] = narrow<R>(rows[i]);
     }
   }
 
@@ -386,7 +394,7 @@ void run_op(const int64_t* views, const uint8_t* effective, void* loss, void* re
   DucLoss<T, pairs> op;
   op.num_samples = num_samples, op.num_keys = num_keys, op.num_dims = num_dims, op.offset = offset;
   op.scale = static_cast<A>(1 / temperature);
-  op.residual = static_cast<T*>(residual);
+  op.residual = static_cast<residual_t<T>*>(residual);
   for (int64_t m = 0; m < num_modalities; ++m) {
     const int64_t* view = views + 6 * m;
     op.queries.push_back({reinterpret_cast<const T*>(view[0]), view[1], view[2]});
@@ -407,7 +415,7 @@ void run_op(const int64_t* views, const uint8_t* effective, void* loss, void* re
 void duc_loss_fwd(const int64_t* views,      // [M, 2, 3]: address and strides of queries [N, D], keys [K, D]
                   const uint8_t* effective,  // [M, D]; null: the keys teach the queries in all dimensions
                   void* loss,                // [] or [N]
-                  void* residual,            // [M, N, D]; null: not wanted
+                  void* residual,            // [M, N, D], of float16 in float32; null: not wanted
                   int64_t num_modalities, int64_t num_samples, int64_t num_keys, int64_t num_dims,
                   double temperature, int64_t offset, int64_t reduction, int64_t dtype, int64_t num_threads) {
   dispatch_dtype("duc_loss", dtype, [&](auto* type) {

@@ -211,8 +211,8 @@ void run(const Call& call, void* packed, void* partial, void* loss, void* residu
           : blocks_of(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
   MMFAST_LAUNCH((&duc_finish_kernel<T>), 1 + blocks, kFinishBlock, 0, call.stream, call.columns,
                 static_cast<const A*>(whole.losses), whole.residual, static_cast<A*>(loss),
-                static_cast<T*>(residuals), whole.num_pairs, whole.num_queries, whole.residual_width,
-                whole.is_rounded, reduction);
+                static_cast<residual_t<T>*>(residuals), whole.num_pairs, whole.num_queries,
+                whole.residual_width, whole.is_rounded, reduction);
 }
 
 void duc_loss_fwd(
@@ -224,7 +224,7 @@ void duc_loss_fwd(
     void* partial,          // [splits, P, N, W (if residuals) + 3] in the dtype of sums; unused for 1 split
     void* losses,           // [P, N]
     void* loss,             // [] or [N]
-    void* residuals,        // [M, N, D]
+    void* residuals,        // [M, N, D], of float16 in float32
     int64_t num_modalities, int64_t num_queries, int64_t num_keys, int64_t num_dims, int64_t width,
     const int64_t* sizes,  // [M, M] on the host; nullptr: not known
     int64_t num_splits, bool reads_keys, bool is_rounded, double temperature, int64_t offset,

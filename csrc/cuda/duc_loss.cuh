@@ -1,11 +1,22 @@
 // What the kernels of duc_loss share: the sweep's operands, where packed elements lie, the online softmax.
 #pragma once
 
+#include <limits>
+
 #include "tensor_core.cuh"
 
 namespace mmfast::duc {
 
+// What is larger than no score but -infinity: as long as all are, their difference from that would be NaN.
+template <class A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
+
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// The residual's type: its factors, 1 / temperature among them, are still to come, and float16 would not hold
+// it before.
+template <class T>
+using residual_t = std::conditional_t<std::is_same_v<T, __half>, float, T>;
 
 // What one sweep over the keys reads and writes, for P pairs.
 struct Sweep {
@@ -17,7 +28,7 @@ struct Sweep {
   int64_t query_stride, key_stride;
   int64_t num_queries, num_keys, width, residual_width, offset;
   int num_pairs, num_columns, num_splits;
-  bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums
+  bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums, as always of float16
   double scale;     // log2(e) / temperature: exp(s / temperature) = 2^(s scale)
 
   __device__ int count(int pair) const { return counts == nullptr ? num_columns : counts[pair]; }
@@ -78,12 +89,12 @@ __host__ __device__ inline int64_t packed_index(int64_t row, int column, int row
 // One thread's two rows in the accumulators of the matrix units, g and g + 8 with g = lane / 4, whose columns
 // 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h and the next for row g + 8 h.
 struct TwoRows {
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, own_score[2] = {};
+  float max[2] = {kLowest<float>, kLowest<float>}, sum[2] = {}, own_score[2] = {};
 };
 
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
-// are subtracted before they are scaled: a large one's rounding stays out of the exponent. A row's sum
-// is that of this thread's columns.
+// are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
+// the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
 template <int keys>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_own, int64_t num_keys,
@@ -106,14 +117,15 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
     for (int i = 0; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    decay[h] = exp2_approx((rows.max[h] - top) * scale);
+    const float base = 0.5f * top, twice = 2 * scale;
+    decay[h] = exp2_approx(fmaf(rows.max[h], 0.5f, -base) * twice);
     rows.max[h] = top;
     float sum = rows.sum[h] * decay[h];
 #pragma unroll
     for (int i = 0; i < keys / 8; ++i) {
 #pragma unroll
       for (int j = 4 * i + 2 * h; j < 4 * i + 2 * h + 2; ++j) {
-        s[j] = exp2_approx((s[j] - top) * scale);
+        s[j] = exp2_approx(fmaf(s[j], 0.5f, -base) * twice);
         sum += s[j];
       }
     }
@@ -185,7 +197,14 @@ __device__ __forceinline__ A natural_log(A x) {
 // The maximum and the own score come from the same product: where they are one, this is log(sum) exactly.
 template <class A>
 __device__ A loss_of(A sum, A max, A own_score, A scale) {
-  return natural_log(sum) + (max - own_score) * (scale * static_cast<A>(kLn2));
+  return natural_log(sum) + (A(0.5) * max - A(0.5) * own_score) * (2 * scale * static_cast<A>(kLn2));
+}
+
+// What a row's residual is divided by. A part of the keys with scores of -infinity alone has sum 0, and its
+// residual counts for nothing where another part has more; of all keys it is not a number.
+template <class A>
+__device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
+  return sum == 0 && sweep.num_splits > 1 ? A(1) : sum;
 }
 
 // Writes a row's loss, or what it will be made of.
@@ -224,7 +243,7 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (row >= sweep.num_queries) continue;
-    const float inverse = 1 / rows.sum[h];
+    const float inverse = 1 / divisor_of(sweep, rows.sum[h]);
     // The row's own key in the first of these panels: chunk i of each stands at place i ^ r % 8.
     const int64_t own_row = sweep.offset + row, tile = own_row / tile_keys;
     const int r = static_cast<int>(own_row - tile * tile_keys);
@@ -247,7 +266,7 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
         }
       }
     };
-    if (sweep.is_rounded) {
+    if (std::is_same_v<residual_t<T>, T> && sweep.is_rounded) {
       store(static_cast<uint32_t*>(sweep.residual));
     } else {
       store(static_cast<Pack<float, 2>*>(sweep.residual));

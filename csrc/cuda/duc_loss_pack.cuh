@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kBlock)
     own_score += __shfl_xor_sync(0xffffffffu, own_score, distance);
   }
   const A scale = static_cast<A>(sweep.scale);
-  const A sum = is_split ? mine[plane] * power_of_two((max - top) * scale) : A(0);
+  const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - A(0.5) * top) * (2 * scale)) : A(0);
   A total = sum;
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kFinishBlock)
     duc_finish_kernel(Columns columns, const accumulate_t<T>* __restrict__ losses,  // [P, N]
                       const void* __restrict__ packed,                              // [P, N, W]
                       accumulate_t<T>* __restrict__ loss,                           // [] or [N]
-                      T* __restrict__ residuals,                                    // [M, N, D]
+                      residual_t<T>* __restrict__ residuals,                        // [M, N, D]
                       int num_pairs, int64_t num_queries, int64_t width, bool is_rounded, int reduction) {
   using A = accumulate_t<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kFinishBlock)
       sum += is_rounded ? static_cast<A>(static_cast<const T*>(packed)[place])
                         : static_cast<const A*>(packed)[place];
     }
-    residuals[index * columns.num_dims + d] = static_cast<T>(sum);
+    residuals[index * columns.num_dims + d] = static_cast<residual_t<T>>(sum);
   }
 }
 

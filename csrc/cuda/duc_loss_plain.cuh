@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
   const int64_t first_own = sweep.offset + first_row;
   T acc[kRows][kColumns] = {}, row_max[kRows], row_sum[kRows] = {}, own_score[kRows] = {};
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) row_max[i] = -INFINITY;
+  for (int i = 0; i < kRows; ++i) row_max[i] = kLowest<T>;
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     T s[kRows][kKeys] = {};
     for (int part = 0; part < score_steps; ++part) {
@@ -163,13 +163,14 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2)
         top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
-      const T decay = power_of_two((row_max[i] - top) * scale);
+      const T base = T(0.5) * top, twice = 2 * scale;
+      const T decay = power_of_two(multiply_add(row_max[i], T(0.5), -base) * twice);
       row_max[i] = top;
       row_sum[i] *= decay;
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         // The difference before the scale: a large score's rounding stays out of the exponent.
-        s[i][j] = power_of_two((s[i][j] - top) * scale);
+        s[i][j] = power_of_two(multiply_add(s[i][j], T(0.5), -base) * twice);
         row_sum[i] += s[i][j];
       }
 #pragma unroll
@@ -214,13 +215,14 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
     if (first_column == 0 && thread_column == 0)
       store_loss(sweep, share.index, row, row_sum[i], row_max[i], own_score[i]);
     if (!has_residual) continue;
+    const T divisor = divisor_of(sweep, row_sum[i]);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int column = spread<vector>(thread_column, j);
       if (first_column + column >= count) continue;
       const T own = sweep.num_splits == 1 ? values[(sweep.offset + row) * stride_value + column] : T(0);
       static_cast<T*>(sweep.residual)[place * sweep.residual_width + first_column + column] =
-          acc[i][j] / row_sum[i] - own;
+          acc[i][j] / divisor - own;
     }
   }
 }

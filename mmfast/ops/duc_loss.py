@@ -15,8 +15,10 @@ from mmfast import backend as _backend
 from mmfast.ops._common import (
     DTYPE_CODE,
     FLOATS,
+    cast,
     check_choice,
     check_float,
+    check_integer,
     check_positive,
     check_same_device,
     check_shape,
@@ -29,6 +31,7 @@ from mmfast.ops._common import (
 )
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
+from mmfast.reference.duc_loss import residual_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,36 +46,55 @@ class DucDims:
         effective: bool [M, D], True where a dimension of a modality separates the classes.
 
     Attributes:
-        effective: as given.
+        effective: as given; not to be changed, a call with it raises after that.
         columns: int64, on the device of `effective`: the dimensions effective in m and not in n, pair after
             pair.
         sizes: M^2 numbers of such dimensions, n running fastest.
     """
 
-    effective: Tensor  # bool [M, D]
     columns: Tensor  # int64 [sum of sizes]
     sizes: tuple[int, ...]  # M^2
 
     def __init__(self, effective: Tensor) -> None:
         _check_effective(effective, None, None)
-        self.effective = effective.detach().clone()
-        self.columns, sizes = _reference.split_dims(self.effective)
+        # Of a tensor made in inference mode nobody would hear that it was changed.
+        with torch.inference_mode(False):
+            self._effective = effective.detach().clone()
+            self._version = self._effective._version
+            self.columns, sizes = _reference.split_dims(self._effective)
         self.sizes = tuple(sizes)
+
+    @property
+    def effective(self) -> Tensor:  # bool [M, D]
+        return self._effective
+
+    def _unchanged(self) -> Tensor:  # bool [M, D]
+        """Return the mask; raise where the columns, which were read from it, are no longer its own."""
+        # A compiled graph takes both as they are when it runs, and has no number of changes to ask for.
+        if not torch.compiler.is_compiling() and self._effective._version != self._version:
+            raise ValueError("effective of DucDims was changed in place: build DucDims(effective) once more")
+        return self._effective
 
     def dims(self, teacher: int, student: int) -> Tensor:  # int64 [d]
         """Return the dimensions in which modality `teacher` teaches modality `student`."""
-        return self.columns.split(list(self.sizes))[teacher * len(self.effective) + student]
+        num_modalities = len(self._unchanged())
+        for name, modality in (("teacher", teacher), ("student", student)):
+            check_integer(name, modality)
+            if not 0 <= modality < num_modalities:
+                raise IndexError(f"{name} must lie in [0, M) = [0, {num_modalities}), got {modality}")
+        return self.columns.split(list(self.sizes))[teacher * num_modalities + student]
 
     def to(self, device: torch.device | str) -> DucDims:
         """Return the same dimensions on another device, without a question to either."""
         moved = object.__new__(DucDims)
-        moved.effective, moved.columns = self.effective.to(device), self.columns.to(device)
-        moved.sizes = self.sizes
+        with torch.inference_mode(False):
+            moved._effective, moved.columns = self._unchanged().to(device), self.columns.to(device)
+        moved._version, moved.sizes = moved._effective._version, self.sizes
         return moved
 
     def __reduce__(self):
         # Column lists that do not fit the mask, as a file may hold them, can never be loaded.
-        return DucDims, (self.effective,)
+        return DucDims, (self._unchanged(),)
 
     def __repr__(self) -> str:
         num_modalities, num_dims = self.effective.shape
@@ -131,7 +153,7 @@ def duc_loss(
     features = _check_features(features)
     num_modalities, num_dims = len(features), features[0].shape[1]
     columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
-    mask = effective.effective if isinstance(effective, DucDims) else effective
+    mask = effective._unchanged() if isinstance(effective, DucDims) else effective
     _check_effective(mask, num_modalities, num_dims)
     check_same_device(features=features[0], effective=mask)
     _check_options(temperature, reduction)
@@ -254,14 +276,18 @@ def _scaled(
     dloss: Tensor,  # [] or [N]
     temperature: float,
     reduction: str,
-) -> Tensor:  # like `residuals`
+    dtype: torch.dtype,
+) -> Tensor:  # like `residuals`, in `dtype`
     """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
+    if temperature > 1e30:
+        # Times N it might be out of float32's range, and the gradient 0.
+        dloss, temperature = dloss / temperature, 1.0
     divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
     if dloss.dim() == 0 and residuals.dtype == dloss.dtype:
-        return residuals * (dloss / divisor)
+        return cast(residuals * (dloss / divisor), dtype)
     # A factor without dimensions would be rounded to half precision before the product; with them, the
     # product is taken in float32 and rounded once.
-    return (residuals * (dloss / divisor).reshape(-1, 1)).to(residuals.dtype)
+    return cast(residuals * (dloss / divisor).reshape(-1, 1), dtype)
 
 
 class _DucLoss(torch.autograd.Function):
@@ -271,14 +297,15 @@ class _DucLoss(torch.autograd.Function):
         options, backend, *features = inputs
         loss, residuals = _duc_op(features, *options, backend)
         ctx.save_for_backward(residuals)
-        ctx.temperature, ctx.reduction = options[4], options[6]
+        ctx.temperature, ctx.reduction, ctx.dtype = options[4], options[6], features[0].dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         (residuals,) = ctx.saved_tensors
-        return None, None, *_scaled(residuals, dloss, ctx.temperature, ctx.reduction).unbind(0)
+        gradients = _scaled(residuals, dloss, ctx.temperature, ctx.reduction, ctx.dtype)
+        return None, None, *gradients.unbind(0)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -286,14 +313,14 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx, options, backend, query):
         loss, residual = _info_nce_op(query, *options, backend)
         ctx.save_for_backward(residual)
-        ctx.temperature, ctx.reduction = options[1], options[3]
+        ctx.temperature, ctx.reduction, ctx.dtype = options[1], options[3], query.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         (residual,) = ctx.saved_tensors
-        return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction)
+        return None, None, _scaled(residual, dloss, ctx.temperature, ctx.reduction, ctx.dtype)
 
 
 def _views(
@@ -309,7 +336,8 @@ def _views(
 
 def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
     query = features[0]
-    return query.new_empty(len(features), *query.shape) if with_residual else query.new_empty(0)
+    shape = (len(features), *query.shape) if with_residual else (0,)
+    return query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
 def _run_cpu(
@@ -388,8 +416,8 @@ def _run_cuda(
     packed = query.new_empty(num_pairs * num_rows * width)
     # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
     num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
-    # Sums over several teachers are rounded once.
-    is_rounded = effective is None or len(features) == 2
+    # Sums over several teachers are rounded once, residuals in float16 after their factors.
+    is_rounded = (effective is None or len(features) == 2) and residuals.dtype == query.dtype
     packed_residual = residuals
     if with_residual and (effective is not None or num_dims % 2):
         dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
@@ -441,7 +469,10 @@ def _duc_impl(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    """Return the loss and temperature times the gradient of its sum, in range even in half precision."""
+    """Return the loss and temperature times the gradient of its sum, of float16 in float32.
+
+    Out of float16's range such a product is soon; the other dtypes have range enough.
+    """
     chosen = _backend.choose("duc_loss", backend, features[0])
     if chosen == "cpu":
         return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
@@ -490,7 +521,8 @@ def _info_nce_impl(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )
     loss = _reference.reduced(losses, reduction)
-    return loss, query.new_empty(0) if residual is None else residual.to(query.dtype)
+    residual = query.new_empty(0) if residual is None else residual
+    return loss, residual.to(residual_dtype(query.dtype))
 
 
 def _loss_fake(query: Tensor, reduction: str) -> Tensor:
@@ -502,11 +534,13 @@ def _duc_fake(
     features, keys, effective, columns, sizes, temperature, offset, reduction, with_residual, backend
 ):
     shape = (len(features), *features[0].shape) if with_residual else (0,)
-    return _loss_fake(features[0], reduction), features[0].new_empty(shape)
+    residuals = features[0].new_empty(shape, dtype=residual_dtype(features[0].dtype))
+    return _loss_fake(features[0], reduction), residuals
 
 
 def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, backend):
-    return _loss_fake(query, reduction), query.new_empty(query.shape if with_residual else (0,))
+    shape = query.shape if with_residual else (0,)
+    return _loss_fake(query, reduction), query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
 _duc_op = register(

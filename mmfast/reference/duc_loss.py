@@ -71,6 +71,11 @@ def duc_loss(
     return loss
 
 
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gradients before their factors, which float16 alone has not the range for."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def info_nce_fwd(
     query: Tensor,  # [N, d]
     key: Tensor,  # [K, d]
@@ -113,7 +118,7 @@ def duc_loss_fwd(
     offset: int,
     reduction: str,
     with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N] in at least float32; [M, N, D] in the dtype of the features, or [0]
+) -> tuple[Tensor, Tensor]:  # [] or [N] in at least float32; [M, N, D] in `residual_dtype`, or [0]
     """Return the loss and, per feature, temperature times the gradient of the sum of all samples' losses."""
     num_modalities, feature = len(features), features[0]
     losses = feature.new_zeros(feature.shape[0], dtype=accumulation_dtype(feature.dtype))
@@ -129,4 +134,4 @@ def duc_loss_fwd(
         losses += loss
         if residual is not None:
             residuals[student].index_add_(1, dims, residual)
-    return reduced(losses, reduction), residuals.to(feature.dtype)
+    return reduced(losses, reduction), residuals.to(residual_dtype(feature.dtype))
