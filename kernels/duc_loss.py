@@ -68,6 +68,7 @@ def _duc_loss_fwd_kernel(
     scale_high,
     scale_low,
     HAS_RESIDUAL: tl.constexpr,
+    LOWEST: tl.constexpr,  # the least finite number of ACC
     HALVED: tl.constexpr,  # whether differences of scores that count may be out of range
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,9 +110,7 @@ def _duc_loss_fwd_kernel(
             q = tl.load(q_ptr + (offs_qn + offs_d[None, :]), mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.zeros((BLOCK_N, BLOCK_D if HAS_RESIDUAL else 1), dtype=ACC)
         # Not -infinity: as long as all scores are, their difference from it would be NaN.
-        row_max = tl.full(
-            (BLOCK_N,), -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234e38, dtype=ACC
-        )
+        row_max = tl.full((BLOCK_N,), LOWEST, dtype=ACC)
         row_sum = tl.zeros((BLOCK_N,), dtype=ACC)
         own_score = tl.zeros((BLOCK_N,), dtype=ACC)
         # Tiles that hold own keys, and a ragged last one, go first and pay for masks; the others need none.
@@ -167,7 +166,7 @@ def _duc_loss_fwd_kernel(
                     acc = tl.dot(p.to(k.dtype), k, acc=acc, input_precision=PRECISION, out_dtype=ACC)
         if first_column == 0:
             # The maximum and the own score come from the same products: where they are one, this is log 1.
-            loss = tl.log(row_sum) + (0.5 * row_max - 0.5 * own_score) * (2 * scale) * 0.6931471805599453
+            loss = tl.log(row_sum) + 2 * ((0.5 * row_max - 0.5 * own_score) * scale * 0.6931471805599453)
             tl.store(losses_ptrs, loss, mask=mask_n)
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
@@ -244,6 +243,7 @@ def _run(
             high,
             scale - high,
             HAS_RESIDUAL=residual is not None,
+            LOWEST=torch.finfo(_wide(queries.dtype)).min,
             HALVED=temperature > (1e300 if queries.dtype == torch.float64 else 1e30),
             PRECISION=precision,
             ACC=_acc(queries.dtype),
@@ -342,7 +342,7 @@ def compile_configurations(target: int | str) -> list[tuple]:
         types = [x, x, "*i32:16", "*i32:16", acc, residual]
         types += ["i32", "i32", "i32:16", "i32", "fp32", "fp32"]
         constants = {"HAS_RESIDUAL": with_residual, "HALVED": False, "PRECISION": precision}
-        constants |= {"ACC": _acc(dtype), **common}
+        constants |= {"LOWEST": torch.finfo(_wide(dtype)).min, "ACC": _acc(dtype), **common}
         if not with_residual:
             del types[5]
             constants["residual_ptr"] = None

@@ -283,19 +283,22 @@ def check_moments_in_range(x, backend, device, labels=None, num_classes=1, rtol=
     A mean may be rounded to float64, and the variance be off by the square of that.
     """
     labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels
-    _, mean, var = ops.class_moments(x[:, None].to(device), labels.to(device), num_classes, backend=backend)
+    # Many rows of many columns are several chunks of every kernel.
+    rows = x[:, None].repeat(1, 64 if len(x) > 100 else 1).to(device)
+    _, mean, var = ops.class_moments(rows, labels.to(device), num_classes, backend=backend)
     scale = 2.0**-600 if x.dtype == torch.float64 else 1.0
     for k in range(num_classes):
         own = x[labels == k].double() * scale
         true_mean = own[0] + (own - own[0]).mean()
         true_var = (own - true_mean).square().mean() / scale / scale
         rounding = (4 * 2.0**-53 * true_mean / scale).square().nan_to_num(posinf=0).item()
-        for actual, true, atol in ((mean[k, 0], true_mean / scale, 0), (var[k, 0], true_var, rounding)):
+        for actual, true, atol in ((mean[k], true_mean / scale, 0), (var[k], true_var, rounding)):
             assert actual.dtype == torch.promote_types(x.dtype, torch.float32)
-            torch.testing.assert_close(actual.cpu(), true.to(actual.dtype), rtol=rtol, atol=atol)
+            expected = true.to(actual.dtype).expand_as(actual)
+            torch.testing.assert_close(actual.cpu(), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("number", [1, 3, 100, 3000])
+@pytest.mark.parametrize("number", [1, 3, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_moments_out_of_range_on_the_way(dtype, number, backend, device):
     power, largest = (135, torch.finfo(dtype).max) if dtype == torch.float64 else (0, torch.finfo(dtype).max)

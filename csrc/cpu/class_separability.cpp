@@ -109,6 +109,9 @@ void for_blocks(const Run& run, Function&& function) {
   }
 }
 
+template <class T>
+using Signed = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
 // Some whole vectors of columns.
 template <class A, int num_vectors>
 struct Tile {
@@ -318,11 +321,19 @@ void moments_fwd(const T* x, const int64_t* labels, int64_t* count, accumulate_t
             [&](int64_t i) { return other.squares[begin + i]; });
         sums.count += added;
       }
+      A* const own_mean = mean + k * num_dims;
+      A* const own_var = var + k * num_dims;
+      // In one piece, which the compiler makes vectors of; what left the range is looked for where there is
+      // any.
+      Signed<A> is_lost = 0;
       for (int64_t d = begin; d < end; ++d) {
-        A& own_mean = mean[k * num_dims + d] = static_cast<A>(sums.sum[d] / samples);
-        A& own_var = var[k * num_dims + d] = static_cast<A>(sums.squares[d] / samples);
-        if (own_mean - own_mean == 0 && own_var - own_var == 0) continue;
-        moments_in_range(x + d, stride, order.rows.data() + order.first[k], samples, own_mean, own_var);
+        const A m = static_cast<A>(sums.sum[d] / samples), v = static_cast<A>(sums.squares[d] / samples);
+        own_mean[d] = m, own_var[d] = v;
+        is_lost |= (m - m == 0) & (v - v == 0) ? 0 : 1;
+      }
+      for (int64_t d = begin; is_lost != 0 && d < end; ++d) {
+        if (own_mean[d] - own_mean[d] == 0 && own_var[d] - own_var[d] == 0) continue;
+        moments_in_range(x + d, stride, order.rows.data() + order.first[k], samples, own_mean[d], own_var[d]);
       }
     }
   });
@@ -364,9 +375,6 @@ void moments_bwd(const accumulate_t<T>* dmean, const accumulate_t<T>* dvar, cons
     }
   });
 }
-
-template <class T>
-using Signed = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
 // As many numbers of any type as there are float64 in a vector: columns whose centroids are sorted at once.
 constexpr int kColumns = kLanes<double>;

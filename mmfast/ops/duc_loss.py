@@ -16,6 +16,7 @@ from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._common import (
     DTYPE_CODE,
     FLOATS,
+    cast,
     check_choice,
     check_float,
     check_integer,
@@ -328,7 +329,7 @@ def _scaled(
         return residuals * (dloss / divisor)
     # A factor without dimensions would be rounded to half precision before the product; with them, the
     # product is taken in float32 and rounded once.
-    return (residuals * (dloss / divisor).reshape(-1, 1)).to(dtype)
+    return cast(residuals * (dloss / divisor).reshape(-1, 1), dtype)
 
 
 class _DucLoss(Op):

@@ -72,7 +72,7 @@ def class_moments_bwd(
     """Return (dmean_y + 2 (x - mean_y) dvar_y) / count_y."""
     dfeatures = torch.empty_like(features, memory_format=torch.contiguous_format)
     labels = labels.long()
-    dmean, dvar = dmean / count[:, None], 2 * (dvar / count[:, None])
+    dmean, dvar = dmean / count[:, None], dvar * (2 / count.to(dvar.dtype))[:, None]
     for rows in row_chunks(features, *features.shape):
         y = labels[rows]
         deviation = features[rows].to(mean.dtype) - mean.index_select(0, y)
