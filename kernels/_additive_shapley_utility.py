@@ -55,8 +55,11 @@ def _dlogits(
 ):
     """Return du times the gradient of a smooth utility, the label's in its place."""
     if UTILITY == _MARGIN:
-        is_top = z == tl.max(z, axis=1)[:, None]
-        runner_up = tl.min(tl.where(is_top, offs_c[None, :], 0x7FFFFFFF), axis=1)
+        # The lowest class of the largest logit of the others; a NaN, larger than all numbers, is found below 0.
+        key = tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 0x7FFFFFFF)
+        key = tl.where(z != z, offs_c[None, :] - 0x7FFFFFFF, key)
+        runner_up = tl.min(tl.where(is_own, 0x7FFFFFFF, key), axis=1)
+        runner_up = tl.where(runner_up < 0, runner_up + 0x7FFFFFFF, runner_up)
         dz = tl.where(offs_c[None, :] == runner_up[:, None], -du[:, None], 0.0)
         dz += tl.where(is_own, du[:, None], 0.0)
     else:
@@ -66,7 +69,8 @@ def _dlogits(
         others = tl.sum(e, axis=1)
         total = own_exp + others
         weight = (du * (own_exp / total) if UTILITY == _PROBABILITY else du) / total
-        dz = tl.where(is_own, (weight * others)[:, None], -weight[:, None] * e)
+        # Of an infinite du the formula, du - du p, makes no number.
+        dz = tl.where(is_own, (weight * others + (du - du))[:, None], -weight[:, None] * e)
     return dz
 
 
