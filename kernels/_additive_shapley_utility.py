@@ -53,9 +53,13 @@ def _dlogits(
     is_own,  # [BLOCK_N, BLOCK_C]
     UTILITY: tl.constexpr,
 ):
-    """Return du times the gradient of a smooth utility, the label's in its place."""
+    """Return du times the gradient of a smooth utility, the label's in its place.
+
+    Of an infinite du the formula of a softmax, du - du p, makes no number for the label: callers see to it, for
+    here it takes registers.
+    """
     if UTILITY == _MARGIN:
-        # The lowest class of the largest logit of the others; a NaN, larger than all numbers, is found below 0.
+        # The lowest class of the others' largest logit; a NaN, larger than all numbers, is found below 0.
         key = tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 0x7FFFFFFF)
         key = tl.where(z != z, offs_c[None, :] - 0x7FFFFFFF, key)
         runner_up = tl.min(tl.where(is_own, 0x7FFFFFFF, key), axis=1)
@@ -69,8 +73,7 @@ def _dlogits(
         others = tl.sum(e, axis=1)
         total = own_exp + others
         weight = (du * (own_exp / total) if UTILITY == _PROBABILITY else du) / total
-        # Of an infinite du the formula, du - du p, makes no number.
-        dz = tl.where(is_own, (weight * others + (du - du))[:, None], -weight[:, None] * e)
+        dz = tl.where(is_own, (weight * others)[:, None], -weight[:, None] * e)
     return dz
 
 

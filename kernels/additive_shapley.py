@@ -28,6 +28,7 @@ from torch import Tensor
 from ._additive_shapley_rows import _row_configurations, coalition_utilities_bwd, coalition_utilities_fwd
 from ._additive_shapley_utility import (
     _CARDINALITY,
+    _MARGIN,
     _PROBABILITY,
     MAX_CLASSES,
     _blocks,
@@ -122,12 +123,11 @@ def _additive_shapley_fwd_kernel(
     if LAST > 2:
         part2, own2 = _load_part(row_ptrs, own_ptrs, first + 2, stride_pm, mask, mask_own, is_own, ACC)
     base, own_base = _empty_coalition(bias_ptr, y, offs_c, is_own, mask_own, C, HAS_BIAS, ACC)
-    # A quarter of each utility, so that no sum overflows where values do not.
     origin = tl.zeros((BLOCK_N,), dtype=ACC)
     if UTILITY >= _PROBABILITY:
         # A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
         origin = _utility(base, own_base, is_before, UTILITY)
-        origin = tl.where(origin - origin == 0, 0.25 * origin, 0.0)
+        origin = tl.where(origin - origin == 0, origin, 0.0)
 
     phi = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
     begin = tl.program_id(1) * coalitions
@@ -148,7 +148,7 @@ def _additive_shapley_fwd_kernel(
                 x, own_x = x + part1, own_x + own1
             if (j & 4) != 0:
                 x, own_x = x + part2, own_x + own2
-            u = 0.25 * _utility(x, own_x, is_before, UTILITY) - origin
+            u = _utility(x, own_x, is_before, UTILITY) - origin
             players = size + (j & 1) + ((j >> 1) & 1) + ((j >> 2) & 1)
             with_m = tl.load(weights_ptr + players)
             without_m = tl.load(weights_ptr + players + 1)
@@ -158,7 +158,7 @@ def _additive_shapley_fwd_kernel(
             contains = (((others | (j << first)) >> offs_m) & 1) != 0
             phi += u[:, None] * tl.where(contains, with_m, -without_m)[None, :]
     phi_ptrs = phi_ptr + (tl.program_id(1).to(tl.int64) * N + offs_n)[:, None] * M + offs_m[None, :]
-    tl.store(phi_ptrs, (4 * phi).to(phi_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
+    tl.store(phi_ptrs, phi.to(phi_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "M", "stride_dn", "stride_dm", "stride_pm"])
@@ -263,6 +263,24 @@ def _additive_shapley_bwd_kernel(
                 tl.store(dp_ptrs + offset, (earlier + dz).to(element), mask=mask)
         # The next coalition's loads may lie with other threads.
         tl.debug_barrier()
+    if UTILITY != _MARGIN:
+        # 0, or no number where a gradient is infinite: what `_dlogits` leaves to its callers.
+        sums = tl.zeros((BLOCK_N,), dtype=ACC)
+        for m in range(M):
+            dphi = tl.load(dphi_ptrs + tl.cast(m, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
+            sums += dphi - dphi
+        own_sums = tl.where(is_own, sums[:, None], 0.0)
+        dbase += own_sums
+        dpart0 += own_sums
+        if LAST > 1:
+            dpart1 += own_sums
+        if LAST > 2:
+            dpart2 += own_sums
+        if tl.max((sums != 0).to(tl.int32)) != 0:
+            for m in range(first):
+                offset = tl.cast(m, tl.int64) * step
+                earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
+                tl.store(dp_ptrs + offset, (earlier + own_sums).to(element), mask=mask)
     last_ptrs = dp_ptrs + tl.cast(first, tl.int64) * step
     tl.store(last_ptrs, dpart0.to(element), mask=mask)
     if LAST > 1:

@@ -328,8 +328,12 @@ struct Walk {
         weigh(coalition, given);
       }
       if (leaves.utility >= kProbability) {
-        // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
-        if (size == 0) origin = u[0] - u[0] == 0 ? u[0] : V{};
+        // A number added to all utilities changes no value: less the mean of the first ones, sums stay small.
+        if (size == 0) {
+          V sum = u[0];
+          for (int j = 1; j < J; ++j) sum += u[j];
+          origin = sum - sum == 0 ? sum * (A(1) / J) : V{};
+        }
         MMFAST_UNROLL
         for (int j = 0; j < J; ++j) u[j] -= origin;
       }

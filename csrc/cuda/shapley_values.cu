@@ -91,8 +91,11 @@ __global__ void __launch_bounds__(kBlock)
   // A thread without a row works on the last one, since all lanes take part in the exchange.
   const int64_t row = wanted < num_rows ? wanted : num_rows - 1;
   const T* source = v + row * stride_row;
-  // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
-  const A origin = static_cast<A>(source[0]);
+  // A number added to all utilities changes no value: less the mean of the empty and the full coalition's,
+  // sums stay small.
+  const int64_t full = (int64_t{1} << num_players) - 1;
+  const A origin =
+      A(0.5) * static_cast<A>(source[0]) + A(0.5) * static_cast<A>(source[full * stride_coalition]);
 
   A sums[padded] = {}, total = 0, shared = 0;
   const int turns = P::is_exact ? 1 : 1 << (num_players - P::turn_bit);
