@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._additive_shapley_utility import _CARDINALITY, MAX_CLASSES, _blocks, _chosen, _dlogits, _utility
+from ._additive_shapley_utility import (
+    _CARDINALITY,
+    _MARGIN,
+    MAX_CLASSES,
+    _blocks,
+    _chosen,
+    _dlogits,
+    _utility,
+)
 from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
 
 
@@ -85,6 +93,8 @@ def _coalition_utilities_bwd_kernel(
     du_ptrs = du_ptr + (offs_r >> LOG_S) * stride_dn + coalition * stride_ds
     du = tl.load(du_ptrs, mask=mask_r, other=0.0).to(ACC)
     dz = _dlogits(z, own, du, offs_c, is_own, UTILITY)
+    if UTILITY != _MARGIN:
+        dz += tl.where(is_own, (du - du)[:, None], 0.0)
     tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 

@@ -53,10 +53,17 @@ def _dlogits(
     is_own,  # [BLOCK_N, BLOCK_C]
     UTILITY: tl.constexpr,
 ):
-    """Return du times the gradient of a smooth utility, the label's in its place."""
+    """Return du times the gradient of a smooth utility, the label's in its place.
+
+    Of an infinite du the formula of a softmax, du - du p, makes no number for the label: callers see to it,
+    for here it takes registers.
+    """
     if UTILITY == _MARGIN:
-        is_top = z == tl.max(z, axis=1)[:, None]
-        runner_up = tl.min(tl.where(is_top, offs_c[None, :], 0x7FFFFFFF), axis=1)
+        # The lowest class of the others' largest logit; a NaN, larger than all numbers, is found below 0.
+        key = tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 0x7FFFFFFF)
+        key = tl.where(z != z, offs_c[None, :] - 0x7FFFFFFF, key)
+        runner_up = tl.min(tl.where(is_own, 0x7FFFFFFF, key), axis=1)
+        runner_up = tl.where(runner_up < 0, runner_up + 0x7FFFFFFF, runner_up)
         dz = tl.where(offs_c[None, :] == runner_up[:, None], -du[:, None], 0.0)
         dz += tl.where(is_own, du[:, None], 0.0)
     else:

@@ -30,12 +30,6 @@ def thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# Ops in which these calls have found faults that are not mended yet: NaN and infinities among the logits of
-# coalitions, numbers near the largest float64.
-# Which calls are generated depends on the modules around, so such a fault is not met every time.
-OPEN = {"coalition_utilities", "additive_shapley"}
-OPEN |= {"class_moments", "dimension_accuracy", "effective_dimensions"}
-
 
 def cases() -> list:
     """Return every op with every backend that has a file for it, and what is known to fail."""

@@ -10,7 +10,10 @@
 // back up. Backward walks again and adds up gradients on the way back.
 //
 // The label's class is kept apart, -inf stands in its place: the maximum is then that of the others, and one
-// comparison decides. A tie is looked into class by class, for of equal logits the lowest class counts.
+// comparison decides. Gradients of "margin" have NaN there, which equals no maximum, where all others are
+// -inf. A tie is looked into class by class, for of equal logits the lowest class counts. Samples whose
+// values come out infinite or NaN are walked once more and weighed modality by modality.
+#include <cmath>
 #include <vector>
 
 #include "labels.h"
@@ -30,6 +33,16 @@ constexpr int64_t kGroup = 64;
 
 enum Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
+// A sample is tame if none of its numbers is NaN or above this: then no logit of a coalition, a sum of up to
+// 21 of them, is NaN or +inf. Among them may be -inf.
+template <class A>
+constexpr A kMostOfTame = std::numeric_limits<A>::max() / 32;
+
+template <class A>
+constexpr A in_place_of_label(Utility utility, bool is_backward) {
+  return is_backward && utility == kMargin ? std::numeric_limits<A>::quiet_NaN() : -kInfinity<A>;
+}
+
 // The last K modalities' 2^K coalitions, given the logits z of the modalities before them.
 template <class A, int K>
 struct Leaves {
@@ -42,7 +55,7 @@ struct Leaves {
   int64_t C;
   Utility utility;
   Mask labels;
-  bool is_tame;  // neither NaN nor +inf
+  bool is_tame;
 
   // All sums x[j] of the K numbers `terms`, `stride` apart, and `first`.
   static void spread(V first, const V* terms, int64_t stride, V* x) {
@@ -154,10 +167,38 @@ struct Leaves {
         MMFAST_UNROLL
         for (int j = 0; j < J; ++j) sums[j] += group[j];
       }
+      // The logarithm takes a NaN for a number.
+      for (int j = 0; j < J && !is_tame; ++j) y[j] += sums[j] - sums[j];
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j)
         u[j] = utility == kProbability ? u[j] / sums[j] : y[j] - log_positive<A>(sums[j]);
     }
+  }
+
+  // As `gradients` of "margin" for samples that are not tame: a NaN is larger than all numbers.
+  __attribute__((noinline, cold)) void wild_margin_gradients(const V* z, const V* maxima, const V* du, V* dz,
+                                                             V* dz_own, V* dpartials, V* down) const {
+    V x[J], halves[K + 1];
+    Mask has_nan[J] = {}, runner_up[J] = {};
+    for (int64_t c = C - 1; c >= 0; --c) {
+      spread(z[c], partials + c, C, x);
+      const Mask is_other = labels != static_cast<Bits<A>>(c);
+      for (int j = 0; j < J; ++j) {
+        const Mask is_nan = x[j] != x[j], is_top = is_other & (is_nan | (~has_nan[j] & (x[j] == maxima[j])));
+        has_nan[j] |= is_other & is_nan;
+        runner_up[j] = is_top ? Mask{} + static_cast<Bits<A>>(c) : runner_up[j];
+      }
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      for (int j = 0; j < J; ++j) x[j] = runner_up[j] == static_cast<Bits<A>>(c) ? -du[j] : V{};
+      fold(x, halves);
+      dz[c] += x[0];
+      for (int i = 0; i < K; ++i) dpartials[i * C + c] += halves[i];
+    }
+    for (int j = 0; j < J; ++j) x[j] = du[j];
+    fold(x, halves);
+    *dz_own += x[0];
+    for (int i = 0; i < K; ++i) down[i] += halves[i];
   }
 
   // Adds the gradients of sum_j du[j] u[j] with respect to z and to the partials, the label's apart.
@@ -168,6 +209,13 @@ struct Leaves {
     Mask is_open[J];
     spread(z_own, own, 1, y);
     find_maxima(z, maxima);
+    if (__builtin_expect(utility == kMargin && !is_tame, 0)) {
+      // Copies, for what a function is given the address of does not stay in registers.
+      V found[J], given[J];
+      std::copy_n(maxima, J, found);
+      std::copy_n(du, J, given);
+      return wild_margin_gradients(z, found, given, dz, dz_own, dpartials, down);
+    }
     if (utility == kMargin) {
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j) is_open[j] = ~Mask{}, own_gradient[j] = du[j];
@@ -240,8 +288,11 @@ struct Walk {
   int64_t C;
   A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
   std::vector<V> base, partials, levels, dpartials, dlevels, root, e;
-  V own_base, own[kMaxPlayers], down[kMaxPlayers], dphi[kMaxPlayers], dphi_sum;
+  V own_base, own[kMaxPlayers], down[kMaxPlayers], dphi[kMaxPlayers], dphi_sum, origin = {};
+  Vec<Bits<A>> is_wild;  // backward: lanes whose dphi are infinite or may overflow in sums
+  bool is_any_wild;
   Leaves<A, K> leaves;
+  V* halves = nullptr;  // [M] what `weigh` adds up, if it is to
 
   Walk(int M, int64_t C, Utility utility, bool is_backward)
       : M(M), depth(M - K), C(C), base(C), partials(M * C), levels(depth * C) {
@@ -265,10 +316,27 @@ struct Walk {
     for (int64_t c = 0; c < C; ++c) next[c] = z[c] + partial[c];
   }
 
-  void fwd(int level, const V* z, V z_own, int size, Sums<A>& out) {
+  // `coalition`, of `size` modalities, is what is decided so far.
+  void fwd(int level, const V* z, V z_own, unsigned coalition, int size, Sums<A>& out) {
     if (level == depth) {
       V u[J];
       leaves.utilities(z, z_own, u);
+      if (__builtin_expect(halves != nullptr, 0)) {
+        // A copy, for what a function is given the address of does not stay in registers.
+        V given[J];
+        std::copy_n(u, J, given);
+        weigh(coalition, given);
+      }
+      if (leaves.utility >= kProbability) {
+        // A number added to all utilities changes no value: less the mean of the first ones, sums stay small.
+        if (size == 0) {
+          V sum = u[0];
+          for (int j = 1; j < J; ++j) sum += u[j];
+          origin = sum - sum == 0 ? sum * (A(1) / J) : V{};
+        }
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) u[j] -= origin;
+      }
       out.shared = V{};
       MMFAST_UNROLL
       for (int j = 0; j < J; ++j) {
@@ -281,19 +349,60 @@ struct Walk {
       return;
     }
     if (is_interrupted(2 * J * C)) return;
-    fwd(level + 1, z, z_own, size, out);
+    fwd(level + 1, z, z_own, coalition, size, out);
     V* next = levels.data() + level * C;
     descend(level, z, next);
     Sums<A> with;
-    fwd(level + 1, next, z_own + own[level], size + 1, with);
+    fwd(level + 1, next, z_own + own[level], coalition | 1u << level, size + 1, with);
     out.total += with.total;
     out.shared += with.shared;
     out.halves[level] = with.total;
     for (int m = level + 1; m < M; ++m) out.halves[m] += with.halves[m];
   }
 
+  // Adds to `halves` half of what a leaf's coalitions are worth to each modality, by the formula itself:
+  // right for infinite utilities and for sums that overflow though values do not.
+  __attribute__((noinline, cold)) void weigh(unsigned coalition, const V* u) const {
+    for (unsigned j = 0; j < J; ++j) {
+      const unsigned s = coalition | j << depth;
+      const int players = __builtin_popcount(s);
+      for (int m = 0; m < M; ++m)
+        halves[m] += s >> m & 1 ? b[players - 1] * (A(0.5) * u[j]) : -b[players] * (A(0.5) * u[j]);
+    }
+  }
+
+  // The values of a block, in sums.halves. Never inlined: one copy of the walk, which is in the two places
+  // that call this, would be slower by a tenth.
+  __attribute__((noinline)) void fwd(Sums<A>& sums) {
+    fwd(0, base.data(), own_base, 0, 0, sums);
+    for (int m = 0; m < M; ++m) sums.halves[m] -= sums.shared;
+  }
+
+  // The same once more, those that are infinite or NaN by the formula.
+  void fwd_mended(Sums<A>& sums) {
+    V weighed[kMaxPlayers] = {};
+    halves = weighed;
+    fwd(sums);
+    halves = nullptr;
+    for (int m = 0; m < M; ++m) {
+      auto& value = sums.halves[m];
+      value = value - value == 0 ? value : 2 * weighed[m];
+    }
+  }
+
+  // The gradients du of a leaf's utilities by the formula itself, in wild lanes.
+  __attribute__((noinline, cold)) void tame(unsigned coalition, V* du) const {
+    for (unsigned j = 0; j < J; ++j) {
+      const unsigned s = coalition | j << depth;
+      const int players = __builtin_popcount(s);
+      V sum = {};
+      for (int m = 0; m < M; ++m) sum += s >> m & 1 ? b[players - 1] * dphi[m] : -b[players] * dphi[m];
+      du[j] = is_wild ? sum : du[j];
+    }
+  }
+
   // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
-  void bwd(int level, const V* z, V z_own, int size, V dphi_here, V* dz, V& dz_own) {
+  void bwd(int level, const V* z, V z_own, unsigned coalition, int size, V dphi_here, V* dz, V& dz_own) {
     if (level == depth) {
       V du[J];
       Leaves<A, K>::spread(dphi_here, dphi + depth, 1, du);
@@ -302,16 +411,23 @@ struct Walk {
         const int players = size + __builtin_popcount(j);
         du[j] = a[players] * du[j] - b[players] * dphi_sum;
       }
+      if (__builtin_expect(is_any_wild, 0)) {
+        V tamed[J];
+        std::copy_n(du, J, tamed);
+        tame(coalition, tamed);
+        std::copy_n(tamed, J, du);
+      }
       leaves.gradients(z, z_own, du, e.data(), dz, &dz_own, dpartials.data() + depth * C, down + depth);
       return;
     }
     if (is_interrupted(4 * J * C)) return;
-    bwd(level + 1, z, z_own, size, dphi_here, dz, dz_own);
+    bwd(level + 1, z, z_own, coalition, size, dphi_here, dz, dz_own);
     V *next = levels.data() + level * C, *dnext = dlevels.data() + level * C;
     V dnext_own = {};
     descend(level, z, next);
     std::fill_n(dnext, C, V{});
-    bwd(level + 1, next, z_own + own[level], size + 1, dphi_here + dphi[level], dnext, dnext_own);
+    bwd(level + 1, next, z_own + own[level], coalition | 1u << level, size + 1, dphi_here + dphi[level],
+        dnext, dnext_own);
     for (int64_t c = 0; c < C; ++c) {
       dpartials[level * C + c] += dnext[c];
       dz[c] += dnext[c];
@@ -337,18 +453,18 @@ struct Shapley {
   int rows(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, N - first)); }
 
   template <int K>
-  void load_block(int64_t first, Walk<A, K>& walk) const {
+  void load_block(int64_t first, bool is_backward, Walk<A, K>& walk) const {
     const T* end = partial_logits + (M - 1) * stride_m + (N - 1) * stride_n + (C - 1) * stride_c + 1;
     auto is_tame = ~Vec<Bits<A>>{};
     for (int64_t c = 0; c < C; ++c) walk.base[c] = V{} + (bias == nullptr ? A{} : bias[c]);
-    for (int64_t c = 0; c < C && bias != nullptr; ++c) is_tame &= walk.base[c] < kInfinity<A>;
+    for (int64_t c = 0; c < C && bias != nullptr; ++c) is_tame &= walk.base[c] <= kMostOfTame<A>;
     for (int64_t m = 0; m < M; ++m) {
       V* tile = walk.partials.data() + m * C;
       const T* rows[L];
       for (int l = 0; l < L; ++l)
         rows[l] = partial_logits + m * stride_m + std::min(first + l, N - 1) * stride_n;
       load_lanes(rows, stride_c, C, end, L * stride_n, tile);
-      for (int64_t c = 0; c < C; ++c) is_tame &= tile[c] < kInfinity<A>;
+      for (int64_t c = 0; c < C; ++c) is_tame &= tile[c] <= kMostOfTame<A>;
       for (int l = 0; l < L; ++l) {
         A& own = reinterpret_cast<A*>(tile)[label(first + l) * L + l];
         walk.own[m][l] = own;
@@ -359,7 +475,7 @@ struct Shapley {
       const int64_t y = label(first + l);
       walk.leaves.labels[l] = static_cast<Bits<A>>(y);
       walk.own_base[l] = bias == nullptr ? A{} : bias[y];
-      reinterpret_cast<A*>(walk.base.data())[y * L + l] = -kInfinity<A>;
+      reinterpret_cast<A*>(walk.base.data())[y * L + l] = in_place_of_label<A>(utility, is_backward);
     }
     walk.leaves.is_tame = !any(~is_tame);
   }
@@ -388,11 +504,23 @@ struct Shapley {
       parallel_for((N + L - 1) / L, block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
         Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
         Sums<A> sums;
-        for (int64_t first = begin * L; first < std::min(end * L, N); first += L) {
+        V doubt = {};
+        const int64_t last = std::min(end * L, N);
+        for (int64_t first = begin * L; first < last; first += L) {
           if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
-          load_block(first, walk);
-          walk.fwd(0, walk.base.data(), walk.own_base, 0, sums);
-          for (int m = 0; m < M; ++m) sums.halves[m] -= sums.shared;
+          load_block(first, false, walk);
+          walk.fwd(sums);
+          store_lanes(sums.halves, M, rows(first), phi + first * M);
+          // Stays 0 unless a value is infinite or NaN, which counts never are.
+          for (int m = 0; m < M && utility >= kProbability; ++m) doubt += sums.halves[m] - sums.halves[m];
+        }
+        if (!any(doubt != 0)) return;
+        for (int64_t first = begin * L; first < last; first += L) {
+          const T* values = phi + first * M;
+          if (std::all_of(values, values + rows(first) * M, [](T x) { return std::isfinite(widen(x)); }))
+            continue;
+          load_block(first, false, walk);
+          walk.fwd_mended(sums);
           store_lanes(sums.halves, M, rows(first), phi + first * M);
         }
       });
@@ -404,7 +532,8 @@ struct Shapley {
       parallel_for((N + kChunk - 1) / kChunk, 3 * kChunk / L * block_bytes(), num_threads,
                    [&](int64_t begin, int64_t end) {
                      Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
-                     for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M); ++chunk) {
+                     for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M);
+                          ++chunk) {
                        std::fill(walk.root.begin(), walk.root.end(), V{});
                        const int64_t last = std::min(N, (chunk + 1) * kChunk);
                        for (int64_t first = chunk * kChunk; first < last; first += L)
@@ -417,17 +546,21 @@ struct Shapley {
 
   template <int K>
   void bwd_block(int64_t first, const T* dphi, T* dpartial_logits, Walk<A, K>& walk) const {
-    load_block(first, walk);
+    load_block(first, true, walk);
     walk.dphi_sum = V{};
+    V largest_sum = {};
     for (int m = 0; m < M; ++m) {
       // Lanes without a sample add nothing to the bias's gradient.
       for (int l = 0; l < L; ++l) walk.dphi[m][l] = first + l < N ? widen(dphi[(first + l) * M + m]) : A{};
       walk.dphi_sum += walk.dphi[m];
+      largest_sum += walk.dphi[m] < 0 ? -walk.dphi[m] : walk.dphi[m];
       walk.down[m] = V{};
     }
+    walk.is_wild = largest_sum - largest_sum != 0;
+    walk.is_any_wild = any(walk.is_wild);
     std::fill(walk.dpartials.begin(), walk.dpartials.end(), V{});
     V root_own = {};
-    walk.bwd(0, walk.base.data(), walk.own_base, 0, V{}, walk.root.data(), root_own);
+    walk.bwd(0, walk.base.data(), walk.own_base, 0, 0, V{}, walk.root.data(), root_own);
     for (int l = 0; l < L; ++l) {
       const int64_t own = label(first + l) * L + l;
       for (int64_t m = 0; m < M; ++m)
@@ -461,7 +594,7 @@ struct Table {
 
   // Calls function(first row, number of rows, leaf, logits, the label's logits) for blocks of L rows.
   template <class Function>
-  void for_blocks(int64_t num_threads, Function&& function) const {
+  void for_blocks(bool is_backward, int64_t num_threads, Function&& function) const {
     const T* last = logits + (N - 1) * stride_n + (S - 1) * stride_s + (C - 1) * stride_c + 1;
     const int64_t num_rows = N * S;
     parallel_for((num_rows + L - 1) / L, 2 * L * C * sizeof(A), num_threads, [&](int64_t begin, int64_t end) {
@@ -476,13 +609,13 @@ struct Table {
         }
         load_lanes(rows, stride_c, C, last, L * stride_s, z.data());
         auto is_tame = ~Vec<Bits<A>>{};
-        for (int64_t c = 0; c < C; ++c) is_tame &= z[c] < kInfinity<A>;
+        for (int64_t c = 0; c < C; ++c) is_tame &= z[c] <= kMostOfTame<A>;
         leaf.is_tame = !any(~is_tame);
         V own;
         for (int l = 0; l < L; ++l) {
           A& entry = reinterpret_cast<A*>(z.data())[static_cast<int64_t>(leaf.labels[l]) * L + l];
           own[l] = entry;
-          entry = -kInfinity<A>;
+          entry = in_place_of_label<A>(utility, is_backward);
         }
         function(first, static_cast<int>(std::min<int64_t>(L, num_rows - first)), leaf, z.data(), own);
       }
@@ -490,7 +623,7 @@ struct Table {
   }
 
   void fwd(T* values, int64_t num_threads) const {
-    for_blocks(num_threads, [&](int64_t first, int count, const auto& leaf, const V* z, V own) {
+    for_blocks(false, num_threads, [&](int64_t first, int count, const auto& leaf, const V* z, V own) {
       V u;
       leaf.utilities(z, own, &u);
       for (int l = 0; l < count; ++l) {
@@ -501,7 +634,7 @@ struct Table {
   }
 
   void bwd(const T* dvalues, T* dlogits, int64_t num_threads) const {
-    for_blocks(num_threads, [&](int64_t first, int count, const auto& leaf, V* z, V own) {
+    for_blocks(true, num_threads, [&](int64_t first, int count, const auto& leaf, V* z, V own) {
       std::vector<V> dz(2 * C);
       V du, down = {};
       for (int l = 0; l < L; ++l) du[l] = widen(dvalues[first + std::min(l, count - 1)]);

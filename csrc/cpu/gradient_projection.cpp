@@ -1,5 +1,5 @@
-// The projector without the direction u, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and G P. The divisor
-// and the sign as mmfast/reference/gradient_projection.py explains them.
+// The projector without the direction u, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and G P. The
+// divisor and the sign as mmfast/reference/gradient_projection.py explains them.
 //
 // The update reads P for P h, then reads and writes it: 3 D^2 numbers. One parallel region does both, a
 // barrier between, so that a thread's rows stay in its second cache, and the difference begins with the rows
@@ -162,7 +162,8 @@ struct Projector {
     if ((largest > kLeast && largest < kMost) || largest == 0) return 1;
     int exponent = 0;
     std::frexp(largest, &exponent);
-    const double unit = std::ldexp(1.0, -std::clamp(exponent, is_float ? -120 : -1000, is_float ? 120 : 1000));
+    const double unit =
+        std::ldexp(1.0, -std::clamp(exponent, is_float ? -120 : -1000, is_float ? 120 : 1000));
     for (int64_t j = 0; j < D; ++j) h[j] *= static_cast<A>(unit);
     return unit;
   }

@@ -7,9 +7,10 @@
 namespace mmfast {
 inline namespace MMFAST_ISA_NAMESPACE {
 
-// Transposes a square of vectors: every stage interleaves its two halves.
+// Transposes a square of vectors: every stage interleaves its two halves. Inlined, as the vectors stay in
+// registers then.
 template <class V>
-inline void transpose(V* x) {
+__attribute__((always_inline)) inline void transpose(V* x) {
   constexpr int L = sizeof(V) / sizeof(x[0][0]);
 #pragma GCC unroll 4
   for (int stage = 1; stage < L; stage *= 2) {
@@ -57,7 +58,9 @@ void load_lanes(const T* const* rows,  // [L]
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l) lanes[c + l] = x[l];
     } else {
-      for (int l = 0; l < count; ++l) lanes[l] = x[l];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l)
+        if (l < count) lanes[l] = x[l];
     }
   }
 }

@@ -254,9 +254,9 @@ class Watching {
   const Watcher before_;
 };
 
-// Whether the work is to end; `operations`, more or less, were done since the last time this was asked. A call
-// that takes longer than a second asks this at least every few milliseconds of it, and does no more once it
-// is true.
+// Whether the work is to end; `operations`, more or less, were done since the last time this was asked. A
+// call that takes longer than a second asks this at least every few milliseconds of it, and does no more once
+// it is true.
 inline bool is_interrupted(int64_t operations) {
   constexpr int64_t kOperations = 1 << 20, kPeriod = 100'000'000;
   watcher.operations += operations;

@@ -116,8 +116,9 @@ struct Gradients {
   // The label's logit. With "log_probability" and "margin" its gradient is du_s and a rest, and the sum of
   // du_s over the coalitions that hold m is dphi_m (that over all of them is 0): only the rest, if any, is
   // added up, so that nothing cancels.
-  __device__ void add_own_softmax(int j, A scale, A own, A others) {
-    add_own(j, sample.problem.utility == kProbability ? scale * others : -scale * own);
+  __device__ void add_own_softmax(int j, A du, A scale, A own, A others) {
+    // Of an infinite du the formula, du - du p, makes no number.
+    add_own(j, (sample.problem.utility == kProbability ? scale * others : -scale * own) + (du - du));
   }
 
   __device__ void add_own(int j, A gradient) {
@@ -131,8 +132,9 @@ struct Gradients {
 
   // What a thread added up of the label's goes to the thread of the label's class.
   template <class Dphi>
-  __device__ void finish(bool is_live, Dphi&& dphi_of) {
-    const bool is_rest = sample.problem.utility != kProbability;
+  __device__ void finish(bool is_live, bool is_wild, Dphi&& dphi_of) {
+    const bool is_rest =
+        sample.problem.utility == kLogProbability || (sample.problem.utility == kMargin && !is_wild);
     const auto& team = sample.team;
     finish_own(team.template sum_parts<J>(own_base), dbias_row, dbase);
 #pragma unroll
@@ -197,7 +199,7 @@ __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gr
   for (int i = 0; i < H; ++i)
     z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
   gradients.add_one(j, z);
-  if (is_mine) gradients.add_own_softmax(j, weight, softmax.own, softmax.others);
+  if (is_mine) gradients.add_own_softmax(j, du, weight, softmax.own, softmax.others);
 }
 
 // Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
@@ -220,6 +222,20 @@ __device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (
     for (int w = 1; w < num_warps; ++w) dbase[i] += sums[w][team.lane][i];
   }
   classes.store(row, 0, dbase);
+}
+
+// The gradient with respect to a coalition's utility by the formula itself. Rarely needed.
+template <class T>
+__device__ __noinline__ accumulate_t<T> du_by_formula(const Problem<T>& problem, const T* dphi,
+                                                      const accumulate_t<T>* b, unsigned coalition) {
+  const int players = __popc(coalition);
+  accumulate_t<T> sum = 0;
+#pragma unroll 1
+  for (int m = 0; m < problem.M; ++m) {
+    const auto share = problem.format.widen(dphi[m]);
+    sum += coalition >> m & 1 ? b[players - 1] * share : -b[players] * share;
+  }
+  return sum;
 }
 
 template <class P>
@@ -262,11 +278,19 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
     const auto dphi_of = [&](int m) {
       return is_live && m < M ? problem.format.widen(dphi[n * M + m]) : A(0);
     };
-    A dphi_sum = 0, last_dphi[K];
+    A dphi_sum = 0, largest_sum = 0, last_dphi[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
+    for (int k = 0; k < K; ++k) {
+      dphi_sum += last_dphi[k] = dphi_of(sample.outer + k);
+      largest_sum += fabs(last_dphi[k]);
+    }
 #pragma unroll 1
-    for (int m = 0; m < sample.outer; ++m) dphi_sum += dphi_of(m);
+    for (int m = 0; m < sample.outer; ++m) {
+      dphi_sum += dphi_of(m);
+      largest_sum += fabs(dphi_of(m));
+    }
+    // Infinite, or such that sums overflow.
+    const bool is_wild = !is_finite(largest_sum);
 
 #pragma unroll 1
     for (unsigned others = 0; others < (P::has_outer ? 1u << sample.outer : 1u); ++others) {
@@ -279,6 +303,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
       // The gradient with respect to the utility of a coalition j.
       const auto du_of = [&](int j) {
         if (j >= 1 << M) return A(0);
+        if (is_wild) return du_by_formula(problem, dphi + n * M, b, sample.with_last(j));
         A inside = here;
 #pragma unroll
         for (int k = 0; k < K; ++k) inside += j >> k & 1 ? last_dphi[k] : A(0);
@@ -299,7 +324,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
             continue;
           }
           scale[i] = (problem.utility == kProbability ? du * (e / total) : du) / total;
-          gradients.add_own_softmax(first + i, scale[i], e, others_sum[i]);
+          gradients.add_own_softmax(first + i, du, scale[i], e, others_sum[i]);
         }
         team.template gather<J>(scale);
         sample.for_leaves(
@@ -327,12 +352,24 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
           for (int j = 0; j < J; ++j) {
             if (c < classes.C && x[j] == tops[j]) runner_up[j] = Min()(runner_up[j], c);
           }
+          if (sample.is_tame || c >= classes.C || c == sample.label) return;
+#pragma unroll
+          for (int j = 0; j < J; ++j) {
+            if (x[j] != x[j]) runner_up[j] = Min()(runner_up[j], runner_up_key(c, x[j], x[j]));
+          }
         });
         team.template scatter<J>(runner_up, Min());
+        // It is the label where that is class 0 and all others are -inf: the lowest of those is meant.
+#pragma unroll
+        for (int i = 0; i < J; ++i) {
+          runner_up[i] = class_of_key(runner_up[i]);
+          if (runner_up[i] == sample.label) runner_up[i] = sample.label + 1;
+        }
 #pragma unroll
         for (int i = 0; i < J; ++i) {
           if (i >= left) continue;
           scale[i] = du_of(first + i);
+          if (is_wild) gradients.add_own(first + i, scale[i]);
         }
         team.template gather<J>(runner_up);
         team.template gather<J>(scale);
@@ -346,7 +383,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
             [&](int chunk) { gradients.add_outer(chunk); });
       }
     }
-    gradients.finish(is_live, dphi_of);
+    gradients.finish(is_live, is_wild, dphi_of);
   }
   if constexpr (!P::is_block) {
     if (dbias != nullptr)

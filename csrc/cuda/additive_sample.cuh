@@ -23,6 +23,9 @@ constexpr int kBlock = 128;
 // Below it, products of exponentials may have lost what counts.
 template <class A>
 constexpr A kLeastSum = std::is_same_v<A, double> ? 0x1p-200 : 0x1p-60f;
+// So many partial logits as there may be, and a bias, do not add up to infinity below it.
+template <class A>
+constexpr A kLargestPart = std::numeric_limits<A>::max() / 32;
 
 // The logits of one coalition, summed anew from memory in the order of the modalities.
 template <class T>
@@ -102,7 +105,7 @@ struct Sample {
   A* columns;  // [D, entries, threads of the block], those of this thread
   const T* data;
   int label, outer;  // outer: D = M - K modalities, not decided in registers
-  bool is_tame;      // neither NaN nor +inf
+  bool is_tame;      // no NaN, no +inf, and nothing that may add up to them
   A part[K][H], base[H], own_part[K], own_base;
   // Of the coalition that visit() was called for.
   unsigned members;
@@ -177,7 +180,7 @@ struct Sample {
 
   __device__ void check(const A (&z)[H]) {
 #pragma unroll
-    for (int i = 0; i < H; ++i) is_tame &= z[i] < kInfinity<A>;
+    for (int i = 0; i < H; ++i) is_tame &= z[i] < kLargestPart<A>;
   }
 
   __device__ void check_all() {

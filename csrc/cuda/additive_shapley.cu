@@ -47,6 +47,9 @@ namespace {
 
 // Coalitions of outer modalities after which sums begin anew, so that no long one rounds away what is added.
 constexpr unsigned kRestart = 256;
+// Of the utilities, so that no sum of them overflows where values do not.
+template <class A>
+constexpr A kScale = A(0.0625);
 // What columns may take of shared memory, so that with the forward kernel's own arrays it is no more than a
 // block has without asking.
 constexpr int64_t kShared = 47 << 10;
@@ -82,6 +85,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
     // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     const bool is_smooth = problem.utility >= kProbability;
     A total[J] = {}, shared = 0, origin = 0;
+    Fates fates{0, 0};
     const unsigned count = P::has_outer ? (1u << sample.outer) / gridDim.y : 1u,
                    begin = P::has_outer ? blockIdx.y * count : 0u;
     const bool is_long = P::has_outer && count > kRestart;
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       sample.utilities(u);
       if (others == 0 && is_smooth) {
         origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
-        if (!(origin - origin == 0)) origin = 0;
+        origin = is_finite(origin) ? kScale<A> * origin : A(0);
       }
       if (P::has_outer && is_visit) {
         is_visit = false;
@@ -111,8 +115,12 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       for (int i = 0; i < J; ++i) {
         if (i >= left || first + i >= 1 << M) continue;
         const int players = size + __popc(first + i);
-        const A utility = u[i] - origin;
-        // b is 0 for all players together, whose utility may be infinite.
+        A utility = kScale<A> * u[i] - origin;
+        if (!is_finite(utility)) {
+          fates.add(sample.with_last(first + i), utility);
+          utility = 0;
+        }
+        // b is 0 for all players together.
         if (players < M) shared += b[players] * utility;
         const A weighted = a[players] * utility;
         total[i] += weighted;
@@ -143,8 +151,10 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       shared = sample.extra(J);
     }
 
+    if (__any_sync(kAllLanes, fates.any())) fates.share(team.threads);
     const bool is_live = wanted < problem.N && team.warp == 0;
     const auto store = [&](int m, A value) {
+      value = fates.any() ? fates.value<A>(m) : value / kScale<A>;
       if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
       if (parts == nullptr) {
         phi[n * M + m] = problem.format.template narrow<T>(value);

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "shapley.cuh"
 #include "team.cuh"
 
 namespace mmfast {
@@ -13,9 +14,6 @@ namespace {
 template <class T>
 constexpr int kHeld = sizeof(T) == 2 ? 8 : 4;
 constexpr int kNoClass = std::numeric_limits<int>::max();
-
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 enum Utility : int { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
@@ -154,6 +152,14 @@ int lanes_for(int64_t C) {
   while (lanes < kWarp && lanes * H < C) lanes *= 2;
   return lanes;
 }
+
+// The least of these names the lowest class of the largest logit, `top` unless it is NaN: a NaN is larger
+// than all numbers.
+template <class A>
+__device__ int runner_up_key(int c, A x, A top) {
+  return x != x ? c - kNoClass : x == top ? c : kNoClass;
+}
+__device__ inline int class_of_key(int key) { return key < 0 ? key + kNoClass : key; }
 
 template <class A>
 struct Softmax {

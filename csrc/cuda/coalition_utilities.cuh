@@ -107,16 +107,16 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
 #pragma unroll
       for (int i = 0; i < H; ++i) {
         const int c = classes.class_of(chunk, i);
-        const A x = c == label ? -kInfinity<A> : z[i];
-        if (c < classes.C && x == top) runner_up = Min()(runner_up, c);
+        if (c < classes.C && c != label) runner_up = Min()(runner_up, runner_up_key(c, z[i], top));
       }
     }
-    runner_up = team.all(runner_up, Min());
+    runner_up = class_of_key(team.all(runner_up, Min()));
   } else {
     const Softmax<A> softmax = softmax_of(row, label, own, team);
     const A total = softmax.own + softmax.others;
     weight = (table.utility == kProbability ? du * (softmax.own / total) : du) / total;
-    own_gradient = weight * softmax.others;
+    // Of an infinite du the formula, du - du p, makes no number.
+    own_gradient = weight * softmax.others + (du - du);
     top = softmax.top;
   }
   if (wanted >= table.num_rows) return;

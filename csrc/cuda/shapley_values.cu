@@ -10,8 +10,6 @@
 // log2(threads). An infinite utility makes no number of these sums, and large ones may overflow in them
 // though their weighted means do not: where a value comes out so, the row is looked through once more.
 // Compiled for every architecture without spills; not timed yet on a GPU.
-#include <limits>
-
 #include "shapley.cuh"
 
 namespace mmfast {
@@ -54,39 +52,13 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
   }
 }
 
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-template <class A>
-__device__ bool is_finite(A x) {
-  return x - x == 0;
-}
-
-// Who is lifted and who is sunk by the infinite utilities of a row: a coalition worth infinity lifts those
-// within it and sinks the others, and so the reverse; NaN does both.
-struct Fates {
-  static constexpr unsigned kAll = (1u << kMaxPlayers) - 1;
-  unsigned lifted, sunk;
-
-  template <class A>
-  __device__ void add(unsigned coalition, A utility) {
-    if (is_finite(utility)) return;
-    const unsigned others = ~coalition & kAll;
-    if (!(utility < 0)) lifted |= coalition, sunk |= others;
-    if (!(utility > 0)) lifted |= others, sunk |= coalition;
-  }
-};
-
 // A player's value by the formula itself. Rarely needed.
 template <class T>
 __device__ __noinline__ accumulate_t<T> value_by_formula(const T* v, int64_t stride,
                                                          const accumulate_t<T>* b,  // [num_players + 1]
                                                          int num_players, int player, Fates fates) {
   using A = accumulate_t<T>;
-  if (fates.lifted | fates.sunk) {
-    return (fates.lifted >> player & 1 ? kInfinity<A> : A(0)) -
-           (fates.sunk >> player & 1 ? kInfinity<A> : A(0));
-  }
+  if (fates.any()) return fates.value<A>(player);
   // Halves, so that nothing overflows that a value does not.
   double with = 0, without = 0;
 #pragma unroll 1
@@ -119,8 +91,11 @@ __global__ void __launch_bounds__(kBlock)
   // A thread without a row works on the last one, since all lanes take part in the exchange.
   const int64_t row = wanted < num_rows ? wanted : num_rows - 1;
   const T* source = v + row * stride_row;
-  // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
-  const A origin = static_cast<A>(source[0]);
+  // A number added to all utilities changes no value: less the mean of the empty and the full coalition's,
+  // sums stay small.
+  const int64_t full = (int64_t{1} << num_players) - 1;
+  const A origin =
+      A(0.5) * static_cast<A>(source[0]) + A(0.5) * static_cast<A>(source[full * stride_coalition]);
 
   A sums[padded] = {}, total = 0, shared = 0;
   const int turns = P::is_exact ? 1 : 1 << (num_players - P::turn_bit);
@@ -180,14 +155,6 @@ __global__ void __launch_bounds__(kBlock)
     }
     return fates;
   };
-  const auto fates_of_warp = [&](Fates fates) {
-#pragma unroll 1
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      fates.lifted |= __shfl_xor_sync(0xffffffffu, fates.lifted, distance);
-      fates.sunk |= __shfl_xor_sync(0xffffffffu, fates.sunk, distance);
-    }
-    return fates;
-  };
   if constexpr (P::threads <= kWarp) {
     bool is_bad = false;
 #pragma unroll
@@ -196,7 +163,7 @@ __global__ void __launch_bounds__(kBlock)
       Fates fates = fates_of_own();
       // That the row is bad travels along.
       if (is_bad) fates.lifted |= 1u << 31;
-      fates = fates_of_warp(fates);
+      fates.share(lanes);
       is_bad = fates.lifted >> 31;
       fates.lifted &= Fates::kAll;
 #pragma unroll
@@ -228,7 +195,8 @@ __global__ void __launch_bounds__(kBlock)
     }
     __syncthreads();
     if (is_bad[0]) {
-      const Fates fates = fates_of_warp(fates_of_own());
+      Fates fates = fates_of_own();
+      fates.share(lanes);
       if (lane == 0) fates_of[thread / kWarp] = fates;
       __syncthreads();
       Fates all{0, 0};

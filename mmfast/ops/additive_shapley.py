@@ -51,7 +51,7 @@ def coalition_utilities(
         utility: "cardinality", the number of modalities present where the largest logit is the label's, else
             0; "correct", 1 or 0 alike; "probability", the label's softmax; "log_probability", its logarithm;
             "margin", the label's logit less the largest of the others. Of equal logits the lowest class
-            counts as largest.
+            counts as largest, and a NaN as larger than all numbers.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -181,13 +181,10 @@ def _extremes(
     x: Tensor,  # [N, D] or [K, D], not empty
 ) -> tuple[float, float]:
     """Return the least and the largest element; NaN where one is."""
-    if x.is_contiguous():
-        ends = x.aminmax()
-    else:
-        # Some rows at a time: torch copies what does not lie in one piece.
-        parts = [x[rows].aminmax() for rows in row_chunks(x, *x.shape)]
-        ends = torch.stack([low for low, _ in parts]).amin(), torch.stack([high for _, high in parts]).amax()
-    low, high = torch.stack(list(ends)).tolist()
+    # Some rows at a time: torch copies what does not lie in one piece.
+    parts = [x] if x.is_contiguous() else [x[rows] for rows in row_chunks(x, *x.shape)]
+    lows, highs = zip(*[part.aminmax() for part in parts], strict=True)
+    low, high = torch.stack([torch.stack(lows).amin(), torch.stack(highs).amax()]).tolist()
     return low, high
 
 

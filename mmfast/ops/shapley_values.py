@@ -33,7 +33,8 @@ def shapley_values(
 
     Returns:
         [..., M] in the dtype of `utilities`; half precision is accumulated in float32. The values of a row
-        sum to `utilities[..., S-1] - utilities[..., 0]`.
+        sum to `utilities[..., S-1] - utilities[..., 0]`. A coalition worth infinity gives infinity to the
+        players in it and minus infinity to the others, and so the reverse; who gets both, has NaN.
 
     Raises:
         TypeError: `utilities` is no tensor of a floating dtype.

@@ -14,7 +14,9 @@ def _runner_up(
     own: Tensor,  # [N, S, 1] the label of each row
 ) -> Tensor:  # [N, S, 1]
     """Return the lowest class of the largest logit among the other classes."""
-    return logits.scatter(-1, own, -torch.inf).argmax(-1, keepdim=True)
+    runner_up = logits.scatter(-1, own, -torch.inf).argmax(-1, keepdim=True)
+    # Where all others are -inf, too, class 0 is found; where that is the label, class 1 is meant.
+    return torch.where(runner_up == own, 1, runner_up)
 
 
 def coalition_utilities(
