@@ -263,30 +263,27 @@ def _additive_shapley_bwd_kernel(
                 tl.store(dp_ptrs + offset, (earlier + dz).to(element), mask=mask)
         # The next coalition's loads may lie with other threads.
         tl.debug_barrier()
-    if UTILITY != _MARGIN:
-        # 0, or no number where a gradient is infinite: what `_dlogits` leaves to its callers.
-        sums = tl.zeros((BLOCK_N,), dtype=ACC)
-        for m in range(M):
-            dphi = tl.load(dphi_ptrs + tl.cast(m, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
-            sums += dphi - dphi
-        own_sums = tl.where(is_own, sums[:, None], 0.0)
-        dbase += own_sums
-        dpart0 += own_sums
-        if LAST > 1:
-            dpart1 += own_sums
-        if LAST > 2:
-            dpart2 += own_sums
-        if tl.max((sums != 0).to(tl.int32)) != 0:
-            for m in range(first):
-                offset = tl.cast(m, tl.int64) * step
-                earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
-                tl.store(dp_ptrs + offset, (earlier + own_sums).to(element), mask=mask)
     last_ptrs = dp_ptrs + tl.cast(first, tl.int64) * step
     tl.store(last_ptrs, dpart0.to(element), mask=mask)
     if LAST > 1:
         tl.store(last_ptrs + step, dpart1.to(element), mask=mask)
     if LAST > 2:
         tl.store(last_ptrs + 2 * step, dpart2.to(element), mask=mask)
+    if UTILITY != _MARGIN:
+        # 0, or no number where a gradient is infinite: what `_dlogits` leaves to its callers. Last, when
+        # little is held in registers.
+        sums = tl.zeros((BLOCK_N,), dtype=ACC)
+        for m in range(M):
+            dphi = tl.load(dphi_ptrs + tl.cast(m, tl.int64) * stride_dm, mask=mask_n, other=0.0).to(ACC)
+            sums += dphi - dphi
+        own_sums = tl.where(is_own, sums[:, None], 0.0)
+        dbase += own_sums
+        if tl.max((sums != 0).to(tl.int32)) != 0:
+            tl.debug_barrier()
+            for m in range(M):
+                offset = tl.cast(m, tl.int64) * step
+                earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
+                tl.store(dp_ptrs + offset, (earlier + own_sums).to(element), mask=mask)
     if HAS_BIAS:
         dbias = tl.sum(tl.where(mask, dbase, 0.0), axis=0)
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * C + offs_c, dbias, mask=offs_c < C)

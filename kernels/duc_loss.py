@@ -171,10 +171,23 @@ def _duc_loss_fwd_kernel(
         if HAS_RESIDUAL:
             offs = offs_qn + offs_d[None, :]
             mask = mask_n[:, None] & mask_d
-            own_keys = tl.load(k_ptr + own.to(tl.int64) * width + offs, mask=mask, other=0.0).to(ACC)
-            residual = acc / row_sum[:, None] - own_keys
+            own_ptr = k_ptr + own.to(tl.int64) * width
             residual_ptr += first
-            tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
+            if k_ptr.dtype.element_ty == tl.float16:
+                # Its residual is float32: whole, sums and own keys side by side would not fit the registers.
+                tl.store(residual_ptr + offs, acc / row_sum[:, None], mask=mask)
+                tl.debug_barrier()
+                columns = first_column + tl.arange(0, 32)
+                for begin in tl.range(0, BLOCK_D, 32, num_stages=1):
+                    part = offs_qn + (begin + columns)[None, :]
+                    inside = mask_n[:, None] & (begin + columns < width)[None, :]
+                    own_keys = tl.load(own_ptr + part, mask=inside, other=0.0).to(ACC)
+                    sums = tl.load(residual_ptr + part, mask=inside, other=0.0)
+                    tl.store(residual_ptr + part, sums - own_keys, mask=inside)
+            else:
+                own_keys = tl.load(own_ptr + offs, mask=mask, other=0.0).to(ACC)
+                residual = acc / row_sum[:, None] - own_keys
+                tl.store(residual_ptr + offs, residual.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
 @functools.cache

@@ -59,6 +59,8 @@ DEVICES = {
 SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
     "3.6": {
         ("80", "_additive_shapley_fwd_kernel", "ACC=fp64 UTILITY=4 BLOCK_C=16"): 8,
+        ("80", "_additive_shapley_bwd_kernel", "ACC=fp64 UTILITY=3 BLOCK_C=2048"): 32,
+        ("90", "_additive_shapley_bwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=2048"): 4,
         ("90", "_duc_loss_fwd_kernel", "fp32 PRECISION=ieee BLOCK_D=64 BLOCK_N=16 BLOCK_K=32"): 16,
         ("90", "_duc_loss_fwd_kernel", "fp16 BLOCK_D=256 BLOCK_N=128"): 104,
         ("100", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=16"): 64,
@@ -69,8 +71,6 @@ SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
         ("120", "_duc_loss_fwd_kernel", "fp32 PRECISION=ieee BLOCK_D=64 BLOCK_N=16 BLOCK_K=32"): 8,
         ("120", "_logit_fusion_bwd_kernel", "fp32 SCORE=1 BLOCK_M=2 BLOCK_C=512"): 4,
     },
-    # Since the residual of float16 is float32.
-    "3.9": {("90", "_duc_loss_fwd_kernel", "fp16 HAS_RESIDUAL=True BLOCK_D=256 BLOCK_N=128"): 44},
 }
 
 

@@ -116,9 +116,9 @@ struct Gradients {
   // The label's logit. With "log_probability" and "margin" its gradient is du_s and a rest, and the sum of
   // du_s over the coalitions that hold m is dphi_m (that over all of them is 0): only the rest, if any, is
   // added up, so that nothing cancels.
-  __device__ void add_own_softmax(int j, A du, A scale, A own, A others) {
-    // Of an infinite du the formula, du - du p, makes no number.
-    add_own(j, (sample.problem.utility == kProbability ? scale * others : -scale * own) + (du - du));
+  __device__ void add_own_softmax(int j, A scale, A own, A others) {
+    // Of an infinite du, and so scale, the formula du - du p makes no number.
+    add_own(j, (sample.problem.utility == kProbability ? scale * others : -scale * own) + (scale - scale));
   }
 
   __device__ void add_own(int j, A gradient) {
@@ -199,7 +199,7 @@ __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gr
   for (int i = 0; i < H; ++i)
     z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
   gradients.add_one(j, z);
-  if (is_mine) gradients.add_own_softmax(j, du, weight, softmax.own, softmax.others);
+  if (is_mine) gradients.add_own_softmax(j, weight, softmax.own, softmax.others);
 }
 
 // Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
@@ -226,7 +226,7 @@ __device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (
 
 // The gradient with respect to a coalition's utility by the formula itself. Rarely needed.
 template <class T>
-__device__ __noinline__ accumulate_t<T> du_by_formula(const Problem<T>& problem, const T* dphi,
+__device__ accumulate_t<T> du_by_formula(const Problem<T>& problem, const T* dphi,
                                                       const accumulate_t<T>* b, unsigned coalition) {
   const int players = __popc(coalition);
   accumulate_t<T> sum = 0;
@@ -289,8 +289,9 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
       dphi_sum += dphi_of(m);
       largest_sum += fabs(dphi_of(m));
     }
-    // Infinite, or such that sums overflow.
-    const bool is_wild = !is_finite(largest_sum);
+    // Infinite, or such that sums overflow: their sum says so, which takes no register of its own.
+    if (!is_finite(largest_sum)) dphi_sum = largest_sum - largest_sum;
+    const auto is_wild = [&] { return !is_finite(dphi_sum); };
 
 #pragma unroll 1
     for (unsigned others = 0; others < (P::has_outer ? 1u << sample.outer : 1u); ++others) {
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
       // The gradient with respect to the utility of a coalition j.
       const auto du_of = [&](int j) {
         if (j >= 1 << M) return A(0);
-        if (is_wild) return du_by_formula(problem, dphi + n * M, b, sample.with_last(j));
+        if (is_wild()) return du_by_formula(problem, dphi + n * M, b, sample.with_last(j));
         A inside = here;
 #pragma unroll
         for (int k = 0; k < K; ++k) inside += j >> k & 1 ? last_dphi[k] : A(0);
@@ -324,7 +325,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
             continue;
           }
           scale[i] = (problem.utility == kProbability ? du * (e / total) : du) / total;
-          gradients.add_own_softmax(first + i, du, scale[i], e, others_sum[i]);
+          gradients.add_own_softmax(first + i, scale[i], e, others_sum[i]);
         }
         team.template gather<J>(scale);
         sample.for_leaves(
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
         for (int i = 0; i < J; ++i) {
           if (i >= left) continue;
           scale[i] = du_of(first + i);
-          if (is_wild) gradients.add_own(first + i, scale[i]);
+          if (is_wild()) gradients.add_own(first + i, scale[i]);
         }
         team.template gather<J>(runner_up);
         team.template gather<J>(scale);
@@ -383,7 +384,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
             [&](int chunk) { gradients.add_outer(chunk); });
       }
     }
-    gradients.finish(is_live, is_wild, dphi_of);
+    gradients.finish(is_live, is_wild(), dphi_of);
   }
   if constexpr (!P::is_block) {
     if (dbias != nullptr)
