@@ -113,12 +113,12 @@ struct Gradients {
     add_to_columns(gradient);
   }
 
-  // The label's logit. With "log_probability" and "margin" its gradient is du_s and a rest, and the sum of
-  // du_s over the coalitions that hold m is dphi_m (that over all of them is 0): only the rest, if any, is
-  // added up, so that nothing cancels.
-  __device__ void add_own_softmax(int j, A scale, A own, A others) {
+  // The label's logit: du (1 - p) or du p (1 - p), of which nothing is left where the label is sure. With
+  // "margin" its gradient is du_s, and the sum of these over the coalitions that hold m is dphi_m (that over
+  // all of them is 0): none is added up, so that nothing cancels.
+  __device__ void add_own_softmax(int j, A scale, A others) {
     // Of an infinite du, and so scale, the formula du - du p makes no number.
-    add_own(j, (sample.problem.utility == kProbability ? scale * others : -scale * own) + (scale - scale));
+    add_own(j, scale * others + (scale - scale));
   }
 
   __device__ void add_own(int j, A gradient) {
@@ -133,8 +133,7 @@ struct Gradients {
   // What a thread added up of the label's goes to the thread of the label's class.
   template <class Dphi>
   __device__ void finish(bool is_live, bool is_wild, Dphi&& dphi_of) {
-    const bool is_rest =
-        sample.problem.utility == kLogProbability || (sample.problem.utility == kMargin && !is_wild);
+    const bool is_rest = sample.problem.utility == kMargin && !is_wild;
     const auto& team = sample.team;
     finish_own(team.template sum_parts<J>(own_base), dbias_row, dbase);
 #pragma unroll
@@ -199,7 +198,7 @@ __device__ void add_exact(const Sample<P>& sample, A du, int j, bool is_mine, Gr
   for (int i = 0; i < H; ++i)
     z[i] = is_needed && sample.is_other(0, i) ? -weight * exponential(z[i] - softmax.top) : A(0);
   gradients.add_one(j, z);
-  if (is_mine) gradients.add_own_softmax(j, weight, softmax.own, softmax.others);
+  if (is_mine) gradients.add_own_softmax(j, weight, softmax.others);
 }
 
 // Writes a block's part of the bias's gradient: the sums of `dbase` over its teams, in a fixed order.
@@ -226,8 +225,8 @@ __device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (
 
 // The gradient with respect to a coalition's utility by the formula itself. Rarely needed.
 template <class T>
-__device__ accumulate_t<T> du_by_formula(const Problem<T>& problem, const T* dphi,
-                                                      const accumulate_t<T>* b, unsigned coalition) {
+__device__ accumulate_t<T> du_by_formula(const Problem<T>& problem, const T* dphi, const accumulate_t<T>* b,
+                                         unsigned coalition) {
   const int players = __popc(coalition);
   accumulate_t<T> sum = 0;
 #pragma unroll 1
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
             continue;
           }
           scale[i] = (problem.utility == kProbability ? du * (e / total) : du) / total;
-          gradients.add_own_softmax(first + i, scale[i], e, others_sum[i]);
+          gradients.add_own_softmax(first + i, scale[i], others_sum[i]);
         }
         team.template gather<J>(scale);
         sample.for_leaves(
