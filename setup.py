@@ -32,12 +32,13 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG",
 # GCC 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
 CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"]
 CPU_FLAGS += ["-Wno-maybe-uninitialized"]
-# Lowest first: see the order of objects in Build.build_cpu.
+# Lowest first: see the order of objects in Build.build_cpu. No MMX, into whose registers GCC 12 spills: they
+# are those of long double, which would be NaN from then on.
 X86_LEVELS = {
-    "baseline": ["-march=x86-64", "-mtune=generic"],
-    "avx2": ["-march=x86-64", "-mtune=haswell", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
+    "baseline": ["-march=x86-64", "-mtune=generic", "-mno-mmx"],
+    "avx2": ["-march=x86-64", "-mtune=haswell", "-mno-mmx", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
     "avx512": [
-        *["-march=x86-64", "-mtune=skylake-avx512", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
+        *["-march=x86-64", "-mtune=skylake-avx512", "-mno-mmx", "-mpopcnt", "-mavx2", "-mfma", "-mf16c"],
         *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ],
 }

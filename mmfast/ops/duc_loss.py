@@ -239,7 +239,11 @@ def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if isinstance(features, Tensor):
         check_shape("features", features, "M, N, D", (None, None, None))
         features = features.unbind(0)
-    tensors = list(features)
+    try:
+        tensors = list(features)
+    except TypeError:
+        got = type(features).__name__
+        raise TypeError(f"features must be a sequence of tensors [N, D], got {got}") from None
     if not tensors:
         raise ValueError("features must hold M >= 1 tensors [N, D], got none")
     first = tensors[0]

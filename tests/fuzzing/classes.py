@@ -24,10 +24,11 @@ def moments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # [C], then [C, D]
     """Return the numbers, the means, the variances, and bounds of the last two's errors.
 
-    Two passes: a mean of n samples errs by (n + 1) u mean |x| = e, the mean of n squared deviations from it
-    by (2 n + 8) u var + e^2 (the sum of deviations from the mean is 0, so e enters squared). Deviations from
-    any sample instead of the mean, in short blocks, stay within it: their squares have a mean of at most
-    (n + 1) var. Means of parts that are merged in float64 round there, which enters once: 8 u64 max |x d|.
+    Two passes: a mean of n samples errs by (n + 1) u mean |x|, one of their deviations from a centre c, |c|
+    up to mean |x|, by twice that, e. The mean of n squared deviations from it errs by (2 n + 8) u var + e^2 (the
+    sum of deviations from the mean is 0, so e enters squared). Deviations from any sample instead of the mean,
+    in short blocks, stay within it: their squares have a mean of at most (n + 1) var. Means of parts that are
+    merged in float64 round there, which enters once: 8 u64 max |x d|.
     """
     shape = (num_classes, x.shape[1])
     count = np.bincount(y, minlength=num_classes)
@@ -37,7 +38,7 @@ def moments(
         mean[label] = mine.mean(0)
         deviation = mine - mean[label]
         var[label] = (deviation * deviation).mean(0)
-        e = gamma(n + 1, u) * np.abs(mine).mean(0)
+        e = 2 * gamma(n + 1, u) * np.abs(mine).mean(0)
         mean_error[label] = e
         merging = 8 * unit(torch.float64) * np.abs(mine).max(0) * np.abs(deviation).max(0)
         var_error[label] = gamma(2 * n + 8, u) * var[label] + e * e + merging
@@ -91,7 +92,8 @@ def _check_merge(draw: Draw, x: torch.Tensor, y: torch.Tensor, num_classes: int,
     """Merge the moments of two parts and hold them against those of what they were made of.
 
     With d the difference of means and s the other's share, var = (1 - s) v + s v' + s (1 - s) d^2: d carries
-    the roundings of both means, e, and costs 2 |d| e, its square and the products a few u.
+    the roundings of both means, e, and costs 2 |d| e, its square and the products a few u. An infinite mean
+    is that of all, save beside its opposite or NaN. Halves below the normal numbers err by half their grain.
     """
     cut = draw.integer(0, x.shape[0])
     first, second = (
@@ -108,13 +110,15 @@ def _check_merge(draw: Draw, x: torch.Tensor, y: torch.Tensor, num_classes: int,
     delta, growth = (np.where((n1 == 0) | (n2 == 0), 0, b - a) for a, b in ((m1, m2), (v1, v2)))
     m1, v1 = np.where(n1 == 0, m2, m1), np.where(n1 == 0, v2, v1)
     mean, rest = m1 + delta * share, delta * delta * share * (1 - share)
+    mean = np.where(np.isinf(m1) & (np.isfinite(m2) | (m1 == m2)), m1, mean)
     var = v1 + growth * share + rest
     both = [np.abs(np.where(np.isfinite(a), a, 0)) for a in (m1, m2, v1, v2)]
     top = np.longdouble(info.max)
     check_same("merged count", merged.count, (n1 + n2)[:, 0].astype(np.int64))
     # Differences of means, or of variances, beyond the dtype.
     loose = (both[0] + both[1] > top) | (both[2] + both[3] > top)
-    check("merged mean", merged.mean, mean, 4 * u * (both[0] + both[1]), dtype=acc, loose=loose)
+    rounding = 4 * u * (both[0] + both[1]) + 2 * grain(acc)
+    check("merged mean", merged.mean, mean, rounding, dtype=acc, loose=loose)
     bound = 8 * u * (both[2] + both[3] + clean(rest)) + 4 * np.longdouble(info.tiny)
     check("merged var", merged.var, var, bound, dtype=acc, loose=loose)
 

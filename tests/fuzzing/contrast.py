@@ -26,6 +26,7 @@ class Pair(NamedTuple):
     residual: np.ndarray
     residual_error: np.ndarray
     beyond: np.ndarray  # [N], a score lies beyond the dtype
+    void: np.ndarray  # [N], so may do a sum on the way to a score, whose infinity may then be of either sign
     unsure: np.ndarray  # [N, d], loose gradients
     reach: np.ndarray  # [d], sums of |k|
 
@@ -43,7 +44,7 @@ def pair(
     """Return logsumexp_j(s_ij) - s_ii and sum_j p_ij k_j - k_i, s = q k^T / temperature.
 
     A score of d products errs by (d + 4) u sum |q k| / temperature: the sum, the division or a reciprocal,
-    and a change of base. What a unit takes for 0 is missing whole.
+    and a change of base. What a unit takes for 0 is missing whole: a factor, a product or a sum on the way.
     """
     num_samples = len(q)
     heat = np.longdouble(np.float64(temperature))
@@ -52,13 +53,16 @@ def pair(
     s_error = np.where(np.isfinite(s), gamma(q.shape[1] + 4, u) * size / heat, 0)
     lost = [np.where(np.abs(x) < least, np.abs(x), 0) for x in (q, k)]
     sizes = [np.abs(np.where(np.isfinite(x), x, 0)) for x in (q, k)]
-    s_error = np.where(np.isfinite(s), s_error + (lost[0] @ sizes[1].T + sizes[0] @ lost[1].T) / heat, 0)
+    missing = lost[0] @ sizes[1].T + sizes[0] @ lost[1].T + 2 * q.shape[1] * least
+    s_error = np.where(np.isfinite(s), s_error + missing / heat, 0)
     soft = softmax(s, u, flush, s_error) if num_samples else None
     if soft is None:
         nothing = np.zeros(0, np.longdouble)
-        return Pair(nothing, nothing, q, q, nothing > 0, q > 0, sizes[1].sum(0))
+        return Pair(nothing, nothing, q, q, nothing > 0, nothing > 0, q > 0, sizes[1].sum(0))
     # The sum before the division, or after it.
     beyond = (size * np.maximum(1, 1 / heat) > top).any(-1)
+    # A key's score of -infinity, which it may be for +infinity, leaves a finite loss.
+    void = ((size > top) & np.isfinite(s)).any(-1)
     # 0 times infinity, where a unit takes for 0 what is none.
     beyond |= (
         (lost[0] > 0).astype(int) @ np.isinf(k).T.astype(int) + np.isinf(q).astype(int) @ (lost[1] > 0).T > 0
@@ -73,7 +77,7 @@ def pair(
     spread = p @ k_size
     # The product of probabilities, whose sum divides before or after, with the keys.
     residual_error = soft.p_error @ k_size + (gamma(num_samples + 4, u) + half) * spread + 2 * u * k_size
-    residual_error = residual_error + p @ lost[1] + lost[1]
+    residual_error = residual_error + p @ lost[1] + lost[1] + 2 * num_samples * least
     if half == unit(torch.bfloat16):
         # Of float32's range, it may be stored before it is scaled; float16 may not.
         size = np.abs(np.where(np.isfinite(residual), residual, 0))
@@ -82,7 +86,7 @@ def pair(
     vanishing = (soft.p < top**-0.9) & (soft.p > 0)
     vanishing = vanishing.astype(np.longdouble) @ np.isinf(k).astype(np.longdouble) > 0
     return Pair(
-        loss, error, residual, residual_error, beyond, vanishing | crowded | np.isinf(k), k_size.sum(0)
+        loss, error, residual, residual_error, beyond, void, vanishing | crowded | np.isinf(k), k_size.sum(0)
     )
 
 
@@ -117,19 +121,21 @@ def _check_loss(
 ) -> None:
     u, flush, num_samples = unit(acc), flushed(acc), leaves[0].shape[0]
     values, errors = (np.zeros(num_samples, np.longdouble) for _ in range(2))
-    beyond = np.zeros(num_samples, bool)
+    beyond, void = np.zeros(num_samples, bool), np.zeros(num_samples, bool)
     for _, _, one in pairs:
         values = values + one.loss
         errors = (
             errors + one.loss_error + len(pairs) * u * np.abs(np.where(np.isfinite(one.loss), one.loss, 0))
         )
-        beyond = beyond | one.beyond
+        beyond, void = beyond | one.beyond, void | one.void
     # A sum over samples beyond the dtype whose mean is not.
     total = np.abs(np.where(np.isfinite(values), values, 0)).sum()
     over = total > np.longdouble(torch.finfo(acc).max)
     truth, bound = _reduced(values, errors + num_samples * flush, reduction, u)
     loose = beyond if reduction == "none" else bool(beyond.any()) or bool(over)
-    check("loss", loss, truth, bound, dtype=acc, loose=loose)
+    check(
+        "loss", loss, truth, bound, dtype=acc, loose=loose, void=void if reduction == "none" else void.any()
+    )
     if loss.requires_grad is False:
         return
     given = gradients(draw, tuple(loss.shape), acc)
@@ -151,13 +157,15 @@ def _check_loss(
             reach[columns] += one.reach
             rows |= one.beyond
         size = np.abs(np.where(np.isfinite(truth), truth, 0))
-        # Where the factor, or a probability times it, is below the normal numbers, it errs by their grain.
-        subnormal = 2 * grain(acc) * (size + reach * max(1, 1 / temperature))
+        # Where the factor, or a probability times it, is below the normal numbers, it errs by their grain; and
+        # where it is taken before the N products with the keys, each of these and of their sums does by half.
+        products = num_samples * max(len(mine), 1)
+        subnormal = grain(acc) * (2 * (size + reach * max(1, 1 / temperature)) + products)
         bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + subnormal
         # 0 times an infinite key is NaN, but a probability next to 0 times it infinite.
         loose = rows[:, None] | unsure
         name = f"dfeatures[{student}]" if len(results) > 1 else "dquery"
-        check(name, result, truth * factor, bound, dtype=result.dtype, loose=loose)
+        check(name, result, truth * factor, bound, dtype=result.dtype, loose=loose, void=void[:, None])
     assert_unchanged(dloss=given)
 
 

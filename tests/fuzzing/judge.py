@@ -7,7 +7,9 @@ on x86-64, so that nothing overflows that float64 holds, and its own error is 2^
    of -inf alone, is NaN; argmax takes the first NaN for the largest), unless a docstring says otherwise.
 2. A finite exact value must come out finite, unless it lies beyond the dtype of the result (then +-inf), or
    an intermediate of the formula (a product, a sum of them, a difference) lies beyond the dtype that the op
-   accumulates in. Such elements are `loose`: they may be NaN or infinite, but never finite and wrong.
+   accumulates in. Such elements are `loose`: they may be NaN or infinite, but never finite and wrong. `void`
+   is only what follows from a sum of products of which a part lies beyond the dtype: by the order of its
+   terms it is either infinity or NaN, and a score of -infinity is one.
    Intermediates that a docstring's formula does not have excuse nothing, but for one: sum_j exp(s_j) k_j of
    a softmax, less k_i times sum_j exp(s_j), divided by that afterwards, whose size is up to 2 N max |k|.
 3. The bound of an element is the first-order error of the formula in the dtype of accumulation, with
@@ -84,6 +86,7 @@ def check(
     *,
     dtype: torch.dtype,
     loose: np.ndarray | bool = False,
+    void: np.ndarray | bool = False,  # nothing can be said of these
 ) -> None:
     """Raise AssertionError unless `actual` is right by the rules above."""
     assert isinstance(actual, Tensor), f"{name} is no tensor but {type(actual).__name__}"
@@ -111,7 +114,8 @@ def check(
         right_class |= is_finite & (limit - np.abs(truth) > top) & (np.abs(got_class) == 1)
         right_class |= loose & (got_class != 0)
         near = np.abs(got - truth) <= limit
-        right = right_class & (near | (got_class != 0))
+        right_class |= np.asarray(void)
+        right = right_class & (near | (got_class != 0) | np.asarray(void))
     if right.all():
         return
     wrong = ~right_class if not right_class.all() else ~right
