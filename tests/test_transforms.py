@@ -287,6 +287,20 @@ class TestOneBehaviourAtEverySize:
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
+def test_a_batch_of_what_is_changed_in_place():
+    features = _numbers(5, 4)
+    projectors = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)
+    torch.func.vmap(lambda p, h: ops.update_projector_(p, h, alpha=0.1) or h)(projectors, features)
+    for projector, feature in zip(projectors, features, strict=True):
+        expected = torch.eye(4, dtype=torch.float64)
+        ops.update_projector_(expected, feature, alpha=0.1)
+        assert torch.equal(projector, expected)
+    shared = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="batch dimension"):
+        torch.func.vmap(lambda h: ops.update_projector_(shared, h, alpha=0.1) or h)(features)
+    assert torch.equal(shared, torch.eye(4, dtype=torch.float64))
+
+
 class _Call(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()

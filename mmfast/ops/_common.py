@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mmfast.ops import _autograd
 
@@ -43,7 +44,13 @@ def register(
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.mmfast, name).default
 
+    written = [argument.alias_info is not None for argument in op._schema.arguments]
+
     def of_batch(info, in_dims, *args):
+        for is_written, dims in zip(written, in_dims):
+            # One tensor for all members would be changed by one after the other.
+            if is_written and any(dim is None for dim in pytree.tree_flatten(dims)[0]):
+                raise RuntimeError(f"vmap: what {name} changes in place must have a batch dimension, too")
         return _autograd.looped(op, info.batch_size, in_dims, args)
 
     torch.library.register_vmap(f"mmfast::{name}", of_batch, lib=_LIBRARY)

@@ -149,7 +149,7 @@ class _LogitFusion(Op):
     def formula(options, gradients, tensors):
         (logits, present), (score, temperature, _) = tensors, options
         dfused, dweights = _both(gradients, logits)
-        dlogits = _reference.logit_fusion_bwd(
+        dlogits, _ = _reference.logit_fusion_bwd(
             dfused, dweights, logits, present=present, score=score, temperature=temperature
         )
         return dlogits, None
@@ -182,7 +182,7 @@ class _Tempered(Op):
     @staticmethod
     def formula(options, gradients, tensors):
         logits, present, temperature = tensors
-        dlogits, dtemperature = _reference.gradients(
+        dlogits, dtemperature = _reference.logit_fusion_bwd(
             *_both(gradients, logits),
             logits,
             present=present,
@@ -270,9 +270,10 @@ def _bwd(
 ) -> Tensor:  # [M, N, C]
     chosen = _backend.choose("logit_fusion", backend, logits)
     if chosen == "reference":
-        return _reference.logit_fusion_bwd(
+        dlogits, _ = _reference.logit_fusion_bwd(
             dfused, dweights, logits, present=present, score=score, temperature=temperature
         )
+        return dlogits
     if chosen == "triton":
         launch = _backend.kernels("logit_fusion").logit_fusion_bwd
         return launch(dfused, dweights, logits, present, SCORES.index(score), temperature)

@@ -77,19 +77,6 @@ def logit_fusion_bwd(
     present: Tensor | None,  # bool [M, N]
     score: str,
     temperature: float | Tensor,
-) -> Tensor:  # [M, N, C]
-    """Return the gradient with respect to the logits."""
-    return gradients(dfused, dweights, logits, present=present, score=score, temperature=temperature)[0]
-
-
-def gradients(
-    dfused: Tensor,  # [N, C]
-    dweights: Tensor,  # [M, N]
-    logits: Tensor,  # [M, N, C]
-    *,
-    present: Tensor | None,  # bool [M, N]
-    score: str,
-    temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:  # [M, N, C], []
     """Return the gradients with respect to the logits and to the temperature."""
     z = _visible(logits, present)

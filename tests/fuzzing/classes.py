@@ -25,10 +25,10 @@ def moments(
     """Return the numbers, the means, the variances, and bounds of the last two's errors.
 
     Two passes: a mean of n samples errs by (n + 1) u mean |x|, one of their deviations from a centre c, |c|
-    up to mean |x|, by twice that, e. The mean of n squared deviations from it errs by (2 n + 8) u var + e^2 (the
-    sum of deviations from the mean is 0, so e enters squared). Deviations from any sample instead of the mean,
-    in short blocks, stay within it: their squares have a mean of at most (n + 1) var. Means of parts that are
-    merged in float64 round there, which enters once: 8 u64 max |x d|.
+    up to mean |x|, by twice that, e. The mean of n squared deviations from it errs by
+    (2 n + 8) u var + e^2 (the sum of deviations from the mean is 0, so e enters squared). Deviations from any
+    sample instead of the mean, in short blocks, stay within it: their squares have a mean of at most
+    (n + 1) var. Means of parts that are merged in float64 round there, which enters once: 8 u64 max |x d|.
     """
     shape = (num_classes, x.shape[1])
     count = np.bincount(y, minlength=num_classes)

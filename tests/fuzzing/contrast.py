@@ -157,8 +157,8 @@ def _check_loss(
             reach[columns] += one.reach
             rows |= one.beyond
         size = np.abs(np.where(np.isfinite(truth), truth, 0))
-        # Where the factor, or a probability times it, is below the normal numbers, it errs by their grain; and
-        # where it is taken before the N products with the keys, each of these and of their sums does by half.
+        # Where the factor, or a probability times it, is below the normal numbers, it errs by their grain;
+        # taken before the N products with the keys, each of these and of their sums does by half.
         products = num_samples * max(len(mine), 1)
         subnormal = grain(acc) * (2 * (size + reach * max(1, 1 / temperature)) + products)
         bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + subnormal

@@ -120,8 +120,8 @@ def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
     finite_slope = np.abs(_finite(slope))
     bound = bound + dscore_error[..., None] * (finite_slope + slope_error)
     bound = bound + np.abs(_finite(dscore))[..., None] * (slope_error + 4 * u * finite_slope)
-    # Products below the normal numbers, of which the difference, or its product with the weight, is multiplied
-    # by what follows it: 1 / T and the slope.
+    # Products below the normal numbers, of which the difference, or its product with the weight, is
+    # multiplied by what follows it: 1 / T and the slope.
     least = (shape[2] + shape[0] + 8) * grain(acc)
     bound = bound + least * (1 + ((w_finite + 1) / heat)[..., None] * (finite_slope + slope_error))
     bound = np.where(here[..., None], bound, 0)
