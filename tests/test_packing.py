@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import EMULATED, FILES
+from mmfast import ops
 from mmfast.ops import _common, class_separability
 
 # The public functions hide the modules they are in.
-kmeans, shapley_values = (sys.modules[f"mmfast.ops.{name}"] for name in ("kmeans", "shapley_values"))
+shapley_values = sys.modules["mmfast.ops.shapley_values"]
 
 MOST = 100
 N, D, C, S = 30, 12, 3, 8
@@ -78,12 +79,11 @@ def test_parts_give_what_the_whole_gives(name, kind, backend, device, monkeypatc
         torch.testing.assert_close(z, y, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_lies_apart_is_looked_at_in_parts(value):
-    """Whether all is finite is asked before any iteration."""
+    """Whether all is finite is asked before any iteration, and what is not is counted."""
     for x in MATRICES.values():
-        x = x.clone() if value == 1 else torch.full_like(x, value)
-        wide = x[:1, :1].expand(2**12, 2**10)
-        with LargestCopy() as largest:
-            assert kmeans._is_finite(wide) == kmeans._is_finite(x) == (value == 1)
+        wide = torch.full_like(x, value)[:1, :1].expand(2**12, 2**10)
+        with LargestCopy() as largest, pytest.raises(ValueError, match=f"got {2**22} NaN or infinite"):
+            ops.kmeans(wide, 2)
         assert largest.numel <= 2**20

@@ -171,7 +171,7 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
             # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
             low, high = _extremes(value)
             if not (math.isfinite(low) and math.isfinite(high)):
-                num_bad = value.numel() - int(value.isfinite().sum())
+                num_bad = sum(int((~part.isfinite()).sum()) for part in _parts(value))
                 raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
             largest = max(largest, -low, high)
     return largest
@@ -181,11 +181,16 @@ def _extremes(
     x: Tensor,  # [N, D] or [K, D], not empty
 ) -> tuple[float, float]:
     """Return the least and the largest element; NaN where one is."""
-    # Some rows at a time: torch copies what does not lie in one piece.
-    parts = [x] if x.is_contiguous() else [x[rows] for rows in row_chunks(x, *x.shape)]
-    lows, highs = zip(*[part.aminmax() for part in parts], strict=True)
+    lows, highs = zip(*[part.aminmax() for part in _parts(x)], strict=True)
     low, high = torch.stack([torch.stack(lows).amin(), torch.stack(highs).amax()]).tolist()
     return low, high
+
+
+def _parts(
+    x: Tensor,  # [N, D] or [K, D], not empty
+) -> list[Tensor]:
+    """Return `x`, some rows at a time where it does not lie in one piece: torch copies that."""
+    return [x] if x.is_contiguous() else [x[rows] for rows in row_chunks(x, *x.shape)]
 
 
 def _exponent(largest: float, dtype: torch.dtype) -> int:
