@@ -29,7 +29,6 @@ GPU.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
+from ._common import _ELEMENT, _acc, _bits, _cdiv, _configuration, _number, _on, _wide
 from ._duc_loss_columns import (
     _column_configurations,
     _Columns,
@@ -53,7 +52,7 @@ from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
 from ._tuning import choose, size_class
 
 
-@triton.jit(do_not_specialize=["N", "K", "offset"])
+@triton.jit(do_not_specialize=["N", "K", "offset", "scale_bits"])
 def _duc_loss_fwd_kernel(
     q_ptr,  # [N, W] of every pair
     k_ptr,  # [K, W] of every pair
@@ -65,8 +64,7 @@ def _duc_loss_fwd_kernel(
     K,
     W,  # of one pair; of several each has its own
     offset,
-    scale_high,
-    scale_low,
+    scale_bits,  # of a float64
     HAS_RESIDUAL: tl.constexpr,
     LOWEST: tl.constexpr,  # the least finite number of ACC
     HALVED: tl.constexpr,  # whether differences of scores that count may be out of range
@@ -94,7 +92,7 @@ def _duc_loss_fwd_kernel(
         tl.store(losses_ptrs, tl.zeros((BLOCK_N,), dtype=ACC), mask=mask_n)
     # A program past the columns in use has nothing to write.
     if first_column < count:
-        scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
+        scale = _number(scale_bits, ACC)
         width = W if counts_ptr is None else _fitted(count)
         # The pair's rows come after those of the pairs before it. `pair` is 0 where there is one: not in so
         # many words, as ptxas then keeps all in registers.
@@ -237,9 +235,6 @@ def _run(
     default = min(tiles, key=duration)._asdict()
     chosen = choose("duc_loss", key, default, lambda: _candidates(tiles), queries.device)
     blocks, options = _arguments(_Tile(**chosen))
-    # A float argument arrives as float32: for float64 the rest comes beside it.
-    scale = math.log2(math.e) / temperature
-    high = ctypes.c_float(scale).value
     grid = (_cdiv(num_queries, blocks["BLOCK_N"]), num_splits, num_pairs)
     with _on(queries.device):
         _duc_loss_fwd_kernel[grid](
@@ -253,8 +248,7 @@ def _run(
             num_keys,
             width,
             offset,
-            high,
-            scale - high,
+            _bits(math.log2(math.e) / temperature),
             HAS_RESIDUAL=residual is not None,
             LOWEST=torch.finfo(_wide(queries.dtype)).min,
             HALVED=temperature > (1e300 if queries.dtype == torch.float64 else 1e30),

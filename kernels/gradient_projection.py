@@ -69,7 +69,7 @@ def _projected_feature_kernel(
     tl.store(part_ptr + 2 * tl.num_programs(0), wide_unit)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["alpha_bits", "num_parts"])
 def _update_projector_kernel(
     p_ptr,  # [D, D] changed in place
     ph_ptr,  # [D] in ACC

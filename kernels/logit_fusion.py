@@ -116,7 +116,7 @@ def _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C):
     tl.store(fused_ptr + offs_n[:, None] * C + offs_c[None, :], fused, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "N", "stride_zm", "stride_hm"])
+@triton.jit(do_not_specialize=["temperature_bits", "M", "N", "stride_zm", "stride_hm"])
 def _logit_fusion_fwd_kernel(
     z_ptr,  # [M, N, C]
     present_ptr,  # uint8 [M, N] or null
@@ -217,7 +217,7 @@ def _store_dlogits(
     tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "N", "stride_dwm", "stride_zm", "stride_hm"])
+@triton.jit(do_not_specialize=["temperature_bits", "M", "N", "stride_dwm", "stride_zm", "stride_hm"])
 def _logit_fusion_bwd_kernel(
     df_ptr,  # [N, C]
     dw_ptr,  # [M, N]

@@ -10,7 +10,7 @@ import torch
 from fuzzing.draw import Draw
 from fuzzing.judge import check, check_same, clean, gamma, grain, unit, wide
 from fuzzing.shapley import gradients, leaf
-from fuzzing.tensors import FLOATS, assert_unchanged, exact, float_dtype, floats, labels
+from fuzzing.tensors import assert_unchanged, exact, float_dtype, float_dtypes, floats, labels
 from mmfast import ops
 
 _KINDS = ("normal", "offset", "ties", "huge", "tiny", "wide", "special", "equal")
@@ -162,7 +162,7 @@ def dimension_accuracy(draw: Draw, backend: str, small: bool) -> None:
     shape = (draw.size(33 if small else 65), draw.size(33))
     features, target = floats(draw, shape, dtype, kinds=_KINDS), labels(draw, shape[0], num_classes)
     kinds = ("ties", "normal", "offset", "huge", "tiny", "wide", "special", "equal")
-    centroid_dtype = draw.choice((wide(dtype), dtype, *FLOATS))
+    centroid_dtype = draw.choice((wide(dtype), dtype, *float_dtypes(backend)))
     centroids = floats(draw, (num_classes, shape[1]), centroid_dtype, kinds=kinds)
     c = exact(centroids.tensor)
     if c.size and not np.isfinite(c).any():

@@ -9,7 +9,7 @@ import torch
 
 from fuzzing.draw import Draw
 from fuzzing.judge import gamma, unit, wide
-from fuzzing.tensors import FLOATS, INTEGERS, assert_unchanged, exact, float_dtype, floats, laid_out
+from fuzzing.tensors import INTEGERS, assert_unchanged, exact, float_dtype, float_dtypes, floats, laid_out
 from mmfast import ops
 
 _KINDS = ("normal", "ties", "offset", "equal", "tiny", "huge", "wide")
@@ -33,7 +33,9 @@ def kmeans(draw: Draw, backend: str, small: bool) -> None:
     }
     init = None
     if draw.chance(0.4):
-        init = floats(draw, (num_clusters, shape[1]), draw.choice((dtype, *FLOATS)), _KINDS[:4])
+        init = floats(
+            draw, (num_clusters, shape[1]), draw.choice((dtype, *float_dtypes(backend))), _KINDS[:4]
+        )
         options["init"] = init.tensor
     else:
         options["num_init"] = draw.choice((1, 2))

@@ -9,13 +9,13 @@ from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, gamma, unit, wide
 from fuzzing.shapley import gradients, leaf
 from fuzzing.tensors import (
-    FLOATS,
     Made,
     assert_around_unchanged,
     assert_unchanged,
     bits,
     exact,
     float_dtype,
+    float_dtypes,
     floats,
     laid_out,
 )
@@ -89,9 +89,7 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     dtype, size = draw.choice((torch.float32, torch.float64)), draw.size(33 if small else 129)
     values = _projector(draw, size, dtype)
     projector = laid_out(draw, values, draw.choice(_WRITABLE))
-    # Triton's interpreter takes bfloat16 below the normal numbers for 0.
-    kinds = [kind for kind in FLOATS if backend != "triton" or kind != torch.bfloat16]
-    feature = floats(draw, (size,), draw.choice((dtype, *kinds)), _KINDS)
+    feature = floats(draw, (size,), draw.choice((dtype, *float_dtypes(backend))), _KINDS)
     alpha = draw.choice((1.0, 0.1, 1e-3, 1e-6, 1e3, 1e-9, 1e-15, 1e20, 1e-30))
     ops.update_projector_(projector.tensor, feature.tensor, alpha=alpha, backend=backend)
     u, info = unit(dtype), torch.finfo(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, flushed, gamma, grain, unit, wide
 from fuzzing.softmax import softmax
-from fuzzing.tensors import FLOATS, Made, assert_unchanged, exact, float_dtype, floats, labels
+from fuzzing.tensors import Made, assert_unchanged, exact, float_dtype, float_dtypes, floats, labels
 from mmfast import ops
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
@@ -69,7 +69,11 @@ def table_of(
     dphi: np.ndarray,  # [..., M]
     u: float,
 ) -> tuple[np.ndarray, np.ndarray]:  # [..., S] each
-    """Return W dphi, the transposed map, and a bound of its error: 2 M terms of rounded weights."""
+    """Return W dphi, the transposed map, and a bound of its error: 2 M terms of rounded weights.
+
+    sum_{m in s} w(s - m) dphi_m - sum_{m not in s} w(s) dphi_m, or, as a kernel may, with
+    w(s) times the sum of all dphi less that of the members.
+    """
     num_players = dphi.shape[-1]
     table = np.zeros((*dphi.shape[:-1], 2**num_players), np.longdouble)
     size, weights = np.zeros_like(table), _weights(num_players)
@@ -79,6 +83,14 @@ def table_of(
             split = target.reshape(*target.shape[:-1], 2 ** (num_players - 1 - player), 2, 2**player)
             split[..., 0, :] += without.reshape(split[..., 0, :].shape)
             split[..., 1, :] += present.reshape(split[..., 1, :].shape)
+    counts = [s.bit_count() for s in range(2**num_players)]
+    # 0 for all players together.
+    again = [
+        0 if n == num_players else 2 / np.longdouble(num_players * math.comb(num_players - 1, n))
+        for n in counts
+    ]
+    members = np.arange(2**num_players)[:, None] >> np.arange(num_players) & 1  # [S, M]
+    size += np.array(again) * (np.abs(dphi) @ members.T)
     return table, gamma(2 * num_players + 4, u) * clean(size)
 
 
@@ -189,7 +201,9 @@ def coalition_utilities(draw: Draw, backend: str, small: bool) -> None:
         given = gradients(draw, shape[:2], dtype)
         (dlogits,) = torch.autograd.grad(values, x, given.tensor)
         du = exact(given.tensor)[..., None]
-        check("dlogits", dlogits, du * slope, np.abs(du) * slope_error + 8 * grain(acc), dtype=dtype)
+        # The label's is minus the sum of all others, each of which may lie below the normal numbers.
+        grains = (8 + shape[2]) * grain(acc)
+        check("dlogits", dlogits, du * slope, np.abs(du) * slope_error + grains, dtype=dtype)
         assert_unchanged(dutilities=given)
     else:
         assert not values.requires_grad, "a step function carries a gradient"
@@ -216,7 +230,9 @@ def additive_shapley(draw: Draw, backend: str, small: bool) -> None:
     bias = None
     if draw.chance(0.6):
         kinds = ("ties", "normal", "minus infinity", "huge")
-        bias = floats(draw, shape[2:], draw.choice((dtype, torch.float32, *FLOATS)), kinds=kinds)
+        bias = floats(
+            draw, shape[2:], draw.choice((dtype, torch.float32, *float_dtypes(backend))), kinds=kinds
+        )
     acc = wide(dtype, dtype if bias is None else bias.tensor.dtype)
     u, flush = unit(acc), flushed(acc)
     x, b = leaf(partial), None if bias is None else leaf(bias)

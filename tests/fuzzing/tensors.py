@@ -33,7 +33,12 @@ class Made:
 
 def float_dtype(draw: Draw, backend: str) -> torch.dtype:
     """Return a floating dtype that the backend takes here."""
-    return draw.choice([dtype for dtype in FLOATS if _backend.supports(backend, "", dtype)])
+    return draw.choice(float_dtypes(backend))
+
+
+def float_dtypes(backend: str) -> list[torch.dtype]:
+    """Return the floating dtypes that the backend takes here: Triton's interpreter misreads bfloat16."""
+    return [dtype for dtype in FLOATS if _backend.supports(backend, "", dtype)]
 
 
 def bits(tensor: Tensor) -> Tensor:
