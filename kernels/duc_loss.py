@@ -347,7 +347,7 @@ def compile_configurations(target: int | str) -> list[tuple]:
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
         residual = f"*{_ELEMENT[_residual_dtype(dtype)]}:16"
         types = [x, x, "*i32:16", "*i32:16", acc, residual]
-        types += ["i32", "i32", "i32:16", "i32", "fp32", "fp32"]
+        types += ["i32", "i32", "i32:16", "i32", "i64"]
         constants = {"HAS_RESIDUAL": with_residual, "HALVED": False, "PRECISION": precision}
         constants |= {"LOWEST": torch.finfo(_wide(dtype)).min, "ACC": _acc(dtype), **common}
         if not with_residual:
