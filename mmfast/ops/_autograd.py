@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+_is_torch_func_active = torch._C._are_functorch_transforms_active
+# A tensor that a function under torch.func let out is still wrapped.
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
 
 def is_constant(*tensors: Tensor | None) -> bool:
     """Whether nothing is asked of these tensors but a result, so that a raw op may be called alone.
@@ -17,7 +21,7 @@ def is_constant(*tensors: Tensor | None) -> bool:
     A Function costs 2.6 microseconds, as much as the rest of a call with few samples. torch.func and forward-
     mode AD have to find it, and a compiler traces one way for both.
     """
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _is_torch_func_active():
         return False
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -28,7 +32,7 @@ def is_constant(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func (grad, vjp, vmap, jvp, ...) or forward-mode AD is at work around the call."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _is_torch_func_active()
 
 
 def without_derivative(
@@ -50,6 +54,8 @@ class Op:
     # Of the outputs, those with a gradient, and those that `gradient` reads.
     smooth = slice(None)
     kept = slice(0)
+    # Whether the outputs that are not smooth are there for `gradient` alone: the caller gets the smooth ones.
+    is_hidden = False
 
     # Static, of (options, *tensors): returns the outputs, a tuple or one tensor; `options` holds no tensor.
     forward: Callable
@@ -57,7 +63,7 @@ class Op:
     @staticmethod
     def gradient(
         options: tuple,
-        gradients: Sequence[Tensor | None],  # of all outputs
+        gradients: Sequence[Tensor | None],  # of all outputs, or of the smooth ones where others are hidden
         tensors: Sequence[Tensor | None],  # the inputs
         kept: Sequence[Tensor],
     ) -> Sequence[Tensor | None]:
@@ -80,43 +86,91 @@ def differentiable(op: type[Op]) -> Callable:
     torch's `apply` of a Function with `setup_context` looks up the signature of `forward` in every call, 8
     microseconds; without `setup_context` torch.func refuses it, and torch.compile refuses one with `jvp`.
     """
+    plain, transformed = _plain(op), _transformed(op)
+    # What `plain.apply` calls after it has asked, for a microsecond, whether torch.func is at work.
+    apply_plain = super(torch.autograd.Function, plain).apply
 
-    def setup_context(ctx, inputs, output):
-        ctx.options, *tensors = inputs
-        ctx.num_tensors = len(tensors)
-        if isinstance(output, Tensor):
-            ctx.save_for_backward(*tensors)
-            return
-        ctx.save_for_backward(*tensors, *output[op.kept])
-        # None instead of a tensor of zeros for an output that nothing depends on.
-        ctx.set_materialize_grads(False)
-        rough = [y for y in output if all(y is not x for x in output[op.smooth])]
-        if rough:
-            ctx.mark_non_differentiable(*rough)
+    def apply(options: tuple, *tensors: Tensor | None):
+        if torch.compiler.is_compiling():
+            return plain.apply(options, *tensors)
+        if forward_ad._current_level < 0 and not _is_torch_func_active():
+            return apply_plain(options, *[x if x is None else _unwrap_if_dead(x) for x in tensors])
+        outputs = transformed.apply(options, *tensors)
+        return _alone(outputs[op.smooth]) if op.is_hidden else outputs
 
-    def backward(ctx, *gradients):
-        saved = ctx.saved_tensors
-        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
-        if all(gradient is None for gradient in gradients[op.smooth]):
-            return None, *[None] * ctx.num_tensors
-        if torch.compiler.is_compiling() or is_constant(*gradients, *tensors):
-            return None, *op.gradient(ctx.options, gradients, tensors, kept)
-        return None, *_gradient(op, ctx.options, gradients, tensors, kept)
+    return apply
+
+
+def _alone(outputs: tuple[Tensor, ...]):
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _others(part: slice) -> slice:
+    """Return what a slice from the first or to the last leaves out."""
+    return slice(part.start or 0) if part.stop is None else slice(part.stop, None)
+
+
+def _plain(op: type[Op]) -> Any:
+    """Return the Function that training meets: every line of it counts, once in a call."""
+    run, gradient, smooth, kept_outputs, is_hidden = op.forward, op.gradient, op.smooth, op.kept, op.is_hidden
+    keeps, rough = kept_outputs != slice(0), _others(smooth)
 
     # torch.compile tells whether `forward` takes ctx by the number of its parameters: as many as there are
     # inputs mean that it does not, and there are two at least.
     def forward(*args):
-        ctx, *inputs = args
-        output = op.forward(*inputs)
-        setup_context(ctx, inputs, output)
+        ctx, options, *tensors = args
+        ctx.options = options
+        output = run(options, *tensors)
+        if not keeps:
+            ctx.save_for_backward(*tensors)
+            return output
+        ctx.save_for_backward(*tensors, *output[kept_outputs])
+        if is_hidden:
+            return _alone(output[smooth])
+        ctx.mark_non_differentiable(*output[rough])
         return output
 
-    def setup_context_of_all(ctx, inputs, output):
-        setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[1:])
+    def backward(ctx, *gradients):
+        tensors, kept = ctx.saved_tensors, ()
+        if keeps:
+            num_tensors = len(ctx.needs_input_grad) - 1
+            tensors, kept = tensors[:num_tensors], tensors[num_tensors:]
+        # Mostly nothing is asked of a gradient.
+        is_asked = torch.is_grad_enabled() or is_transformed()
+        if is_asked and not (is_constant(*gradients, *tensors) or torch.compiler.is_compiling()):
+            return None, *_gradient(op, ctx.options, gradients, tensors, kept)
+        return None, *gradient(ctx.options, gradients, tensors, kept)
+
+    members: dict = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(op.__name__, (torch.autograd.Function,), members)
+
+
+def _transformed(op: type[Op]) -> Any:
+    """Return the Function that torch.func and forward-mode AD meet: all outputs are returned."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.options, *tensors = inputs
+        ctx.num_tensors = len(tensors)
         outputs = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*tensors, *outputs[op.kept])
+        ctx.save_for_forward(*tensors)
         ctx.is_smooth = [index in range(len(outputs))[op.smooth] for index in range(len(outputs))]
         ctx.outputs = [(y.shape, y.dtype, y.device) for y in outputs[op.smooth]]
+        # None instead of a tensor of zeros for an output that nothing depends on.
+        ctx.set_materialize_grads(False)
+        rough = [y for y, is_smooth in zip(outputs, ctx.is_smooth, strict=True) if not is_smooth]
+        if rough:
+            ctx.mark_non_differentiable(*rough)
+
+    def backward(ctx, *gradients):
+        tensors, kept = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        if op.is_hidden:
+            gradients = gradients[op.smooth]
+        if all(gradient is None for gradient in gradients[op.smooth]):
+            return None, *[None] * ctx.num_tensors
+        if is_constant(*gradients, *tensors) or torch.compiler.is_compiling():
+            return None, *op.gradient(ctx.options, gradients, tensors, kept)
+        return None, *_gradient(op, ctx.options, gradients, tensors, kept)
 
     def jvp(ctx, _, *tangents):
         tensors, wrt = ctx.saved_tensors, [i for i, tangent in enumerate(tangents) if tangent is not None]
@@ -131,23 +185,14 @@ def differentiable(op: type[Op]) -> Callable:
         results = [next(found) if is_smooth else None for is_smooth in ctx.is_smooth]
         return results[0] if len(results) == 1 else tuple(results)
 
-    members: dict = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    plain: Any = type(op.__name__, (torch.autograd.Function,), members)
-    members = {
+    members: dict = {
         "forward": staticmethod(op.forward),
-        "setup_context": staticmethod(setup_context_of_all),
+        "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
         "jvp": staticmethod(jvp),
         "vmap": classmethod(_looped),
     }
-    transformed: Any = type(op.__name__, (torch.autograd.Function,), members)
-
-    def apply(options: tuple, *tensors: Tensor | None):
-        if not torch.compiler.is_compiling() and is_transformed():
-            return transformed.apply(options, *tensors)
-        return plain.apply(options, *tensors)
-
-    return apply
+    return type(op.__name__, (torch.autograd.Function,), members)
 
 
 def _looped(function: type[torch.autograd.Function], info, in_dims, *args):

@@ -169,9 +169,10 @@ def duc_loss(
     if is_constant(*features):
         given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
         return _duc_op(features, *given, False, backend)[0]
-    keys = keys or [_as_key(feature) for feature in features]
-    options = (list(sizes), float(temperature), offset, reduction, _asks_gradient(features), backend)
-    return _duc(options, mask, columns, *features, *keys)[0]
+    asks = _asks_gradient(features)
+    options = (num_modalities, list(sizes), float(temperature), offset, reduction, asks, backend)
+    mask, *features = _saved(mask, *features)
+    return _duc(options, mask, columns, *features, *keys)
 
 
 def unidirectional_info_nce(
@@ -232,7 +233,7 @@ def unidirectional_info_nce(
     options = (float(temperature), offset, reduction)
     if is_constant(query):
         return _info_nce_op(query, key, *options, False, backend)[0]
-    return _info_nce((*options, _asks_gradient([query]), backend), query, key)[0]
+    return _info_nce((*options, _asks_gradient([query]), backend), query, key)
 
 
 def _check_features(features: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -286,11 +287,19 @@ def _check_options(temperature: float | Tensor, reduction: str) -> None:
 def _as_key(
     x: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
-    """Return features as a constant that autograd can keep, which it does not of inference mode's tensors."""
+    """Return features as a constant that autograd can keep."""
     if torch.compiler.is_compiling() or is_transformed():
         return x.detach()
-    x = x.detach() if x.requires_grad else x
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+    return _saved(x.detach() if x.requires_grad else x)[0]
+
+
+def _saved(
+    *tensors: Tensor,  # any shapes
+) -> Sequence[Tensor]:  # like `tensors`
+    """Return tensors so that autograd can save them, which it refuses of what inference mode made."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return [x.clone() if x.is_inference() else x for x in tensors]
 
 
 def _divided(
@@ -306,7 +315,10 @@ def _divided(
 
 
 def _asks_gradient(features: Sequence[Tensor]) -> bool:
-    return is_transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in features))
+    """Whether features that are not constant need a gradient; only a compiler makes them so without."""
+    if not torch.compiler.is_compiling() or is_transformed():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in features)
 
 
 def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
@@ -337,40 +349,38 @@ def _scaled(
 
 
 class _DucLoss(Op):
-    smooth, kept = slice(1), slice(1, None)
+    smooth, kept, is_hidden = slice(1), slice(1, None), True
 
     @staticmethod
     def forward(options, mask, columns, *tensors):
-        sizes, *others = options
-        half = len(tensors) // 2
-        features, keys = list(tensors[:half]), list(tensors[half:])
-        return _duc_op(features, keys, mask, columns, sizes, *others)
+        num_modalities, *others = options
+        return _duc_op(tensors[:num_modalities], tensors[num_modalities:], mask, columns, *others)
 
     @staticmethod
     def gradient(options, gradients, tensors, kept):
-        _, temperature, _, reduction, *_ = options
+        _, _, temperature, _, reduction, *_ = options
         found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[2].dtype).unbind(0)
-        return None, None, *found, *[None] * len(found)
+        return None, None, *found, *[None] * (len(tensors) - 2 - len(found))
 
     @staticmethod
     def formula(options, gradients, tensors):
-        mask, _, *features = tensors
-        half = len(features) // 2
-        _, temperature, offset, reduction, *_ = options
+        mask, _, *tensors = tensors
+        num_modalities, _, temperature, offset, reduction, *_ = options
+        features, keys = tensors[:num_modalities], tensors[num_modalities:]
         found = _reference.duc_loss_bwd(
             gradients[0],
-            features[:half],
-            features[half:],
+            features,
+            keys or [feature.detach() for feature in features],
             mask,
             temperature=temperature,
             offset=offset,
             reduction=reduction,
         )
-        return None, None, *found, *[None] * half
+        return None, None, *found, *[None] * len(keys)
 
 
 class _InfoNCE(Op):
-    smooth, kept = slice(1), slice(1, None)
+    smooth, kept, is_hidden = slice(1), slice(1, None), True
 
     @staticmethod
     def forward(options, query, key):
