@@ -287,6 +287,54 @@ class TestOneBehaviourAtEverySize:
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
+def _of_inference_mode():
+    with torch.inference_mode():
+        return {
+            "labels": LABELS.clone(),
+            "present": PRESENT.clone(),
+            "effective": EFFECTIVE.clone(),
+            "projector": PROJECTOR.clone(),
+            "other": _numbers(6, 4, seed=1),
+        }
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        ((6, 4, 3), lambda x, c: ops.coalition_utilities(x, c["labels"], utility="margin")),
+        ((2, 6, 3), lambda x, c: ops.additive_shapley(x, c["labels"], utility="margin")),
+        ((6, 2), lambda x, c: ops.class_moments(x, c["labels"], 3).var),
+        ((2, 6, 3), lambda x, c: ops.entropy_fusion(x, present=c["present"])[0]),
+        ((6, 4), lambda x, c: ops.project_gradient(x, c["projector"])),
+        ((6, 4), lambda x, c: ops.duc_loss([x, x.detach()], c["effective"])),
+        ((6, 4), lambda x, c: ops.duc_loss([x, c["other"]], c["effective"])),
+    ],
+)
+def test_constants_of_inference_mode(shape, call):
+    """As an evaluation leaves them: autograd saves none of them, and a copy is taken."""
+    results = []
+    for constants in (_of_inference_mode(), {name: x.clone() for name, x in _of_inference_mode().items()}):
+        x = _numbers(*shape).requires_grad_()
+        results.append(torch.autograd.grad(call(x, constants).sum(), x)[0])
+    assert torch.equal(*results)
+
+
+def test_what_a_transform_let_out():
+    """A tensor kept from inside of torch.func is an ordinary one afterwards."""
+    kept = []
+
+    def f(x):
+        kept.append(x * 1)
+        return x.square().sum()
+
+    torch.func.grad(f)(_numbers(6, 4))
+    assert ops.duc_loss([kept[0], kept[0]], EFFECTIVE).isfinite()
+    for _ in range(2):
+        query = _numbers(6, 4, seed=1).requires_grad_()
+        ops.duc_loss([query, kept[0]], EFFECTIVE).backward()
+        assert query.grad.isfinite().all()
+
+
 def test_a_batch_of_what_is_changed_in_place():
     features = _numbers(5, 4)
     projectors = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)

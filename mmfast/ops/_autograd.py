@@ -94,7 +94,15 @@ def differentiable(op: type[Op]) -> Callable:
         if torch.compiler.is_compiling():
             return plain.apply(options, *tensors)
         if forward_ad._current_level < 0 and not _is_torch_func_active():
-            return apply_plain(options, *[x if x is None else _unwrap_if_dead(x) for x in tensors])
+            values = [x if x is None else _unwrap_if_dead(x) for x in tensors]
+            try:
+                return apply_plain(options, *values)
+            except RuntimeError:
+                # What inference mode made cannot be saved; a copy can.
+                copies = [x.clone() if x is not None and x.is_inference() else x for x in values]
+                if all(copy is x for copy, x in zip(copies, values, strict=True)):
+                    raise
+            return apply_plain(options, *copies)
         outputs = transformed.apply(options, *tensors)
         return _alone(outputs[op.smooth]) if op.is_hidden else outputs
 

@@ -154,14 +154,22 @@ def duc_loss(
     """
     features = _check_features(features)
     num_modalities, num_dims = len(features), features[0].shape[1]
-    columns, sizes = (effective.columns, effective.sizes) if isinstance(effective, DucDims) else (None, ())
-    mask = effective._unchanged() if isinstance(effective, DucDims) else effective
-    _check_effective(mask, num_modalities, num_dims)
-    check_same_device(features=features[0], effective=mask)
+    # What is wrong is looked for afterwards, as in `_check_features`.
+    columns: Tensor | None = None
+    sizes: Sequence[int] = ()
+    if isinstance(effective, DucDims):
+        columns, sizes, mask = effective.columns, effective.sizes, effective._unchanged()
+        if mask.shape != (num_modalities, num_dims):
+            _check_effective(mask, num_modalities, num_dims)
+    else:
+        mask = effective
+        _check_effective(mask, num_modalities, num_dims)
+    if mask.device != features[0].device:
+        check_same_device(features=features[0], effective=mask)
     _check_options(temperature, reduction)
     _backend.check_name(backend)
     features = promoted(*features)
-    keys, offset = _gathered(features, group)
+    keys, offset = ([], 0) if group is None else _gathered(features, group)
     if isinstance(temperature, Tensor):
         keys = keys or [_as_key(feature) for feature in features]
         features, temperature = [_divided(feature, temperature) for feature in features], 1.0
@@ -169,10 +177,9 @@ def duc_loss(
     if is_constant(*features):
         given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
         return _duc_op(features, *given, False, backend)[0]
-    asks = _asks_gradient(features)
-    options = (num_modalities, list(sizes), float(temperature), offset, reduction, asks, backend)
-    mask, *features = _saved(mask, *features)
-    return _duc(options, mask, columns, *features, *keys)
+    options = (list(sizes), float(temperature), offset, reduction, _asks_gradient(features), backend)
+    # Constants that no derivative reads need no place among what autograd saves.
+    return _duc((num_modalities, columns, *options), mask, *features, *keys)
 
 
 def unidirectional_info_nce(
@@ -287,19 +294,11 @@ def _check_options(temperature: float | Tensor, reduction: str) -> None:
 def _as_key(
     x: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
-    """Return features as a constant that autograd can keep."""
+    """Return features as a constant that autograd can save, which it refuses of what inference mode made."""
     if torch.compiler.is_compiling() or is_transformed():
         return x.detach()
-    return _saved(x.detach() if x.requires_grad else x)[0]
-
-
-def _saved(
-    *tensors: Tensor,  # any shapes
-) -> Sequence[Tensor]:  # like `tensors`
-    """Return tensors so that autograd can save them, which it refuses of what inference mode made."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensors
-    return [x.clone() if x.is_inference() else x for x in tensors]
+    x = x.detach() if x.requires_grad else x
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def _divided(
@@ -352,20 +351,20 @@ class _DucLoss(Op):
     smooth, kept, is_hidden = slice(1), slice(1, None), True
 
     @staticmethod
-    def forward(options, mask, columns, *tensors):
+    def forward(options, mask, *tensors):
         num_modalities, *others = options
-        return _duc_op(tensors[:num_modalities], tensors[num_modalities:], mask, columns, *others)
+        return _duc_op(tensors[:num_modalities], tensors[num_modalities:], mask, *others)
 
     @staticmethod
     def gradient(options, gradients, tensors, kept):
-        _, _, temperature, _, reduction, *_ = options
-        found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[2].dtype).unbind(0)
-        return None, None, *found, *[None] * (len(tensors) - 2 - len(found))
+        _, _, _, temperature, _, reduction, *_ = options
+        found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[1].dtype).unbind(0)
+        return None, *found, *[None] * (len(tensors) - 1 - len(found))
 
     @staticmethod
     def formula(options, gradients, tensors):
-        mask, _, *tensors = tensors
-        num_modalities, _, temperature, offset, reduction, *_ = options
+        mask, *tensors = tensors
+        num_modalities, _, _, temperature, offset, reduction, *_ = options
         features, keys = tensors[:num_modalities], tensors[num_modalities:]
         found = _reference.duc_loss_bwd(
             gradients[0],
@@ -376,7 +375,7 @@ class _DucLoss(Op):
             offset=offset,
             reduction=reduction,
         )
-        return None, None, *found, *[None] * len(keys)
+        return None, *found, *[None] * len(keys)
 
 
 class _InfoNCE(Op):
