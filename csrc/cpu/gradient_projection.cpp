@@ -24,6 +24,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "gemm_tile.h"
@@ -131,7 +132,7 @@ struct Projector {
 
   // Leaves P h / sqrt(divisor) in u; returns the sign of the term. Squares are taken in float64.
   A direction(const A* h, const A* ph, double alpha, A* u) const {
-    constexpr int kSums = 8;
+    constexpr int kSums = 16;
     double lengths[kSums] = {}, squares[kSums] = {};
     for (int64_t j = 0; j < round_up(D, L); j += std::min(L, kSums)) {
       for (int i = 0; i < std::min(L, kSums); ++i) {
@@ -172,16 +173,22 @@ struct Projector {
     const int64_t padded = round_up(D, L);
     const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
     const int64_t threads = std::max<int64_t>(1, std::min(num_threads, useful));
-    std::vector<A> memory((2 + threads) * padded);
-    A* const h = memory.data();
-    A* const ph = h + padded;
+    // A cache line apart: vectors of 4 KB in one piece would lie at the same place of a page, where a load
+    // waits for the store to another.
+    constexpr int64_t line = 64 / sizeof(A);
+    const int64_t pitch = round_up(D, line) + line;
+    std::vector<A> memory((2 + threads) * pitch + line);
+    void* start = memory.data();
+    size_t space = memory.size() * sizeof(A);
+    A* const h = static_cast<A*>(std::align(64, pitch * sizeof(A), start, space));
+    A* const ph = h + pitch;
     std::copy_n(mean_feature, D, h);
     const double unit = scale(h, padded);
     alpha *= unit * unit;
     // A thread's rows stay in its second cache from the product to the difference.
     const auto part = [&](int64_t t, int64_t n, auto&& wait) __attribute__((noinline)) {
       const int64_t begin = D * t / n, end = D * (t + 1) / n;
-      A* const u = ph + (1 + t) * padded;
+      A* const u = ph + (1 + t) * pitch;
       multiply(begin, end, h, ph);
       wait();
       const A sign = direction(h, ph, alpha, u);

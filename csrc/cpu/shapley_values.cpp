@@ -81,16 +81,18 @@ void gather(const T* source, int64_t stride, int64_t count, T* target) {
 template <class T>
 __attribute__((noinline)) bool has_unbounded(const T* x, int64_t count, accumulate_t<T> most) {
   using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>;
-  Bits<A> is_bad = 0;
-  auto are_bad = Vec<Bits<A>>{};
+  constexpr int L = kLanes<A>, kSums = 4;
+  // What is above `most` is infinite after this; 0 times it, and all that is added to that, is NaN.
+  const A reach = std::numeric_limits<A>::max() / most;
+  Vec<A> doubt[kSums] = {};
   int64_t i = 0;
-  for (; i + L <= count; i += L) {
-    const Vec<A> next = load(x + i);
-    are_bad |= ~((next <= most) & (next >= -most));
+  for (; i + kSums * L <= count; i += kSums * L) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kSums; ++j) doubt[j] += load(x + i + j * L) * reach * A(0);
   }
-  for (; i < count; ++i) is_bad |= !(std::abs(widen(x[i])) <= most);
-  return is_bad != 0 || any(are_bad);
+  A rest = 0;
+  for (; i < count; ++i) rest += widen(x[i]) * reach * A(0);
+  return rest != 0 || any((doubt[0] + doubt[1]) + (doubt[2] + doubt[3]) != 0);
 }
 
 // The values of a row by the formula itself, if any of them is NaN or infinite as the fold left it.
