@@ -56,7 +56,8 @@ def _class_exponents(
         return None
     largest = features.new_zeros(num_classes, features.shape[1])
     for rows in row_chunks(features, *features.shape):
-        largest = largest.index_reduce(0, labels[rows], features[rows].abs(), "amax")
+        index = labels[rows, None].expand_as(features[rows])
+        largest = largest.scatter_reduce(0, index, features[rows].abs(), "amax")
     # 2^400: sums of 2^200 squares are in range.
     return torch.where(largest.isfinite() & (largest > 2.0**400), 600, 0).to(torch.int32)
 
