@@ -113,15 +113,18 @@ def _alone(outputs: tuple[Tensor, ...]):
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _others(part: slice) -> slice:
-    """Return what a slice from the first or to the last leaves out."""
-    return slice(part.start or 0) if part.stop is None else slice(part.stop, None)
+def _others(part: slice) -> tuple[int | None, int | None]:
+    """Return where what a slice from the first or to the last leaves out begins and ends."""
+    return (None, part.start or 0) if part.stop is None else (part.stop, None)
 
 
 def _plain(op: type[Op]) -> Any:
     """Return the Function that training meets: every line of it counts, once in a call."""
-    run, gradient, smooth, kept_outputs, is_hidden = op.forward, op.gradient, op.smooth, op.kept, op.is_hidden
-    keeps, rough = kept_outputs != slice(0), _others(smooth)
+    run, gradient, keeps, is_hidden = op.forward, op.gradient, op.kept != slice(0), op.is_hidden
+    # As numbers: torch 2.10 compiles no function that holds a slice.
+    kept_from, kept_to = op.kept.start, op.kept.stop
+    rough_from, rough_to = _others(op.smooth)
+    smooth_from, smooth_to = op.smooth.start, op.smooth.stop
 
     # torch.compile tells whether `forward` takes ctx by the number of its parameters: as many as there are
     # inputs mean that it does not, and there are two at least.
@@ -132,10 +135,10 @@ def _plain(op: type[Op]) -> Any:
         if not keeps:
             ctx.save_for_backward(*tensors)
             return output
-        ctx.save_for_backward(*tensors, *output[kept_outputs])
+        ctx.save_for_backward(*tensors, *output[kept_from:kept_to])
         if is_hidden:
-            return _alone(output[smooth])
-        ctx.mark_non_differentiable(*output[rough])
+            return _alone(output[smooth_from:smooth_to])
+        ctx.mark_non_differentiable(*output[rough_from:rough_to])
         return output
 
     def backward(ctx, *gradients):
