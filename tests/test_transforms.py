@@ -319,6 +319,18 @@ def test_constants_of_inference_mode(shape, call):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("name", ["shapley_values", "project_gradient"])
+def test_a_linear_op_keeps_no_input(name):
+    """What no gradient reads may change before it is asked for, as for torch's own products."""
+    shape, op, plain = CALLS[name]
+    x = _numbers(*shape).requires_grad_()
+    y, expected = x * 1, torch.autograd.grad(plain(x).sum(), x)[0]
+    loss = op(y, "auto").sum()
+    with torch.no_grad():
+        y.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+
+
 def test_what_a_transform_let_out():
     """A tensor kept from inside of torch.func is an ordinary one afterwards."""
     kept = []

@@ -57,6 +57,9 @@ class Op:
     # Whether the outputs that are not smooth are there for `gradient` alone: the caller gets the smooth ones.
     is_hidden = False
 
+    # Whether the outputs are linear in the first input: no gradient reads it, it may change or go.
+    is_linear = False
+
     # Static, of (options, *tensors): returns the outputs, a tuple or one tensor; `options` holds no tensor.
     forward: Callable
 
@@ -64,7 +67,7 @@ class Op:
     def gradient(
         options: tuple,
         gradients: Sequence[Tensor | None],  # of all outputs, or of the smooth ones where others are hidden
-        tensors: Sequence[Tensor | None],  # the inputs
+        tensors: Sequence[Tensor | None],  # the inputs, without the first where `is_linear`
         kept: Sequence[Tensor],
     ) -> Sequence[Tensor | None]:
         """Return the gradient of every input, None of one that has none."""
@@ -121,6 +124,7 @@ def _others(part: slice) -> tuple[int | None, int | None]:
 def _plain(op: type[Op]) -> Any:
     """Return the Function that training meets: every line of it counts, once in a call."""
     run, gradient, keeps, is_hidden = op.forward, op.gradient, op.kept != slice(0), op.is_hidden
+    is_linear = op.is_linear
     # As numbers: torch 2.10 compiles no function that holds a slice.
     kept_from, kept_to = op.kept.start, op.kept.stop
     rough_from, rough_to = _others(op.smooth)
@@ -133,6 +137,8 @@ def _plain(op: type[Op]) -> Any:
         ctx.options = options
         output = run(options, *tensors)
         if not keeps:
+            if is_linear:
+                tensors[0] = None
             ctx.save_for_backward(*tensors)
             return output
         ctx.save_for_backward(*tensors, *output[kept_from:kept_to])

@@ -132,6 +132,8 @@ def _check_projector(projector: Tensor) -> None:
 
 
 class _ProjectGradient(Op):
+    is_linear = True
+
     @staticmethod
     def forward(options, grad, projector):
         return _project_op(grad, projector, *options)

@@ -72,6 +72,8 @@ def _check(utilities: Tensor) -> None:
 
 
 class _ShapleyValues(Op):
+    is_linear = True
+
     @staticmethod
     def forward(options, utilities):
         return _fwd_op(utilities, *options)
@@ -87,6 +89,8 @@ class _ShapleyValues(Op):
 
 class _Transposed(Op):
     """The transposed map; its own gradient is the map again."""
+
+    is_linear = True
 
     @staticmethod
     def forward(options, dphi):
