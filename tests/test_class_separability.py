@@ -720,8 +720,10 @@ def test_bad_input():
 
 
 def test_a_million_samples_far_from_zero_keep_their_moments(backend, device):
-    features = 1000 + torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0)).to(device)
-    labels = torch.zeros(1_000_000, dtype=torch.int64, device=device)
+    # Triton's interpreter takes minutes for a million; sums that lose digits do so with these, too.
+    num_samples = 50_000 if backend == "triton" and device.type == "cpu" else 1_000_000
+    features = 1000 + torch.randn(num_samples, 1, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.zeros(num_samples, dtype=torch.int64, device=device)
     moments = ops.class_moments(features, labels, 1, backend=backend)
     truth = features.double()
     assert abs(moments.mean.item() - truth.mean().item()) < 1e-4
