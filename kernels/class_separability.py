@@ -113,6 +113,9 @@ def _moments_in_range(
         squares += tl.sum(deviation * deviation, axis=0)
     squares -= rest * (rest / number)
     squares = tl.where(squares < 0, 0.0, squares)
+    # What rounding left of the deviations belongs to the mean.
+    share = rest / number
+    centre += tl.where(share - share == 0, share, 0.0)
     return centre / scale, squares / number / scale / scale
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -717,6 +718,19 @@ def test_bad_input():
         ValueError, match=r"other must have moments of shape \[C, D\] = \[2, 3\], got \[4, 3\]"
     ):
         moments.merge(ops.class_moments(features, labels, 4))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e297])
+def test_an_outlier_near_the_end_of_range_leaves_the_digits_of_the_mean(scale, backend, device):
+    generator = torch.Generator().manual_seed(0)
+    features = 1e-5 * torch.randn(1000, 4, generator=generator, dtype=torch.float64)
+    features[0] = -5.962577177
+    features *= scale
+    labels = torch.zeros(1000, dtype=torch.int64, device=device)
+    mean = ops.class_moments(features.to(device), labels, 1, backend=backend).mean[0].cpu()
+    truth = features.numpy().astype(np.longdouble).mean(0)
+    # 4,000 to 12,000 units where the sum of deviations from the outlier is not corrected.
+    assert np.abs((mean.numpy() - truth) / truth).max() < 250 * 2.0**-53
 
 
 def test_a_million_samples_far_from_zero_keep_their_moments(backend, device):

@@ -272,7 +272,9 @@ void moments_in_range(const T* x, int64_t stride, const int64_t* rows, int64_t c
     const double deviation = number(r) - centre;
     rest += deviation, squares += deviation * deviation;
   }
-  mean = static_cast<A>(centre / scale);
+  // What rounding left of the deviations belongs to the mean.
+  const double share = rest / count;
+  mean = static_cast<A>((share - share == 0 ? centre + share : centre) / scale);
   const double least = squares - rest * (rest / count);
   var = static_cast<A>((least < 0 ? 0 : least) / count / scale / scale);
 }

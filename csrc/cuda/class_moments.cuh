@@ -264,8 +264,10 @@ __device__ void moments_in_range(const T* x, int64_t stride,
   const double centre = origin + sum / number;
   // Of an infinite sample the mean is infinite, and the deviation from it no number.
   for_numbers([&](double value) { rest += value - centre, squares += (value - centre) * (value - centre); });
-  mean = static_cast<accumulate_t<T>>(centre / scale);
-  var = static_cast<accumulate_t<T>>(not_negative(squares - rest * (rest / number)) / number / scale / scale);
+  // What rounding left of the deviations belongs to the mean.
+  const double share = rest / number;
+  mean = static_cast<accumulate_t<T>>((is_finite(share) ? centre + share : centre) / scale);
+  var = static_cast<accumulate_t<T>>(not_negative(squares - rest * share) / number / scale / scale);
 }
 
 // Merges the parts of one class, a column a lane; the warps share the parts.
