@@ -162,8 +162,8 @@ def _check_loss(
         products = num_samples * max(len(mine), 1)
         subnormal = grain(acc) * (2 * (size + reach * max(1, 1 / temperature)) + products)
         bound = np.abs(factor) * (bound + 6 * u * size + num_samples * grain(acc)) + subnormal
-        # 0 times an infinite key is NaN, but a probability next to 0 times it infinite. Where the factor comes
-        # before the products, these may leave the dtype either way.
+        # 0 times an infinite key is NaN, but a probability next to 0 times it infinite. Where the factor is
+        # taken before the products, these may leave the dtype either way.
         loose = rows[:, None] | unsure | (np.abs(factor) * reach > np.longdouble(torch.finfo(acc).max))
         name = f"dfeatures[{student}]" if len(results) > 1 else "dquery"
         check(name, result, truth * factor, bound, dtype=result.dtype, loose=loose, void=void[:, None])
