@@ -811,3 +811,14 @@ def test_bad_input(case):
 def test_bad_pair():
     with pytest.raises(ValueError, match=r"key must have shape \[N, D\] = \[4, 5\], got \[4, 6\]"):
         ops.unidirectional_info_nce(torch.randn(4, 5), torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 7e-3, 0.0123, 0.03])
+def test_float64_scores_are_divided_by_the_whole_temperature(temperature, backend, device):
+    """A kernel that is handed a float32, or two, has 24 or 48 of its 53 bits."""
+    query = torch.ones(2, 1, dtype=torch.float64, device=device)
+    key = torch.tensor([[1.0], [3.0]], dtype=torch.float64, device=device)
+    options = {"temperature": temperature, "reduction": "none", "backend": backend}
+    loss = ops.unidirectional_info_nce(query, key, **options).cpu()
+    # log(exp(1 / T) + exp(3 / T)) - 1 / T, where exp(-2 / T) counts for nothing.
+    assert abs(loss[0].item() - 2 / temperature) <= 4 * 2.0**-53 * (2 / temperature)
