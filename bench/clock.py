@@ -16,34 +16,63 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+# Of a GPU's cycles, at most so many make a second. A queue of launches holds a thousand or so, of 5 us each.
+_CYCLES, _QUEUED = 2e9, 2e-3
+
+
 class Clock:
-    """Times calls on one device: by the processor's clock, or by CUDA events on the current stream."""
+    """Times calls on one device: by the processor's clock, or by CUDA events on the current stream.
+
+    On a GPU that is the time of the device alone: it begins when the calls are queued. What a call costs the
+    host, which binds small calls, `mmfast bench --host` tells.
+    """
 
     def __init__(self, device: torch.device, fresh_memory: bool = False) -> None:
         self.on_gpu = device.type == "cuda"
+        self._host: dict[Callable[[], Any], float] = {}
         if not self.on_gpu and not fresh_memory:
             _keep_freed_memory()
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:
         """Return the mean seconds of `repeats` calls."""
         if self.on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / repeats
+            return self._seconds_of_device(call, repeats)
         begun = time.perf_counter()
         for _ in range(repeats):
             call()
         return (time.perf_counter() - begun) / repeats
 
+    def _seconds_of_device(self, call: Callable[[], Any], repeats: int) -> float:
+        """Let the device wait until calls are queued, once their first turn has told how long that takes."""
+        host = self._host.get(call)
+        most = repeats if host is None else max(1, int(_QUEUED / host))
+        total = 0.0
+        for done in range(0, repeats, most):
+            number = min(most, repeats - done)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if host is not None:
+                torch.cuda._sleep(int(_CYCLES * (1.3 * number * host + 2e-5)))
+            begin.record()
+            begun = time.perf_counter()
+            for _ in range(number):
+                call()
+            self._host.setdefault(call, max(1e-6, (time.perf_counter() - begun) / number))
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1e3
+        return total / repeats
+
     def first_call(self, call: Callable[[], Any]) -> tuple[Any, float, int | None]:
         """Return the result of one call, its seconds, and the most bytes allocated beyond those before it."""
         results = []
+
+        def keep() -> None:
+            results.append(call())
+
         measure_peak = self._peak_on_gpu if self.on_gpu else self._peak_on_cpu
-        seconds, peak = measure_peak(lambda: self.seconds(lambda: results.append(call()), 1))
+        seconds, peak = measure_peak(lambda: self.seconds(keep, 1))
+        if self.on_gpu:
+            self._host[call] = self._host.pop(keep)
         return results[0], seconds, peak
 
     @staticmethod

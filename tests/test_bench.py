@@ -325,8 +325,8 @@ def test_pytest_benchmark_times_the_same_cases():
 
 
 def test_what_calls_cost_the_host(tmp_path):
-    words = ["bench", "shapley_values", "class_separability", "--host", "--quick", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, words, env={"COLUMNS": "120"})
+    words = ["bench", "shapley_values", "class_separability", "--host", "--quick", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path)], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     (file,) = tmp_path.glob("*-host-quick.json")
     found = json.loads(file.read_text())

@@ -429,6 +429,20 @@ def test_gradients_of_moments_may_begin_anywhere(backend, device):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_accuracy_is_the_nearest_quotient(dtype, backend, device):
+    """On a GPU, too, which takes a number to divide by for a factor."""
+    num_samples = 15
+    # In dimension d the first d samples lie at their class's centroid, the others at the other one's.
+    is_right = torch.arange(num_samples)[:, None] < torch.arange(num_samples + 1)
+    features = torch.where(is_right, 1.0, 0.0).to(device, dtype)
+    labels = torch.ones(num_samples, dtype=torch.int64, device=device)
+    centroids = torch.tensor([[0.0], [1.0]]).expand(2, num_samples + 1).to(device, dtype)
+    accuracy = ops.dimension_accuracy(features, labels, centroids, backend=backend)
+    expected = [hits / num_samples for hits in range(num_samples + 1)]
+    assert accuracy.tolist() == torch.tensor(expected, dtype=dtype).tolist()
+
+
 @pytest.mark.parametrize("centroid_dtype", DTYPES, ids=lambda dtype: "centroids-" + str(dtype)[6:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cuda_emulated
 import fuzzing
-from fuzzing import judge, tensors
+from fuzzing import judge, moved, tensors
 from mmfast import backend as _backend
 
 EMULATED = "cuda-emulated"
@@ -73,6 +73,19 @@ def test_generated_calls_follow_the_formula(op, backend):
         if reason is not None:
             pytest.skip(reason)
         follow()
+
+
+@pytest.mark.usefixtures("thread")
+@pytest.mark.parametrize("op", [op for op in fuzzing.CASES if op != "invalid"])
+def test_cases_run_on_another_device(op):
+    """As tools/fuzz lets them on a GPU; here the other device is the same one, but memory of its own."""
+    before = getattr(fuzzing.shapley.ops, op)
+    with moved.moved_to(torch.device("cpu")):
+        assert getattr(fuzzing.shapley.ops, op) is not before
+        for case in range(10):
+            with suppress(fuzzing.Skip):
+                fuzzing.run(op, fuzzing.Draw(op, 5, case), "reference", True)
+    assert getattr(fuzzing.shapley.ops, op) is before
 
 
 @pytest.mark.parametrize("op", fuzzing.CASES)

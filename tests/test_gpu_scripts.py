@@ -116,8 +116,8 @@ def recorded(folder: Path, rehearsal: bool = False) -> Path:
         json.dumps({"rehearsal": rehearsal, "mmfast": "built here", "run": run})
     )
     for selection, size, peer, seconds in (
-        ("ends", 1000, "mmfast, cuda", 1e-5),
-        ("ends", 8000, "mmfast, cuda", 4e-5),
+        ("all", 1000, "mmfast, cuda", 1e-5),
+        ("all", 8000, "mmfast, cuda", 4e-5),
         ("compiled", 1000, "torch.compile", 6e-5),
     ):
         figure, other = Figure(2e-5, (1e-5, 3e-5), 100), Figure(seconds, (seconds, seconds), None)

@@ -54,8 +54,8 @@ CENTROIDS = _random(C, D)
 # A whole part of the columns has no class with samples.
 CENTROIDS[:, : MOST // N] = torch.nan
 CALLS = {
-    "moments": lambda x, b: class_separability._moments_fwd(x, LABELS, C, b),
-    "hits": lambda x, b: [class_separability._hits(x, LABELS, CENTROIDS, b)],
+    "moments": lambda x, b: class_separability._moments_fwd(x, LABELS.to(x.device), C, b),
+    "hits": lambda x, b: [class_separability._hits(x, LABELS.to(x.device), CENTROIDS.to(x.device), b)],
     "shapley fwd": lambda x, b: [shapley_values._fwd(x, b)],
     "shapley bwd": lambda x, b: [shapley_values._bwd(x[..., :3], b)],
 }

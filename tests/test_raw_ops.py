@@ -184,8 +184,9 @@ def _check(op: torch._ops.OpOverload, args: tuple, backend: str, promises: bool 
         assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
     for x, y in zip(expected, actual, strict=True):
         assert x.shape == y.shape
-        if backend == "reference" and x.is_floating_point():
-            # A product of matrices adds in another order where they lie otherwise.
+        if x.is_floating_point() and (backend == "reference" or x.is_cuda):
+            # A product of matrices adds in another order where they lie otherwise; so does what Triton
+            # compiles for other strides.
             assert torch.equal(x.isnan(), y.isnan())
             assert error_against(x.nan_to_num(7.0), y.nan_to_num(7.0)) <= CONSTANTS[x.dtype]
         else:

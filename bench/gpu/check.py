@@ -16,6 +16,14 @@ HERE = Path(__file__).resolve().parent
 TESTS = parts.ROOT / "tests"
 # Cores that the checks leave to the driver's and the compilers' threads.
 SPARE = 4
+# Tests that reach a GPU and belong to no single op, those that take minutes, and those that no GPU changes.
+FIRST = ("every_op", "raw_ops", "transforms", "defaults", "nan_payloads", "small_sizes", "packing")
+LONG = ("additive_shapley", "class_separability", "duc_loss", "every_op", "raw_ops", "trainer")
+LAST = (
+    *("compile_triton", "cuda_emulated", "data", "data_files", "data_sources", "encoders", "fuzz"),
+    *("gpu_scripts", "human_votes", "inspect_cuda", "interrupt", "labels", "launched_kernels", "layout"),
+    *("options", "packaging", "readme", "report"),
+)
 
 
 def stems(backend: str) -> list[str]:
@@ -66,13 +74,33 @@ def sanitizer_steps(python: str, backends: list[str]) -> list[Step]:
     ]
 
 
+def fuzz_steps(python: str, backends: list[str]) -> list[Step]:
+    """Return generated calls against their formulas; Triton compiles for many of them, and gets fewer."""
+    cases = {"cuda": ("cuda", "20000"), "triton": ("triton-compiled", "3000")}
+    found = []
+    for name in backends:
+        backend, number = cases[name]
+        command = [python, "-P", str(parts.ROOT / "tools" / "fuzz"), "--backend", backend, "--cases", number]
+        found.append(Step(f"fuzz: {name}", [*command, "--minutes", "1"], 90))
+    return found
+
+
 def test_steps(python: str) -> list[Step]:
-    """Return the test files, those of the ops first; what is emulated shows itself anywhere."""
+    """Return the test files, those of the ops first, without what shows itself on any machine."""
     command = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures"]
     command += ["--disable-warnings", "-rN", "--rootdir", str(parts.ROOT), "-k", "not emulated"]
-    first = [f"test_{stem}.py" for stem in stems("triton")] + ["test_every_op.py"]
-    files = sorted(TESTS.glob("test_*.py"), key=lambda path: (path.name not in first, path.name))
-    return [Step(f"tests: {path.name}", [*command, str(path)], 150) for path in files]
+    first = (*stems("triton"), *FIRST)
+    names = {path.stem.removeprefix("test_"): path for path in sorted(TESTS.glob("test_*.py"))}
+    order = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return [
+        Step(
+            f"tests: test_{name}.py",
+            [*command, *(["-n", "4"] if name in LONG else []), str(names[name])],
+            150,
+        )
+        for name in order
+        if name not in LAST
+    ]
 
 
 def check(machine: Machine) -> None:
@@ -92,7 +120,8 @@ def check(machine: Machine) -> None:
         queue += sanitizer_steps(python, backends)
     else:
         run.note("memcheck", "compute-sanitizer is not installed")
-    run.together([*queue, *test_steps(python)], workers(machine.facts["cores"]))
+    queue += [*fuzz_steps(python, backends), *test_steps(python)]
+    run.together(queue, workers(machine.facts["cores"]))
 
 
 def workers(cores: int) -> int:

@@ -33,8 +33,7 @@ def row_steps(program: list[str], options: list[str]) -> dict[str, list[Step]]:
     return {
         "headline": [headline],
         # Ours on both backends, beside eager torch: what "auto" takes is settled by these.
-        "ends": ops("ends", 25),
-        "rest": ops("rest", 20),
+        "all": ops("all", 60),
         "compiled": ops("compiled", 30),
         "peers": ops("peers", 30),
     }
@@ -92,9 +91,8 @@ def measure(machine: Machine) -> None:
         machine.write_facts()
         selections = row_steps(program, options)
     run.together(selections.get("headline", []), workers=1)
+    run.together(selections.get("all", []), workers=1)
     run.step(host_step(python, folder, machine.rehearse))
-    for name in ("ends", "rest"):
-        run.together(selections.get(name, []), workers=1)
     if shutil.which("ncu"):
         run.together(counter_steps(python, folder / COUNTERS), workers=1)
     else:

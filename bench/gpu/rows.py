@@ -22,7 +22,7 @@ from mmfast.bench.harness import Case, Limits, Options
 
 # Peers on the CPU, or a call per class or tensor: seconds each, and no rival on a GPU.
 SLOW = ("captum", "shapiq", "scikit-learn", "class by class")
-SELECTIONS = ("headline", "ends", "rest", "compiled", "peers")
+SELECTIONS = ("headline", "all", "compiled", "peers")
 HEADLINE_SIZE, HEADLINE_DIMS = 16_384, (128, 256)
 
 
@@ -40,9 +40,10 @@ def _takes_part(selection: str, peer: str) -> bool:
 
 
 def selected(cases: Callable[[], Iterator[Case]], selection: str) -> Iterator[Case]:
-    """Yield the cases of a selection; "ends" are the smallest and the largest of each panel and pass.
+    """Yield the cases of a selection, the smallest and the largest of each panel and pass first.
 
-    Cases are made twice: what a case holds in memory is kept for one at a time.
+    Compilers and slow peers meet no others. Cases are made anew for each look at them: what a case holds in
+    memory is kept for one at a time.
     """
     if selection == "headline":
         for case in cases():
@@ -53,11 +54,11 @@ def selected(cases: Callable[[], Iterator[Case]], selection: str) -> Iterator[Ca
     sizes: dict[tuple, list[float]] = {}
     for case in cases():
         sizes.setdefault((case.panel, case.direction), []).append(case.size)
-    for case in cases():
-        known = sizes[case.panel, case.direction]
-        is_end = case.size in (min(known), max(known))
-        if is_end == (selection != "rest"):
-            yield case
+    for wants_end in (True, False) if selection == "all" else (True,):
+        for case in cases():
+            known = sizes[case.panel, case.direction]
+            if (case.size in (min(known), max(known))) == wants_end:
+                yield case
 
 
 def rows(op: str, selection: str, limits: Limits, options: Options, rehearsal: bool) -> Iterator[dict]:
@@ -100,7 +101,7 @@ def rows(op: str, selection: str, limits: Limits, options: Options, rehearsal: b
 def main_() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("op")
-    parser.add_argument("selection", nargs="?", choices=SELECTIONS, default="ends")
+    parser.add_argument("selection", nargs="?", choices=SELECTIONS, default="all")
     parser.add_argument("--out", type=Path, required=True, help="where the lines are appended")
     parser.add_argument(
         "--limits", type=Path, required=True, help="written by the op `limits`, read by others"

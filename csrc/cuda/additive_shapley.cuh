@@ -70,9 +70,9 @@ void dispatch_storage(const char* op, int64_t dtype, Function&& function) {
 
 __device__ inline float exponential(float x) { return expf(x); }
 // Not inlined, as it is long, nor the logarithm.
-__device__ __noinline__ double exponential(double x) { return exp(x); }
+__device__ MMFAST_NOINLINE double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
-__device__ __noinline__ double logarithm(double x) { return log(x); }
+__device__ MMFAST_NOINLINE double logarithm(double x) { return log(x); }
 
 // How the classes of a sample are dealt out to a team: H neighbours to a thread where vectors can be loaded,
 // else one to each thread in turn; in chunks if there are more.

@@ -13,6 +13,7 @@
 #define MMFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define MMFAST_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define MMFAST_NOINLINE __noinline__
 #define MMFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 

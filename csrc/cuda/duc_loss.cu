@@ -23,7 +23,8 @@
 // exponentials, 0.075 ms at 16 a clock and multiprocessor, which one warpgroup takes while the other
 // multiplies. A block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache.
 // Predicted: 0.50 ms, 70% of the matrix rate; with mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s,
-// predicted 7 ms. Compiled for every architecture without spills; not timed yet on a GPU.
+// predicted 7 ms. Measured on an H100, loss and gradient: 0.75 ms and 8.1 ms, of which
+// matrix products of torch take 0.37 ms and 5.3 ms (750 and 52 TFLOP/s).
 #include <algorithm>
 
 #include "duc_loss_mma.cuh"

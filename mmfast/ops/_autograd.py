@@ -137,9 +137,8 @@ def _plain(op: type[Op]) -> Any:
         ctx.options = options
         output = run(options, *tensors)
         if not keeps:
-            if is_linear:
-                tensors[0] = None
-            ctx.save_for_backward(*tensors)
+            # A tuple of its own: torch before 2.12 compiles no assignment to an item of the inputs' list.
+            ctx.save_for_backward(*((None, *tensors[1:]) if is_linear else tensors))
             return output
         ctx.save_for_backward(*tensors, *output[kept_from:kept_to])
         if is_hidden:

@@ -27,11 +27,12 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static_assert(false, "shared memory is declared by MMFAST_SHARED");
 
+// No macro of CUDA's name: GCC's own headers, from 13 on, name the attribute so.
+#define MMFAST_NOINLINE __attribute__((noinline))
 #define MMFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::mmfast::emulation::launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
 // A lambda's static is one per instantiation of the template around it, and so names the array.

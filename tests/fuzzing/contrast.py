@@ -78,6 +78,9 @@ def pair(
     # The product of probabilities, whose sum divides before or after, with the keys.
     residual_error = soft.p_error @ k_size + (gamma(num_samples + 4, u) + half) * spread + 2 * u * k_size
     residual_error = residual_error + p @ lost[1] + lost[1] + 2 * num_samples * least
+    if half == unit(torch.float16):
+        # Probabilities of which the largest is 1 become float16 in matrix units: small ones err by its grain.
+        residual_error = residual_error + grain(torch.float16) / 2 * k_size.sum(0)
     if half == unit(torch.bfloat16):
         # Of float32's range, it may be stored before it is scaled; float16 may not.
         size = np.abs(np.where(np.isfinite(residual), residual, 0))

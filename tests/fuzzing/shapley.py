@@ -280,7 +280,8 @@ def _check_gradients(
     slope_error = np.where(beyond[..., None], 2, np.minimum(slope_error, 2))
     finite_slope = np.abs(np.where(np.isfinite(slope), slope, 0))
     term_error = np.abs(dv)[..., None] * slope_error + dv_error[..., None] * (finite_slope + slope_error)
-    term_error = term_error + 8 * grain(acc)
+    # The label's is minus the sum of all others, each of which may lie below the normal numbers.
+    term_error = term_error + (8 + x.shape[2]) * grain(acc)
     size = np.abs(dv)[..., None] * finite_slope
     members = (np.arange(terms.shape[1])[None] >> np.arange(num_modalities)[:, None]) & 1 > 0
     truth = np.stack([terms[:, s].sum(1) for s in members])
