@@ -21,7 +21,8 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out what the CPU computes whatever the machine: a GPU's minutes are few."""
-    kept, left = [], []
+    kept: list[Any] = []
+    left: list[Any] = []
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         (left if name in ("cpu", "reference", "cuda-emulated") else kept).append(item)

@@ -55,8 +55,8 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
 // A player's value by the formula itself. Rarely needed.
 template <class T>
 __device__ MMFAST_NOINLINE accumulate_t<T> value_by_formula(const T* v, int64_t stride,
-                                                         const accumulate_t<T>* b,  // [num_players + 1]
-                                                         int num_players, int player, Fates fates) {
+                                                            const accumulate_t<T>* b,  // [num_players + 1]
+                                                            int num_players, int player, Fates fates) {
   using A = accumulate_t<T>;
   if (fates.any()) return fates.value<A>(player);
   // Halves, so that nothing overflows that a value does not.
@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(kBlock)
 // overflow in sums. Rarely needed.
 template <class T, class P>
 __device__ MMFAST_NOINLINE void gradients_by_formula(const T* dphi, int64_t stride, T* target, int players,
-                                                  int turns, int thread,
-                                                  const accumulate_t<T>* b) {  // [num_players + 1]
+                                                     int turns, int thread,
+                                                     const accumulate_t<T>* b) {  // [num_players + 1]
   using A = accumulate_t<T>;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {

@@ -150,10 +150,10 @@ def dimension_accuracy(
     dtype = accumulation_dtype(features.dtype)
     # A quotient of whole numbers has torch's default dtype: most often the one that is wanted.
     wide = hits if dtype == torch.get_default_dtype() else cast(hits, dtype)
-    num_samples: int | Tensor = features.shape[0]
+    num_samples = features.shape[0]
     if features.is_cuda:
         # By a number a GPU divides as by a factor, its reciprocal, and misses the nearest quotient.
-        num_samples = torch.full((), num_samples, device=features.device)
+        return wide / torch.full((), num_samples, device=features.device)
     return wide / num_samples
 
 
