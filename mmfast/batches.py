@@ -46,6 +46,11 @@ class Entries(Dataset):
         return sample
 
 
+def dataset_indices(entries: Any, chosen: Sequence[int]) -> list[int]:
+    """Return the samples of the data set that these entries of an epoch show."""
+    return entries.indices[list(chosen)].tolist() if isinstance(entries, Entries) else list(chosen)
+
+
 def presence(
     batch: Mapping[str, Tensor],
     modalities: Sequence[str],  # M names

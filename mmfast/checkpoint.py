@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut short, is no checkpoint, holds code, or has another format.
+        ValueError: the file is cut short or damaged, is no checkpoint, holds code, or has another format.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if damaged := _damaged(path):
+        raise ValueError(
+            f"{path} is damaged, the checksum of {damaged} in it is another one: take a copy of the file, or "
+            "make the run anew"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -40,3 +47,13 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} must have checkpoint format {FORMAT}, got {state['format']}: another version wrote it"
         )
     return state
+
+
+def _damaged(path: Path) -> str | None:
+    """Return the first part of the file that is not what was written; torch writes checksums, reads none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, zlib.error):
+        # What is no archive at all has an error of its own; what is one and cannot be read is damaged.
+        return "a part" if zipfile.is_zipfile(path) else None

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mmfast import machine_commands
 from mmfast.flags import (
+    DIVERGED,
     Accelerator,
     BatchSize,
     Data,
@@ -113,10 +114,14 @@ def compare(
             probe=probe,
         )
         out = out or Path("mmfast-compare") / setup.splits.name
-        comparison = Comparison(setup, chosen, seeds, out)
-        left = comparison.prepare(overwrite=overwrite)
         console = make_console()
+        comparison = Comparison(
+            setup, chosen, seeds, out, wait=lambda text: console.print(text, soft_wrap=True)
+        )
+        left = comparison.prepare(overwrite=overwrite)
         total = len(chosen) * seeds
+        if comparison.results.note:
+            print(f"mmfast: {comparison.results.note}", file=sys.stderr)
         if len(left) < total:
             console.print(
                 f"{total - len(left)} of {total} runs are already in {out / RESULTS}.", soft_wrap=True
@@ -124,14 +129,18 @@ def compare(
         try:
             _make_runs(console, comparison, left, total)
         except KeyboardInterrupt:
-            known = sum(len(s.runs) for s in summarize(comparison.results["runs"]))
+            known = len(comparison.results.content["runs"])
             counted = f"{known} run{'s' * (known != 1)} in {out / RESULTS}"
             print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
             raise typer.Exit(130) from None
-        summaries = summarize(comparison.results["runs"], [method.name for method in chosen], seeds)
-        files = [RESULTS, *plot_comparison(summaries, out)]
+        summaries = summarize(comparison.results.content["runs"], [method.name for method in chosen], seeds)
+        finite = [summary for summary in summaries if summary.runs]
+        files = [RESULTS, *(plot_comparison(finite, out) if finite else [])]
         console.print()
         show(console, summaries, data=setup.splits.description, out=out, files=files)
+        if lost := [summary.title for summary in summaries if not summary.runs]:
+            print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)
+            raise typer.Exit(DIVERGED)
 
 
 def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:
@@ -189,6 +198,7 @@ def train(
         from lightning_fabric.utilities.rank_zero import rank_zero_only
 
         from mmfast.compare import METRICS, clear_run, has_run
+        from mmfast.divergence import DivergedError
         from mmfast.files import write_json
         from mmfast.options import make_setup, method_and_optimization, set_given
         from mmfast.report import show_run
@@ -235,6 +245,10 @@ def train(
             if first:
                 print(f"\nmmfast: stopped; the same command with --resume goes on in {out}.", file=sys.stderr)
             raise typer.Exit(130) from None
+        except DivergedError as error:
+            if first:
+                print(f"mmfast: {error}", file=sys.stderr)
+            raise typer.Exit(DIVERGED) from None
         if first:
             write_json(out / METRICS, entry)
             show_run(console, entry, chosen.title)

@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfast.files import plain, write_json
-from mmfast.flags import format_value
+from mmfast.divergence import DivergedError
+from mmfast.files import locked, plain
+from mmfast.flags import DIVERGED, format_value
+from mmfast.launchers import refuse_launcher
 from mmfast.methods import METHODS, Method
-from mmfast.runs import Setup, fingerprint, machine, run, versions
+from mmfast.results import FORMAT, METRICS, RESULTS, Results
+from mmfast.runs import Setup, diverged_entry, fingerprint, machine, run, versions
 from mmfast.trainer import LAST, MODEL
-
-FORMAT = 1
-RESULTS = "results.json"
-METRICS = "metrics.json"  # of a single run, in its folder
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,22 @@ class Comparison:
         methods: what to compare.
         num_seeds: runs of each method.
         out: folder of results.json and the runs' checkpoints.
-        results: what results.json holds.
+        wait: called with a sentence before this process waits for another one.
+        results: of the folder.
     """
 
     setup: Setup
     methods: Sequence[Method]
     num_seeds: int
     out: Path
-    results: dict[str, Any] = field(default_factory=dict)
+    wait: Callable[[str], None] = print
+    results: Results = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.out, plain(self._description()))
 
     def prepare(self, *, overwrite: bool = False) -> list[Run]:
-        """Check everything before any training, open results.json, and return the runs that are left to make.
+        """Check everything before any training, take in what `out` holds, and return what is left to make.
 
         Args:
             overwrite: drop what `out` holds of another comparison, or of an earlier state of this one.
@@ -61,21 +65,13 @@ class Comparison:
         """
         if self.num_seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.num_seeds}")
+        refuse_launcher("mmfast compare")
         epochs = {method.name: self.setup.check(method) for method in self.methods}
         # Raises where accelerator, devices or precision cannot be had.
         self.setup.trainer(self.methods[0], 0, None)
-        mine = plain(self._description())
-        found = None if overwrite else self._read()
-        if found is None:
-            if overwrite:
-                self._clear()
-            self.results = mine | {"runs": []}
-        else:
-            self._check_same(found, mine)
-            of_all_methods = found["configuration"]["methods"] | mine["configuration"]["methods"]
-            self.results = found | mine
-            self.results["configuration"]["methods"] = of_all_methods
-        self._write()
+        if overwrite:
+            self._clear()
+        self.results.open()
         # Seeds outermost: a comparison that stops early has all methods of its first seeds.
         runs = [
             Run(method, seed, epochs[method.name])
@@ -85,18 +81,26 @@ class Comparison:
         return [item for item in runs if not self._done(item)]
 
     def make(self, item: Run, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-        """Make a run, or finish it, add its entry to results.json and return it."""
+        """Make a run, or finish it, add its entry to results.json and return it.
+
+        A run whose loss is NaN or infinite is one without figures, which says why under "diverged". One that
+        another process makes at the time is waited for.
+        """
         folder = self.folder(item)
-        if self.setup.devices in (1, "1"):
-            entry = run(self.setup, item.method, item.seed, folder, on_epoch=on_epoch)
-        else:
-            entry = self._make_apart(item, folder)
-        others = [
-            e for e in self.results["runs"] if (e["method"], e["seed"]) != (item.method.name, item.seed)
-        ]
-        order = list(METHODS)
-        self.results["runs"] = sorted([*others, entry], key=lambda e: (order.index(e["method"]), e["seed"]))
-        self._write()
+        name = f"{item.method.name} with seed {item.seed}"
+        waiting = f"Waiting for another process, which makes {name} in {folder}."
+        with locked(folder.with_name(f".{folder.name}.lock"), wait=lambda: self.wait(waiting)):
+            self.results.open()
+            if self._done(item):
+                return self.results.find(item.method.name, item.seed) or {}
+            try:
+                if self.setup.devices in (1, "1"):
+                    entry = run(self.setup, item.method, item.seed, folder, on_epoch=on_epoch)
+                else:
+                    entry = self._make_apart(item, folder)
+            except DivergedError as error:
+                entry = diverged_entry(item.method, item.seed, error)
+            self.results.add(entry, folder)
         return entry
 
     def folder(self, item: Run) -> Path:
@@ -107,6 +111,8 @@ class Comparison:
         """Make a run on several devices in processes of its own: Fabric launches them once per program."""
         command = [sys.executable, "-m", "mmfast", *train_arguments(self.setup, item, folder)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode == DIVERGED:
+            raise DivergedError(done.stderr.strip().splitlines()[-1].removeprefix("mmfast: "), epoch=-1)
         if done.returncode:
             kind = ValueError if done.returncode == 2 else RuntimeError
             raise kind(f"{item.method.name} with seed {item.seed} failed: {done.stderr.strip()}")
@@ -137,59 +143,18 @@ class Comparison:
             },
         }
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.out / RESULTS
-        if not path.exists():
-            return None
-        try:
-            found = json.loads(path.read_text())
-            whole = {"format", "data", "configuration", "runs"} <= set(found)
-        except (ValueError, TypeError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path} is not the results of a comparison; give another --out")
-        if found["format"] != FORMAT:
-            raise ValueError(f"{path} must have format {FORMAT}, got {found['format']}; give another --out")
-        return found
-
-    def _check_same(self, found: dict[str, Any], mine: dict[str, Any]) -> None:
-        differ = []
-        for part, ignored in (
-            ("data", ("source", "description", "fingerprint")),
-            ("configuration", ("methods",)),
-        ):
-            there, here = found[part], mine[part]
-            for key in [key for key in here if key not in ignored and there.get(key) != here[key]]:
-                differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
-        for name, config in mine["configuration"]["methods"].items():
-            there = found["configuration"]["methods"].get(name, config)
-            for key in [key for key in config if there.get(key) != config[key]]:
-                differ.append(f"{name}.{key} is {_short(there.get(key))} there, {_short(config[key])} here")
-        if not differ and found["data"].get("fingerprint") != mine["data"]["fingerprint"]:
-            differ = ["the samples or their split are others"]
-        if differ:
-            raise ValueError(
-                f"{self.out / RESULTS} is of another configuration: {'; '.join(differ)}; "
-                "give another --out, or --overwrite to start anew"
-            )
-
     def _done(self, item: Run) -> bool:
-        return any(
-            (entry["method"], entry["seed"]) == (item.method.name, item.seed)
-            and (not self.setup.probe or "probe" in entry)
-            for entry in self.results["runs"]
-        )
+        entry = self.results.find(item.method.name, item.seed)
+        return entry is not None and (not self.setup.probe or "probe" in entry or "diverged" in entry)
 
     def _clear(self) -> None:
         """Remove what comparisons write, and nothing else."""
         (self.out / RESULTS).unlink(missing_ok=True)
+        self.results = Results(self.out, self.results.mine)
         for folder in (self.out / "runs").glob("*"):
             name, _, seed = folder.name.rpartition("-seed")
             if name in METHODS and re.fullmatch(r"\d+", seed):
                 shutil.rmtree(folder)
-
-    def _write(self) -> None:
-        write_json(self.out / RESULTS, self.results)
 
 
 def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
@@ -225,8 +190,3 @@ def clear_run(folder: Path) -> None:
     """Remove the run in `folder`."""
     for name in (LAST, MODEL, METRICS):
         (folder / name).unlink(missing_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -29,7 +31,18 @@ class Metrics:
 
 
 def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> Metrics:
-    """Return the figures of a learner on a data set, read once; every process reads its part."""
+    """Return the figures of a learner on a data set, read once; every process reads its part.
+
+    A sample whose logits hold NaN counts as wrong, and a warning tells how many do.
+    """
+    metrics, num_nan = measure(learner, dataset, fabric, batch_size=batch_size)
+    if num_nan:
+        warnings.warn(f"{num_nan} of {len(dataset)} samples have NaN logits and count as wrong", stacklevel=2)
+    return metrics
+
+
+def measure(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> tuple[Metrics, int]:
+    """Return the figures as `evaluate` does, and the number of samples whose logits hold NaN."""
     names, classes = learner.modalities, learner.num_classes
     fused = MetricCollection(
         {
@@ -41,6 +54,7 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
     contribution = [MeanMetric().to(learner.device) for _ in names]
     loss = MeanMetric().to(learner.device)
     counts = torch.zeros(len(names), dtype=torch.int64, device="cpu")
+    num_nan = torch.zeros((), dtype=torch.int64, device=learner.device)
     with evaluating(learner), fabric.autocast():
         for batch in evaluation_batches(
             learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size
@@ -48,13 +62,14 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
             labels, present = batch["label"], presence(batch, names)
             features = learner.encode(batch)
             logits = learner.fuse(features, present=present).float()
-            fused.update(logits, labels)
+            fused.update(_predicted(logits, labels), labels)
+            num_nan += logits.isnan().any(1).sum()
             loss.update(F.cross_entropy(logits, labels), len(labels))
             phi = batch_contributions(learner, features, labels, present)
             for m, own in enumerate(learner.own_logits(features)):
                 keep = slice(None) if present is None else present[m]
                 if len(labels[keep]):
-                    alone[m].update(own[keep].float(), labels[keep])
+                    alone[m].update(_predicted(own[keep].float(), labels[keep]), labels[keep])
                     contribution[m].update(phi[keep, m])
                 counts[m] += len(labels[keep])
     whole = {name: float(value) for name, value in fused.compute().items()}
@@ -64,12 +79,22 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
         known = zip(names, metrics, counts.tolist(), strict=True)
         return {name: float(metric.compute()) if count else None for name, metric, count in known}
 
-    return Metrics(
+    metrics = Metrics(
         **whole,
         loss=float(loss.compute()),
         modality_accuracy=figures(alone),
         contribution=figures(contribution),
     )
+    return metrics, int(fabric.all_reduce(num_nan, reduce_op="sum"))  # type: ignore[arg-type]
+
+
+def _predicted(
+    logits: Tensor,  # [N, C]
+    labels: Tensor,  # [N]
+) -> Tensor:  # [N]
+    """Return the predicted classes; where logits hold NaN, of which argmax makes a class, a wrong one."""
+    wrong = (labels + 1) % logits.shape[1]
+    return torch.where(logits.isnan().any(1), wrong, logits.argmax(1))
 
 
 def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:

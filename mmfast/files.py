@@ -1,22 +1,30 @@
-"""Files written whole or not at all, and JSON without NaN."""
+"""Files written whole or not at all, JSON without NaN, and locks that end with their process."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+_count = itertools.count()
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
     """Yield a file that takes the place of `path` when it is complete; a failure leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One name for all drafts: what a killed process left is overwritten by the next one.
-    draft = path.with_name(f"{path.name}.tmp")
+    _remove_orphans(path)
+    # A name of its own: two processes that write the same file must not write the same draft.
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_count)}.tmp")
     try:
         with open(draft, mode) as file:
             yield file
@@ -25,6 +33,54 @@ def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove drafts of processes of this machine that were killed while they wrote."""
+    pattern = re.compile(re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.tmp")
+    for draft in path.parent.glob(f"{path.name}.*.tmp"):
+        found = pattern.fullmatch(draft.name)
+        if found and not _is_alive(int(found[1])):
+            draft.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        # There the question itself would end the process.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock `path`, a file that stays; the system gives it back when a process is killed.
+
+    Args:
+        path: of the lock.
+        wait: called once if another process holds it, before this one waits; None: do not wait.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is None.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise BlockingIOError(f"another process holds {path}") from None
+        wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def plain(value: Any) -> Any:

@@ -21,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Exit status of a run whose loss is NaN or infinite.
+DIVERGED = 3
 MENDABLE = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +36,44 @@ def share_of_batch(
     samples = torch.full_like(present[..., 0], present.shape[-1], dtype=torch.float32)
     found, samples = total(torch.stack([present.sum(-1).float(), samples]))
     return found.clamp(min=1) / samples
+
+
+def first_of_all(number: int) -> int:
+    """Return the least number of all processes."""
+    if world() is None:
+        return number
+    return min(_gathered(number))
+
+
+def check_agreement(what: str, number: int) -> None:
+    """Raise in every process unless all have the same number; one that went on would wait for ever."""
+    found = _gathered(number)
+    if len(set(found)) > 1:
+        counts = ", ".join(map(str, found))
+        raise ValueError(
+            f"processes must agree on the number of {what}, got {counts}: give each the same data, in full"
+        )
+
+
+def _gathered(number: int) -> list[int]:
+    if (group := world()) is None:
+        return [number]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, number, group=group)
+    return found
+
+
+def of_first(value: Any) -> Any:
+    """Return the first process's value, plain or a tensor on the CPU, in every process.
+
+    What a method decides from features, which differ in their last bits from process to process, is decided
+    once: a difference of one copy would go unnoticed, a larger one would make processes wait for each other.
+    """
+    if (group := world()) is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, group=group)
+    return values[0]
 
 
 @torch.no_grad()

@@ -61,10 +61,14 @@ class RunProgress:
         self.bars.advance(self.runs)
         if not self.console.is_terminal:
             width = len(str(self.total))
+            said = f"diverged, {entry['diverged']}" if "diverged" in entry else _figures(entry)
             self.console.print(
-                f"{self.made:{width}}/{self.total} {item.method.name} seed {item.seed}: "
-                f"accuracy {100 * entry['metrics']['accuracy']:.1f}%, "
-                f"{entry['epochs']} epochs in {entry['seconds']:.1f} s",
+                f"{self.made:{width}}/{self.total} {item.method.name} seed {item.seed}: {said}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _figures(entry: dict[str, Any]) -> str:
+    accuracy = 100 * entry["metrics"]["accuracy"]
+    return f"accuracy {accuracy:.1f}%, {entry['epochs']} epochs in {entry['seconds']:.1f} s"

@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfast.files import write_json
-from mmfast.summary import Summary, idle_sentence, mean_std, neglect_sentence, ranking_sentence
+from mmfast.summary import (
+    Summary,
+    diverged_sentence,
+    idle_sentence,
+    mean_std,
+    neglect_sentence,
+    ranking_sentence,
+)
 
 if TYPE_CHECKING:
     from mmfast.valuation import Valuation
@@ -45,7 +52,7 @@ def show(
             console.print()
         console.print(table)
     seeds = max(len(summary.accuracy) for summary in summaries)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"{seeds} seed"
     note = (
         f"Test set, {spread}; accuracy, macro-F1 and each modality alone in %. Alone by masked: the others' "
         "features are zero; own-head: by a head of its own. Contribution: mean Shapley value under "
@@ -56,8 +63,8 @@ def show(
     console.print()
     console.print(Text(note, style="dim"))
     console.print()
-    for sentence in (neglect_sentence(summaries), ranking_sentence(summaries), idle_sentence(summaries)):
-        if sentence:
+    for say in (diverged_sentence, neglect_sentence, ranking_sentence, idle_sentence):
+        if sentence := say(summaries):
             console.print(Text(sentence))
     console.print(Text(f"Data: {data}."))
     if out is not None:
@@ -67,7 +74,7 @@ def show(
 
 def tables(summaries: Sequence[Summary], width: int) -> list[Table]:
     """Return the results as tables that fit `width`: one, a second for the modalities, or one per figure."""
-    modalities = list(summaries[0].alone)
+    modalities = list(next((summary.alone for summary in summaries if summary.runs), {}))
     if len(modalities) <= 4:
         for layout in _LAYOUTS:
             whole = _whole_table(summaries, modalities, layout)
@@ -97,12 +104,16 @@ def _main_columns(
     table.add_column("Method", no_wrap=True, vertical="bottom")
     for name in ("Accuracy", "Macro-F1"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
-    best = max(round(summary.mean_accuracy, 6) for summary in summaries)
+    best = max((round(summary.mean_accuracy, 6) for summary in summaries if summary.runs), default=None)
     rows: list[list[str | Text]] = []
     for number, summary in enumerate(summaries, 1):
-        style = "bold" if round(summary.mean_accuracy, 6) == best else ""
+        is_best = bool(summary.runs) and round(summary.mean_accuracy, 6) == best
+        accuracy = mean_std(summary.accuracy) if summary.runs else "diverged"
+        total, title = len(summary.runs) + len(summary.diverged), summary.title
+        if summary.runs and summary.diverged:
+            title += f", {len(summary.runs)} of {total} runs"
         row: list[str | Text] = [str(number)] if numbered else []
-        row += [Text(summary.title, style), Text(mean_std(summary.accuracy), style)]
+        row += [Text(text, "bold" if is_best else "") for text in (title, accuracy)]
         rows.append([*row, mean_std(summary.macro_f1)])
     return rows
 
@@ -150,18 +161,18 @@ def _modality_columns(
             table.add_column("by", no_wrap=True, vertical="bottom")
     rows = []
     for summary in summaries:
-        cells = [*(_share(summary.alone[m]) for m in modalities), summary.protocol]
+        cells = [*(_share(summary.alone.get(m)) for m in modalities), summary.protocol]
         if "probe" in kinds:
             cells += [_share(summary.probe.get(m)) for m in modalities]
-        rows.append([*cells, *(_number(summary.contribution[m]) for m in modalities)])
+        rows.append([*cells, *(_number(summary.contribution.get(m)) for m in modalities)])
     return rows
 
 
 def _by_modality(summaries: Sequence[Summary], modalities: Sequence[str], width: int) -> list[Table]:
     """Return a table per figure: rows are modalities, columns methods, by number where room is short."""
     figures = [
-        ("Each modality alone", [[_share(s.alone[m]) for s in summaries] for m in modalities]),
-        ("Contribution", [[_number(s.contribution[m]) for s in summaries] for m in modalities]),
+        ("Each modality alone", [[_share(s.alone.get(m)) for s in summaries] for m in modalities]),
+        ("Contribution", [[_number(s.contribution.get(m)) for s in summaries] for m in modalities]),
     ]
     if any(summary.probe for summary in summaries):
         probed = [[_share(s.probe.get(m)) for s in summaries] for m in modalities]
@@ -202,7 +213,9 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 

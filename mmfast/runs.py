@@ -16,6 +16,7 @@ import mmfast
 from mmfast import checkpoint, data, methods, models
 from mmfast.checks import check_data, check_fits
 from mmfast.data import Splits
+from mmfast.divergence import DivergedError
 from mmfast.evaluation import probe
 from mmfast.files import plain
 from mmfast.methods import Method
@@ -138,11 +139,26 @@ def run(
         "seconds": seconds,
         "seconds_per_epoch": seconds / len(trainer.history),
         "versions": versions(),
+        "devices": trainer.fabric.world_size,
+        "accelerator": trainer.fabric.device.type,
         "history": trainer.history,
     }
     if setup.probe:
         entry["probe"] = probe(learner, splits.train, splits.test)
     return plain(entry | {"wall_seconds": time.perf_counter() - begun})
+
+
+def diverged_entry(method: Method, seed: int, error: DivergedError) -> dict[str, Any]:
+    """Return the entry for results of a run that has no figures."""
+    return plain(
+        {
+            "method": method.name,
+            "seed": seed,
+            "config": method.config(),
+            "diverged": str(error),
+            "versions": versions(),
+        }
+    )
 
 
 def restore(

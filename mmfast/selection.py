@@ -23,7 +23,7 @@ class Selection:
         self, learner: Learner, accuracy: float, own_accuracy: Sequence[float | None], epoch: int
     ) -> None:
         """Keep the weights of parts that score above their best."""
-        for part, score in learner.selection_scores(accuracy, own_accuracy).items():
+        for part, score in _apart(learner, learner.selection_scores(accuracy, own_accuracy)).items():
             if part in self.best and score <= self.best[part]["score"]:
                 continue
             weights = {
@@ -37,3 +37,25 @@ class Selection:
         """Put the best weights back; without any, the learner stays as it is."""
         for kept in self.best.values():
             learner.load_state_dict(kept["weights"], strict=False)
+
+
+def _apart(learner: Learner, scores: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    """Return the scores with parts that share weights taken as one, by the mean of their scores.
+
+    Of a layer that two encoders share, each would put back its own best epoch over the other's.
+    """
+    if len(scores) < 2:
+        return scores
+    groups: list[tuple[list[tuple[str, ...]], set[int]]] = []
+    entries = learner.state_dict(keep_vars=True)
+    for part in scores:
+        mine = {id(value) for key, value in entries.items() if key.startswith(part)}
+        together = [part]
+        for other in [group for group in groups if group[1] & mine]:
+            groups.remove(other)
+            together, mine = [*other[0], *together], other[1] | mine
+        groups.append((together, mine))
+    return {
+        tuple(prefix for part in parts for prefix in part): sum(scores[part] for part in parts) / len(parts)
+        for parts, _ in groups
+    }

@@ -19,13 +19,14 @@ class Summary:
 
     Attributes:
         name, title: of the method.
-        protocol: how a modality alone is measured: "masked" or "own-head".
+        protocol: how a modality alone is measured: "masked" or "own-head"; "–" where no run has a result.
         accuracy, macro_f1: one figure a seed.
         alone: mean accuracy of each modality alone.
         contribution: mean Shapley value of each modality.
         probe: mean accuracy of each modality by protocol `probe`, empty where not measured.
-        seconds_per_epoch: mean over seeds.
-        runs: the entries of results.json.
+        seconds_per_epoch: mean over seeds, None where no run has a result.
+        runs: the entries of results.json that have figures; all of the above is of these alone.
+        diverged: the entries of runs whose loss or predictions were NaN or infinite.
     """
 
     name: str
@@ -36,8 +37,9 @@ class Summary:
     alone: dict[str, float | None]
     contribution: dict[str, float | None]
     probe: dict[str, float | None]
-    seconds_per_epoch: float
+    seconds_per_epoch: float | None
     runs: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
 
     @property
     def mean_accuracy(self) -> float:
@@ -65,19 +67,22 @@ def summarize(
     return [_summary(name, by_method[name]) for name in METHODS if name in by_method]
 
 
-def _summary(name: str, runs: list[dict[str, Any]]) -> Summary:
+def _summary(name: str, entries: list[dict[str, Any]]) -> Summary:
+    runs = [entry for entry in entries if "diverged" not in entry]
     metrics = [entry["metrics"] for entry in runs]
+    seconds = [entry["seconds_per_epoch"] for entry in runs]
     return Summary(
         name=name,
         title=METHODS[name].title,
-        protocol=runs[0]["protocol"],
+        protocol=runs[0]["protocol"] if runs else "–",
         accuracy=[m["accuracy"] for m in metrics],
         macro_f1=[m["macro_f1"] for m in metrics],
         alone=_mean_by_name(m["modality_accuracy"] for m in metrics),
         contribution=_mean_by_name(m["contribution"] for m in metrics),
         probe=_mean_by_name(entry.get("probe", {}) for entry in runs),
-        seconds_per_epoch=statistics.fmean(entry["seconds_per_epoch"] for entry in runs),
+        seconds_per_epoch=statistics.fmean(seconds) if seconds else None,
         runs=runs,
+        diverged=[entry for entry in entries if "diverged" in entry],
     )
 
 
@@ -90,40 +95,69 @@ def _mean_by_name(figures: Iterable[dict[str, float | None]]) -> dict[str, float
 
 
 def mean_std(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-    """Return "mean ± std" over seeds, or the one figure."""
+    """Return "mean ± std" over seeds, or the one figure, or "–"."""
+    if not values:
+        return "–"
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
+def diverged_sentence(summaries: Sequence[Summary]) -> str:
+    """Return which runs have no result, and why, or "" where all have one."""
+    lost = []
+    for summary in summaries:
+        if summary.diverged:
+            seeds = ", ".join(str(entry["seed"]) for entry in summary.diverged)
+            plural = "s" * (len(summary.diverged) > 1)
+            lost.append(f"{summary.title} with seed{plural} {seeds}")
+    if not lost:
+        return ""
+    first = next(summary.diverged[0] for summary in summaries if summary.diverged)
+    return f"Diverged, and in no figure: {'; '.join(lost)}. The first of them: {first['diverged']}."
+
+
 def neglect_sentence(summaries: Sequence[Summary]) -> str:
     """Return which modality the joint model neglects, or "" where there is no joint model."""
-    by_name = {summary.name: summary for summary in summaries}
+    by_name = {summary.name: summary for summary in summaries if summary.runs}
     joint, apart = by_name.get("joint"), _trained_alone(by_name)
     known = {m: phi for m, phi in joint.contribution.items() if phi is not None} if joint else {}
     if joint is None or len(known) < 2:
         return ""
     lowest = min(known, key=lambda m: known[m])
-    highest = max(known, key=lambda m: known[m])
-    least = f"{known[lowest]:.2f}, against {known[highest]:.2f} of {highest}"
+    least = _least(joint, known, lowest)
     gaps = {m: _gaps(apart, joint, m) for m in known} if apart else {}
     gaps = {m: values for m, values in gaps.items() if values}
     if apart is None or not gaps:
-        return f"In the joint model {lowest} contributes least: {least}."
+        return f"In the joint model {least[0]}."
     neglected = max(gaps, key=lambda m: statistics.fmean(gaps[m]))
     if not _is_clear(gaps[neglected]):
         return (
             f"The joint model neglects no modality clearly: alone ({joint.protocol}) each reaches about what "
-            f"it reaches when trained alone ({apart.protocol}). The least contribution is that of {lowest}: "
-            f"{least}."
+            f"it reaches when trained alone ({apart.protocol}). In it {least[0]}."
         )
+    # Of one seed a difference may be chance.
+    opening = "The joint model" if len(gaps[neglected]) > 1 else "In this one run the joint model"
     text = (
-        f"The joint model neglects {neglected}: alone ({joint.protocol}) it reaches "
+        f"{opening} neglects {neglected}: alone ({joint.protocol}) it reaches "
         f"{_percent(joint.alone[neglected])}, when trained alone ({apart.protocol}) "
         f"{_percent(apart.alone[neglected])}"
     )
-    if neglected == lowest:
-        return f"{text}. It also contributes least: {least}."
-    return f"{text}. The least contribution is that of {lowest}: {least}."
+    if neglected == lowest and least[1]:
+        return f"{text}. It also contributes least: {least[1]}."
+    return f"{text}. In it {least[0]}."
+
+
+def _least(joint: Summary, known: dict[str, float], lowest: str) -> tuple[str, str]:
+    """Return what is to say of the least contribution, and its figures where it differs beyond the spread."""
+    highest = max(known, key=lambda m: known[m])
+    found = [entry["metrics"]["contribution"] for entry in joint.runs]
+    gaps = [phi[highest] - phi[lowest] for phi in found if None not in (phi[highest], phi[lowest])]
+    if highest == lowest or not _is_clear(gaps):
+        low, high = f"{known[lowest]:.2f}", f"{known[highest]:.2f}"
+        span = f"each {low}" if low == high else f"{low} to {high}"
+        return f"no modality contributes clearly less than the others: {span}", ""
+    figures = f"{known[lowest]:.2f}, against {known[highest]:.2f} of {highest}"
+    return f"{lowest} contributes least: {figures}", figures
 
 
 def _gaps(apart: Summary, joint: Summary, modality: str) -> list[float]:
@@ -138,8 +172,9 @@ def _gaps(apart: Summary, joint: Summary, modality: str) -> list[float]:
 
 
 def _is_clear(gaps: Sequence[float]) -> bool:
+    """Return whether differences, one a seed, lie beyond their spread, and are worth a word at all."""
     spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-    return statistics.fmean(gaps) > max(spread, _NEGLIGIBLE)
+    return bool(gaps) and statistics.fmean(gaps) > max(spread, _NEGLIGIBLE)
 
 
 def _trained_alone(by_name: dict[str, Summary]) -> Summary | None:
@@ -151,28 +186,68 @@ def _percent(value: float | None) -> str:
 
 
 def ranking_sentence(summaries: Sequence[Summary]) -> str:
-    """Return which methods beat joint training and the best unimodal model, and by how much."""
+    """Return which methods beat joint training and the best unimodal model, and by how much.
+
+    Differences over the seeds that two methods share count where their mean is beyond their deviation.
+    """
+    summaries = [summary for summary in summaries if summary.runs]
+    if not summaries:
+        return ""
     by_name = {summary.name: summary for summary in summaries}
     bars = [by_name[name] for name in ("joint", "unimodal") if name in by_name]
     rest = [summary for summary in summaries if summary not in bars]
     best = max(summaries, key=lambda summary: summary.mean_accuracy)
-    opening = f"Best accuracy: {best.title}, {mean_std(best.accuracy)}%."
+    is_one = all(len(summary.runs) == 1 for summary in summaries)
+    opening = _best_sentence(best, summaries, is_one)
     if not bars or not rest:
         return opening
     against = " and ".join(f"{bar.title} ({_percent(bar.mean_accuracy)})" for bar in bars)
-    # A difference that prints as +0.0 is none.
-    better = [s for s in rest if all(s.mean_accuracy - bar.mean_accuracy >= 0.0005 for bar in bars)]
+    better = [s for s in rest if all(_is_above(s, bar) for bar in bars)]
     better.sort(key=lambda summary: -summary.mean_accuracy)
     if not better:
-        return f"{opening} No other method beats {'both ' if len(bars) == 2 else ''}{against}."
-    listed = ", ".join(f"{s.title} by {' and '.join(_difference(s, bar) for bar in bars)}" for s in better)
-    note = " (~: within one standard deviation over seeds)" if "~" in listed else ""
-    return f"{opening} Above {against}, in points: {listed}{note}."
+        clearly = "" if is_one else " beyond the spread over seeds"
+        both = "both " if len(bars) == 2 else ""
+        return f"{opening} No other method beats {both}{against}{clearly}."
+    listed = ", ".join(
+        f"{s.title} by {' and '.join(f'{100 * statistics.fmean(_differences(s, bar)):+.1f}' for bar in bars)}"
+        for s in better
+    )
+    return f"{opening} Above {against}, in points: {listed}."
+
+
+def _best_sentence(best: Summary, summaries: Sequence[Summary], is_one: bool) -> str:
+    figure = f"{mean_std(best.accuracy)}%"
+    level = [s for s in summaries if s is not best and not _is_above(best, s)]
+    if len(summaries) > 1 and len(level) == len(summaries) - 1:
+        what = "have the same accuracy" if is_one else "lie within the spread over seeds of each other"
+        return f"No method is best: all {len(summaries)} {what}, the highest is {best.title}, {figure}."
+    opening = f"Best accuracy: {best.title}, {figure}"
+    if is_one:
+        opening = f"Best accuracy in this one run: {best.title}, {figure}"
+    if not level:
+        return f"{opening}."
+    named = ", ".join(s.title for s in level)
+    return f"{opening}; level with it{'' if is_one else ', within the spread over seeds'}: {named}."
+
+
+def _is_above(summary: Summary, other: Summary) -> bool:
+    """Return whether a method's accuracy lies above another's, beyond the spread over seeds."""
+    differences = _differences(summary, other)
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    # A difference that prints as +0.0 is none.
+    return statistics.fmean(differences) >= 0.0005 and statistics.fmean(differences) > spread
+
+
+def _differences(summary: Summary, other: Summary) -> list[float]:
+    """Return the differences of accuracy over common seeds, or that of the means where there are none."""
+    mine, theirs = ({e["seed"]: e["metrics"]["accuracy"] for e in s.runs} for s in (summary, other))
+    found = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    return found or [summary.mean_accuracy - other.mean_accuracy]
 
 
 def idle_sentence(summaries: Sequence[Summary]) -> str:
     """Return which methods gave the joint model itself, as where a run ends before they intervene."""
-    joint = next((s for s in summaries if s.name == "joint"), None)
+    joint = next((s for s in summaries if s.name == "joint" and s.runs), None)
     if joint is None:
         return ""
     figures = [entry["metrics"] for entry in joint.runs]
@@ -180,15 +255,3 @@ def idle_sentence(summaries: Sequence[Summary]) -> str:
     if not same:
         return ""
     return f"Without effect in these runs, the same as {joint.title} in every figure: {', '.join(same)}."
-
-
-def _difference(summary: Summary, bar: Summary) -> str:
-    """Return the mean difference in points over common seeds; "~" before what is within one deviation."""
-    mine = {entry["seed"]: entry["metrics"]["accuracy"] for entry in summary.runs}
-    theirs = {entry["seed"]: entry["metrics"]["accuracy"] for entry in bar.runs}
-    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    if not differences:
-        return f"{100 * (summary.mean_accuracy - bar.mean_accuracy):+.1f}"
-    mean = statistics.fmean(differences)
-    unsure = len(differences) > 1 and abs(mean) <= statistics.stdev(differences)
-    return f"{'~' if unsure else ''}{100 * mean:+.1f}"

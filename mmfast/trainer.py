@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
-from mmfast import checkpoint, methods
+from mmfast import checkpoint, launchers, methods
 from mmfast.checks import check_data, check_fits
 from mmfast.evaluation import Metrics, evaluate
+from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
 from mmfast.models import MultimodalModel
 from mmfast.names import did_you_mean
@@ -25,6 +26,7 @@ from mmfast.training import Run
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
+LOCK = ".lock"  # held while a process trains there
 
 
 class Trainer:
@@ -40,7 +42,8 @@ class Trainer:
         method: a method of `mmfast.methods`, or its name.
         optimization: settings of optimizer, schedule, batch and epochs.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
-        accelerator, devices, strategy, precision: as Lightning Fabric takes them.
+        accelerator, devices, strategy, precision: as Lightning Fabric takes them. Where torchrun or srun has
+            started several processes, one device, the default, means all of theirs.
         out_dir: folder of checkpoints and logs; None writes nothing.
         loggers: "csv" and "tensorboard" (both write under `out_dir`), or Fabric loggers.
         metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them. A run is
@@ -57,7 +60,7 @@ class Trainer:
 
     Raises:
         TypeError: the method is a class, not an instance.
-        ValueError: unknown method or setting.
+        ValueError: unknown method or setting, or `devices` other than a launcher has started processes for.
     """
 
     def __init__(
@@ -90,12 +93,14 @@ class Trainer:
         self.num_workers = num_workers
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
-        if strategy == "ddp" or (strategy == "auto" and devices not in (1, "1")):
+        devices, num_nodes = launchers.fit(devices)
+        if strategy == "ddp" or (strategy == "auto" and (devices not in (1, "1") or num_nodes > 1)):
             # A method's step may leave parts of the learner out, such as the other modalities' encoders.
             strategy = DDPStrategy(find_unused_parameters=True)
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             precision=precision,
             loggers=[self._logger(kind) for kind in loggers],
@@ -121,9 +126,15 @@ class Trainer:
             resume: go on from `out_dir`/last.ckpt if it is there.
 
         Raises:
+            BlockingIOError: another process trains in `out_dir`.
             ValueError: the data do not fit the model, a class is absent from `train`, the method needs a
                 validation split, encoders differ in D where they must not, or the checkpoint is of another
                 run.
+            DivergedError: a loss or a validation sample's logits are NaN or infinite; the error names the
+                epoch, the batch, and the samples whose input is to blame or a likely cause.
+
+        However it ends, what training froze is free again and no gradient is left on the model; where it
+        does not finish, its modules are in the modes they were in, and it keeps the weights it had by then.
         """
         check_data(model, "train", train, whole=True)
         if val is not None:
@@ -140,33 +151,43 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed)
-            learner.to(self.fabric.device)
-            check_fits(learner, train)
-            state = self._resumed() if resume else None
-            self.history = state["history"] if state else []
-            with self._bar(learner) as advance:
-
-                def record(entry: dict[str, Any]) -> None:
-                    self._record(entry)
-                    advance(1)
-
-                advance(len(self.history))
-                Run(
-                    learner,
-                    train,
-                    val,
-                    self.fabric,
-                    self.optimization,
-                    self.num_workers,
-                    on_epoch=record,
-                    on_state=lambda state: self._save(LAST, self._description() | state),
-                    history=self.history,
-                ).go(state)
+            try:
+                learner.to(self.fabric.device)
+                check_fits(learner, train)
+                with self._alone_in_folder():
+                    self._run(learner, train, val, self._resumed() if resume else None)
+                    self._save(MODEL, self._description() | {"learner": learner.state_dict()})
+            except BaseException:
+                # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
+                learner.abandon()
+                raise
         learner.release()
+        learner.zero_grad(set_to_none=True)
         learner.eval()
         self.learner = learner
-        self._save(MODEL, self._description() | {"learner": learner.state_dict()})
         return learner
+
+    def _run(self, learner: Learner, train: Any, val: Any | None, state: dict[str, Any] | None) -> None:
+        """Train from the beginning, or from where a run stands."""
+        self.history = state["history"] if state else []
+        with self._bar(learner) as advance:
+
+            def record(entry: dict[str, Any]) -> None:
+                self._record(entry)
+                advance(1)
+
+            advance(len(self.history))
+            Run(
+                learner,
+                train,
+                val,
+                self.fabric,
+                self.optimization,
+                self.num_workers,
+                on_epoch=record,
+                on_state=lambda state: self._save(LAST, self._description() | state),
+                history=self.history,
+            ).go(state)
 
     def test(self, model: MultimodalModel, test: Any) -> Metrics:
         """Return accuracy, macro-F1, every modality alone and its Shapley contribution on `test`.
@@ -210,12 +231,29 @@ class Trainer:
             "optimization": asdict(self.optimization),
             "seed": self.seed,
             "metadata": self.metadata,
+            "devices": self.fabric.world_size,
             "history": self.history,
         }
 
     def _save(self, name: str, state: dict[str, Any]) -> None:
         if self.out_dir is not None and self.fabric.is_global_zero:
             checkpoint.save(self.out_dir / name, state)
+
+    @contextlib.contextmanager
+    def _alone_in_folder(self) -> Iterator[None]:
+        """Hold `out_dir`, so that no other program writes its checkpoints there meanwhile."""
+        if self.out_dir is None or not self.fabric.is_global_zero:
+            yield
+            return
+        try:
+            lock = contextlib.ExitStack()
+            lock.enter_context(locked(self.out_dir / LOCK))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process trains in {self.out_dir}: wait for its end, or give another out_dir"
+            ) from None
+        with lock:
+            yield
 
     def _resumed(self) -> dict[str, Any] | None:
         """Return where the run in `out_dir` stands, or None where there is none."""

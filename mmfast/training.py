@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from mmfast.batches import epoch_shard, loader
-from mmfast.evaluation import Metrics, evaluate
-from mmfast.methods.base import Learner
+from mmfast.batches import Shard, dataset_indices, epoch_shard, loader
+from mmfast.divergence import DivergedError, Losses, bad_inputs, bad_inputs_of, cause_text, input_text
+from mmfast.evaluation import Metrics, measure
+from mmfast.methods.base import Learner, Stage
 from mmfast.optimization import Optimization
-from mmfast.processes import share_buffers
+from mmfast.processes import check_agreement, first_of_all, share_buffers, world
 from mmfast.selection import Selection
 
 
@@ -42,8 +43,14 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def go(self, state: dict[str, Any] | None) -> None:
-        """Train all stages, from the beginning or from what `on_state` was given."""
+        """Train all stages, from the beginning or from what `on_state` was given.
+
+        Raises:
+            DivergedError: a loss is NaN or infinite.
+        """
         learner = self.learner
+        # Before any state is loaded: an optimizer's is as wide as its parameters.
+        self.fabric.strategy.precision.convert_module(learner)
         first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
         for index, stage in enumerate(learner.stages(self.optimization.max_epochs)):
             if index < first_stage:
@@ -65,11 +72,11 @@ class Run:
                 entry: dict[str, Any] = {
                     "stage": stage.name,
                     "epoch": epoch,
-                    **self._train_epoch(module, optimizer, index, epoch),
+                    **self._train_epoch(module, optimizer, index, stage, epoch),
                 }
                 scheduler.step()
                 if self.val is not None:
-                    entry["val"] = asdict(self._measure(self.val))
+                    entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
                     own = entry["val"]["modality_accuracy"]
                     if epoch >= stage.first_selectable:
                         selection.update(learner, entry["val"]["accuracy"], list(own.values()), epoch)
@@ -89,45 +96,91 @@ class Run:
                     }
                 )
             selection.load_best(learner)
-            self._measure(self.train if self.val is None else self.val)
+            part, data = ("train", self.train) if self.val is None else ("val", self.val)
+            self._measure(data, part, stage, stage.epochs - 1)
             state, first_epoch = None, 0
 
-    def _measure(self, dataset: Any) -> Metrics:
-        """Return the learner's figures by the predictions it makes when it knows its modalities' own."""
-        found = evaluate(self.learner, dataset, self.fabric)
+    def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
+        """Return the learner's figures by the predictions it makes when it knows its modalities' own.
+
+        Raises:
+            DivergedError: predictions are NaN, as after a last step that no loss has seen.
+        """
+        found, num_nan = measure(self.learner, dataset, self.fabric)
+        if num_nan:
+            bad = bad_inputs_of(dataset, self.learner.modalities)
+            place = "validation" if part == "val" else "training"
+            self._raise(bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} samples")
         if self.learner.note_own_accuracy(found.modality_accuracy):
-            found = evaluate(self.learner, dataset, self.fabric)
+            found, _ = measure(self.learner, dataset, self.fabric)
         return found
 
-    def _train_epoch(self, module: Any, optimizer: Any, stage: int, epoch: int) -> dict[str, float]:
+    def _train_epoch(
+        self, module: Any, optimizer: Any, index: int, stage: Stage, epoch: int
+    ) -> dict[str, float]:
         """Train one epoch; return its mean loss and its seconds."""
         learner, fabric = self.learner, self.fabric
         # A seed of its own for every epoch: a resumed run needs no random state of the one before.
-        torch.manual_seed(learner.generator(stage, epoch, fabric.global_rank).initial_seed())
+        torch.manual_seed(learner.generator(index, epoch, fabric.global_rank).initial_seed())
         begun = time.perf_counter()
         entries = learner.start_epoch(epoch, self.train)
         shard = epoch_shard(
             len(entries),
             self.optimization.batch_size,
-            learner.generator(stage, epoch),
+            learner.generator(index, epoch),
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
+        check_agreement("samples of an epoch", len(entries))
         module.train()
-        total = torch.zeros((), device=fabric.device)
+        steps, is_alone = learner.steps_per_batch, world() is None
+        losses = Losses(steps * len(shard.batches), fabric.device, is_alone)
         batches = loader(entries, shard.batches, self.num_workers)
-        for b, (batch, scale) in enumerate(zip(batches, shard.scales, strict=True)):
+        for b, batch in enumerate(batches):
             batch = fabric.to_device(batch)
-            for step in range(learner.steps_per_batch):
+            for step in range(steps):
                 optimizer.zero_grad()
                 loss = module(batch, step)
-                fabric.backward(loss * scale)
+                if (bad := losses.add(loss)) is not None:
+                    self._diverged(entries, shard, bad // steps, stage, epoch)
+                fabric.backward(loss * shard.scales[b])
                 learner.edit_gradients(step, b / len(shard.batches))
                 optimizer.step()
-                total += loss.detach() * scale
+        bad = losses.first_bad()
+        # All processes stop with the one whose loss was the first.
+        first = first_of_all(len(shard.batches) if bad is None else bad // steps)
+        if first < len(shard.batches):
+            self._diverged(entries, shard, first, stage, epoch)
         share_buffers(learner)
+        scales = torch.tensor(shard.scales, device=fabric.device).repeat_interleave(steps)
+        total = (losses.values * scales).sum()
         mean = fabric.all_reduce(total, reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
         return {"loss": float(mean), "seconds": time.perf_counter() - begun}
+
+    def _diverged(self, entries: Any, shard: Shard, batch: int, stage: Stage, epoch: int) -> None:
+        """Raise what ends the run, with the cause as far as the batch shows it."""
+        modalities, chosen = self.learner.modalities, shard.batches[batch]
+        samples = dataset_indices(entries, chosen)
+        (content,) = loader(entries, [chosen])
+        bad = bad_inputs(content, samples, modalities)
+        where = f"batch {batch + 1} of {len(shard.batches)}"
+        self._raise(bad, "the training data", stage, epoch, where, batch)
+
+    def _raise(
+        self,
+        bad: dict[str, list[int]],
+        part: str,
+        stage: Stage,
+        epoch: int,
+        where: str,
+        batch: int | None = None,
+    ) -> None:
+        cause = cause_text(lr=self.optimization.lr, precision=self.fabric.strategy.precision.precision)
+        cause = input_text(part, bad) if bad else cause
+        what = "the loss is" if batch is not None else "predictions are"
+        text = f"{what} NaN or infinite in epoch {epoch + 1} of {stage.epochs}, {where}: {cause}"
+        samples = sorted({sample for found in bad.values() for sample in found})
+        raise DivergedError(text, epoch=epoch, batch=batch, samples=samples)
 
     def _end_epoch(self, optimizer: Any, epoch: int, entry: dict[str, Any]) -> None:
         """Let the method do what it does between epochs; its time counts as training time."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mmfast.models import MultimodalModel
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
+# Of these, those that ask which class has the largest logit.
+_COUNTING = ("cardinality", "correct")
 # Logits of all coalitions are held for as many samples at a time as fit in this many numbers (64 MB in
 # float32).
 _CHUNK = 2**24
@@ -129,15 +131,13 @@ def valuate(
             features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
             for part in _parts(len(label), len(coalitions) * model.num_classes):
                 logits = model.coalition_logits([h[part] for h in features], coalitions)  # [n, S, C]
-                right = ops.coalition_utilities(
-                    logits, label[part], utility="correct", backend=backend
-                )  # [n, S]
+                right = _utilities(logits, label[part], "correct", backend)  # [n, S]
                 if utility == "correct":
                     values = right
                 elif utility == "cardinality":
                     values = right * sizes.to(right)
                 else:
-                    values = ops.coalition_utilities(logits, label[part], utility=utility, backend=backend)
+                    values = _utilities(logits, label[part], utility, backend)
                 if present is not None:
                     values, right = (_among_present(x, present[:, part]) for x in (values, right))
                 found.append(ops.shapley_values(values, backend=backend).float().cpu())
@@ -211,17 +211,42 @@ def batch_contributions(
 ) -> Tensor:  # [N, M]
     """Return the contributions of one encoded batch."""
     if model.additive and present is None:
-        partial = model.partial_logits(features)
-        return ops.additive_shapley(partial, labels, model.bias, utility=utility, backend=backend)
+        partial, bias = model.partial_logits(features), model.bias
+        if utility in _COUNTING:
+            partial, bias = _never_right(partial, labels, bias)
+        return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
     coalitions = torch.arange(2 ** len(features), device="cpu")
     values = []
     for part in _parts(len(labels), len(coalitions) * model.num_classes):
         logits = model.coalition_logits([h[part] for h in features], coalitions)
-        utilities = ops.coalition_utilities(logits, labels[part], utility=utility, backend=backend)
+        utilities = _utilities(logits, labels[part], utility, backend)
         if present is not None:
             utilities = _among_present(utilities, present[:, part])
         values.append(ops.shapley_values(utilities, backend=backend))
     return torch.cat(values) if values else labels.new_zeros(0, len(features), dtype=torch.float32)
+
+
+def _utilities(
+    logits: Tensor,  # [N, S, C]
+    labels: Tensor,  # [N]
+    utility: str,
+    backend: str,
+) -> Tensor:  # [N, S]
+    """Return what coalitions are worth; one whose logits hold NaN, a class for argmax, is never right."""
+    values = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
+    return values.masked_fill(logits.isnan().any(-1), 0) if utility in _COUNTING else values
+
+
+def _never_right(
+    partial: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor,  # [C]
+) -> tuple[Tensor, Tensor]:  # [M, N, C], [C]
+    """Return logits with which no coalition is right that has a modality whose logits hold NaN."""
+    is_label = torch.arange(partial.shape[2], device=labels.device) == labels[:, None]
+    wrong = torch.where(is_label, -torch.inf, 0.0).to(partial)
+    is_nan = partial.isnan().any(-1, keepdim=True) | bias.isnan().any()
+    return torch.where(is_nan, wrong, partial), bias.nan_to_num(0.0, torch.inf, -torch.inf)
 
 
 def _parts(

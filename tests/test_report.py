@@ -160,8 +160,9 @@ def test_ranking_is_by_differences_over_seeds():
         runs.append(entry("ensemble", seed, 0.50))
     text = ranking_sentence(summarize(runs))
     assert text.startswith("Best accuracy: DI-MML, 67.0 ± 2.0%.")
-    assert "Above Joint (62.0%) and Best unimodal (61.0%), in points: DI-MML by +5.0 and +6.0, " in text
-    assert "MLA by ~+1.0 and +2.0 (~: within one standard deviation over seeds)" in text
+    assert "Above Joint (62.0%) and Best unimodal (61.0%), in points: DI-MML by +5.0 and +6.0" in text
+    # Over Joint MLA lies by 1.0 point, within its deviation of 2.0.
+    assert text.endswith("in points: DI-MML by +5.0 and +6.0.")
     assert "Ensemble" not in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -384,9 +385,16 @@ def test_data_may_move_between_a_run_and_its_continuation(tmp_path):
 
 
 def test_a_draft_of_a_killed_process_is_cleared_away(tmp_path):
-    (tmp_path / "last.ckpt.tmp").write_bytes(b"half a checkpoint")
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    host = socket.gethostname()
+    drafts = [f"last.ckpt.{host}-{process}-0.tmp" for process in (dead.stdout.strip(), os.getppid())]
+    for draft in drafts:
+        (tmp_path / draft).write_bytes(b"half a checkpoint")
     fitted("joint", out_dir=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "model.ckpt"]
+    # That of a process that lives is its own.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.ckpt", drafts[1], "model.ckpt"]
 
 
 def test_a_finished_run_keeps_only_what_predictions_need(tmp_path):

@@ -67,7 +67,9 @@ class Method:
             raise ValueError(
                 f"{self.name} needs features of equal dimension D from all encoders, got {found}"
             )
-        return self.learner(self, model, seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.learner(self, model, seed)
 
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
@@ -103,6 +105,8 @@ class Learner(nn.Module):
         self.build()
         # What the user froze stays frozen; what a stage freezes is free again after it.
         self._wanted = [p.requires_grad for p in self.parameters()]
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._head_was_trained = model.head_is_trained
 
     def build(self) -> None:
         """Create what the method adds to the model."""
@@ -130,6 +134,14 @@ class Learner(nn.Module):
         """Give back what stages froze, when training is over."""
         for p, wanted in zip(self.parameters(), self._wanted, strict=True):
             p.requires_grad_(wanted)
+
+    def abandon(self) -> None:
+        """Give back all but the weights, when training has ended before its end."""
+        self.release()
+        self.zero_grad(set_to_none=True)
+        self.model.head_is_trained = self._head_was_trained
+        for module, mode in self._modes:
+            module.training = mode
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the current stage trains."""

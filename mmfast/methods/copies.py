@@ -10,6 +10,7 @@ from torch import Tensor
 from mmfast.batches import Entries, iterate, presence
 from mmfast.data.arrays import PRESENT_SUFFIX
 from mmfast.methods.base import Learner
+from mmfast.processes import of_first
 from mmfast.valuation import contributions
 
 
@@ -34,15 +35,18 @@ class CopiesLearner(Learner):
         indices = torch.cat([samples, self.indices])
         return Entries(train, indices, torch.cat([full, self.coalitions]))
 
-    def keep_shown(self, train: Any) -> None:
-        """Drop copies that would show nothing, because their sample lacks the modality."""
-        if not any(key.endswith(PRESENT_SUFFIX) for key in train[0]):
-            return
-        entries = Entries(getattr(train, "evaluation", train), self.indices, self.coalitions)
-        batches = iterate(entries, 4096, torch.device("cpu"))
-        shown = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
-        keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *shown])
-        self.indices, self.coalitions = self.indices[keep], self.coalitions[keep]
+    def take_copies(self, train: Any, indices: Tensor, coalitions: Tensor) -> None:  # [E], [E] int64
+        """Let the next epoch train on these copies besides all samples; of several processes on the first's.
+
+        Copies that would show nothing, because their sample lacks the modality, are dropped.
+        """
+        if any(key.endswith(PRESENT_SUFFIX) for key in train[0]):
+            entries = Entries(getattr(train, "evaluation", train), indices, coalitions)
+            batches = iterate(entries, 4096, torch.device("cpu"))
+            shown = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
+            keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *shown])
+            indices, coalitions = indices[keep], coalitions[keep]
+        self.indices, self.coalitions = of_first((indices, coalitions))
 
     def figures(
         self,

@@ -13,7 +13,7 @@ from mmfast import ops
 from mmfast.methods.base import Method, Stage, check_numbers
 from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
 from mmfast.methods.late_fusion import own_losses, repeat_for
-from mmfast.processes import share_of_batch, world
+from mmfast.processes import of_first, share_of_batch, world
 
 
 class _DIMMLLearner(FrozenEncodersLearner):
@@ -57,7 +57,7 @@ class _DIMMLLearner(FrozenEncodersLearner):
             accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
             right[m] += (len(labels) * accuracy.double()).round().long()
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
-        return right * right.shape[1] > right.sum(1, keepdim=True)
+        return of_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
 
     def encoder_loss(self, features, labels, present):
         loss = own_losses(self.own_logits(features), labels, present)

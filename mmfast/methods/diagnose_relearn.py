@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.methods.base import Learner, Method, check_numbers
+from mmfast.models import MultimodalModel
+from mmfast.processes import of_first
 
 
 def scale_to_unit(
@@ -24,6 +26,7 @@ def scale_to_unit(
 
 class _DiagnoseRelearnLearner(Learner):
     def build(self) -> None:
+        _check_apart(self.model)
         self.theta_0 = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.buffers_0 = {name: b.detach().clone() for name, b in self.model.encoders.named_buffers()}
         self._optimizer_reset = False
@@ -37,8 +40,10 @@ class _DiagnoseRelearnLearner(Learner):
             )
         purity = {split: self._purities(data, epoch) for split, data in (("train", train), ("val", val))}
         figures: dict[str, float] = {}
-        for m, name in enumerate(self.modalities):
-            gap = abs(purity["train"][m] - purity["val"][m])
+        gaps = [
+            abs(of_train - of_val) for of_train, of_val in zip(purity["train"], purity["val"], strict=True)
+        ]
+        for name, gap in zip(self.modalities, of_first(gaps), strict=True):
             alpha = math.tanh(self.method.lam * gap)
             self._relearn(f"encoders.{name}.", alpha)
             figures |= {f"gap_{name}": gap, f"alpha_{name}": alpha}
@@ -89,6 +94,18 @@ class _DiagnoseRelearnLearner(Learner):
 
     def load_extra_state(self, state):
         self.theta_0, self.buffers_0 = state["theta_0"], state["buffers_0"]
+
+
+def _check_apart(model: MultimodalModel) -> None:
+    """Raise ValueError if encoders share a parameter: each is pulled back by an alpha of its own."""
+    owner: dict[int, str] = {}
+    for name, encoder in model.encoders.items():
+        for key, p in encoder.named_parameters():
+            if (other := owner.setdefault(id(p), name)) != name:
+                raise ValueError(
+                    "diagnose-relearn needs encoders that share no parameters, as each has an alpha of its "
+                    f"own, got {key} in {other} and {name}"
+                )
 
 
 @dataclass(frozen=True)

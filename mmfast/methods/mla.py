@@ -39,9 +39,15 @@ class _MLALearner(LateFusionLearner):
     def own_logits(self, features):
         return torch.stack([self.shared_head(h) for h in features])
 
+    def _apply(self, fn, recurse=True):
+        # What turns the whole module to half precision leaves too few digits for P: these only move.
+        kept = {name: getattr(self, name) for name in ("projector", "previous", "current")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
     def start_epoch(self, epoch, train):
-        # A precision that turns the whole module to half keeps too few digits for P.
-        self.projector, self.previous = self.projector.float(), self.previous.float()
         if self.method.reset == "epoch":
             self._reset_projector()
             self.previous.zero_()

@@ -35,9 +35,9 @@ class _ModalityValuationLearner(CopiesLearner):
         known = phi[~phi.isnan()]
         gap = float(known.max() - known.min())
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
-        self.indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
-        self.coalitions = torch.full_like(self.indices, 1 << int(phi.nan_to_num(nan=torch.inf).argmin()))
-        self.keep_shown(train)
+        indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
+        lowest = 1 << int(phi.nan_to_num(nan=torch.inf).argmin())
+        self.take_copies(train, indices, torch.full_like(indices, lowest))
         return self.figures(phi)
 
 

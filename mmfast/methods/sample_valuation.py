@@ -41,9 +41,8 @@ class _SampleValuationLearner(CopiesLearner):
         counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
         sample, modality = counts.nonzero(as_tuple=True)
         repeats = counts[sample, modality]
-        self.indices = sample.repeat_interleave(repeats)
-        self.coalitions = (1 << modality).repeat_interleave(repeats)
-        self.keep_shown(train)
+        indices, coalitions = sample.repeat_interleave(repeats), (1 << modality).repeat_interleave(repeats)
+        self.take_copies(train, indices, coalitions)
         return self.figures(mean_contributions(phi, present))
 
 

@@ -1,0 +1,171 @@
+"""What a comparison keeps: results.json, written under a lock, and beside runs what it is rebuilt from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmfast.files import locked, write_json
+from mmfast.methods import METHODS
+
+FORMAT = 1
+RESULTS = "results.json"
+METRICS = "metrics.json"  # of a single run, in its folder
+# Key of a run's file: which data and settings it belongs to.
+_COMPARISON = "comparison"
+# Parts of a comparison, and what in them may differ without making it another one.
+_PARTS = (("data", ("source", "description", "fingerprint")), ("configuration", ("methods",)))
+
+
+class Results:
+    """The results of one comparison in a folder, which several processes may add to at once.
+
+    Args:
+        out: the folder.
+        mine: format, versions, machine, data and configuration of this comparison, as plain values.
+
+    Attributes:
+        content: what results.json holds, as far as this process knows.
+        note: what the user has to know of what was found there, or "".
+    """
+
+    def __init__(self, out: Path, mine: dict[str, Any]) -> None:
+        self.out = out
+        self.mine = mine
+        self.content: dict[str, Any] = mine | {"runs": []}
+        self.note = ""
+
+    @property
+    def path(self) -> Path:
+        return self.out / RESULTS
+
+    def open(self) -> None:
+        """Take in what the folder holds; a file that is cut short is rebuilt from the runs beside it.
+
+        Raises:
+            ValueError: results.json is of another configuration, or not the results of a comparison.
+        """
+        if not self.out.exists():
+            return
+        with self._lock():
+            self._take_in()
+
+    def add(self, entry: dict[str, Any], folder: Path) -> None:
+        """Add a run's entry to what the folder holds by now, and to the run's own folder."""
+        write_json(folder / METRICS, entry | {_COMPARISON: self._digest()})
+        with self._lock():
+            self._take_in()
+            self._put(entry)
+            write_json(self.path, self.content)
+
+    def find(self, method: str, seed: int) -> dict[str, Any] | None:
+        """Return the entry of a run, or None."""
+        runs = self.content["runs"]
+        return next((e for e in runs if (e["method"], e["seed"]) == (method, seed)), None)
+
+    def _put(self, entry: dict[str, Any]) -> None:
+        key, order = (entry["method"], entry["seed"]), list(METHODS)
+        others = [e for e in self.content["runs"] if (e["method"], e["seed"]) != key]
+        self.content["runs"] = sorted([*others, entry], key=lambda e: (order.index(e["method"]), e["seed"]))
+
+    def _lock(self) -> Any:
+        # Held for the moment that reading and writing take.
+        return locked(self.out / f".{RESULTS}.lock", wait=lambda: None)
+
+    def _take_in(self) -> None:
+        found = self._read()
+        if found is None or not found["runs"]:
+            return
+        self._check_same(found)
+        of_all_methods = found["configuration"]["methods"] | self.mine["configuration"]["methods"]
+        known = self.content["runs"]
+        self.content = found | self.mine
+        self.content["configuration"] = self.mine["configuration"] | {"methods": of_all_methods}
+        for entry in known:
+            if self.find(entry["method"], entry["seed"]) is None:
+                self._put(entry)
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return what results.json holds, or what the runs beside it do where it cannot be read."""
+        is_there = self.path.exists()
+        if is_there:
+            try:
+                found = json.loads(self.path.read_text())
+                if {"format", "data", "configuration", "runs"} <= set(found):
+                    if found["format"] != FORMAT:
+                        raise _WrongFormatError(found["format"])
+                    return found
+            except _WrongFormatError as error:
+                raise ValueError(
+                    f"{self.path} must have format {FORMAT}, got {error}; give another --out"
+                ) from None
+            except (ValueError, TypeError):
+                pass
+        runs = list(self._records())
+        if not runs:
+            if is_there:
+                raise ValueError(f"{self.path} is not the results of a comparison; give another --out")
+            return None
+        kept = ""
+        if is_there:
+            damaged = self.path.with_name(f"{RESULTS}.damaged")
+            self.path.replace(damaged)
+            kept = f"could not be read and is now {damaged.name}; it "
+        rebuilt = f"{len(runs)} run{'s' * (len(runs) > 1)} under {self.out / 'runs'}"
+        self.note = f"{self.path} {kept or 'was gone and '}has been rebuilt from {rebuilt}."
+        methods = {entry["method"]: entry["config"] for entry in runs}
+        configuration = self.mine["configuration"]
+        found = self.mine | {"runs": runs}
+        found["configuration"] = configuration | {"methods": methods | configuration["methods"]}
+        write_json(self.path, found)
+        return found
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries that runs of this comparison left in their own folders."""
+        configs = self.mine["configuration"]["methods"]
+        for path in sorted((self.out / "runs").glob(f"*-seed*/{METRICS}")):
+            try:
+                entry = json.loads(path.read_text())
+                is_mine = entry.pop(_COMPARISON, None) == self._digest() and entry["method"] in METHODS
+            except (ValueError, TypeError, AttributeError, KeyError):
+                continue
+            if is_mine and configs.get(entry["method"], entry["config"]) == entry["config"]:
+                yield entry
+
+    def _digest(self) -> str:
+        """Return what tells one comparison's runs from another's: data and settings, not methods."""
+        data, configuration = dict(self.mine["data"]), dict(self.mine["configuration"])
+        for key in ("source", "description"):
+            data.pop(key)
+        configuration.pop("methods")
+        return hashlib.sha256(json.dumps([data, configuration], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _check_same(self, found: dict[str, Any]) -> None:
+        differ, mine = [], self.mine
+        for part, ignored in _PARTS:
+            there, here = found[part], mine[part]
+            for key in [key for key in here if key not in ignored and there.get(key) != here[key]]:
+                differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
+        for name, config in mine["configuration"]["methods"].items():
+            there = found["configuration"]["methods"].get(name, config)
+            for key in [key for key in config if there.get(key) != config[key]]:
+                differ.append(f"{name}.{key} is {_short(there.get(key))} there, {_short(config[key])} here")
+        if not differ and found["data"].get("fingerprint") != mine["data"]["fingerprint"]:
+            differ = ["the samples or their split are others"]
+        if differ:
+            raise ValueError(
+                f"{self.path} is of another configuration: {'; '.join(differ)}; "
+                "give another --out, or --overwrite to start anew"
+            )
+
+
+class _WrongFormatError(Exception):
+    """results.json is of another version of its format."""
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
