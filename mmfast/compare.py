@@ -21,6 +21,9 @@ from mmfast.results import FORMAT, METRICS, RESULTS, Results
 from mmfast.runs import Setup, diverged_entry, fingerprint, machine, run, versions
 from mmfast.trainer import LAST, MODEL
 
+# How the command's errors begin.
+_SAYS = "mmfast: "
+
 
 @dataclass(frozen=True)
 class Run:
@@ -111,11 +114,14 @@ class Comparison:
         """Make a run on several devices in processes of its own: Fabric launches them once per program."""
         command = [sys.executable, "-m", "mmfast", *train_arguments(self.setup, item, folder)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode == DIVERGED:
-            raise DivergedError(done.stderr.strip().splitlines()[-1].removeprefix("mmfast: "), epoch=-1)
         if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            # Of several processes' lines, the one that says what is wrong.
+            said = next((line for line in reversed(lines) if line.startswith(_SAYS)), done.stderr.strip())
+            if done.returncode == DIVERGED:
+                raise DivergedError(said.removeprefix(_SAYS), epoch=-1)
             kind = ValueError if done.returncode == 2 else RuntimeError
-            raise kind(f"{item.method.name} with seed {item.seed} failed: {done.stderr.strip()}")
+            raise kind(f"{item.method.name} with seed {item.seed} failed: {said.removeprefix(_SAYS)}")
         return json.loads((folder / METRICS).read_text())
 
     def _description(self) -> dict[str, Any]:

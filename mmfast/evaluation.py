@@ -52,7 +52,8 @@ def measure(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int =
     ).to(learner.device)
     alone = [MulticlassAccuracy(classes, average="micro").to(learner.device) for _ in names]
     contribution = [MeanMetric().to(learner.device) for _ in names]
-    loss = MeanMetric().to(learner.device)
+    # What is NaN is said, not left out.
+    loss = MeanMetric(nan_strategy="disable").to(learner.device)
     counts = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     num_nan = torch.zeros((), dtype=torch.int64, device=learner.device)
     with evaluating(learner), fabric.autocast():

@@ -67,9 +67,9 @@ class Results:
         return next((e for e in runs if (e["method"], e["seed"]) == (method, seed)), None)
 
     def _put(self, entry: dict[str, Any]) -> None:
-        key, order = (entry["method"], entry["seed"]), list(METHODS)
+        key = (entry["method"], entry["seed"])
         others = [e for e in self.content["runs"] if (e["method"], e["seed"]) != key]
-        self.content["runs"] = sorted([*others, entry], key=lambda e: (order.index(e["method"]), e["seed"]))
+        self.content["runs"] = sorted([*others, entry], key=_place)
 
     def _lock(self) -> Any:
         # Held for the moment that reading and writing take.
@@ -104,7 +104,7 @@ class Results:
                 ) from None
             except (ValueError, TypeError):
                 pass
-        runs = list(self._records())
+        runs = sorted(self._records(), key=_place)
         if not runs:
             if is_there:
                 raise ValueError(f"{self.path} is not the results of a comparison; give another --out")
@@ -164,6 +164,11 @@ class Results:
 
 class _WrongFormatError(Exception):
     """results.json is of another version of its format."""
+
+
+def _place(entry: dict[str, Any]) -> tuple[int, int]:
+    """Return by what runs are ordered: methods as they are listed everywhere, then seeds."""
+    return list(METHODS).index(entry["method"]), entry["seed"]
 
 
 def _short(value: Any) -> str:

@@ -204,7 +204,11 @@ class MultimodalModel(nn.Module):
         num_samples, num_coalitions = features[0].shape[0], member.shape[0]
         if self.additive:
             partial = self.head.partial_logits(features)
-            return self.bias + torch.matmul(member.to(partial.dtype), partial.transpose(0, 1))
+            if not torch.compiler.is_compiling() and bool(partial.isfinite().all()):
+                return self.bias + torch.matmul(member.to(partial.dtype), partial.transpose(0, 1))
+            # In a product NaN and infinity would reach coalitions that they are no members of.
+            added = (torch.where(member[:, m, None], own[:, None], 0.0) for m, own in enumerate(partial))
+            return self.bias + sum(added)
         if num_coalitions == 0 or num_samples == 0:
             return self.bias.new_zeros(num_samples, num_coalitions, self.num_classes)
         logits = []
