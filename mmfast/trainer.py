@@ -211,6 +211,7 @@ class Trainer:
         try:
             learner.load_state_dict(state["learner"])
         except RuntimeError as error:
+            learner.abandon()
             raise ValueError(f"the checkpoint does not fit the model: {error}") from error
         learner.release()
         learner.to(self.fabric.device)
@@ -297,19 +298,21 @@ class Trainer:
     @contextlib.contextmanager
     def _bar(self, learner: Learner):
         """Yield a function that moves a progress bar, where one is wanted; close the loggers in the end."""
+        status = "failed"
         try:
             if not (self.progress and self.fabric.is_global_zero):
                 yield lambda epochs: None
-                return
-            from rich.progress import Progress
+            else:
+                from rich.progress import Progress
 
-            with Progress() as progress:
-                total = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
-                task = progress.add_task(self.method.title, total=total)
-                yield lambda epochs: progress.advance(task, epochs)
+                with Progress() as progress:
+                    total = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+                    task = progress.add_task(self.method.title, total=total)
+                    yield lambda epochs: progress.advance(task, epochs)
+            status = "finished"
         finally:
             for logger in self.fabric.loggers:
-                logger.finalize("finished")
+                logger.finalize(status)
 
 
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:

@@ -16,7 +16,14 @@ from rich.console import Console
 from mmfast.methods import METHODS
 from mmfast.plots import plot_comparison
 from mmfast.report import hyphenate, show, show_valuation
-from mmfast.summary import idle_sentence, mean_std, neglect_sentence, ranking_sentence, summarize
+from mmfast.summary import (
+    diverged_sentence,
+    idle_sentence,
+    mean_std,
+    neglect_sentence,
+    ranking_sentence,
+    summarize,
+)
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}
@@ -148,6 +155,95 @@ def test_without_unimodal_runs_the_contribution_tells():
     text = neglect_sentence(summarize([entry("joint")]))
     assert text == "In the joint model audio contributes least: 0.50, against 0.90 of accelerometer."
     assert neglect_sentence(summarize([entry("mla")])) == ""
+
+
+def alike(value, seeds=3, **more):
+    return [
+        entry("joint", seed, contribution={"a": value, "b": value + 1e-4}, **more) for seed in range(seeds)
+    ]
+
+
+def test_equal_contributions_are_not_ranked():
+    told = "In the joint model no modality contributes clearly less than the others: each 0.28."
+    assert neglect_sentence(summarize(alike(0.28, alone={"a": 0.5, "b": 0.5}))) == told
+    noisy = [
+        entry("joint", seed, alone={"a": 0.5, "b": 0.5}, contribution={"a": a, "b": 0.5})
+        for seed, a in enumerate((0.3, 0.6, 0.51))
+    ]
+    told = "In the joint model no modality contributes clearly less than the others: 0.47 to 0.50."
+    assert neglect_sentence(summarize(noisy)) == told
+    same = [
+        entry("joint", seed, contribution={"a": 0.28, "b": 0.28}, alone={"a": 0.5, "b": 0.5})
+        for seed in range(2)
+    ]
+    assert "against" not in neglect_sentence(summarize(same))
+    alone = [entry("unimodal", seed, alone={"a": 0.9, "b": 0.5}) for seed in range(3)]
+    text = neglect_sentence(summarize(alike(0.28, alone={"a": 0.5, "b": 0.5}) + alone))
+    assert text.startswith("The joint model neglects a: alone (masked) it reaches 50.0%")
+    assert text.endswith("In it no modality contributes clearly less than the others: each 0.28.")
+
+
+def test_one_modality_is_not_compared_with_itself():
+    assert neglect_sentence(summarize([entry("joint", alone={"a": 0.5})])) == ""
+    runs = [entry("joint", alone={"a": 0.5, "b": None}, contribution={"a": 0.5, "b": None})]
+    assert neglect_sentence(summarize(runs)) == ""
+
+
+def test_one_seed_is_said_to_be_one():
+    runs = [
+        entry("joint", alone={"a": 0.3, "b": 0.6}),
+        entry("unimodal", accuracy=0.6, alone={"a": 0.5, "b": 0.6}),
+    ]
+    summaries = summarize(runs)
+    assert neglect_sentence(summaries).startswith("In this one run the joint model neglects a: ")
+    assert ranking_sentence(summaries) == "Best accuracy in this one run: Joint, 70.0%."
+
+
+def test_methods_within_the_spread_are_level():
+    runs = []
+    for seed, shift in enumerate((-0.02, 0.0, 0.02)):
+        runs.append(entry("joint", seed, 0.6))
+        runs.append(entry("di-mml", seed, 0.7 + shift))
+        runs.append(entry("mla", seed, 0.69))
+    text = ranking_sentence(summarize(runs))
+    assert text.startswith(
+        "Best accuracy: DI-MML, 70.0 ± 2.0%; level with it, within the spread over seeds: MLA."
+    )
+    level = [entry(method, seed, 0.8) for method in ("joint", "unimodal", "mla") for seed in range(2)]
+    assert ranking_sentence(summarize(level)).startswith(
+        "No method is best: all 3 lie within the spread over seeds of each other, the highest is Joint, "
+        "80.0 ± 0.0%."
+    )
+
+
+def test_runs_without_figures_are_in_none():
+    lost = {"seed": 1, "config": {}, "diverged": "the loss is NaN in epoch 2", "versions": {}}
+    runs = [
+        entry("joint", 0),
+        entry("joint", 2),
+        entry("mla", 0, 0.5),
+        lost | {"method": "mla"},
+        lost | {"method": "di-mml"},
+    ]
+    summaries = summarize(runs)
+    assert [(s.name, len(s.runs), len(s.diverged)) for s in summaries] == [
+        ("joint", 2, 0),
+        ("di-mml", 0, 1),
+        ("mla", 1, 1),
+    ]
+    assert diverged_sentence(summaries) == (
+        "Diverged, and in no figure: DI-MML with seed 1; MLA with seed 1. The first of them: the loss is NaN in "
+        "epoch 2."
+    )
+    assert diverged_sentence(summaries[:1]) == ""
+    for width in (80, 100, 140):
+        text = printed(summaries, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "MLA, 1 of 2 runs" in text
+        assert next(line for line in text.splitlines() if line.startswith("DI-MML")).split()[1] == "diverged"
+    nothing = printed(summarize([lost | {"method": "mla"}]), 80)
+    assert "diverged" in nothing
+    assert "Best" not in nothing
 
 
 def test_ranking_is_by_differences_over_seeds():
