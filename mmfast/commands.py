@@ -137,7 +137,14 @@ def compare(
         finite = [summary for summary in summaries if summary.runs]
         files = [RESULTS, *(plot_comparison(finite, out) if finite else [])]
         console.print()
-        show(console, summaries, data=setup.splits.description, out=out, files=files)
+        show(
+            console,
+            summaries,
+            data=setup.splits.description,
+            num_test=len(setup.splits.test),
+            out=out,
+            files=files,
+        )
         if lost := [summary.title for summary in summaries if not summary.runs]:
             print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)
             raise typer.Exit(DIVERGED)

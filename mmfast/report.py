@@ -35,6 +35,7 @@ def show(
     summaries: Sequence[Summary],
     *,
     data: str,
+    num_test: int | None = None,
     out: Path | None = None,
     files: Sequence[str] = (),
 ) -> None:
@@ -44,6 +45,7 @@ def show(
         console: where to; the layout follows its width.
         summaries: one a method.
         data: description of the data set and its split.
+        num_test: samples of its test part.
         out: folder of the files.
         files: names of what was written to `out`.
     """
@@ -51,8 +53,28 @@ def show(
         if number:
             console.print()
         console.print(table)
+    if any(summary.runs for summary in summaries):
+        console.print()
+        console.print(Text(_note(summaries), style="dim"))
+    console.print()
+    for sentence in (
+        diverged_sentence(summaries),
+        neglect_sentence(summaries, num_test),
+        ranking_sentence(summaries),
+        idle_sentence(summaries),
+    ):
+        if sentence:
+            console.print(Text(sentence))
+    console.print(Text(f"Data: {data}."))
+    if out is not None:
+        # A path is never broken over lines: it is there to be copied.
+        console.print(Text(f"Written to {out}: {', '.join(files)}."), soft_wrap=True)
+
+
+def _note(summaries: Sequence[Summary]) -> str:
+    """Return what the table's figures are."""
     seeds = max(len(summary.accuracy) for summary in summaries)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"{seeds} seed"
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
     note = (
         f"Test set, {spread}; accuracy, macro-F1 and each modality alone in %. Alone by masked: the others' "
         "features are zero; own-head: by a head of its own. Contribution: mean Shapley value under "
@@ -60,16 +82,7 @@ def show(
     )
     if any(summary.probe for summary in summaries):
         note += " Probe: logistic regression on frozen features."
-    console.print()
-    console.print(Text(note, style="dim"))
-    console.print()
-    for say in (diverged_sentence, neglect_sentence, ranking_sentence, idle_sentence):
-        if sentence := say(summaries):
-            console.print(Text(sentence))
-    console.print(Text(f"Data: {data}."))
-    if out is not None:
-        # A path is never broken over lines: it is there to be copied.
-        console.print(Text(f"Written to {out}: {', '.join(files)}."), soft_wrap=True)
+    return note
 
 
 def tables(summaries: Sequence[Summary], width: int) -> list[Table]:

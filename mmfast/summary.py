@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from mmfast.methods import METHODS
 
 # Smaller losses of accuracy are not called neglect.
 _NEGLIGIBLE = 0.01
+_NONE = "No method is best"
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,13 @@ def diverged_sentence(summaries: Sequence[Summary]) -> str:
     return f"Diverged, and in no figure: {'; '.join(lost)}. The first of them: {first['diverged']}."
 
 
-def neglect_sentence(summaries: Sequence[Summary]) -> str:
-    """Return which modality the joint model neglects, or "" where there is no joint model."""
+def neglect_sentence(summaries: Sequence[Summary], num_test: int | None = None) -> str:
+    """Return which modality the joint model neglects, or "" where there is no joint model.
+
+    Args:
+        summaries: one a method.
+        num_test: samples of the test part, of which so few may differ that it is chance; None: not known.
+    """
     by_name = {summary.name: summary for summary in summaries if summary.runs}
     joint, apart = by_name.get("joint"), _trained_alone(by_name)
     known = {m: phi for m, phi in joint.contribution.items() if phi is not None} if joint else {}
@@ -130,7 +137,8 @@ def neglect_sentence(summaries: Sequence[Summary]) -> str:
     if apart is None or not gaps:
         return f"In the joint model {least[0]}."
     neglected = max(gaps, key=lambda m: statistics.fmean(gaps[m]))
-    if not _is_clear(gaps[neglected]):
+    chance = _chance(apart.alone[neglected], joint.alone[neglected], num_test)
+    if not _is_clear(gaps[neglected], chance):
         return (
             f"The joint model neglects no modality clearly: alone ({joint.protocol}) each reaches about what "
             f"it reaches when trained alone ({apart.protocol}). In it {least[0]}."
@@ -171,10 +179,17 @@ def _gaps(apart: Summary, joint: Summary, modality: str) -> list[float]:
     return found
 
 
-def _is_clear(gaps: Sequence[float]) -> bool:
-    """Return whether differences, one a seed, lie beyond their spread, and are worth a word at all."""
+def _is_clear(gaps: Sequence[float], chance: float = 0.0) -> bool:
+    """Return whether differences, one a seed, lie beyond their spread, beyond chance and worth a word."""
     spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-    return bool(gaps) and statistics.fmean(gaps) > max(spread, _NEGLIGIBLE)
+    return bool(gaps) and statistics.fmean(gaps) > max(spread, chance, _NEGLIGIBLE)
+
+
+def _chance(one: float | None, other: float | None, num_test: int | None) -> float:
+    """Return the standard error of the difference of two accuracies on test sets of this size."""
+    if one is None or other is None or not num_test:
+        return 0.0
+    return math.sqrt((one * (1 - one) + other * (1 - other)) / num_test)
 
 
 def _trained_alone(by_name: dict[str, Summary]) -> Summary | None:
@@ -199,7 +214,7 @@ def ranking_sentence(summaries: Sequence[Summary]) -> str:
     best = max(summaries, key=lambda summary: summary.mean_accuracy)
     is_one = all(len(summary.runs) == 1 for summary in summaries)
     opening = _best_sentence(best, summaries, is_one)
-    if not bars or not rest:
+    if not bars or not rest or opening.startswith(_NONE):
         return opening
     against = " and ".join(f"{bar.title} ({_percent(bar.mean_accuracy)})" for bar in bars)
     better = [s for s in rest if all(_is_above(s, bar) for bar in bars)]
@@ -220,7 +235,7 @@ def _best_sentence(best: Summary, summaries: Sequence[Summary], is_one: bool) ->
     level = [s for s in summaries if s is not best and not _is_above(best, s)]
     if len(summaries) > 1 and len(level) == len(summaries) - 1:
         what = "have the same accuracy" if is_one else "lie within the spread over seeds of each other"
-        return f"No method is best: all {len(summaries)} {what}, the highest is {best.title}, {figure}."
+        return f"{_NONE}: all {len(summaries)} {what}, the highest is {best.title}, {figure}."
     opening = f"Best accuracy: {best.title}, {figure}"
     if is_one:
         opening = f"Best accuracy in this one run: {best.title}, {figure}"

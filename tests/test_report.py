@@ -210,10 +210,16 @@ def test_methods_within_the_spread_are_level():
         "Best accuracy: DI-MML, 70.0 ± 2.0%; level with it, within the spread over seeds: MLA."
     )
     level = [entry(method, seed, 0.8) for method in ("joint", "unimodal", "mla") for seed in range(2)]
-    assert ranking_sentence(summarize(level)).startswith(
+    assert ranking_sentence(summarize(level)) == (
         "No method is best: all 3 lie within the spread over seeds of each other, the highest is Joint, "
         "80.0 ± 0.0%."
     )
+
+
+def test_a_sample_or_two_of_a_small_test_part_are_no_neglect():
+    runs = [entry("joint", alone={"a": 0.944, "b": 0.6}), entry("unimodal", alone={"a": 0.956, "b": 0.6})]
+    assert "neglects no modality clearly" in neglect_sentence(summarize(runs), 90)
+    assert "neglects a: " in neglect_sentence(summarize(runs), 9000)
 
 
 def test_runs_without_figures_are_in_none():
@@ -232,8 +238,8 @@ def test_runs_without_figures_are_in_none():
         ("mla", 1, 1),
     ]
     assert diverged_sentence(summaries) == (
-        "Diverged, and in no figure: DI-MML with seed 1; MLA with seed 1. The first of them: the loss is NaN in "
-        "epoch 2."
+        "Diverged, and in no figure: DI-MML with seed 1; MLA with seed 1. The first of them: the loss is NaN "
+        "in epoch 2."
     )
     assert diverged_sentence(summaries[:1]) == ""
     for width in (80, 100, 140):
