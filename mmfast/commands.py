@@ -29,6 +29,7 @@ from mmfast.flags import (
     Seeds,
     Set,
     SetOfOne,
+    SkipUnreadable,
     SplitSeed,
     Traceback,
     WeightDecay,
@@ -70,6 +71,7 @@ def compare(
     fusion: Fusion = "concat",
     settings: Set = None,
     split_seed: SplitSeed = 0,
+    skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
@@ -111,6 +113,7 @@ def compare(
             accelerator=accelerator,
             precision=precision,
             probe=probe,
+            skip_unreadable=skip_unreadable,
         )
         out = out or Path("mmfast-compare") / setup.splits.name
         comparison = Comparison(setup, chosen, seeds, out)
@@ -173,6 +176,7 @@ def train(
     fusion: Fusion = "concat",
     settings: SetOfOne = None,
     split_seed: SplitSeed = 0,
+    skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
     logger: Annotated[
         str | None,
@@ -223,6 +227,7 @@ def train(
             accelerator=accelerator,
             precision=precision,
             probe=probe,
+            skip_unreadable=skip_unreadable,
         )
         setup.check(chosen)
         kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
@@ -269,6 +274,7 @@ def valuate(
             show_default=False,
         ),
     ] = None,
+    skip_unreadable: SkipUnreadable = False,
     accelerator: Accelerator = "auto",
     traceback: Traceback = False,
 ) -> None:
@@ -282,7 +288,9 @@ def valuate(
         for name, value, known in (("split", split, PARTS), ("utility", utility, UTILITIES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        learner, splits, state = restore(model, data, accelerator=accelerator)
+        learner, splits, state = restore(
+            model, data, accelerator=accelerator, skip_unreadable=skip_unreadable
+        )
         valuation = valuate(learner, getattr(splits, split), utility=utility)
         beside = model if model.is_dir() else model.parent
         out = out or beside / f"valuation-{split}"
