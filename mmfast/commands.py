@@ -30,6 +30,7 @@ from mmfast.flags import (
     Seeds,
     Set,
     SetOfOne,
+    SkipUnreadable,
     SplitSeed,
     Traceback,
     WeightDecay,
@@ -71,6 +72,7 @@ def compare(
     fusion: Fusion = "concat",
     settings: Set = None,
     split_seed: SplitSeed = 0,
+    skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
@@ -112,6 +114,7 @@ def compare(
             accelerator=accelerator,
             precision=precision,
             probe=probe,
+            skip_unreadable=skip_unreadable,
         )
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
@@ -189,6 +192,7 @@ def train(
     fusion: Fusion = "concat",
     settings: SetOfOne = None,
     split_seed: SplitSeed = 0,
+    skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
     logger: Annotated[
         str | None,
@@ -240,6 +244,7 @@ def train(
             accelerator=accelerator,
             precision=precision,
             probe=probe,
+            skip_unreadable=skip_unreadable,
         )
         setup.check(chosen)
         kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
@@ -290,6 +295,7 @@ def valuate(
             show_default=False,
         ),
     ] = None,
+    skip_unreadable: SkipUnreadable = False,
     accelerator: Accelerator = "auto",
     traceback: Traceback = False,
 ) -> None:
@@ -303,7 +309,9 @@ def valuate(
         for name, value, known in (("split", split, PARTS), ("utility", utility, UTILITIES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        learner, splits, state = restore(model, data, accelerator=accelerator)
+        learner, splits, state = restore(
+            model, data, accelerator=accelerator, skip_unreadable=skip_unreadable
+        )
         valuation = valuate(learner, getattr(splits, split), utility=utility)
         beside = model if model.is_dir() else model.parent
         out = out or beside / f"valuation-{split}"

@@ -182,7 +182,8 @@ def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
         "devices": setup.devices,
         "precision": setup.precision,
     }
-    words = ["train", "--resume", *(["--probe"] if setup.probe else [])]
+    words = ["train", "--resume"]
+    words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable
     words += [f"--{key}={value}" for key, value in arguments.items()]
     return words + [f"--set={key}={format_value(value)}" for key, value in item.method.config().items()]
 

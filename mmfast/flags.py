@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -43,13 +44,15 @@ def _root(
 
 @contextlib.contextmanager
 def plain_errors(traceback: bool) -> Iterator[None]:
-    """Print what the user can mend as one sentence, and leave with code 2."""
+    """Print what the user can mend as one sentence, or a list below one, and leave with code 2."""
     try:
         yield
     except MENDABLE as error:
         if traceback:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        # One sentence, and what it lists in indented lines.
+        lines = [" ".join(line.split()) for line in re.split(r"\n  (?=\S)", str(error))]
+        text = "\n  ".join(lines).strip() or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             text = f'this command needs {package}, which is not installed: pip install "mmfast[train]"'
@@ -82,6 +85,12 @@ def method_help() -> str:
 
 Data = Annotated[
     str, typer.Option(help='"htad" (embedded), FILE.npz or a FOLDER of raw media.', show_default=True)
+]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave out files of a FOLDER that cannot be read, and say how many."
+    ),
 ]
 SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where the data bring none.")]
 Epochs = Annotated[

@@ -23,6 +23,7 @@ TRAIN_EXTRA = (
     "pyarrow",
     "rich",
     "scikit-learn",
+    "soundfile",
     "tensorboard",
     "torchmetrics",
     "typer",

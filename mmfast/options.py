@@ -117,14 +117,17 @@ def make_setup(
     split_seed: int,
     optimization: Optimization,
     devices: str,
+    *,
+    skip_unreadable: bool = False,
     **settings: Any,
 ) -> Setup:
     """Return the setup of a command, its data loaded; `settings` are further fields of Setup."""
     return Setup(
         source=source,
-        splits=data.load(source, seed=split_seed),
+        splits=data.load(source, seed=split_seed, skip_unreadable=skip_unreadable),
         optimization=optimization,
         devices=int(devices) if devices.isdigit() else devices,
+        skip_unreadable=skip_unreadable,
         **settings,
     )
 

@@ -38,6 +38,7 @@ class Setup:
         fusion: name of the fusion head.
         accelerator, devices, precision: as Lightning Fabric takes them.
         probe: measure every modality by a logistic regression on its frozen features, too.
+        skip_unreadable: files of a FOLDER that cannot be read were left out.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Setup:
     devices: int | str = 1
     precision: str = "32-true"
     probe: bool = False
+    skip_unreadable: bool = False
 
     def model(self, seed: int) -> MultimodalModel:
         """Return the untrained model of a seed, the same for every method."""
@@ -67,6 +69,7 @@ class Setup:
             "classes": list(self.splits.class_names),
             "dim": self.dim,
             "fusion": self.fusion,
+            "skip_unreadable": self.skip_unreadable,
             "scaling": plain(self.splits.scaling),
             "data": fingerprint(self.splits),
         }
@@ -166,6 +169,7 @@ def restore(
     source: str | None = None,
     *,
     accelerator: str = "auto",
+    skip_unreadable: bool = False,
 ) -> tuple[Learner, Splits, dict[str, Any]]:
     """Return the trained learner of a checkpoint, its data, and what the checkpoint says about the run.
 
@@ -173,6 +177,8 @@ def restore(
         path: `model.ckpt`, or the folder it lies in.
         source: other data than the model was trained on, of the same modalities and classes.
         accelerator: as Lightning Fabric takes it.
+        skip_unreadable: leave out files of a folder that cannot be read, which is done for a model trained
+            so in any case.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -189,7 +195,14 @@ def restore(
             f"{file} must be the {MODEL} of mmfast train or compare, got one without "
             f"{', '.join(missing) or 'selected weights'}"
         )
-    splits = data.load(source or facts["source"], seed=facts["split_seed"] or 0, standardize=False)
+    # Checkpoints of before know nothing of it.
+    skip_unreadable = skip_unreadable or facts.get("skip_unreadable", False)
+    splits = data.load(
+        source or facts["source"],
+        seed=facts["split_seed"] or 0,
+        standardize=False,
+        skip_unreadable=skip_unreadable,
+    )
     expected = {name: tuple(shape) for name, shape in facts["shapes"].items()}
     if splits.shapes != expected:
         raise ValueError(f"data must have modalities {_shapes(expected)}, got {_shapes(splits.shapes)}")
@@ -209,6 +222,7 @@ def restore(
         facts["dim"],
         facts["fusion"],
         accelerator,
+        skip_unreadable=skip_unreadable,
     )
     trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
     return trainer.restore(setup.model(state["seed"]), file), splits, state

@@ -47,7 +47,7 @@ class Trainer:
         out_dir: folder of checkpoints and logs; None writes nothing.
         loggers: "csv" and "tensorboard" (both write under `out_dir`), or Fabric loggers.
         metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them. A run is
-            resumed with the same ones, save for "source", where its data lie.
+            resumed with the same ones, save for "source" and "skip_unreadable", how its data were read.
         progress: show a bar.
         on_epoch: called with every entry of `history`.
         num_workers: of the data loaders.
@@ -270,7 +270,9 @@ class Trainer:
         for key in keys:
             theirs, ours = state.get(key), mine[key]
             if key == "metadata":
-                theirs, ours = ({**values, "source": None} for values in (theirs or {}, ours))
+                # Where the data came from and how they were read is free: they themselves are compared.
+                free = {"source": None, "skip_unreadable": None}
+                theirs, ours = ({**values, **free} for values in (theirs or {}, ours))
             if theirs == ours:
                 continue
             if isinstance(theirs, dict) and isinstance(ours, dict):

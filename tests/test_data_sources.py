@@ -13,7 +13,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from mmfast.data import Splits, load, load_folder, synthetic
-from mmfast.data.media import log_mel, mel_filters, read_wav
+from mmfast.data.sound import log_mel, mel_filters, read_sound
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("MMFAST_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -114,6 +114,7 @@ def test_bad_synthetic(options, text):
 
 
 def write_wav(path: Path, samples: np.ndarray, *, rate: int = 8000, width: int = 2) -> None:
+    pytest.importorskip("soundfile")
     scaled = np.round(samples * (2 ** (8 * width - 1) - 1)).astype("<i4")
     if width == 1:
         content = (scaled + 128).astype(np.uint8).tobytes()
@@ -204,7 +205,7 @@ def test_named_arrays_may_stand_for_audio_or_images(tmp_path):
             lambda d: write_wav(d / "dog/clip0.wav", tone(9), rate=16000),
             "clip0.wav: must have the sample rate of",
         ),
-        (lambda d: (d / "dog/clip1.wav").write_bytes(b"RIFF"), "clip1.wav: not a readable PCM .wav file"),
+        (lambda d: (d / "dog/clip1.wav").write_bytes(b"RIFF"), "clip1.wav: not a readable recording"),
         (lambda d: (d / "dog/clip1.png").write_bytes(b"\x89PNG"), "clip1.png: not a readable picture"),
         (
             lambda d: write_picture(d / "dog/clip1.jpg", (0, 0, 0)),
@@ -252,7 +253,9 @@ def test_wav_of_every_width_reads_alike(tmp_path, width, channels):
     samples = tone(440)
     stereo = samples if channels == 1 else np.stack([samples + 0.1, samples - 0.1], axis=1)
     write_wav(tmp_path / "a.wav", stereo, width=width)
-    np.testing.assert_allclose(read_wav(tmp_path / "a.wav"), samples, atol=2 * 2.0 ** (1 - 8 * width) + 1e-6)
+    np.testing.assert_allclose(
+        read_sound(tmp_path / "a.wav"), samples, atol=2 * 2.0 ** (1 - 8 * width) + 1e-6
+    )
 
 
 @pytest.mark.parametrize(("mels", "rate"), [(64, 16000), (32, 8000), (128, 8000)])

@@ -15,7 +15,7 @@ from every_op import CALLS, same
 from mmfast import backend as _backend
 from mmfast import ops, valuation
 from mmfast.batches import presence
-from mmfast.data import ArrayDataset, media, standardize
+from mmfast.data import ArrayDataset, sound, standardize
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.reference import kmeans
 
@@ -108,7 +108,7 @@ def test_data_and_valuation_follow_no_default(default):
         counts = copy_counts(few["m0"].abs(), 2.0, torch.Generator("cpu").manual_seed(1))
         features, present = model.encode(few), presence(few, model.modalities)
         phi = valuation.batch_contributions(model, features, few["label"], present)
-        mel = media.log_mel(wave, 8000, num_samples=4000, mels=8)
+        mel = sound.log_mel(wave, 8000, num_samples=4000, mels=8)
         return [*few.values(), scaled.subset(slice(2, 5)).labels, counts, phi, mel]
 
     with DEFAULTS[default]():

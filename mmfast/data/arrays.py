@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from mmfast.data.channels import is_channels_last, permutation
 
 LABEL = "label"
 PRESENT_SUFFIX = "__present"
@@ -24,7 +27,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         arrays: One array per modality name: `[N, D]` vectors, `[N, T, F]` sequences, `[N, C, H, W]` images or
-            `[N, T, C, H, W]` video; any real dtype, kept as float32.
+            `[N, T, C, H, W]` video; any real dtype, kept as float32. A shape that looks like channels last is
+            taken as it is, with a `UserWarning`.
         labels: `[N]` integers from 0 to C - 1.
         present: bool `[N]` for any of the modalities: False marks samples without that modality. Their
             features are set to zero and may hold NaN.
@@ -186,6 +190,14 @@ def _check_features(name: str, array: Any, size: int, mask: Tensor | None) -> Te
         )
     if 0 in tensor.shape[1:]:
         raise ValueError(f"{name} must have at least one feature, got shape {list(tensor.shape)}")
+    if is_channels_last(tensor.shape):
+        shape, axes = list(tensor.shape), permutation(tensor.ndim)
+        warnings.warn(
+            f"{name} should have its channels before height and width, got shape {shape}, which looks like "
+            f"channels last; if it is, give numpy.transpose({name}, {axes}) or {name}.permute{axes}",
+            UserWarning,
+            stacklevel=4,
+        )
     if mask is not None and not mask.all():
         # Makes a copy: the caller's memory is not ours to write.
         tensor = torch.where(mask.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0.0)

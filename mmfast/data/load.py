@@ -11,7 +11,13 @@ from mmfast.data.splits import Splits
 from mmfast.names import did_you_mean
 
 
-def load(source: str | Path = "htad", *, seed: int = 0, standardize: bool = True) -> Splits:
+def load(
+    source: str | Path = "htad",
+    *,
+    seed: int = 0,
+    standardize: bool = True,
+    skip_unreadable: bool = False,
+) -> Splits:
     """Load a data set, split into train, validation and test.
 
     Args:
@@ -19,6 +25,7 @@ def load(source: str | Path = "htad", *, seed: int = 0, standardize: bool = True
             `load_folder`).
         seed: Seed of the split, where the source leaves it or its validation part open.
         standardize: Scale features by statistics of the training part.
+        skip_unreadable: Leave out files of a folder that cannot be read (see `load_folder`).
 
     Raises:
         ValueError: a source that is none of these, and whatever its reader refuses.
@@ -27,7 +34,7 @@ def load(source: str | Path = "htad", *, seed: int = 0, standardize: bool = True
         return load_htad(standardize=standardize)
     path = Path(source)
     if path.is_dir():
-        return load_folder(path, seed=seed, standardize=standardize)
+        return load_folder(path, seed=seed, standardize=standardize, skip_unreadable=skip_unreadable)
     if path.is_file() and path.suffix == ".npz":
         return load_npz(path, seed=seed, standardize=standardize)
     problem = "of another kind" if path.is_file() else "not found"

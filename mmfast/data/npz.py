@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mmfast.data.arrays import PRESENT_SUFFIX
+from mmfast.data.channels import channels_first
 from mmfast.data.splits import Splits
 
 # What numpy, zipfile and zlib raise for damaged files; zipfile NotImplementedError for methods of compression
@@ -32,7 +33,9 @@ def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Sp
     Args:
         path: File with `label` `[N]` (integers or strings) and one array `[N, ...]` per modality under its
             own name; optional `split` `[N]` of "train", "val", "test", `group` `[N]` (integers or strings)
-            and `<modality>__present` bool `[N]`.
+            and `<modality>__present` bool `[N]`. Pictures `[N, H, W, C]` and video `[N, T, H, W, C]` with C
+            of 1, 3 or 4 become `[N, C, H, W]` and `[N, T, C, H, W]` where H and W are larger than 4, and the
+            description says so.
         seed: Seed of the split, where the file leaves it or its validation part open.
         standardize: Scale features by statistics of the training part.
 
@@ -54,9 +57,10 @@ def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Sp
         for key in list(arrays)
         if key.endswith(PRESENT_SUFFIX)
     }
+    turned, notes = channels_first(arrays)
     try:
-        return Splits.from_arrays(
-            arrays,
+        splits = Splits.from_arrays(
+            turned,
             label,
             split=split,
             group=group,
@@ -67,6 +71,7 @@ def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Sp
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    return splits.with_notes(notes)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +103,10 @@ class Splits:
             + (drawn or split_note),
         )
         return splits.standardize() if standardize else splits
+
+    def with_notes(self, notes: Iterable[str]) -> Splits:
+        """Return these splits with remarks on how the data were read added to the description."""
+        return replace(self, description="; ".join([self.description, *notes]))
 
     def standardize(self, scaling: Scaling | None = None) -> Splits:
         """Return these splits with features scaled to mean 0 and standard deviation 1 over the training part.

@@ -1,0 +1,110 @@
+"""Which files of a folder make up which sample."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmfast.data.sound import SOUNDS
+from mmfast.data.splits import PARTS
+
+PICTURES = (".png", ".jpg", ".jpeg")
+READABLE = (*SOUNDS, ".npy", *PICTURES)
+_FRAME = re.compile(r"(.+)_(\d{3,})")
+_SUB_EXTENSION = re.compile(r"(.+)\.([A-Za-z]\w*)")
+
+
+class Sample(NamedTuple):
+    """One sample, its files not read yet."""
+
+    part: str  # "" where the folder gives no split
+    label: str
+    stem: str
+    files: dict[str, list[Path]]  # by modality; several only for video
+
+
+def find_samples(path: Path) -> list[Sample]:
+    """Return the samples of a folder, in order of part, class and stem."""
+    top = _folders(path)
+    parts = [folder.name for folder in top if folder.name in PARTS]
+    if parts and len(parts) < len(top):
+        other = [folder.name for folder in top if folder.name not in PARTS]
+        raise ValueError(
+            f"{path}: holds {', '.join(parts)}, so every folder must be a split, got {', '.join(other[:5])}"
+        )
+    classes = [(part, folder) for part in parts for folder in _folders(path / part)]
+    if not parts:
+        classes = [("", folder) for folder in top]
+    samples = [
+        Sample(part, folder.name, stem, files)
+        for part, folder in classes
+        for stem, files in sorted(_group_files(folder).items())
+    ]
+    if not samples:
+        raise ValueError(
+            f"{path}: no usable file; expected <class>/<stem>.<ext> or <split>/<class>/<stem>.<ext> with "
+            f"{', '.join(READABLE)}"
+        )
+    return samples
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _is_file(path: Path) -> bool:
+    # A link to nothing, as tools that keep data elsewhere leave it, is a file that cannot be read.
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _group_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Return the files of one class by stem and modality."""
+    found = [
+        file
+        for file in sorted(folder.iterdir())
+        if _is_file(file) and file.suffix.lower() in READABLE and not file.name.startswith(".")
+    ]
+    videos = _find_videos(found)
+    samples: dict[str, dict[str, list[Path]]] = defaultdict(dict)
+    for stem, pictures in videos.items():
+        samples[stem]["video"] = pictures
+    frames = {picture for pictures in videos.values() for picture in pictures}
+    for file in found:
+        if file in frames:
+            continue
+        stem, name = _stem_and_modality(file)
+        if name in samples[stem]:
+            raise ValueError(
+                f"{file}: second {name} file of sample {stem!r}, beside {samples[stem][name][0].name}"
+            )
+        samples[stem][name] = [file]
+    return samples
+
+
+def _stem_and_modality(file: Path) -> tuple[str, str]:
+    suffix = file.suffix.lower()
+    if suffix in PICTURES:
+        return file.stem, "image"
+    if suffix in SOUNDS:
+        return file.stem, "audio"
+    match = _SUB_EXTENSION.fullmatch(file.stem)
+    return (match[1], match[2]) if match else (file.stem, "array")
+
+
+def _find_videos(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return frames by stem, in order: pictures numbered from 000, unless other files share their stem."""
+    others = {_stem_and_modality(file)[0] for file in files if file.suffix.lower() not in PICTURES}
+    numbered: dict[str, list[tuple[int, Path]]] = defaultdict(list)
+    for file in files:
+        match = _FRAME.fullmatch(file.stem)
+        if match and file.suffix.lower() in PICTURES and file.stem not in others:
+            numbered[match[1]].append((int(match[2]), file))
+    videos = {stem: sorted(pictures) for stem, pictures in numbered.items()}
+    return {
+        stem: [file for _, file in pictures]
+        for stem, pictures in videos.items()
+        if len(pictures) > 1 and pictures[0][0] == 0
+    }
