@@ -15,7 +15,6 @@ import every_op
 from mmfast import backend
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
 
 from mmfast.bench.harness import Figure, Row, Work
 from mmfast.bench.report import entry
