@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from .harness import OURS, Case, Options
+from mmfast import backend
+
+from .harness import OURS, Case, Options, ran, spelled
 from .peers import Missing
 
 
@@ -44,8 +46,12 @@ def test_speed(benchmark: Any, case: Case, contestant: str) -> None:
     call = case.ours if contestant == OURS else case.peers[contestant]
     if isinstance(call, Missing):
         pytest.skip(str(call))
-    if contestant == OURS:
-        case.check(call())
     benchmark.group = f"{case.name}, {case.direction}"
     benchmark.name = contestant
+    if contestant == OURS:
+        with backend.noting() as noted:
+            result = call()
+        case.check(result)
+        benchmark.extra_info["backend"] = ran(noted)
+        benchmark.name = f"{OURS}: {spelled(ran(noted))}"
     benchmark(call)

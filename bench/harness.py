@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +117,7 @@ class Row:
     limit: str  # "copy", "read" or "matrix": which of the machine's limits is nearest
     limit_seconds: float
     ratios: dict[str, float] = field(default_factory=dict)  # the peer's seconds over ours
+    backend: str = "?"  # what ran our call, as `ran` writes it; "?" in files of runs before it was noted
 
     @property
     def percent(self) -> float:
@@ -203,10 +205,13 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
     first: dict[str, float] = {}
     peak: dict[str, int | None] = {}
     for name in list(calls):
+        # Not with a peer: what ours has looked up stays known for its turns.
+        noting: AbstractContextManager[set[str]] = backend.noting() if name == OURS else nullcontext(set())
         try:
-            if not case.once:
-                calls[name]()
-            result, first[name], peak[name] = clock.first_call(calls[name])
+            with noting as noted:
+                if not case.once:
+                    calls[name]()
+                result, first[name], peak[name] = clock.first_call(calls[name])
         except Exception as error:
             if name == OURS:
                 raise
@@ -215,6 +220,7 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
             del calls[name]
             continue
         if name == OURS:
+            by = ran(noted)
             _check(case, result)
         del result
     turns = {name: [first[name]] for name in calls}
@@ -236,7 +242,20 @@ def measure(case: Case, limits: Limits, options: Options) -> Row:
         limit=limit,
         limit_seconds=limit_seconds,
         ratios={name: figure.seconds / ours.seconds for name, figure in figures.items()},
+        backend=by,
     )
+
+
+def ran(
+    noted: set[str],  # of backend.noting
+) -> str:
+    """Return the backends that ran in a call, "none" where it called no op."""
+    return " + ".join(name for name in backend.BACKENDS if name in noted) or "none"
+
+
+def spelled(by: str) -> str:
+    """Return what `ran` returned for the eyes of a reader: plain torch is called so."""
+    return by.replace("reference", "reference (plain torch)")
 
 
 def with_rivals(op: str, cases: Iterable[Case], options: Options) -> Iterator[Case]:

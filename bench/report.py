@@ -20,7 +20,7 @@ import mmfast
 from mmfast import backend, info
 from mmfast.files import write_json
 
-from .harness import DIRECTION_ORDER, OURS, Figure, Limits, Options, Row, Work
+from .harness import DIRECTION_ORDER, OURS, Figure, Limits, Options, Row, Work, spelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +100,7 @@ def print_machine(
 
 
 def print_table(console: Console, op: str, rows: Sequence[Row]) -> None:
-    """Print one line a case: time, part of the limit, memory, and how many times faster than each peer."""
+    """Print one line a case: backend, time, part of the limit, memory, times faster than each peer."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,6 +109,7 @@ def print_table(console: Console, op: str, rows: Sequence[Row]) -> None:
     table = Table(title=op, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
     table.add_column("pass", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
     for heading in ("ms", "GB/s", "GFLOP/s", "% of limit", "peak MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in shown:
@@ -118,6 +119,8 @@ def print_table(console: Console, op: str, rows: Sequence[Row]) -> None:
     # A line that does not fit is the terminal's to wrap: cut cells would be lost figures.
     width = Console(width=1000).measure(table).maximum
     Console(file=console.file, width=max(console.width, width), highlight=False).print(table)
+    if plain := sum("reference" in row.backend for row in rows):
+        console.print(f"{plain} of {len(rows)} rows: plain torch ran in our call, no kernel of ours.")
     if any(row.ratios for row in rows):
         console.print("x peer: the peer's time over ours. -: does not take part here.", style="dim")
     if any(row.percent > 100 for row in rows):
@@ -135,6 +138,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.case + dtype,
         row.direction,
+        spelled(row.backend),
         f"{seconds * 1e3:,.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}",
         f"{moved / seconds / 1e9:.1f}" if moved else "-",
         f"{operations / seconds / 1e9:,.0f}" if operations else "-",

@@ -11,6 +11,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,13 +85,16 @@ def is_plain_faster(
         return False
     device_type = "cpu" if x.is_cpu else x.device.type
     bound = PLAIN_UP_TO.get((op, device_type))
-    return (
+    is_plain = (
         bound is not None
         and x.shape[0] <= bound.rows
         and x.shape[1] <= bound.columns
         and not torch.is_autocast_enabled(device_type)
         and not _rounds_products()
     )
+    if is_plain and _noted is not None:
+        _noted.add("reference")
+    return is_plain
 
 
 def _rounds_products() -> bool:
@@ -103,6 +108,8 @@ def _rounds_products() -> bool:
 
 # What `preferring` names.
 _preferred: str | None = None
+# What `noting` gathers.
+_noted: set[str] | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -121,9 +128,8 @@ def _load_extension(name: str) -> ModuleType | str:
             return f"the {name} module was built from other sources than these: install mmfast again"
         return module
     except ModuleNotFoundError:
-        if _is_bare_checkout():
-            folder = Path(__file__).parent
-            return f"{folder} is a bare checkout: pip install it, and start Python in another folder"
+        if reason := bare_checkout():
+            return reason
         switch = f"MMFAST_{name.upper()}"
         return f"mmfast was installed without its {name} module (see {switch} in the README)"
     except ImportError as error:
@@ -133,9 +139,47 @@ def _load_extension(name: str) -> ModuleType | str:
         return f"the {name} module does not load: {error}"
 
 
-def _is_bare_checkout() -> bool:
-    """Whether this is the source tree, as in a shell started there, and not what pip installed."""
-    return importlib.util.find_spec("mmfast.kernels") is None
+def bare_checkout() -> str | None:
+    """Return None for what pip installed, else that this is a folder of sources, and the mend, in a sentence.
+
+    The sources hold neither compiled modules nor `mmfast.kernels`, which lies outside of them. An install
+    without a compiler has the latter, and one that is editable finds it where it lies.
+    """
+    if importlib.util.find_spec("mmfast.kernels") is not None:
+        return None
+    clone = Path(__file__).parent.parent
+    # An empty entry of the path is the folder Python was started in.
+    installed = [
+        package
+        for package in (Path(entry or os.curdir, "mmfast") for entry in sys.path)
+        if (package / "__init__.py").exists() and (package / "kernels").exists()
+    ]
+    if not installed:
+        return f"{clone} is a bare checkout without kernels: run `pip install -e .` in it"
+    here = Path("mmfast", Path(__file__).name)
+    is_here = here.exists() and here.samefile(__file__)
+    first = "the folder Python was started in" if is_here else "which comes first on Python's path"
+    return (
+        f"the mmfast installed in {installed[0].parent} is hidden by the bare checkout {clone}, {first}: "
+        "leave the clone before you start Python, or run `pip install -e .` in it"
+    )
+
+
+@functools.cache
+def _warn_of_bare_checkout() -> None:
+    """Say once that plain torch runs for want of an install; where this is one, say nothing."""
+    if reason := bare_checkout():
+        text = f"plain torch runs in place of mmfast's kernels, many times slower: {reason}"
+        warnings.warn(text, stacklevel=1 + _depth())
+
+
+def _depth() -> int:
+    """Return how many frames above the caller's lies the code that called an op: not ours, not torch's."""
+    inner = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+    frame, depth = sys._getframe(1).f_back, 1
+    while frame is not None and frame.f_code.co_filename.startswith(inner):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def extension(name: str) -> ModuleType:
@@ -160,8 +204,8 @@ def interpreting() -> bool:
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if _is_bare_checkout():
-        return "mmfast.kernels is missing: this mmfast is a bare checkout, install it (pip install -e .)"
+    if reason := bare_checkout():
+        return reason
     if not interpreting() and not torch.cuda.is_available():
         return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return None
@@ -244,14 +288,24 @@ def _resolve(
 ) -> str:
     if backend == "auto":
         found = candidates(op, device_type, dtype)
-        return preferred if preferred in found else found[0]
+        chosen = preferred if preferred is not None and preferred in found else found[0]
+        # Here, behind the cache, where no later call comes by.
+        if chosen == "reference" != preferred:
+            _warn_of_bare_checkout()
+        return _note(chosen)
     check_name(backend)
     reason = _why_not_here(backend, op, device_type)
     if reason is None and not supports(backend, op, dtype):
         reason = f"its {op} kernel does not take {dtype}"
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {op}: {reason}")
-    return backend
+    return _note(backend)
+
+
+def _note(chosen: str) -> str:
+    if _noted is not None:
+        _noted.add(chosen)
+    return chosen
 
 
 def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
@@ -277,6 +331,19 @@ def preferring(name: str) -> Iterator[None]:
         yield
     finally:
         _preferred = before
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[set[str]]:
+    """Gather the backends that run ops for a while, which is what a benchmark says of its figures."""
+    global _noted
+    before, _noted = _noted, set()
+    # What was resolved before must be again to be seen, so that calls pay nothing for this at other times.
+    _resolve.cache_clear()
+    try:
+        yield _noted
+    finally:
+        _noted = before
 
 
 def supports(backend: str, op: str, dtype: torch.dtype) -> bool:

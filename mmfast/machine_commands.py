@@ -58,12 +58,10 @@ def bench(
     Every result is checked against float64 first. Contestants take turns and medians are compared.
     """
     with plain_errors(traceback):
-        import importlib.util
+        from mmfast import backend
 
-        if importlib.util.find_spec("mmfast.bench") is None:
-            raise ImportError(
-                "mmfast.bench is missing: this mmfast is a bare checkout, install it (pip install -e .)"
-            )
+        if reason := backend.bare_checkout():
+            raise ImportError(f"nothing is measured: {reason}")
         from mmfast.bench.harness import WrongResultError
         from mmfast.bench.main import run, run_host, run_tuning
 

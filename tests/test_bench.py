@@ -17,7 +17,6 @@ import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
-pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
 
 from rich.console import Console
 from typer.testing import CliRunner
@@ -82,6 +81,31 @@ def test_a_row_holds_times_ratios_and_the_limit():
     assert row.percent == pytest.approx(100 * row.limit_seconds / row.ours.seconds)
     low, high = row.ours.quartiles
     assert 0 < low <= row.ours.seconds <= high
+
+
+def test_a_row_names_the_backend_that_ran():
+    def backend_of(ours) -> str:
+        return harness.measure(toy(ours=ours, peers={}), LIMITS, QUICK).backend
+
+    utilities, few = torch.rand(5, 4), torch.rand(8, 4)
+    wide = torch.rand(3, 4, requires_grad=True)
+    kept = []
+
+    def backward():
+        # The forward pass comes with the first call alone.
+        kept.append(kept[0] if kept else ops.shapley_values(wide, backend="reference").sum())
+        return torch.autograd.grad(kept[0], wide, retain_graph=True)
+
+    ours = backend.resolve("shapley_values", "auto", "cpu", torch.float32)
+    for _ in range(2):
+        assert backend_of(lambda: ops.shapley_values(utilities)) == ours
+        assert backend_of(lambda: ops.shapley_values(utilities, backend="reference")) == "reference"
+        # So few numbers are left to plain torch before a backend is looked for.
+        assert backend_of(lambda: ops.unidirectional_info_nce(few, few)) == "reference"
+    assert backend_of(backward) == "reference"
+    assert backend_of(lambda: utilities.exp()) == "none"
+    assert harness.ran({"reference", "cpu"}) == "reference + cpu"
+    assert backend._noted is None
 
 
 def test_a_wrong_result_stops_before_anything_is_timed(monkeypatch):
@@ -200,6 +224,7 @@ def row_of(size: int, **changes) -> Row:
         limit="copy",
         limit_seconds=5e-4,
         ratios={"eager": 3.0},
+        backend="cpu",
     )
     return replace(row, **changes)
 
@@ -207,8 +232,26 @@ def row_of(size: int, **changes) -> Row:
 def test_the_table_says_all_and_names_what_is_missing():
     text = text_of(lambda console: report.print_table(console, "toy", [row_of(10), row_of(100)]))
     line = next(line for line in text.splitlines() if "N=100" in line)
-    assert line.split() == ["N=100", "forward", "1", "10.0", "50", "50", "copy", "5.0", "3.00"]
+    assert line.split() == ["N=100", "forward", "cpu", "1", "10.0", "50", "50", "copy", "5.0", "3.00"]
+    assert "plain torch" not in text
     assert "missing: shapiq: not installed (pip install shapiq)" in text
+
+
+def test_the_table_says_where_plain_torch_ran():
+    rows = [row_of(10), row_of(100, backend="reference"), row_of(1000, backend="reference + cpu")]
+    text = text_of(lambda console: report.print_table(console, "toy", rows))
+    named = [line.partition("forward")[2].split("  ")[1] for line in text.splitlines() if "N=" in line]
+    assert named == ["cpu", "reference (plain torch)", "reference (plain torch) + cpu"]
+    assert "2 of 3 rows: plain torch ran in our call, no kernel of ours" in text
+
+
+def test_rows_survive_their_file():
+    row = row_of(10)
+    assert report.row_of(report.entry(row)) == row
+    # Files of earlier runs do not tell.
+    old = report.entry(row)
+    del old["backend"]
+    assert report.row_of(old).backend == "?"
 
 
 def test_the_picture_is_written(tmp_path):
@@ -261,6 +304,7 @@ def test_the_command_writes_a_table_a_json_and_a_picture(tiny, tmp_path):
             row["peers"]["eager"]["seconds"] / row["ours"]["seconds"]
         )
         assert "torch.compile" in row["missing"]
+        assert row["backend"] == backend.resolve("logit_fusion", "auto", "cpu", torch.float32)
 
 
 def test_the_command_stops_at_a_wrong_result(tiny, tmp_path, monkeypatch):
@@ -303,7 +347,7 @@ def test_a_training_step_is_the_published_one(method, restored_threads):
         peer()
 
 
-def test_pytest_benchmark_times_the_same_cases():
+def test_pytest_benchmark_times_the_same_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     command = [
         sys.executable,
@@ -313,6 +357,7 @@ def test_pytest_benchmark_times_the_same_cases():
         "-p",
         "no:cacheprovider",
         "bench/bench_gradient_projection.py",
+        f"--benchmark-json={tmp_path}/found.json",
     ]
     # Side by side with other tests the plugin measures nothing.
     alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
@@ -322,6 +367,11 @@ def test_pytest_benchmark_times_the_same_cases():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark 'D=64 C=31, forward'" in done.stdout
     assert "2 passed, 1 skipped" in done.stdout
+    # The clone is where this was started, the installed package is what was measured.
+    by = backend.resolve("gradient_projection", "auto", "cpu", torch.float32)
+    assert f"mmfast: {harness.spelled(by)}" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    assert [row["extra_info"] for row in found] == [{"backend": by}, {}]
 
 
 def test_what_calls_cost_the_host(tmp_path):

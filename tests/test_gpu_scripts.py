@@ -15,9 +15,9 @@ import every_op
 from mmfast import backend
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
 
-from mmfast.bench.harness import Figure, Row, Work
+from mmfast.bench import bench_logit_fusion
+from mmfast.bench.harness import Figure, Limits, Options, Row, Work
 from mmfast.bench.report import entry
 
 GPU = Path(__file__).resolve().parent.parent / "bench" / "gpu"
@@ -132,6 +132,17 @@ def recorded(folder: Path, rehearsal: bool = False) -> Path:
     step = {"step": "ncu", "state": "not run", "seconds": 0, "why": "ncu is not installed"}
     steps.append(folder / steps.STEPS, step)
     return folder
+
+
+def test_a_line_names_the_backend_that_ran(monkeypatch):
+    import rows
+
+    monkeypatch.setattr(bench_logit_fusion, "QUICK", ((2, 8, 3),))
+    limits = Limits(copy=2e10, read=1e10, matrix={"float32": 1e11})
+    with backend.preferring("reference"):
+        line = next(rows.rows("logit_fusion", "all", limits, Options(quick=True), rehearsal=False))
+    # Not the one that was likely to.
+    assert (line["ours"], line["row"]["backend"]) == ("reference", "reference")
 
 
 def test_collect_writes_the_json_the_table_and_the_picture(tmp_path, monkeypatch, capsys):

@@ -100,6 +100,7 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
     assert {
         "setup.py",
         "MANIFEST.in",
+        "conftest.py",
         "constraints.txt",
         ".pre-commit-config.yaml",
         "mmfast/py.typed",

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("typer")
-pytest.importorskip("mmfast.bench", reason="a bare checkout: pip install -e . brings mmfast.bench")
 
 from rich.console import Console
 from typer.testing import CliRunner

@@ -95,7 +95,8 @@ def rows(op: str, selection: str, limits: Limits, options: Options, rehearsal: b
             if isinstance(error, harness.WrongResultError | torch.OutOfMemoryError):
                 continue
             raise
-        yield about | {"row": report.entry(row), "took": round(time.perf_counter() - begun, 2)}
+        took = round(time.perf_counter() - begun, 2)
+        yield about | {"ours": row.backend, "row": report.entry(row), "took": took}
 
 
 def main_() -> int:
@@ -124,7 +125,8 @@ def main_() -> int:
         failed += "failed" in line
         found += 1
         row = line.get("row") or {}
-        print(line["case"], line["pass"], row.get("dtype"), row.get("ours"), row.get("ratios"), flush=True)
+        figures = (row.get("dtype"), line["ours"], row.get("ours"), row.get("ratios"))
+        print(line["case"], line["pass"], *figures, flush=True)
     if arguments.selection == "headline" and not found and not arguments.rehearse:
         raise SystemExit("no case is the headline")
     return 1 if failed else 0
