@@ -28,17 +28,20 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if damaged := _damaged(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch writes checksums and reads none.
+            damaged = archive.testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no readable checkpoint (cut short, damaged, or not written by mmfast): {error}"
+        ) from error
+    if damaged:
         raise ValueError(
             f"{path} is damaged, the checksum of {damaged} in it is another one: take a copy of the file, or "
             "make the run anew"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint (cut short, or not written by mmfast): {error}"
-        ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no mmfast checkpoint: it has no format number")
     if state["format"] != FORMAT:
@@ -46,15 +49,3 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} must have checkpoint format {FORMAT}, got {state['format']}: another version wrote it"
         )
     return state
-
-
-def _damaged(path: Path) -> str | None:
-    """Return the first part of the file that is not what was written; torch writes checksums, reads none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except Exception:
-        # Of an archive that was tampered with zipfile raises errors of many kinds. What is none at all has an
-        # error of its own.
-        with path.open("rb") as file:
-            return "a part" if file.read(2) == b"PK" else None
