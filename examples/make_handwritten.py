@@ -3,6 +3,8 @@
 python examples/make_handwritten.py FOLDER_WITH_handwritten_6views.mat handwritten.npz
 
 The file gives 1,600 training and 400 test digits; mmfast carves a validation part from the training digits.
+
+Where it comes from: github.com/hanmenghan/TMC, "TMC ICLR/datasets"; the data are UCI's Multiple Features.
 """
 
 import sys

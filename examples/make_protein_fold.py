@@ -4,6 +4,8 @@ python examples/make_protein_fold.py FOLDER_WITH_ProteinFold.mat protein_fold.np
 
 The file names neither its views nor a split: views are called view01 to view12 in file order, and mmfast
 makes a stratified split when it loads the .npz.
+
+Where it comes from: github.com/ChuanbinZhang/Multi-view-datasets.
 """
 
 import sys

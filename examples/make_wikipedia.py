@@ -4,6 +4,8 @@ python examples/make_wikipedia.py FOLDER_WITH_Wikipedia.mat wikipedia.npz
 
 The official split is by row: the first 2,173 articles train, the last 693 test. It has no validation part;
 mmfast carves one from the training articles when it loads the file.
+
+Where it comes from: github.com/ChuanbinZhang/Multi-view-datasets.
 """
 
 import sys

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.methods.base import Learner
+from mmfast.threads import fitting_threads
 from mmfast.valuation import batch_contributions
 
 
@@ -56,7 +57,7 @@ def measure(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int =
     loss = MeanMetric(nan_strategy="disable").to(learner.device)
     counts = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     num_nan = torch.zeros((), dtype=torch.int64, device=learner.device)
-    with evaluating(learner), fabric.autocast():
+    with fitting_threads(learner, dataset, batch_size), evaluating(learner), fabric.autocast():
         for batch in evaluation_batches(
             learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size
         ):

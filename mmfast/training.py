@@ -17,6 +17,7 @@ from mmfast.methods.base import Learner, Stage
 from mmfast.optimization import Optimization
 from mmfast.processes import check_agreement, first_of_all, share_buffers, world
 from mmfast.selection import Selection
+from mmfast.threads import fitting_threads
 
 
 @dataclass
@@ -69,11 +70,9 @@ class Run:
                 selection = Selection(state["best"])
             module, optimizer = self.fabric.setup(learner, optimizer)
             for epoch in range(first_epoch, stage.epochs):
-                entry: dict[str, Any] = {
-                    "stage": stage.name,
-                    "epoch": epoch,
-                    **self._train_epoch(module, optimizer, index, stage, epoch),
-                }
+                entry: dict[str, Any] = {"stage": stage.name, "epoch": epoch}
+                with fitting_threads(learner, self.train, self.optimization.batch_size):
+                    entry |= self._train_epoch(module, optimizer, index, stage, epoch)
                 scheduler.step()
                 if self.val is not None:
                     entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.threads import fitting_threads
 
 if TYPE_CHECKING:
     from mmfast.methods.base import Learner
@@ -126,7 +127,7 @@ def valuate(
     sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
     found, labels, shown = [], [], []
     correct = torch.zeros(len(coalitions), dtype=torch.float64, device="cpu")
-    with evaluating(model):
+    with fitting_threads(model, dataset, batch_size), evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
             features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
             for part in _parts(len(label), len(coalitions) * model.num_classes):
@@ -171,7 +172,7 @@ def contributions(
     """
     _check(model, dataset, utility)
     found, shown = [], []
-    with evaluating(model):
+    with fitting_threads(model, dataset, batch_size), evaluating(model):
         for batch in evaluation_batches(model, dataset, batch_size):
             features, present = model.encode(batch), presence(batch, model.modalities)
             phi = batch_contributions(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfast.data.channels import channels_first
 from mmfast.data.media import choose_frames, read_array, read_image
-from mmfast.data.samples import PICTURES, Sample, find_samples
+from mmfast.data.sample_files import PICTURES, Sample, find_samples
 from mmfast.data.sound import SOUNDS, fft_size, log_mel, read_sound, sound_header
 from mmfast.data.splits import Splits
 from mmfast.data.unreadable import Unreadable
