@@ -40,6 +40,7 @@ from mmfast.flags import (
 
 if TYPE_CHECKING:
     from mmfast.compare import Comparison, Run
+    from mmfast.runs import Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
 
@@ -116,6 +117,7 @@ def compare(
         comparison = Comparison(setup, chosen, seeds, out)
         left = comparison.prepare(overwrite=overwrite)
         console = make_console()
+        _show_data(console, setup)
         total = len(chosen) * seeds
         if len(left) < total:
             console.print(
@@ -132,6 +134,13 @@ def compare(
         files = [RESULTS, *plot_comparison(summaries, out)]
         console.print()
         show(console, summaries, data=setup.splits.description, out=out, files=files)
+
+
+def _show_data(console: Console, setup: Setup) -> None:
+    from mmfast.data import overview
+    from mmfast.overview_report import show_overview
+
+    show_overview(console, overview(setup.splits, setup.model(0)))
 
 
 def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:
@@ -227,6 +236,8 @@ def train(
         setup.check(chosen)
         kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
         console = make_console()
+        if first:
+            _show_data(console, setup)
         try:
             entry = run(
                 setup, chosen, seed, out, resume=resume, loggers=kinds, progress=console.is_terminal and first
