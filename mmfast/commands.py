@@ -117,7 +117,7 @@ def compare(
         comparison = Comparison(setup, chosen, seeds, out)
         left = comparison.prepare(overwrite=overwrite)
         console = make_console()
-        _show_data(console, setup)
+        _show_data(console, setup, seeds)
         total = len(chosen) * seeds
         if len(left) < total:
             console.print(
@@ -136,11 +136,11 @@ def compare(
         show(console, summaries, data=setup.splits.description, out=out, files=files)
 
 
-def _show_data(console: Console, setup: Setup) -> None:
+def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None:
     from mmfast.data import overview
     from mmfast.overview_report import show_overview
 
-    show_overview(console, overview(setup.splits, setup.model(0)))
+    show_overview(console, overview(setup.splits, setup.model(0), seeds=seeds))
 
 
 def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:

@@ -1,4 +1,4 @@
-"""How the data were read, as a table for a terminal of any width."""
+"""How the data were read, as a table with warnings for a terminal of any width."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _NOTE = "Absent: samples of all parts without it. Constant: features or channels
 
 
 def show_overview(console: Console, overview: Overview) -> None:
-    """Print how each modality was read."""
+    """Print how each modality was read, and what a result on the data will not show."""
     unbounded = Console(width=10_000)
     tables = [_table(overview, wrap) for wrap in _LAYOUTS]
     fitting = [table for table in tables if unbounded.measure(table).maximum <= console.width]
     console.print(fitting[0] if fitting else tables[-1])
     if any(modality.lacking or modality.constant for modality in overview.modalities):
         console.print(Text(_NOTE, style="dim"))
+    for sentence in overview.warnings:
+        console.print(Text(f"Warning: {sentence}", style="yellow"))
     console.print()
 
 

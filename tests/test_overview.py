@@ -106,11 +106,11 @@ def test_the_table_fits(width):
     for word in ("wrist", "[7]", "vector", "MLP", "3/7", "sequence", "TemporalConv", "1/3", "video"):
         assert word in whole, word
     assert "20" in whole.split("pose")[1].split("clip")[0].split()
-    assert len(text.splitlines()) <= 12
+    assert len(text.splitlines()) <= 14
 
 
 def test_the_note_is_left_out_where_nothing_lacks():
-    plain = data.synthetic(60, 3)
+    plain = data.synthetic(600, 3)
     assert "Absent:" not in printed(overview(plain), 80)
     assert "Absent:" in printed(overview(make()), 80)
 
@@ -137,3 +137,113 @@ def test_looking_leaves_the_data_alone():
     before = {name: array.clone() for name, array in splits.train.arrays.items()}
     overview(splits)
     assert all(torch.equal(before[name], array) for name, array in splits.train.arrays.items())
+
+
+def warnings_of(arrays, labels, *, seeds=None, **options):
+    return overview(Splits.from_arrays(arrays, labels, **options), seeds=seeds).warnings
+
+
+def normal(size=1000, features=3):
+    return np.random.default_rng(1).normal(size=(size, features))
+
+
+def test_good_data_come_without_warnings():
+    assert warnings_of({"a": normal()}, np.arange(1000) % 4, seeds=5) == ()
+
+
+@pytest.mark.parametrize(("size", "points"), [(49, "2.0"), (20, "5.0")])
+def test_few_test_samples(size, points):
+    split = np.array(["test"] * size + ["val"] * 50 + ["train"] * (900 - size))
+    (sentence,) = warnings_of({"a": normal(950)}, np.arange(950) % 2, split=split)
+    assert f"has {size} samples, so one is {points} points of accuracy" in sentence
+
+
+def test_fifty_test_samples_are_enough():
+    split = np.array(["test"] * 50 + ["val"] * 50 + ["train"] * 900)
+    assert warnings_of({"a": normal()}, np.arange(1000) % 2, split=split) == ()
+
+
+def test_one_seed():
+    (sentence,) = warnings_of({"a": normal()}, np.arange(1000) % 4, seeds=1)
+    assert "One seed shows no spread" in sentence
+
+
+@pytest.mark.parametrize(("count", "counted"), [(1, "1 sample"), (2, "2 samples")])
+def test_a_class_too_rare_for_every_part_is_named(count, counted):
+    labels = np.array(["rare"] * count + ["common", "other"] * 500)
+    assert warnings_of({"a": normal(1000 + count)}, labels) == (
+        f"Class rare ({counted}) has none in val or test: "
+        "epochs are chosen without it, and the test figures say nothing of it.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("lacking", "meaning"),
+    [("val", "epochs are chosen without it"), ("test", "the test figures say nothing of it")],
+)
+def test_a_class_that_a_given_part_lacks_is_named(lacking, meaning):
+    labels, split = np.arange(1000) % 4, np.repeat(["train", "val", "test"], [800, 100, 100])
+    split[(labels == 2) & (split == lacking)] = "train"
+    (sentence,) = warnings_of({"a": normal()}, labels, split=split)
+    assert sentence == f"Class 2 (250 samples) has none in {lacking}: {meaning}."
+
+
+def test_many_rare_classes_make_one_sentence():
+    labels = np.concatenate([np.arange(1000) % 2, np.arange(2, 10)])
+    (sentence,) = warnings_of({"a": normal(1008)}, labels)
+    assert sentence.startswith("Classes 2 (1 sample), ")
+    assert "6 (1 sample) and 3 more have none in val or test" in sentence
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_a_row_number_is_noticed(standardize, start):
+    numbers = np.random.default_rng(0).permutation(1000)[:, None] + start
+    labels = np.arange(1000) % 4
+    (sentence,) = warnings_of({"a": normal(), "id": numbers}, labels, standardize=standardize)
+    assert sentence.startswith("id is a different whole number in every sample")
+
+
+def test_a_row_number_is_noticed_where_some_samples_lack_it():
+    has = np.arange(1000) % 3 > 0
+    (sentence,) = warnings_of(
+        {"a": normal(), "id": np.arange(1000)[:, None] * has[:, None]},
+        np.arange(1000) % 4,
+        present={"id": has},
+    )
+    assert sentence.startswith("id is")
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [normal(features=1), np.arange(1000)[:, None] // 2, np.arange(1000)[:, None] / 8, normal(features=2)],
+    ids=["real", "shared", "eighths", "two"],
+)
+def test_measurements_are_no_row_numbers(measured):
+    assert warnings_of({"a": normal(), "b": measured}, np.arange(1000) % 4) == ()
+
+
+def test_a_modality_without_any_varying_feature():
+    (sentence,) = warnings_of({"a": normal(), "dead": np.full((1000, 2), 3.0)}, np.arange(1000) % 4)
+    assert sentence == "All features of dead are constant in train: it tells no class from another."
+
+
+def test_a_modality_that_no_test_sample_has():
+    split = np.repeat(["train", "val", "test"], [800, 100, 100])
+    (sentence,) = warnings_of(
+        {"a": normal(), "b": normal()}, np.arange(1000) % 4, split=split, present={"b": split != "test"}
+    )
+    assert sentence == "No test sample has b: what it contributes is not measured."
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_commands_print_the_warnings_before_training(npz, tmp_path, width):
+    text = invoke("compare", npz, tmp_path / "c", "--methods", "joint", "--seeds", "1", width=width)
+    head = text[: text.index("1/1 joint")]
+    whole = " ".join(head.split())
+    assert "Warning: The test part has 24 samples, so one is 4.2 points of accuracy" in whole
+    assert "Warning: One seed shows no spread" in whole
+    assert max(map(len, head.splitlines())) <= width
+    alone = invoke("train", npz, tmp_path / "t", width=width)
+    assert "Warning: The test part has 24 samples" in " ".join(alone[: alone.index("test accuracy")].split())
+    assert "One seed" not in alone

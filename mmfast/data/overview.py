@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from mmfast.data.cautions import cautions
 from mmfast.data.splits import PARTS, Splits
 from mmfast.data.standardize import scaling_of
 
@@ -46,15 +47,24 @@ class ModalityOverview:
 
 @dataclass(frozen=True)
 class Overview:
-    """How a data set was read: its number of samples N, and its modalities in the order of the bits."""
+    """How a data set was read.
+
+    Attributes:
+        samples: N, of all parts.
+        modalities: in the order of the coalition bits.
+        warnings: sentences on what a result on these data will not show.
+    """
 
     samples: int
     modalities: tuple[ModalityOverview, ...]
+    warnings: tuple[str, ...]
 
 
 def overview(
     splits: Splits,
     model: MultimodalModel | None = None,
+    *,
+    seeds: int | None = None,
 ) -> Overview:
     """Return how the modalities of a data set were read.
 
@@ -67,6 +77,7 @@ def overview(
     Args:
         splits: the data.
         model: for them; names the encoders and counts their parameters.
+        seeds: runs of each method, where methods are to be compared.
     """
     scaling = scaling_of(splits.train) if splits.scaling is None else splits.scaling
     found = []
@@ -85,7 +96,12 @@ def overview(
                 parameters=None if encoder is None else sum(p.numel() for p in encoder.parameters()),
             )
         )
-    return Overview(sum(len(getattr(splits, part)) for part in PARTS), tuple(found))
+    constant = [modality.name for modality in found if modality.constant == modality.features]
+    return Overview(
+        sum(len(getattr(splits, part)) for part in PARTS),
+        tuple(found),
+        cautions(splits, constant, seeds=seeds),
+    )
 
 
 def kind_of(
