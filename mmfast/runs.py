@@ -163,6 +163,10 @@ def restore(
         ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
     """
     file = path / MODEL if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (runs := _finished_runs(path)):
+        raise FileNotFoundError(
+            f"{path} holds a comparison of several runs: give one of them, such as {runs[0]}"
+        )
     if path.is_dir() and not file.exists() and (path / LAST).exists():
         raise FileNotFoundError(f"{path} holds an unfinished run: finish it with mmfast train --resume")
     state = checkpoint.load(file)
@@ -196,6 +200,11 @@ def restore(
     )
     trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
     return trainer.restore(setup.model(state["seed"]), file), splits, state
+
+
+def _finished_runs(path: Path) -> list[Path]:
+    """Return the folders of the finished runs of a comparison."""
+    return sorted(file.parent for runs in (path / "runs", path) for file in runs.glob(f"*-seed*/{MODEL}"))
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfast import ops
 from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.data.samples import check_samples
+from mmfast.extras import needs_train
 from mmfast.names import describe
 
 if TYPE_CHECKING:
@@ -82,14 +83,16 @@ class Valuation:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the table as Parquet."""
-        import pyarrow
-        import pyarrow.parquet
+        with needs_train("to_parquet"):
+            import pyarrow
+            import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.table(self.columns()), path)
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: a histogram of contributions per modality."""
-        from mmfast.report import plot_valuation
+        with needs_train("plot"):
+            from mmfast.plots import plot_valuation
 
         plot_valuation(self, Path(path))
 
