@@ -133,6 +133,7 @@ class Comparison:
                 "dim": setup.dim,
                 "fusion": setup.fusion,
                 "precision": setup.precision,
+                "encoders": setup.named_encoders or None,
                 "methods": {method.name: method.config() for method in self.methods},
             },
         }
@@ -159,7 +160,7 @@ class Comparison:
             ("configuration", ("methods",)),
         ):
             there, here = found[part], mine[part]
-            for key in [key for key in here if key not in ignored and there.get(key) != here[key]]:
+            for key in [key for key in here if key not in ignored and _differ(there.get(key), here[key])]:
                 differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
         for name, config in mine["configuration"]["methods"].items():
             there = found["configuration"]["methods"].get(name, config)
@@ -213,6 +214,9 @@ def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
     }
     words = ["train", "--resume", *(["--probe"] if setup.probe else [])]
     words += [f"--{key}={value}" for key, value in arguments.items()]
+    words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
+    if setup.modalities is not None:
+        words.append(f"--modalities={','.join(setup.modalities)}")
     return words + [f"--set={key}={format_value(value)}" for key, value in item.method.config().items()]
 
 
@@ -227,6 +231,16 @@ def clear_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values differ; the order of modalities is that of the coalition bits, and counts."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one.items()) != list(other.items())
+    return one != other
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        # Whole: which modality differs is what one looks for.
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

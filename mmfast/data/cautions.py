@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import torch
 
+from mmfast.data.arrays import ArrayDataset
 from mmfast.data.splits import PARTS, Splits
 
 # Below this many test samples one of them is more than two points of accuracy.
@@ -47,7 +48,18 @@ def cautions(
         mask = splits.test.present.get(name)
         if size and mask is not None and not mask.any():
             found.append(f"No test sample has {name}: what it contributes is not measured.")
+    bare = sum(_without_any(getattr(splits, part)) for part in PARTS)
+    if bare:
+        verb = "has" if bare == 1 else "have"
+        found.append(f"{_samples(bare)} {verb} none of the modalities: all that answers there is a constant.")
     return tuple(found)
+
+
+def _without_any(part: ArrayDataset) -> int:
+    masks = [part.present.get(name) for name in part.modalities]
+    if any(mask is None for mask in masks) or not len(part):
+        return 0
+    return int((~torch.stack(masks).any(0)).sum())  # type: ignore[arg-type]
 
 
 def _rare_classes(splits: Splits) -> list[str]:

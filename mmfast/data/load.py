@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmfast.data.folder import load_folder
 from mmfast.data.htad import load_htad
 from mmfast.data.npz import load_npz
 from mmfast.data.splits import Splits
+from mmfast.data.views import choose
 from mmfast.names import did_you_mean
 
 # Suffixes of files that hold one table or array, and what separates a table's columns.
 _TABLES = {".csv": ",", ".tsv": "\t", ".npy": ""}
 
 
-def load(source: str | Path = "htad", *, seed: int = 0, standardize: bool = True) -> Splits:
+def load(
+    source: str | Path = "htad",
+    *,
+    seed: int = 0,
+    standardize: bool = True,
+    modalities: Sequence[str] | None = None,
+    encoders: Mapping[str, str] | None = None,
+) -> Splits:
     """Load a data set, split into train, validation and test.
 
     Args:
@@ -22,10 +31,16 @@ def load(source: str | Path = "htad", *, seed: int = 0, standardize: bool = True
             `load_folder`).
         seed: Seed of the split, where the source leaves it or its validation part open.
         standardize: Scale features by statistics of the training part.
+        modalities: Names of those to use, in the order of the coalition bits; by default all.
+        encoders: What to take a modality as, "vector", "sequence", "image" or "video", by its name; or the
+            encoder to take it by. Which shapes can be taken so is said in `mmfast/data/views.py`.
 
     Raises:
         ValueError: a source that is none of these, and whatever its reader refuses.
     """
+    if modalities is not None or encoders:
+        chosen = choose(load(source, seed=seed, standardize=False), modalities, encoders)
+        return chosen.standardize() if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)
     path = Path(source)

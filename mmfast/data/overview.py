@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +10,10 @@ from torch import nn
 from mmfast.data.cautions import cautions
 from mmfast.data.splits import PARTS, Splits
 from mmfast.data.standardize import scaling_of
+from mmfast.data.views import kind_of
 
 if TYPE_CHECKING:
     from mmfast.models import MultimodalModel
-
-# What a sample is taken as, by the number of its dimensions: [D], [T, F], [C, H, W], [T, C, H, W].
-KINDS = ("vector", "sequence", "image", "video")
 
 
 @dataclass(frozen=True)
@@ -102,13 +99,6 @@ def overview(
         tuple(found),
         cautions(splits, constant, seeds=seeds),
     )
-
-
-def kind_of(
-    shape: Sequence[int],  # of one sample
-) -> str:
-    """Return what samples of a shape are taken as: "vector", "sequence", "image" or "video"."""
-    return KINDS[len(shape) - 1]
 
 
 def _lacking(splits: Splits, name: str) -> int:
