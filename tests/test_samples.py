@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import mmfast
 from mmfast.data import ArrayDataset, synthetic
-from mmfast.models import build_model
+from mmfast.models import build_model, encoder_for
 from mmfast.names import describe
 
 SPLITS = synthetic(num_samples=120, num_classes=3, dims={"a": 6, "b": (5, 2)}, seed=0)
@@ -269,6 +269,12 @@ def test_few_samples_are_read(calls):
             lambda x: mmfast.Trainer("joint", optimizer=x),
             "optimizer must be one of adam, adamw, sgd, got Tensor",
         ),
+        (
+            lambda x: build_model({"a": (3,)}, 3).encode_modality({"a": torch.zeros(2, 3)}, x),
+            "name must be one of 'a', got Tensor",
+        ),
+        (lambda x: encoder_for((5, 2), 4, temporal=x.tolist()), "temporal must be one of"),
+        (lambda x: mmfast.ops.kmeans(x, 2, backend=x.tolist()), 'backend must be "auto" or one of'),
         (lambda x: mmfast.ops.kmeans(x, x), "num_clusters must be an integer, got Tensor"),
         (lambda x: mmfast.ops.kmeans(x, 2, tol=x), "tol must be a number, got Tensor"),
         (lambda x: mmfast.ops.certainty_fusion(x[None], temperature=x.numpy()), "temperature"),

@@ -153,6 +153,11 @@ def test_names_that_are_wrong(modalities, encoders, text):
         choose(plain(), modalities, encoders)
 
 
+def test_standardised_data_are_not_taken_as_something_else():
+    with pytest.raises(ValueError, match="splits must not be standardised yet"):
+        choose(plain().standardize(), ["image"])
+
+
 @pytest.mark.parametrize(
     ("shape", "name", "kind"),
     [((5, 2), "gru", GRUEncoder), ((3, 8, 8), "resnet18", ResNet18), ((1, 200, 200), "cnn", SmallCNN)],

@@ -57,8 +57,11 @@ def choose(
             `mmfast.models.build.ENCODERS`; by name.
 
     Raises:
-        ValueError: an unknown name, a modality given twice, a shape that cannot be taken so.
+        ValueError: standardised splits, an unknown name, a modality given twice, a shape that cannot be taken
+            so.
     """
+    if splits.scaling is not None:
+        raise ValueError("splits must not be standardised yet: load them with standardize=False")
     names = list(splits.modalities if modalities is None else modalities)
     encoders = encoders or {}
     if not names:

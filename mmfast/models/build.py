@@ -10,6 +10,7 @@ from mmfast.models.encoders import MLP, Encoder, FrameMean, GRUEncoder, SmallCNN
 from mmfast.models.fusion import FusionHead
 from mmfast.models.multimodal import MultimodalModel
 from mmfast.models.resnet import ResNet18
+from mmfast.names import describe
 
 # Images with both sides at least this long go to ResNet-18.
 LARGE_IMAGE = 96
@@ -51,7 +52,9 @@ def encoder_for(
             `encoder`, or one that takes other shapes.
     """
     if temporal not in TEMPORAL:
-        raise ValueError(f"temporal must be one of {nearest_names(temporal, TEMPORAL)}, got {temporal!r}")
+        raise ValueError(
+            f"temporal must be one of {nearest_names(temporal, TEMPORAL)}, got {describe(temporal)}"
+        )
     if not 1 <= len(shape) <= 4:
         raise ValueError(
             f"{name} must have samples [D], [T, F], [C, H, W] or [T, C, H, W], got {list(shape)}"
