@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from mmfast.extras import needs_train
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     # Lazy, so that `import mmfast.ops` never needs what only the trainer depends on.
-    if name in _SUBMODULES:
-        return importlib.import_module(f"mmfast.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _SUBMODULES or name in _HOME:
+        with needs_train(f"mmfast.{name}"):
+            if name in _SUBMODULES:
+                return importlib.import_module(f"mmfast.{name}")
+            return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'mmfast' has no attribute {name!r}")
 
 

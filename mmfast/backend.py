@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from mmfast.names import describe
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -369,4 +371,4 @@ def where(chosen: str, tensor: torch.Tensor) -> tuple[int, ...]:
 def check_name(backend: str) -> None:
     """Raise ValueError if `backend` names no backend."""
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, got {backend!r}')
+        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, got {describe(backend)}')

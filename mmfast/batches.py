@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
-from mmfast.data.arrays import PRESENT_SUFFIX, ArrayDataset
+from mmfast.data.arrays import LABEL, PRESENT_SUFFIX, ArrayDataset
 
 COALITION = "coalition"  # key of a batch: which modalities each sample shows, [N] int64, bit m for modality m
 
@@ -105,10 +105,25 @@ def epoch_shard(
 
 
 def loader(dataset: Any, batches: list[list[int]], num_workers: int = 0) -> DataLoader:
-    """Return a loader of the given batches of sample indices."""
+    """Return a loader of the given batches of sample indices, with labels in int64."""
     if takes_batches(dataset):
-        return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=num_workers)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
+        return DataLoader(
+            dataset, sampler=batches, batch_size=None, num_workers=num_workers, collate_fn=_convert
+        )
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return _with_long_labels(default_collate(samples))
+
+
+def _convert(batch: Any) -> dict[str, Tensor]:
+    return _with_long_labels(default_convert(batch))
+
+
+def _with_long_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    # torch's losses take no int32, which is what some platforms and files have.
+    return batch | {LABEL: batch[LABEL].long()} if LABEL in batch else batch
 
 
 def iterate(

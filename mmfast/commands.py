@@ -17,11 +17,13 @@ from mmfast.flags import (
     Data,
     Devices,
     Dim,
+    Encoders,
     Epochs,
     Fusion,
     LearningRate,
     LrGamma,
     LrStep,
+    Modalities,
     Momentum,
     OptimizerName,
     Overwrite,
@@ -42,6 +44,7 @@ from mmfast.flags import (
 
 if TYPE_CHECKING:
     from mmfast.compare import Comparison, Run
+    from mmfast.runs import Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
 
@@ -71,6 +74,8 @@ def compare(
     dim: Dim = 64,
     fusion: Fusion = "concat",
     settings: Set = None,
+    modalities: Modalities = None,
+    encoder: Encoders = None,
     split_seed: SplitSeed = 0,
     skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
@@ -109,6 +114,8 @@ def compare(
             split_seed,
             optimization,
             devices,
+            modalities=modalities,
+            encoders=encoder,
             dim=dim,
             fusion=fusion,
             accelerator=accelerator,
@@ -122,6 +129,7 @@ def compare(
             setup, chosen, seeds, out, wait=lambda text: console.print(text, soft_wrap=True)
         )
         left = comparison.prepare(overwrite=overwrite)
+        _show_data(console, setup, seeds)
         total = len(chosen) * seeds
         if comparison.results.note:
             print(f"mmfast: {comparison.results.note}", file=sys.stderr)
@@ -151,6 +159,13 @@ def compare(
         if lost := [summary.title for summary in summaries if not summary.runs]:
             print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)
             raise typer.Exit(DIVERGED)
+
+
+def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None:
+    from mmfast.data import overview
+    from mmfast.overview_report import show_overview
+
+    show_overview(console, overview(setup.splits, setup.model(0), seeds=seeds))
 
 
 def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:
@@ -191,6 +206,8 @@ def train(
     dim: Dim = 64,
     fusion: Fusion = "concat",
     settings: SetOfOne = None,
+    modalities: Modalities = None,
+    encoder: Encoders = None,
     split_seed: SplitSeed = 0,
     skip_unreadable: SkipUnreadable = False,
     probe: Probe = False,
@@ -239,6 +256,8 @@ def train(
             split_seed,
             optimization,
             devices,
+            modalities=modalities,
+            encoders=encoder,
             dim=dim,
             fusion=fusion,
             accelerator=accelerator,
@@ -249,6 +268,8 @@ def train(
         setup.check(chosen)
         kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
         console = make_console()
+        if first:
+            _show_data(console, setup)
         try:
             entry = run(
                 setup, chosen, seed, out, resume=resume, loggers=kinds, progress=console.is_terminal and first

@@ -145,6 +145,7 @@ class Comparison:
                 "dim": setup.dim,
                 "fusion": setup.fusion,
                 "precision": setup.precision,
+                "encoders": setup.named_encoders or None,
                 "methods": {method.name: method.config() for method in self.methods},
             },
         }
@@ -185,6 +186,9 @@ def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
     words = ["train", "--resume"]
     words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable
     words += [f"--{key}={value}" for key, value in arguments.items()]
+    words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
+    if setup.modalities is not None:
+        words.append(f"--modalities={','.join(setup.modalities)}")
     return words + [f"--set={key}={format_value(value)}" for key, value in item.method.config().items()]
 
 

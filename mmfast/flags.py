@@ -92,6 +92,25 @@ SkipUnreadable = Annotated[
         "--skip-unreadable", help="Leave out files of a FOLDER that cannot be read, and say how many."
     ),
 ]
+Modalities = Annotated[
+    str | None,
+    typer.Option(
+        help="Modalities to use, separated by commas, in the order of the coalition bits; all by default.",
+        show_default=False,
+    ),
+]
+Encoders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder",
+        metavar="MODALITY=KIND",
+        help="Take a modality as vector, sequence, image or video, or by mlp, conv, gru, cnn or resnet18; "
+        "may be given several times. A vector [D] goes as sequence [D, 1]; a sequence [T, F] as vector or "
+        "image [1, T, F]; an image [C, H, W] as vector or sequence [W, C H], its columns the steps; a video "
+        "[T, C, H, W] as vector, sequence [T, C H W] or image [T C, H, W].",
+        show_default=False,
+    ),
+]
 SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where the data bring none.")]
 Epochs = Annotated[
     int | None,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmfast import methods
+from mmfast.names import describe
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -39,13 +40,15 @@ class Optimization:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {describe(self.optimizer)}"
+            )
         for name in ("max_epochs", "batch_size", "lr", "lr_gamma"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive, got {describe(getattr(self, name))}")
         for name in ("momentum", "weight_decay", "lr_step"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{name} must not be negative, got {describe(getattr(self, name))}")
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimizer of these settings."""

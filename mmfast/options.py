@@ -112,6 +112,28 @@ _SINGULAR = {bool: "true or false", int: "an integer", float: "a finite number",
 _PLURAL = {int: "integers", float: "finite numbers", str: "words", bool: "true or false"}
 
 
+def parse_modalities(text: str) -> tuple[str, ...]:
+    """Return the names in "a,b"; whether the data have them is theirs to say."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_encoders(assignments: Iterable[str]) -> dict[str, str]:
+    """Return {modality: kind or encoder} from texts MODALITY=KIND.
+
+    Raises:
+        ValueError: no such form, or a modality given twice.
+    """
+    found: dict[str, str] = {}
+    for text in assignments:
+        name, equals, kind = (word.strip() for word in text.rpartition("="))
+        if not (equals and name and kind):
+            raise ValueError(f"encoder must have the form MODALITY=KIND, such as audio=image, got {text!r}")
+        if name in found:
+            raise ValueError(f"encoder must be given once for {name}, got {found[name]} and {kind}")
+        found[name] = kind
+    return found
+
+
 def make_setup(
     source: str,
     split_seed: int,
@@ -119,13 +141,28 @@ def make_setup(
     devices: str,
     *,
     skip_unreadable: bool = False,
+    modalities: str | None = None,
+    encoders: Iterable[str] | None = None,
     **settings: Any,
 ) -> Setup:
-    """Return the setup of a command, its data loaded; `settings` are further fields of Setup."""
+    """Return the setup of a command, its data loaded.
+
+    Args:
+        source, split_seed, optimization, devices: as Setup and the data take them.
+        modalities: "a,b", those to use; None for all.
+        encoders: texts MODALITY=KIND.
+        settings: further fields of Setup.
+    """
+    names = None if modalities is None else parse_modalities(modalities)
+    kinds = parse_encoders(encoders or ())
     return Setup(
         source=source,
-        splits=data.load(source, seed=split_seed, skip_unreadable=skip_unreadable),
+        splits=data.load(
+            source, seed=split_seed, skip_unreadable=skip_unreadable, modalities=names, encoders=kinds
+        ),
         optimization=optimization,
+        modalities=names,
+        encoders=kinds,
         devices=int(devices) if devices.isdigit() else devices,
         skip_unreadable=skip_unreadable,
         **settings,

@@ -310,10 +310,3 @@ def save_valuation(valuation: Valuation, folder: Path, facts: dict[str, Any]) ->
     }
     write_json(folder / "coalitions.json", facts | figures)
     return ["valuation.csv", "valuation.parquet", "contributions.png", "coalitions.json"]
-
-
-def plot_valuation(valuation: Valuation, path: Path) -> None:
-    """Write a picture: a histogram of contributions per modality."""
-    from mmfast import plots
-
-    plots.plot_valuation(valuation, path)

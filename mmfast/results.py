@@ -141,13 +141,13 @@ class Results:
         for key in ("source", "description"):
             data.pop(key)
         configuration.pop("methods")
-        return hashlib.sha256(json.dumps([data, configuration], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([data, configuration]).encode()).hexdigest()[:16]
 
     def _check_same(self, found: dict[str, Any]) -> None:
         differ, mine = [], self.mine
         for part, ignored in _PARTS:
             there, here = found[part], mine[part]
-            for key in [key for key in here if key not in ignored and there.get(key) != here[key]]:
+            for key in [key for key in here if key not in ignored and _differ(there.get(key), here[key])]:
                 differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
         for name, config in mine["configuration"]["methods"].items():
             there = found["configuration"]["methods"].get(name, config)
@@ -171,6 +171,16 @@ def _place(entry: dict[str, Any]) -> tuple[int, int]:
     return list(METHODS).index(entry["method"]), entry["seed"]
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values differ; the order of modalities is that of the coalition bits, and counts."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one.items()) != list(other.items())
+    return one != other
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        # Whole: which modality differs is what one looks for.
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import mmfast
 from mmfast import checkpoint, data, methods, models
 from mmfast.checks import check_data, check_fits
 from mmfast.data import Splits
+from mmfast.data.views import choose
 from mmfast.divergence import DivergedError
 from mmfast.evaluation import probe
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
+from mmfast.models.build import ENCODERS
 from mmfast.optimization import Optimization
 from mmfast.trainer import LAST, MODEL, Trainer
 
@@ -37,6 +40,8 @@ class Setup:
         dim: D of every encoder.
         fusion: name of the fusion head.
         accelerator, devices, precision: as Lightning Fabric takes them.
+        modalities: those that `splits` were made of, where not of all in `source`.
+        encoders: what modalities are taken as, or the encoders that take them, where given.
         probe: measure every modality by a logistic regression on its frozen features, too.
         skip_unreadable: files of a FOLDER that cannot be read were left out.
     """
@@ -51,18 +56,34 @@ class Setup:
     precision: str = "32-true"
     probe: bool = False
     skip_unreadable: bool = False
+    modalities: tuple[str, ...] | None = None
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, seed: int) -> MultimodalModel:
         """Return the untrained model of a seed, the same for every method."""
         torch.manual_seed(seed)
         return models.build_model(
-            self.splits.shapes, self.splits.num_classes, dim=self.dim, fusion=self.fusion
+            self.splits.shapes,
+            self.splits.num_classes,
+            dim=self.dim,
+            fusion=self.fusion,
+            encoders=self.named_encoders,
         )
+
+    @property
+    def named_encoders(self) -> dict[str, str]:
+        """The encoders that are chosen by name; what a modality is taken as is seen in its shape."""
+        return {name: encoder for name, encoder in self.encoders.items() if encoder in ENCODERS}
 
     def metadata(self) -> dict[str, Any]:
         """Return the plain values that `restore` rebuilds model and data from."""
         path = Path(self.source)
-        return {
+        chosen: dict[str, Any] = {}
+        if self.modalities is not None:
+            chosen["modalities"] = list(self.modalities)
+        if self.encoders:
+            chosen["encoders"] = dict(self.encoders)
+        return chosen | {
             "source": str(path.resolve()) if path.exists() else self.source,
             "split_seed": self.splits.split_seed,
             "shapes": {name: list(shape) for name, shape in self.splits.shapes.items()},
@@ -185,6 +206,10 @@ def restore(
         ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
     """
     file = path / MODEL if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (runs := _finished_runs(path)):
+        raise FileNotFoundError(
+            f"{path} holds a comparison of several runs: give one of them, such as {runs[0]}"
+        )
     if path.is_dir() and not file.exists() and (path / LAST).exists():
         raise FileNotFoundError(f"{path} holds an unfinished run: finish it with mmfast train --resume")
     state = checkpoint.load(file)
@@ -203,6 +228,10 @@ def restore(
         standardize=False,
         skip_unreadable=skip_unreadable,
     )
+    chosen, encoders = facts.get("modalities"), facts.get("encoders", {})
+    # Where some are missing the shapes below say which.
+    if set(splits.modalities) >= {*(chosen or ()), *encoders}:
+        splits = choose(splits, chosen, encoders)
     expected = {name: tuple(shape) for name, shape in facts["shapes"].items()}
     if splits.shapes != expected:
         raise ValueError(f"data must have modalities {_shapes(expected)}, got {_shapes(splits.shapes)}")
@@ -223,9 +252,16 @@ def restore(
         facts["fusion"],
         accelerator,
         skip_unreadable=skip_unreadable,
+        modalities=None if chosen is None else tuple(chosen),
+        encoders=encoders,
     )
     trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
     return trainer.restore(setup.model(state["seed"]), file), splits, state
+
+
+def _finished_runs(path: Path) -> list[Path]:
+    """Return the folders of the finished runs of a comparison."""
+    return sorted(file.parent for runs in (path / "runs", path) for file in runs.glob(f"*-seed*/{MODEL}"))
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -20,7 +20,7 @@ from mmfast.evaluation import Metrics, evaluate
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
 from mmfast.models import MultimodalModel
-from mmfast.names import did_you_mean
+from mmfast.names import describe, did_you_mean
 from mmfast.optimization import PUBLISHED, Optimization
 from mmfast.training import Run
 
@@ -83,6 +83,8 @@ class Trainer:
     ) -> None:
         if isinstance(method, type):
             raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
+        if not isinstance(method, str | Method):
+            raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
         self.method = methods.make(method) if isinstance(method, str) else method
         self.optimization = _apply(optimization or Optimization(), settings)
         self.seed = seed
@@ -279,7 +281,7 @@ class Trainer:
                 differing = [name for name in ours if theirs.get(name) != ours[name]]
                 # Statistics of the data would fill pages; their name says enough.
                 ours = {name: ours[name] for name in differing if len(str(ours[name])) < 80} or differing
-                theirs = {name: theirs.get(name) for name in ours}
+                theirs = {name: _brief(theirs.get(name)) for name in ours}
             raise ValueError(f"the checkpoint must be of a run with {key} {ours}, got {theirs}")
 
     def _out(self, purpose: str) -> Path:
@@ -331,6 +333,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _brief(value: Any) -> Any:
+    return value if len(str(value)) < 80 else describe(value)
 
 
 def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:

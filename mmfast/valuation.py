@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.data.samples import check_samples
+from mmfast.extras import needs_train
+from mmfast.names import describe
 from mmfast.threads import fitting_threads
 
 if TYPE_CHECKING:
@@ -83,14 +86,16 @@ class Valuation:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the table as Parquet."""
-        import pyarrow
-        import pyarrow.parquet
+        with needs_train("to_parquet"):
+            import pyarrow
+            import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.table(self.columns()), path)
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: a histogram of contributions per modality."""
-        from mmfast.report import plot_valuation
+        with needs_train("plot"):
+            from mmfast.plots import plot_valuation
 
         plot_valuation(self, Path(path))
 
@@ -117,12 +122,13 @@ def valuate(
         backend: of the ops underneath.
 
     Raises:
-        ValueError: unknown utility, empty data set, a batch without a modality of the model, or a model
-            trained by a method that leaves its fusion head untrained: then give the learner.
+        TypeError, ValueError: unknown utility, a data set that does not fit the model, or a model trained by
+            a method that leaves its fusion head untrained: then give the learner.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
     _check(model, dataset, utility)
+    check_samples(model.modalities, model.num_classes, "dataset", dataset)
     coalitions = torch.arange(2 ** len(model.modalities), device="cpu")
     sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
     found, labels, shown = [], [], []
@@ -278,6 +284,8 @@ def _check(model: MultimodalModel | Learner, dataset: Any, utility: str) -> None
             "give the learner, such as trainer.learner"
         )
     if utility not in UTILITIES:
-        raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
-    if len(dataset) == 0:
+        raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {describe(utility)}")
+    if not hasattr(model, "coalition_logits"):
+        raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("dataset must hold at least one sample, got none")

@@ -173,9 +173,9 @@ def test_unknown_source_is_named_with_close_names(save, tmp_path):
     save(**make_arrays())
     with raises(f"not found; did you mean {tmp_path / 'data.npz'}?"):
         load(tmp_path / "dat.npz")
-    (tmp_path / "table.csv").write_text("1")
+    (tmp_path / "table.xlsx").write_text("1")
     with raises("of another kind"):
-        load(tmp_path / "table.csv")
+        load(tmp_path / "table.xlsx")
 
 
 # HTAD

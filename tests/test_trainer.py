@@ -378,6 +378,12 @@ def test_another_data_set_is_no_continuation(tmp_path):
         fitted("joint", out_dir=tmp_path, metadata={"data": "two", "scaling": list(range(998))}, resume=True)
 
 
+def test_statistics_of_the_data_are_not_printed(tmp_path):
+    fitted("joint", out_dir=tmp_path, metadata={"scaling": list(range(999))})
+    with pytest.raises(ValueError, match=r"metadata \['scaling'\], got \{'scaling': 'list of 999'\}"):
+        fitted("joint", out_dir=tmp_path, metadata={"scaling": list(range(998))}, resume=True)
+
+
 def test_data_may_move_between_a_run_and_its_continuation(tmp_path):
     one, _ = fitted("joint", out_dir=tmp_path, metadata={"data": "same", "source": "/old/place"})
     other, _ = fitted("joint", out_dir=tmp_path, metadata={"data": "same", "source": "/new"}, resume=True)

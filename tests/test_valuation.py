@@ -171,7 +171,7 @@ def test_the_model_is_left_as_it_was():
         ),
         (
             lambda model, data: mmfast.valuate(model, ArrayDataset({"m0": torch.randn(2, 5)}, [0, 1])),
-            "'m1' is missing",
+            "samples of dataset must have 'm1', got 'm0', 'label'",
         ),
         (lambda model, data: mmfast.valuate(model, data, backend="gpu"), 'backend must be "auto" or one of'),
     ],

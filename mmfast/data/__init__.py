@@ -4,7 +4,8 @@ from mmfast.data.arrays import ArrayDataset
 from mmfast.data.folder import load_folder
 from mmfast.data.load import load
 from mmfast.data.npz import load_npz
+from mmfast.data.overview import overview
 from mmfast.data.splits import Splits
 from mmfast.data.synthetic import synthetic
 
-__all__ = ["ArrayDataset", "Splits", "load", "load_folder", "load_npz", "synthetic"]
+__all__ = ["ArrayDataset", "Splits", "load", "load_folder", "load_npz", "overview", "synthetic"]

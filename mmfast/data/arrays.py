@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmfast.data.channels import is_channels_last, permutation
+from mmfast.names import describe
 
 LABEL = "label"
 PRESENT_SUFFIX = "__present"
@@ -19,6 +20,7 @@ _RESERVED = (LABEL, "split", "group", "coalition")
 _RANKS = "[N, D], [N, T, F], [N, C, H, W] or [N, T, C, H, W]"
 # Samples looked at together where a whole-array temporary would double the memory.
 CHUNK = 4096
+ENCODE = "np.unique(labels, return_inverse=True)[1] makes integers of names"
 _NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 
 
@@ -159,7 +161,12 @@ def _to_tensor(name: str, value: Any, kinds: str, expected: str, dtype: torch.dt
 
 
 def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
-    tensor = _to_tensor("labels", labels, "iu", "integers", torch.int64)
+    try:
+        tensor = _to_tensor("labels", labels, "iu", "integers", torch.int64)
+    except TypeError as error:
+        if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind in "SU":
+            raise TypeError(f"{error}: {ENCODE}") from None
+        raise
     if tensor.ndim != 1:
         expected = f"[N] = [{len(tensor)}]" if tensor.ndim else "[N]"
         raise ValueError(f"labels must have shape {expected}, got {list(tensor.shape)}")
@@ -172,7 +179,7 @@ def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
 
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name:
-        raise TypeError(f"modality names must be non-empty strings, got {name!r}")
+        raise TypeError(f"modality names must be non-empty strings, got {describe(name)}")
     if name in _RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name:
         raise ValueError(
             f"modality name must not be {', '.join(_RESERVED)}, end in {PRESENT_SUFFIX} or hold a dot, "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmfast.data.folder import load_folder
 from mmfast.data.htad import load_htad
 from mmfast.data.npz import load_npz
 from mmfast.data.splits import Splits
+from mmfast.data.views import choose
 from mmfast.names import did_you_mean
+
+# Suffixes of files that hold one table or array, and what separates a table's columns.
+_TABLES = {".csv": ",", ".tsv": "\t", ".npy": ""}
 
 
 def load(
@@ -17,6 +22,8 @@ def load(
     seed: int = 0,
     standardize: bool = True,
     skip_unreadable: bool = False,
+    modalities: Sequence[str] | None = None,
+    encoders: Mapping[str, str] | None = None,
 ) -> Splits:
     """Load a data set, split into train, validation and test.
 
@@ -26,10 +33,16 @@ def load(
         seed: Seed of the split, where the source leaves it or its validation part open.
         standardize: Scale features by statistics of the training part.
         skip_unreadable: Leave out files of a folder that cannot be read (see `load_folder`).
+        modalities: Names of those to use, in the order of the coalition bits; by default all.
+        encoders: What to take a modality as, "vector", "sequence", "image" or "video", by its name; or the
+            encoder to take it by. Which shapes can be taken so is said in `mmfast/data/views.py`.
 
     Raises:
         ValueError: a source that is none of these, and whatever its reader refuses.
     """
+    if modalities is not None or encoders:
+        chosen = choose(load(source, seed=seed, standardize=False), modalities, encoders)
+        return chosen.standardize() if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)
     path = Path(source)
@@ -37,9 +50,28 @@ def load(
         return load_folder(path, seed=seed, standardize=standardize, skip_unreadable=skip_unreadable)
     if path.is_file() and path.suffix == ".npz":
         return load_npz(path, seed=seed, standardize=standardize)
+    if path.is_file() and path.suffix.lower() in _TABLES:
+        raise ValueError(_how_to_convert(path))
     problem = "of another kind" if path.is_file() else "not found"
     raise ValueError(
         f'data must be "htad", a FILE.npz or a FOLDER, got {str(source)!r}, {problem}{_close_names(path)}'
+    )
+
+
+def _how_to_convert(path: Path) -> str:
+    """Return what to do with a single table or array: it does not say which part is what."""
+    suffix, source, target = path.suffix.lower(), str(path), str(path.with_suffix(".npz"))
+    if suffix == ".npy":
+        return (
+            f'data must be "htad", a FILE.npz or a FOLDER, got the single array {source!r}; put it beside '
+            f"its labels, under a name of your own: import numpy as np; a = np.load({source!r}); "
+            f"np.savez({target!r}, label=labels, sensor=a)"
+        )
+    return (
+        f'data must be "htad", a FILE.npz or a FOLDER, got the table {source!r}; name its columns, here the '
+        "first the label and the others one modality: import numpy as np; "
+        f"t = np.loadtxt({source!r}, str, delimiter={_TABLES[suffix]!r}, skiprows=1); "
+        f"np.savez({target!r}, label=t[:, 0], sensor=t[:, 1:].astype(float))"
     )
 
 

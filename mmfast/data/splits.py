@@ -88,9 +88,7 @@ class Splits:
         train, val, test = (data.subset(np.flatnonzero(parts == part)) for part in PARTS)
         _check_training_part(train, names)
         sizes = ", ".join(f"{part} {np.count_nonzero(parts == part):,}" for part in PARTS)
-        shapes = ", ".join(f"{key} {list(shape)}" for key, shape in data.shapes.items())
-        # Dozens of views would bury the rest of the sentence.
-        shapes = shapes if len(data.shapes) <= 6 else f"{len(data.shapes)} modalities"
+        shapes = describe_shapes(data.shapes)
         splits = cls(
             train=train,
             val=val,
@@ -118,6 +116,13 @@ class Splits:
         scaling = scaling_of(self.train) if scaling is None else scaling
         train, val, test = (scale(part, scaling) for part in (self.train, self.val, self.test))
         return replace(self, train=train, val=val, test=test, scaling=scaling)
+
+
+def describe_shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return the modalities with their shapes, or their number where they would bury a sentence."""
+    if len(shapes) > 6:
+        return f"{len(shapes)} modalities"
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
 
 
 def stratified_split(

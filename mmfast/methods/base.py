@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from mmfast.batches import evaluating, evaluation_batches, presence
 from mmfast.models import MultimodalModel
+from mmfast.names import describe
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def check_numbers(method: Method, **ranges: tuple[float, float]) -> None:
         if not low <= value <= high:
             least = "positive" if low == math.ulp(0.0) else f"at least {low}"
             span = least if high == math.inf else f"in [{low}, {high}]"
-            raise ValueError(f"{field} of {method.name} must be {span}, got {value}")
+            raise ValueError(f"{field} of {method.name} must be {span}, got {describe(value)}")
 
 
 class Learner(nn.Module):

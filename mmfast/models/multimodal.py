@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmfast.models._checks import check_features, check_present, check_size, nearest_names
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
+from mmfast.names import describe
 
 # Rows of one head call when coalitions are stacked along the batch: bounds memory, keeps the products large.
 _MAX_ROWS = 16384
@@ -102,7 +103,9 @@ class MultimodalModel(nn.Module):
             TypeError, ValueError: as `encode`; or `name` is no modality of the model.
         """
         if name not in self.modalities:
-            raise ValueError(f"name must be one of {nearest_names(name, self.modalities)}, got {name!r}")
+            raise ValueError(
+                f"name must be one of {nearest_names(name, self.modalities)}, got {describe(name)}"
+            )
         others = tuple(other for other in self.modalities if other != name)
         num_samples = self._check_batch(batch, skip=others)
         return self._encode_one(batch, name, self.dims[self.modalities.index(name)], num_samples)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mmfast.names import describe
 from mmfast.ops import _autograd
 
 _LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
@@ -156,13 +157,13 @@ def check_same_device(**tensors: Tensor) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
 
 
 def check_integer(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an integer, Python's or NumPy's; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -174,7 +175,7 @@ def check_positive(name: str, value: float) -> None:
     if isinstance(value, _NUMPY) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, _REAL):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
     if _LEAST_SCALE < value < _GREATEST_SCALE:
         return
     if not 0 < value < float("inf"):

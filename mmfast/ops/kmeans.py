@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.names import describe
 from mmfast.ops._common import (
     DTYPE_CODE,
     check_choice,
@@ -218,7 +219,7 @@ def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if isinstance(tol, bool) or not isinstance(tol, Real):
-        raise TypeError(f"tol must be a number, got {tol!r}")
+        raise TypeError(f"tol must be a number, got {describe(tol)}")
     if not 0 <= tol < float("inf"):
         raise ValueError(f"tol must be finite and not negative, got {tol}")
     check_integer("seed", seed)

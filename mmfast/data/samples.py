@@ -1,0 +1,165 @@
+"""What is wrong with a data set that is given in Python, found before any work and said in its own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmfast.data.arrays import ENCODE, LABEL, ArrayDataset
+from mmfast.data.splits import Splits
+from mmfast.names import describe
+
+_FEW = 4  # samples read from a data set that may take long to read
+_EXPECTED = "dicts {<modality>: array, 'label': int}"
+
+
+def check_samples(
+    modalities: Sequence[str],
+    num_classes: int,
+    name: str,
+    dataset: Any,
+    *,
+    whole: bool = False,
+) -> None:
+    """Raise unless `dataset` holds labelled samples of the modalities.
+
+    Args:
+        modalities: that every sample must have.
+        num_classes: C.
+        name: what errors call the data set.
+        dataset: map-style data set. All its labels are checked where it has them as an attribute `labels`,
+            those of its first samples otherwise.
+        whole: every class and every modality must occur, as in a training set.
+
+    Raises:
+        TypeError: no data set of dicts, labels that are no integers, features that are no numbers.
+        ValueError: no samples, a missing modality, labels out of range or of another length, samples that
+            differ in shape, NaN or infinite numbers, an absent class.
+    """
+    _check_kind(name, dataset)
+    size = len(dataset)
+    if size == 0:
+        raise ValueError(f"{name} must hold at least one sample, got none")
+    shapes: dict[str, list[int]] = {}
+    for index in range(1 if isinstance(dataset, ArrayDataset) else min(_FEW, size)):
+        _check_sample(modalities, num_classes, name, index, dataset[index], shapes)
+    masks = getattr(dataset, "present", None)
+    for key, mask in masks.items() if isinstance(masks, Mapping) else ():
+        if whole and key in modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
+            raise ValueError(f"{name} must hold samples with {key}, got none of {size}")
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        return
+    labels = _all_labels(name, labels, size)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels of {name} must lie in [0, C) = [0, {num_classes}), got values from {low} to {high}"
+        )
+    if whole:
+        absent = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
+        if absent:
+            shown = absent if len(absent) <= 10 else f"{len(absent)} classes, {absent[0]} among them"
+            raise ValueError(f"{name} must hold every class of C = {num_classes}, got no sample of {shown}")
+
+
+def check_finite(
+    name: str,
+    value: Tensor,  # any shape
+) -> None:
+    """Raise ValueError for NaN or infinite numbers, with their count."""
+    bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values")
+
+
+def _check_kind(name: str, dataset: Any) -> None:
+    if isinstance(dataset, DataLoader):
+        raise TypeError(
+            f"{name} must be a data set, got a DataLoader: give the data set itself, batches are made here"
+        )
+    if isinstance(dataset, Splits):
+        part = name if name in ("train", "val", "test") else "test"
+        raise TypeError(f"{name} must be one data set, got Splits of three: give splits.{part}")
+    if isinstance(dataset, Mapping | Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} must be a data set of samples, got {describe(dataset)}: "
+            "mmfast.data.ArrayDataset({<modality>: array}, labels) makes one"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"{name} must be a data set with len({name}) and {name}[index], got {describe(dataset)}"
+        )
+
+
+def _check_sample(
+    modalities: Sequence[str],
+    num_classes: int,
+    name: str,
+    index: int,
+    sample: Any,
+    shapes: dict[str, list[int]],  # of the samples before, by modality
+) -> None:
+    if not isinstance(sample, Mapping):
+        raise TypeError(f"samples of {name} must be {_EXPECTED}, got {describe(sample)}")
+    for key in (*modalities, LABEL):
+        if key not in sample:
+            raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
+    for key in modalities:
+        where = f"{key} of sample {index} of {name}"
+        try:
+            value = torch.as_tensor(sample[key], device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{where} must be an array of numbers, got {describe(sample[key])}") from None
+        check_finite(where, value)
+        expected = shapes.setdefault(key, list(value.shape))
+        if list(value.shape) != expected:
+            raise ValueError(
+                f"{key} must have one shape in all samples of {name}, got {expected} in sample 0 and "
+                f"{list(value.shape)} in sample {index}: cut or pad them"
+            )
+    label = sample[LABEL]
+    shape = getattr(label, "shape", ())
+    if isinstance(label, str | bytes):
+        raise TypeError(f"label of sample {index} of {name} must be an integer, got a string: {ENCODE}")
+    if len(shape) or isinstance(label, bool) or not _is_integer(label):
+        raise TypeError(f"label of sample {index} of {name} must be one integer, got {describe(label)}")
+    if not 0 <= int(label) < num_classes:
+        raise ValueError(
+            f"label of sample {index} of {name} must lie in [0, C) = [0, {num_classes}), got {int(label)}"
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    return isinstance(value, int) or kind in ("i", "u")
+
+
+def _all_labels(name: str, labels: Any, size: int) -> Tensor:  # [N] int64
+    """Return the labels that a data set has as its attribute."""
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().numpy() if labels.dtype != torch.bfloat16 else labels.float().numpy()
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        raise ValueError(f"labels of {name} must be one array [N], got rows of unequal length") from None
+    if array.dtype.kind in "SUOT" and array.size and isinstance(array.flat[0], str | bytes):
+        raise TypeError(f"labels of {name} must be integers, got strings: {ENCODE}")
+    if array.dtype.kind not in "iu":
+        got = describe(labels) if array.dtype.kind == "O" else array.dtype
+        raise TypeError(f"labels of {name} must be integers [N] from 0 to C - 1, got {got}")
+    if array.shape != (size,):
+        hint = ""
+        if array.shape == (size, 1):
+            hint = ": labels.reshape(-1) makes them so"
+        elif array.ndim == 2 and len(array) == size:
+            hint = ": labels.argmax(1) is the class of one-hot rows"
+        raise ValueError(f"labels of {name} must have shape [N] = [{size}], got {list(array.shape)}{hint}")
+    return torch.from_numpy(array.astype(np.int64))
