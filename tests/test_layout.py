@@ -69,7 +69,7 @@ def backend_table() -> dict[str, dict[str, str]]:
             break
         rows.append([cell.strip().strip("`") for cell in line.strip().strip("|").split("|")])
     header, _, *body = rows
-    return {row[1]: dict(zip(header[2:], row[2:], strict=True)) for row in body}
+    return {row[-1]: dict(zip(header[1:-1], row[1:-1], strict=True)) for row in body}
 
 
 def test_readme_table_agrees_with_the_files():
