@@ -7,12 +7,12 @@ import pytest
 pytest.importorskip("lightning_fabric")
 
 import torch
+from test_trainer import SPLITS, make_model, make_trainer
 from torch import nn
 
 import mmfast
 from mmfast import threads
 from mmfast.threads import fitting_threads
-from test_trainer import SPLITS, make_model, make_trainer
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
@@ -57,10 +57,13 @@ def test_operations_are_those_of_products():
 
 
 def test_the_number_comes_back_after_an_error():
-    torch.set_num_threads(2)
-    with pytest.raises(RuntimeError, match="mine"), fitting_threads(make_model(), SPLITS.train, 8):
+    def fail():
         assert torch.get_num_threads() == 1
         raise RuntimeError("mine")
+
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="mine"), fitting_threads(make_model(), SPLITS.train, 8):
+        fail()
     assert torch.get_num_threads() == 2
 
 
