@@ -236,10 +236,8 @@ def train(
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
         first = getattr(rank_zero_only, "rank", 0) == 0
-        if has_run(out) and not resume and first:
-            if not overwrite:
-                raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
-            clear_run(out)
+        if has_run(out) and not (resume or overwrite) and first:
+            raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
         optimization = set_given(
             base,
             max_epochs=epochs,
@@ -266,6 +264,9 @@ def train(
             skip_unreadable=skip_unreadable,
         )
         setup.check(chosen)
+        if overwrite and first:
+            # Only now: what is wrong with the command has been found.
+            clear_run(out)
         kinds = [kind.strip() for kind in (logger or "").split(",") if kind.strip()]
         console = make_console()
         if first:

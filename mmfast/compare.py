@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,9 +18,9 @@ from mmfast.files import locked, plain
 from mmfast.flags import DIVERGED, format_value
 from mmfast.launchers import refuse_launcher
 from mmfast.methods import METHODS, Method
-from mmfast.results import FORMAT, METRICS, RESULTS, Results
+from mmfast.results import FORMAT, METRICS, PICTURES, RESULTS, Results
 from mmfast.runs import Setup, diverged_entry, fingerprint, machine, run, versions
-from mmfast.trainer import LAST, MODEL
+from mmfast.trainer import LAST, MODEL, alone_in
 
 # How the command's errors begin.
 _SAYS = "mmfast: "
@@ -69,6 +70,8 @@ class Comparison:
         if self.num_seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.num_seeds}")
         refuse_launcher("mmfast compare")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out must be a folder, {self.out} is a file")
         epochs = {method.name: self.setup.check(method) for method in self.methods}
         # Raises where accelerator, devices or precision cannot be had.
         self.setup.trainer(self.methods[0], 0, None)
@@ -92,7 +95,7 @@ class Comparison:
         folder = self.folder(item)
         name = f"{item.method.name} with seed {item.seed}"
         waiting = f"Waiting for another process, which makes {name} in {folder}."
-        with locked(folder.with_name(f".{folder.name}.lock"), wait=lambda: self.wait(waiting)):
+        with locked(self._lock(folder), wait=lambda: self.wait(waiting)):
             self.results.open()
             if self._done(item):
                 return self.results.find(item.method.name, item.seed) or {}
@@ -155,13 +158,33 @@ class Comparison:
         return entry is not None and (not self.setup.probe or "probe" in entry or "diverged" in entry)
 
     def _clear(self) -> None:
-        """Remove what comparisons write, and nothing else."""
-        (self.out / RESULTS).unlink(missing_ok=True)
-        self.results = Results(self.out, self.results.mine)
+        """Remove what comparisons write, and nothing else.
+
+        Raises:
+            BlockingIOError: another process makes one of the runs.
+        """
+        runs = []
         for folder in (self.out / "runs").glob("*"):
             name, _, seed = folder.name.rpartition("-seed")
             if name in METHODS and re.fullmatch(r"\d+", seed):
+                runs.append(folder)
+        with contextlib.ExitStack() as locks:
+            for folder in runs:
+                try:
+                    locks.enter_context(locked(self._lock(folder)))
+                except BlockingIOError:
+                    raise BlockingIOError(
+                        f"another process makes a run in {folder}: wait for its end, or give another --out"
+                    ) from None
+            for name in (RESULTS, f"{RESULTS}.damaged", *PICTURES):
+                (self.out / name).unlink(missing_ok=True)
+            for folder in runs:
                 shutil.rmtree(folder)
+        self.results = Results(self.out, self.results.mine)
+
+    @staticmethod
+    def _lock(folder: Path) -> Path:
+        return folder.with_name(f".{folder.name}.lock")
 
 
 def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
@@ -198,6 +221,11 @@ def has_run(folder: Path) -> bool:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove the run in `folder`."""
-    for name in (LAST, MODEL, METRICS):
-        (folder / name).unlink(missing_ok=True)
+    """Remove the run in `folder`.
+
+    Raises:
+        BlockingIOError: another process trains there.
+    """
+    with alone_in(folder):
+        for name in (LAST, MODEL, METRICS):
+            (folder / name).unlink(missing_ok=True)

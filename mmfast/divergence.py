@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfast.batches import iterate
+from mmfast.data.arrays import PRESENT_SUFFIX
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
 _EVERY = 64
@@ -91,6 +92,8 @@ def bad_inputs(
         values = torch.as_tensor(batch[name])
         if values.is_floating_point():
             rows = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+            # Of a sample that lacks the modality nothing is read.
+            rows = rows & batch.get(name + PRESENT_SUFFIX, torch.ones_like(rows))
             if bool(rows.any()):
                 found[name] = [samples[row] for row in rows.nonzero().flatten().tolist()]
     return found
@@ -117,8 +120,24 @@ def input_text(part: str, bad: Mapping[str, Sequence[int]]) -> str:
     return f"NaN or infinite numbers in {part}: {'; '.join(each)}"
 
 
-def cause_text(*, lr: float, precision: str) -> str:
+def check_weights(module: nn.Module) -> None:
+    """Raise ValueError if a model's weights are NaN or infinite before it is trained."""
+    bad = [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"model must have finite weights, got NaN or infinite numbers in {bad[0]}"
+            + (f" and {len(bad) - 1} more parameters" if len(bad) > 1 else "")
+            + ": build it anew, as after a run that has diverged"
+        )
+
+
+def cause_text(*, lr: float, precision: str, has_stepped: bool) -> str:
     """Return the likely causes where the inputs are finite."""
+    if not has_stepped:
+        return (
+            "the inputs are finite and no step has been taken, so the weights or the inputs are too large: "
+            "build the model anew, or standardise the data"
+        )
     half = "16" in precision and "bf16" not in precision
     also = f", or float16 has overflowed: try bf16-mixed or 32-true instead of {precision}" if half else ""
     return f"the inputs are finite, so training has diverged: try a learning rate below {lr:g}{also}"

@@ -47,15 +47,16 @@ def fit(devices: int | str | list[int], num_nodes: int = 1) -> tuple[int | str |
         return devices, num_nodes
     if world.launcher == "mpirun":
         raise ValueError("processes that mpirun starts do not find each other: start them by torchrun")
-    if devices == "auto" or (devices in (1, "1") and num_nodes == 1):
-        return world.on_this_node, world.processes // world.on_this_node
+    nodes = world.processes // world.on_this_node
+    if devices in ("auto", "-1", -1) or (devices in (1, "1") and num_nodes == 1):
+        return world.on_this_node, nodes
     count = len(devices) if isinstance(devices, list) else int(devices)
-    if count * num_nodes != world.processes and count != world.on_this_node:
+    if count != world.on_this_node:
         raise ValueError(
             f"devices must be {world.on_this_node}, the processes that {world.launcher} has started here, "
             f"got {devices}"
         )
-    return devices, world.processes // world.on_this_node
+    return devices, nodes
 
 
 def refuse_launcher(what: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mmfast.results import PICTURES
 from mmfast.summary import Summary
 
 if TYPE_CHECKING:
@@ -26,10 +27,9 @@ GREY = "#606060"
 
 def plot_comparison(summaries: Sequence[Summary], folder: Path) -> list[str]:
     """Write the pictures of a comparison and return their file names."""
-    plot_accuracy(summaries, folder / "accuracy.png")
-    plot_modality_accuracy(summaries, folder / "modality_accuracy.png")
-    plot_contributions(summaries, folder / "contributions.png")
-    return ["accuracy.png", "modality_accuracy.png", "contributions.png"]
+    for plot, name in zip((plot_accuracy, plot_modality_accuracy, plot_contributions), PICTURES, strict=True):
+        plot(summaries, folder / name)
+    return list(PICTURES)
 
 
 def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmfast.files import locked, write_json
+from mmfast.files import locked, plain, write_json
 from mmfast.methods import METHODS
 
 FORMAT = 1
 RESULTS = "results.json"
 METRICS = "metrics.json"  # of a single run, in its folder
+PICTURES = ("accuracy.png", "modality_accuracy.png", "contributions.png")
 # Key of a run's file: which data and settings it belongs to.
 _COMPARISON = "comparison"
+# Key of what tells whether the rest is what was written.
+_CHECKSUM = "checksum"
 # Parts of a comparison, and what in them may differ without making it another one.
 _PARTS = (("data", ("source", "description", "fingerprint")), ("configuration", ("methods",)))
 
@@ -59,7 +62,11 @@ class Results:
         with self._lock():
             self._take_in()
             self._put(entry)
-            write_json(self.path, self.content)
+            self._write(self.content)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        content = plain(content)
+        write_json(self.path, content | {_CHECKSUM: _checksum(content)})
 
     def find(self, method: str, seed: int) -> dict[str, Any] | None:
         """Return the entry of a run, or None."""
@@ -94,20 +101,23 @@ class Results:
         if is_there:
             try:
                 found = json.loads(self.path.read_text())
-                if {"format", "data", "configuration", "runs"} <= set(found):
-                    if found["format"] != FORMAT:
-                        raise _WrongFormatError(found["format"])
+            except ValueError:
+                found = None
+            if isinstance(found, dict) and {"format", "data", "configuration", "runs"} <= set(found):
+                if found["format"] != FORMAT:
+                    raise ValueError(
+                        f"{self.path} must have format {FORMAT}, got {found['format']}; give another --out"
+                    )
+                # Files of before have no checksum.
+                if found.pop(_CHECKSUM, None) in (None, _checksum(found)) and _is_whole(found):
                     return found
-            except _WrongFormatError as error:
-                raise ValueError(
-                    f"{self.path} must have format {FORMAT}, got {error}; give another --out"
-                ) from None
-            except (ValueError, TypeError):
-                pass
         runs = sorted(self._records(), key=_place)
         if not runs:
             if is_there:
-                raise ValueError(f"{self.path} is not the results of a comparison; give another --out")
+                raise ValueError(
+                    f"{self.path} is damaged, or not the results of a comparison, and no run beside it has "
+                    "the data and settings of this one: move it away, or give another --out"
+                )
             return None
         kept = ""
         if is_there:
@@ -120,7 +130,7 @@ class Results:
         configuration = self.mine["configuration"]
         found = self.mine | {"runs": runs}
         found["configuration"] = configuration | {"methods": methods | configuration["methods"]}
-        write_json(self.path, found)
+        self._write(found)
         return found
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -162,8 +172,23 @@ class Results:
             )
 
 
-class _WrongFormatError(Exception):
-    """results.json is of another version of its format."""
+def _checksum(content: dict[str, Any]) -> str:
+    """Return a digest of results; numbers are told apart by how JSON writes them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    """Whether results have the parts that are read of them."""
+    configuration, runs = found["configuration"], found["runs"]
+    if not (isinstance(found["data"], dict) and isinstance(configuration, dict) and isinstance(runs, list)):
+        return False
+    return isinstance(configuration.get("methods"), dict) and all(
+        isinstance(run, dict)
+        and run.get("method") in METHODS
+        and isinstance(run.get("seed"), int)
+        and (isinstance(run.get("metrics"), dict) or "diverged" in run)
+        for run in runs
+    )
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int]:

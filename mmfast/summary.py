@@ -12,7 +12,6 @@ from mmfast.methods import METHODS
 
 # Smaller losses of accuracy are not called neglect.
 _NEGLIGIBLE = 0.01
-_NONE = "No method is best"
 
 
 @dataclass(frozen=True)
@@ -131,41 +130,55 @@ def neglect_sentence(summaries: Sequence[Summary], num_test: int | None = None) 
     if joint is None or len(known) < 2:
         return ""
     lowest = min(known, key=lambda m: known[m])
-    least = _least(joint, known, lowest)
+    least = _least(joint, known, lowest, num_test)
     gaps = {m: _gaps(apart, joint, m) for m in known} if apart else {}
     gaps = {m: values for m, values in gaps.items() if values}
     if apart is None or not gaps:
         return f"In the joint model {least[0]}."
     neglected = max(gaps, key=lambda m: statistics.fmean(gaps[m]))
-    chance = _chance(apart.alone[neglected], joint.alone[neglected], num_test)
+    # Figures of the seeds that both have, as the gaps are.
+    own, masked = (_alone_over(s, other, neglected) for s, other in ((apart, joint), (joint, apart)))
+    chance = _chance(own, masked, num_test)
     if not _is_clear(gaps[neglected], chance):
         return (
             f"The joint model neglects no modality clearly: alone ({joint.protocol}) each reaches about what "
             f"it reaches when trained alone ({apart.protocol}). In it {least[0]}."
         )
-    # Of one seed a difference may be chance.
-    opening = "The joint model" if len(gaps[neglected]) > 1 else "In this one run the joint model"
+    opening = "The joint model"
+    if len(gaps[neglected]) == 1:
+        # A difference that may be chance.
+        opening = "In this one run" if len(joint.runs) == 1 else "With the one seed that both have"
+        opening += " the joint model"
     text = (
-        f"{opening} neglects {neglected}: alone ({joint.protocol}) it reaches "
-        f"{_percent(joint.alone[neglected])}, when trained alone ({apart.protocol}) "
-        f"{_percent(apart.alone[neglected])}"
+        f"{opening} neglects {neglected}: alone ({joint.protocol}) it reaches {_percent(masked)}, when "
+        f"trained alone ({apart.protocol}) {_percent(own)}"
     )
     if neglected == lowest and least[1]:
         return f"{text}. It also contributes least: {least[1]}."
     return f"{text}. In it {least[0]}."
 
 
-def _least(joint: Summary, known: dict[str, float], lowest: str) -> tuple[str, str]:
+def _least(joint: Summary, known: dict[str, float], lowest: str, num_test: int | None) -> tuple[str, str]:
     """Return what is to say of the least contribution, and its figures where it differs beyond the spread."""
     highest = max(known, key=lambda m: known[m])
     found = [entry["metrics"]["contribution"] for entry in joint.runs]
     gaps = [phi[highest] - phi[lowest] for phi in found if None not in (phi[highest], phi[lowest])]
-    if highest == lowest or not _is_clear(gaps):
+    # The standard error of a mean of values that lie M apart at most.
+    chance = len(known) / (2 * math.sqrt(num_test)) if num_test else 0.0
+    if highest == lowest or not _is_clear(gaps, chance):
         low, high = f"{known[lowest]:.2f}", f"{known[highest]:.2f}"
         span = f"each {low}" if low == high else f"{low} to {high}"
         return f"no modality contributes clearly less than the others: {span}", ""
     figures = f"{known[lowest]:.2f}, against {known[highest]:.2f} of {highest}"
     return f"{lowest} contributes least: {figures}", figures
+
+
+def _alone_over(summary: Summary, other: Summary, modality: str) -> float | None:
+    """Return a modality's mean accuracy alone over the seeds that another method has, too."""
+    shared = {entry["seed"] for entry in other.runs}
+    found = [e["metrics"]["modality_accuracy"][modality] for e in summary.runs if e["seed"] in shared]
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _gaps(apart: Summary, joint: Summary, modality: str) -> list[float]:
@@ -203,24 +216,33 @@ def _percent(value: float | None) -> str:
 def ranking_sentence(summaries: Sequence[Summary]) -> str:
     """Return which methods beat joint training and the best unimodal model, and by how much.
 
-    Differences over the seeds that two methods share count where their mean is beyond their deviation.
+    Methods are compared over the seeds that all of them have; differences count where their mean is beyond
+    their deviation.
     """
     summaries = [summary for summary in summaries if summary.runs]
     if not summaries:
         return ""
+    seeds = [{entry["seed"] for entry in summary.runs} for summary in summaries]
+    shared = set.intersection(*seeds)
+    if not shared:
+        return "No seed has a result of every method, so they are not ranked."
+    opening = ""
+    if any(found != shared for found in seeds):
+        summaries = [_summary(s.name, [e for e in s.runs if e["seed"] in shared]) for s in summaries]
+        listed = ", ".join(map(str, sorted(shared)))
+        opening = f"Over the seed{'s' * (len(shared) > 1)} that all methods have, {listed}: "
+    best = max(summaries, key=lambda summary: summary.mean_accuracy)
+    opening += _best_sentence(best, summaries)
     by_name = {summary.name: summary for summary in summaries}
     bars = [by_name[name] for name in ("joint", "unimodal") if name in by_name]
     rest = [summary for summary in summaries if summary not in bars]
-    best = max(summaries, key=lambda summary: summary.mean_accuracy)
-    is_one = all(len(summary.runs) == 1 for summary in summaries)
-    opening = _best_sentence(best, summaries, is_one)
-    if not bars or not rest or opening.startswith(_NONE):
+    if not bars or not rest:
         return opening
     against = " and ".join(f"{bar.title} ({_percent(bar.mean_accuracy)})" for bar in bars)
     better = [s for s in rest if all(_is_above(s, bar) for bar in bars)]
     better.sort(key=lambda summary: -summary.mean_accuracy)
     if not better:
-        clearly = "" if is_one else " beyond the spread over seeds"
+        clearly = "" if len(shared) == 1 else " beyond the spread over seeds"
         both = "both " if len(bars) == 2 else ""
         return f"{opening} No other method beats {both}{against}{clearly}."
     listed = ", ".join(
@@ -230,12 +252,12 @@ def ranking_sentence(summaries: Sequence[Summary]) -> str:
     return f"{opening} Above {against}, in points: {listed}."
 
 
-def _best_sentence(best: Summary, summaries: Sequence[Summary], is_one: bool) -> str:
-    figure = f"{mean_std(best.accuracy)}%"
+def _best_sentence(best: Summary, summaries: Sequence[Summary]) -> str:
+    figure, is_one = f"{mean_std(best.accuracy)}%", len(best.runs) == 1
     level = [s for s in summaries if s is not best and not _is_above(best, s)]
     if len(summaries) > 1 and len(level) == len(summaries) - 1:
-        what = "have the same accuracy" if is_one else "lie within the spread over seeds of each other"
-        return f"{_NONE}: all {len(summaries)} {what}, the highest is {best.title}, {figure}."
+        than = "the others" if is_one else "another beyond the spread over seeds"
+        return f"No method is clearly best: the highest, {best.title} with {figure}, is not above {than}."
     opening = f"Best accuracy: {best.title}, {figure}"
     if is_one:
         opening = f"Best accuracy in this one run: {best.title}, {figure}"
@@ -254,10 +276,9 @@ def _is_above(summary: Summary, other: Summary) -> bool:
 
 
 def _differences(summary: Summary, other: Summary) -> list[float]:
-    """Return the differences of accuracy over common seeds, or that of the means where there are none."""
+    """Return the differences of accuracy over the seeds, which both have."""
     mine, theirs = ({e["seed"]: e["metrics"]["accuracy"] for e in s.runs} for s in (summary, other))
-    found = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    return found or [summary.mean_accuracy - other.mean_accuracy]
+    return [mine[seed] - theirs[seed] for seed in mine]
 
 
 def idle_sentence(summaries: Sequence[Summary]) -> str:

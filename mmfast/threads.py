@@ -60,11 +60,12 @@ def _count(module: Any, dataset: Any) -> float:
     """Return the operations that one sample takes in matrix products and convolutions."""
     plain = getattr(dataset, "evaluation", dataset)
     entries = Entries(plain, torch.arange(min(2, len(plain)), device="cpu"))
-    predict = getattr(module, "predict", module)
+    # Of a learner the model alone: its own heads add little, and change from stage to stage.
+    model = getattr(module, "model", module)
     try:
-        with evaluating(module), FlopCounterMode(display=False) as counter:
-            for batch in evaluation_batches(module, entries):
-                predict(batch)
+        with evaluating(model), FlopCounterMode(display=False) as counter:
+            for batch in evaluation_batches(model, entries):
+                model(batch)
     except Exception:
         # An encoder that cannot be counted, as a compiled one, keeps all threads.
         return math.inf

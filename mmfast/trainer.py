@@ -16,6 +16,7 @@ from lightning_fabric.strategies import DDPStrategy
 import mmfast
 from mmfast import checkpoint, launchers, methods
 from mmfast.checks import check_data, check_fits
+from mmfast.divergence import check_weights
 from mmfast.evaluation import Metrics, evaluate
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
@@ -154,9 +155,11 @@ class Trainer:
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed)
             try:
+                check_weights(learner)
                 learner.to(self.fabric.device)
                 check_fits(learner, train)
-                with self._alone_in_folder():
+                folder = self.out_dir if self.fabric.is_global_zero else None
+                with contextlib.nullcontext() if folder is None else alone_in(folder):
                     self._run(learner, train, val, self._resumed() if resume else None)
                     self._save(MODEL, self._description() | {"learner": learner.state_dict()})
             except BaseException:
@@ -242,22 +245,6 @@ class Trainer:
         if self.out_dir is not None and self.fabric.is_global_zero:
             checkpoint.save(self.out_dir / name, state)
 
-    @contextlib.contextmanager
-    def _alone_in_folder(self) -> Iterator[None]:
-        """Hold `out_dir`, so that no other program writes its checkpoints there meanwhile."""
-        if self.out_dir is None or not self.fabric.is_global_zero:
-            yield
-            return
-        try:
-            lock = contextlib.ExitStack()
-            lock.enter_context(locked(self.out_dir / LOCK))
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another process trains in {self.out_dir}: wait for its end, or give another out_dir"
-            ) from None
-        with lock:
-            yield
-
     def _resumed(self) -> dict[str, Any] | None:
         """Return where the run in `out_dir` stands, or None where there is none."""
         path = self._out("resume") / LAST
@@ -317,6 +304,23 @@ class Trainer:
         finally:
             for logger in self.fabric.loggers:
                 logger.finalize(status)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no other program writes or removes its checkpoints meanwhile.
+
+    Raises:
+        BlockingIOError: another process trains there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process trains in {folder}: wait for its end, or give another folder"
+            ) from None
+        yield
 
 
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:

@@ -109,7 +109,9 @@ class Run:
         if num_nan:
             bad = bad_inputs_of(dataset, self.learner.modalities)
             place = "validation" if part == "val" else "training"
-            self._raise(bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} samples")
+            self._raise(
+                bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} sample{'s' * (num_nan > 1)}"
+            )
         if self.learner.note_own_accuracy(found.modality_accuracy):
             found, _ = measure(self.learner, dataset, self.fabric)
         return found
@@ -141,7 +143,9 @@ class Run:
                 optimizer.zero_grad()
                 loss = module(batch, step)
                 if (bad := losses.add(loss)) is not None:
-                    self._diverged(entries, shard, bad // steps, stage, epoch)
+                    # Of an earlier step the batch is gone, and read again.
+                    content = batch if bad // steps == b else None
+                    self._diverged(entries, shard, bad // steps, stage, epoch, content)
                 fabric.backward(loss * shard.scales[b])
                 learner.edit_gradients(step, b / len(shard.batches))
                 optimizer.step()
@@ -156,12 +160,25 @@ class Run:
         mean = fabric.all_reduce(total, reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
         return {"loss": float(mean), "seconds": time.perf_counter() - begun}
 
-    def _diverged(self, entries: Any, shard: Shard, batch: int, stage: Stage, epoch: int) -> None:
-        """Raise what ends the run, with the cause as far as the batch shows it."""
+    def _diverged(
+        self,
+        entries: Any,
+        shard: Shard,
+        batch: int,
+        stage: Stage,
+        epoch: int,
+        content: dict[str, Any] | None = None,
+    ) -> None:
+        """Raise what ends the run, with the cause as far as the data show it.
+
+        A gradient that is NaN under a finite loss shows in the batch after it, so all data are looked at
+        where this batch is innocent.
+        """
         modalities, chosen = self.learner.modalities, shard.batches[batch]
         samples = dataset_indices(entries, chosen)
-        (content,) = loader(entries, [chosen])
-        bad = bad_inputs(content, samples, modalities)
+        if content is None:
+            (content,) = loader(entries, [chosen])
+        bad = bad_inputs(content, samples, modalities) or bad_inputs_of(self.train, modalities)
         where = f"batch {batch + 1} of {len(shard.batches)}"
         self._raise(bad, "the training data", stage, epoch, where, batch)
 
@@ -174,10 +191,15 @@ class Run:
         where: str,
         batch: int | None = None,
     ) -> None:
-        cause = cause_text(lr=self.optimization.lr, precision=self.fabric.strategy.precision.precision)
-        cause = input_text(part, bad) if bad else cause
-        what = "the loss is" if batch is not None else "predictions are"
-        text = f"{what} NaN or infinite in epoch {epoch + 1} of {stage.epochs}, {where}: {cause}"
+        cause = input_text(part, bad)
+        if not bad:
+            cause = cause_text(
+                lr=self.optimization.lr,
+                precision=self.fabric.strategy.precision.precision,
+                has_stepped=batch != 0 or bool(self.history),
+            )
+        what = "the loss is NaN or infinite" if batch is not None else "predictions are NaN"
+        text = f"{what} in epoch {epoch + 1} of {stage.epochs}, {where}: {cause}"
         samples = sorted({sample for found in bad.values() for sample in found})
         raise DivergedError(text, epoch=epoch, batch=batch, samples=samples)
 

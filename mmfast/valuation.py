@@ -219,9 +219,9 @@ def batch_contributions(
     """Return the contributions of one encoded batch."""
     if model.additive and present is None:
         partial, bias = model.partial_logits(features), model.bias
-        if utility in _COUNTING:
-            partial, bias = _never_right(partial, labels, bias)
-        return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
+        # Where sums may be NaN each coalition's logits are looked at.
+        if bool(partial.isfinite().all() & bias.isfinite().all()):
+            return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
     coalitions = torch.arange(2 ** len(features), device="cpu")
     values = []
     for part in _parts(len(labels), len(coalitions) * model.num_classes):
@@ -242,18 +242,6 @@ def _utilities(
     """Return what coalitions are worth; one whose logits hold NaN, a class for argmax, is never right."""
     values = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
     return values.masked_fill(logits.isnan().any(-1), 0) if utility in _COUNTING else values
-
-
-def _never_right(
-    partial: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    bias: Tensor,  # [C]
-) -> tuple[Tensor, Tensor]:  # [M, N, C], [C]
-    """Return logits with which no coalition is right that has a modality whose logits hold NaN."""
-    is_label = torch.arange(partial.shape[2], device=labels.device) == labels[:, None]
-    wrong = torch.where(is_label, -torch.inf, 0.0).to(partial)
-    is_nan = partial.isnan().any(-1, keepdim=True) | bias.isnan().any()
-    return torch.where(is_nan, wrong, partial), bias.nan_to_num(0.0, torch.inf, -torch.inf)
 
 
 def _parts(

@@ -76,7 +76,7 @@ def metrics(out):
 
 def test_results_hold_every_run_with_its_facts(done):
     found = results(done[0])
-    assert set(found) == {"format", "versions", "machine", "data", "configuration", "runs"}
+    assert set(found) == {"format", "versions", "machine", "data", "configuration", "runs", "checksum"}
     assert found["format"] == 1
     assert found["data"]["sizes"] == {"train": 96, "val": 21, "test": 23}
     assert found["data"]["shapes"] == {"audio": [6], "pose": [5, 3]}

@@ -81,6 +81,51 @@ def test_samples_behind_copies_are_those_of_the_data_set():
     assert found.value.epoch == 2
 
 
+def test_a_gradient_that_is_nan_under_a_finite_loss_is_traced_to_its_sample():
+    """A loss that passes over NaN, whose gradient does not: the batch after it is the one that shows."""
+
+    class Careless(nn.Linear):
+        def forward(self, x):
+            return torch.where(x.isnan().any(1, keepdim=True), 0.0, super().forward(x))
+
+    torch.manual_seed(0)
+    model = mmfast.MultimodalModel({"a": nn.Linear(6, 8), "b": Careless(6, 8)}, 8, 3)
+    with pytest.raises(DivergedError, match=r"b of sample 150$") as found:
+        make_trainer("joint", accelerator="cpu").fit(model, OwnData(SPLITS.train, bad=(150,)), SPLITS.val)
+    assert found.value.samples == [150]
+
+
+@pytest.mark.parametrize("name", ["joint", "mla", "di-mml", "unimodal"])
+def test_nan_in_place_of_a_modality_that_is_absent_harms_nothing(name):
+    class Absent(OwnData):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"b__present": torch.tensor(index not in self.bad)}
+
+    bad = tuple(range(0, len(SPLITS.train), 3))
+    trainer, model = make_trainer(name, accelerator="cpu"), make_model()
+    trainer.fit(model, Absent(SPLITS.train, bad=bad), SPLITS.val)
+    filled, twin = make_trainer(name, accelerator="cpu"), make_model()
+    present = torch.ones(len(SPLITS.train), dtype=torch.bool)
+    present[list(bad)] = False
+    filled.fit(
+        twin, ArrayDataset(SPLITS.train.arrays, SPLITS.train.labels, present={"b": present}), SPLITS.val
+    )
+    assert trainer.test(model, SPLITS.test) == filled.test(twin, SPLITS.test)
+
+
+def test_weights_that_are_nan_before_training_are_said_to_be():
+    model = make_model()
+    with pytest.raises(DivergedError):
+        make_trainer("joint", accelerator="cpu", **WILD).fit(model, SPLITS.train, SPLITS.val)
+    # Finite, but so large that the first loss is not.
+    with pytest.raises(DivergedError, match=r"no step has been taken, so .* build the model anew"):
+        make_trainer("joint", accelerator="cpu").fit(model, SPLITS.train, SPLITS.val)
+    with torch.no_grad():
+        next(model.head.parameters())[0] = torch.nan
+    with pytest.raises(ValueError, match=r"model must have finite weights, got .* build it anew"):
+        make_trainer("joint", accelerator="cpu").fit(model, SPLITS.train, SPLITS.val)
+
+
 def test_validation_tells_what_no_loss_has_seen():
     """One step, whose loss is that of finite weights; those after it are not."""
     trainer = make_trainer("joint", max_epochs=1, batch_size=500, accelerator="cpu", **WILD | {"lr": 1e38})
@@ -134,6 +179,23 @@ def test_coalitions_with_nan_logits_are_worth_nothing(fusion, utility):
     assert everyone <= 22 / 40
 
 
+def test_sums_of_infinite_logits_are_nan_and_never_right():
+    """No addend is NaN, but the sum of the label's is."""
+    torch.manual_seed(0)
+    model = build_model({"a": (6,), "b": (6,)}, 3, dim=8, fusion="sum").eval()
+    data = ArrayDataset({name: torch.randn(20, 6) for name in "ab"}, torch.zeros(20, dtype=torch.int64))
+    infinite = torch.full((2, 20, 3), torch.inf)
+    infinite[1] = -torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(model.head), "partial_logits", lambda head, features: infinite[:, : len(features[0])]
+        )
+        phi, _ = contributions(model, data)
+        found = mmfast.valuate(model, data)
+    torch.testing.assert_close(phi, found.contributions)
+    assert found.coalition_accuracy[-1] == 0
+
+
 def test_losses_are_kept_and_looked_at():
     losses = Losses(5, torch.device("cpu"), is_alone=True)
     assert [losses.add(torch.tensor(x)) for x in (1.0, 2.0, torch.inf)] == [None, None, 2]
@@ -166,6 +228,18 @@ def test_looking_at_losses_waits_for_no_gpu():
 
 class Stopped(BaseException):
     """Ends a run as Ctrl-C does."""
+
+
+def test_a_fit_that_is_stopped_gives_the_dtype_back():
+    def stop(entry):
+        raise Stopped
+
+    model = make_model()
+    with pytest.raises(Stopped):
+        make_trainer("joint", accelerator="cpu", precision="bf16-true", on_epoch=stop).fit(
+            model, SPLITS.train, SPLITS.val
+        )
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

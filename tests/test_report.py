@@ -211,9 +211,40 @@ def test_methods_within_the_spread_are_level():
     )
     level = [entry(method, seed, 0.8) for method in ("joint", "unimodal", "mla") for seed in range(2)]
     assert ranking_sentence(summarize(level)) == (
-        "No method is best: all 3 lie within the spread over seeds of each other, the highest is Joint, "
-        "80.0 ± 0.0%."
+        "No method is clearly best: the highest, Joint with 80.0 ± 0.0%, is not above another beyond the "
+        "spread over seeds. No other method beats both Joint (80.0%) and Best unimodal (80.0%) beyond the "
+        "spread over seeds."
     )
+    # Level with the best, and yet far above joint training.
+    wild = [0.8, 0.99, 0.85, 0.97, 0.83]
+    runs = [entry("mla", seed, accuracy) for seed, accuracy in enumerate(wild)]
+    runs += [entry("di-mml", seed, 0.85 + 0.001 * seed) for seed in range(5)]
+    runs += [entry("joint", seed, 0.80 + 0.001 * seed) for seed in range(5)]
+    text = ranking_sentence(summarize(runs))
+    assert text.startswith("No method is clearly best: the highest, MLA with 88.8 ± 8.6%, is not above")
+    assert text.endswith("Above Joint (80.2%), in points: DI-MML by +5.0.")
+
+
+def test_methods_are_compared_over_the_seeds_they_share():
+    joint = [0.95, 0.80, 0.82, 0.81, 0.83]
+    runs = [entry("joint", seed, a, {"a": 0.7 + 0.03 * seed, "b": 0.6}) for seed, a in enumerate(joint)]
+    runs += [entry("mla", 0, 0.9)]
+    text = ranking_sentence(summarize(runs))
+    assert text.startswith(
+        "Over the seed that all methods have, 0: Best accuracy in this one run: Joint, 95.0%."
+    )
+    text = neglect_sentence(summarize([*runs, entry("unimodal", 0, alone={"a": 0.8, "b": 0.6})]))
+    assert text.startswith(
+        "With the one seed that both have the joint model neglects a: alone (masked) it reaches 70.0%"
+    )
+    assert "when trained alone (own-head) 80.0%" in text
+    apart = [entry("joint", 0), entry("mla", 1)]
+    assert (
+        ranking_sentence(summarize(apart)) == "No seed has a result of every method, so they are not ranked."
+    )
+    ten = [entry("joint", alone={"a": 0.5, "b": 0.5}, contribution={"a": 0.5, "b": 0.6})]
+    assert "no modality contributes clearly less" in neglect_sentence(summarize(ten), 10)
+    assert "a contributes least" in neglect_sentence(summarize(ten), 1000)
 
 
 def test_a_sample_or_two_of_a_small_test_part_are_no_neglect():

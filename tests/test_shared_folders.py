@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,8 +131,6 @@ def test_a_comparison_killed_at_any_time_goes_on(npz, alone, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
 def test_results_that_cannot_be_read_are_rebuilt_from_their_runs(npz, alone, tmp_path, damage):
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(alone, out)
     path, whole = out / RESULTS, (alone / RESULTS).read_text()
@@ -155,6 +154,69 @@ def test_results_that_cannot_be_read_are_rebuilt_from_their_runs(npz, alone, tmp
     path.unlink()
     back = CliRunner().invoke(app, [*words(npz, out, "mla")])
     assert "rebuilt from 2 runs" not in back.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"metrics"', '"metrixs"', 1),
+        lambda text: text.replace('"accuracy": 0.', '"accuracy": 0.1', 1),
+        lambda text: text.replace('"data": {', '"data": 3, "x": {', 1),
+        lambda text: json.dumps({"format": 1, "data": {}, "configuration": {}, "runs": [{}]}),
+    ],
+    ids=["key", "figure", "part", "empty"],
+)
+def test_results_that_were_changed_are_rebuilt(npz, alone, tmp_path, change):
+    out = tmp_path / "out"
+    shutil.copytree(alone, out)
+    whole = (out / RESULTS).read_text()
+    (out / RESULTS).write_text(change(whole))
+    result = CliRunner().invoke(app, words(npz, out, "joint,unimodal,mla"))
+    assert result.exit_code == 0, result.output
+    assert "rebuilt from 6 runs" in result.stderr
+    assert (out / RESULTS).read_text() == whole
+
+
+def test_overwriting_waits_for_nothing_and_breaks_nothing(npz, alone, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(alone, out)
+    with locked(out / "runs" / ".mla-seed0.lock"):
+        result = CliRunner().invoke(app, words(npz, out, "joint", "--overwrite"))
+    assert result.exit_code == 2
+    assert "another process makes a run in" in result.stderr
+    assert runs(out) == runs(alone)
+    run = out / "runs" / "joint-seed0"
+    before = sorted(path.name for path in run.iterdir())
+    train = [
+        "train",
+        "--data",
+        str(npz),
+        "--out",
+        str(run),
+        "--overwrite",
+        "--epochs",
+        "1",
+        "--accelerator",
+        "cpu",
+    ]
+    with locked(run / ".lock"):
+        result = CliRunner().invoke(app, train)
+    assert "another process trains in" in result.stderr
+    result = CliRunner().invoke(app, [word if word != str(npz) else "nowhere.npz" for word in train])
+    assert result.exit_code == 2
+    assert sorted(path.name for path in run.iterdir()) == before
+    # And leaves no picture of what it replaces.
+    wild = ["--overwrite", "--lr", "1e30", "--optimizer", "sgd"]
+    assert CliRunner().invoke(app, words(npz, out, "joint", *wild)).exit_code == 3
+    assert not list(out.glob("*.png"))
+
+
+def test_a_file_is_no_folder(npz, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    result = CliRunner().invoke(app, words(npz, path, "joint"))
+    assert result.exit_code == 2
+    assert f"out must be a folder, {path} is a file" in result.stderr
 
 
 def test_results_without_a_run_block_nothing(npz, tmp_path):

@@ -41,7 +41,8 @@ def load(
         ValueError: a source that is none of these, and whatever its reader refuses.
     """
     if modalities is not None or encoders:
-        chosen = choose(load(source, seed=seed, standardize=False), modalities, encoders)
+        whole = load(source, seed=seed, standardize=False, skip_unreadable=skip_unreadable)
+        chosen = choose(whole, modalities, encoders)
         return chosen.standardize() if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmfast.data.arrays import ENCODE, LABEL, ArrayDataset
+from mmfast.data.arrays import ENCODE, LABEL, PRESENT_SUFFIX, ArrayDataset
 from mmfast.data.splits import Splits
 from mmfast.names import describe
 
@@ -116,7 +116,8 @@ def _check_sample(
             value = torch.as_tensor(sample[key], device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{where} must be an array of numbers, got {describe(sample[key])}") from None
-        check_finite(where, value)
+        if bool(torch.as_tensor(sample.get(key + PRESENT_SUFFIX, True))):
+            check_finite(where, value)
         expected = shapes.setdefault(key, list(value.shape))
         if list(value.shape) != expected:
             raise ValueError(

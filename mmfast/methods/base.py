@@ -108,6 +108,7 @@ class Learner(nn.Module):
         self._wanted = [p.requires_grad for p in self.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
         self._head_was_trained = model.head_is_trained
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def build(self) -> None:
         """Create what the method adds to the model."""
@@ -137,10 +138,13 @@ class Learner(nn.Module):
             p.requires_grad_(wanted)
 
     def abandon(self) -> None:
-        """Give back all but the weights, when training has ended before its end."""
+        """Give back all but the weights' values, when training has ended before its end."""
         self.release()
         self.zero_grad(set_to_none=True)
         self.model.head_is_trained = self._head_was_trained
+        # A precision such as bf16-true has changed it.
+        if self._dtype is not None and next(self.model.parameters()).dtype != self._dtype:
+            self.model.to(self._dtype)
         for module, mode in self._modes:
             module.training = mode
 

@@ -83,8 +83,8 @@ class MultimodalModel(nn.Module):
     ) -> list[Tensor]:  # M tensors [N, D_m]
         """Return each modality's features, zero for samples that `<modality>__present` marks as absent.
 
-        The encoder sees the placeholder values of absent samples too, which must be finite: they count in
-        batch-norm statistics, but reach neither the head nor any gradient.
+        The encoder sees zeros in place of what the batch holds for absent samples, whatever that is: they
+        count in batch-norm statistics, but reach neither the head nor any gradient.
 
         Raises:
             TypeError, ValueError: a modality is missing from the batch, is no tensor of a shape its encoder
@@ -241,15 +241,18 @@ class MultimodalModel(nn.Module):
     def _encode_one(
         self, batch: Mapping[str, Tensor], name: str, dim: int, num_samples: int
     ) -> Tensor:  # [N, D_m]
-        encoder = self.encoders[name]
+        encoder, x, present = self.encoders[name], batch[name], None
+        if f"{name}__present" in batch:
+            present = check_present(f"{name}__present", batch[f"{name}__present"], "N", (num_samples,))
+            # NaN, a common filler, would reach weights by a gradient of zero times NaN.
+            x = x.masked_fill(~present.view(-1, *[1] * (x.dim() - 1)), 0)
         if isinstance(encoder, Encoder):
-            encoder.check_input(batch[name], name)
-        h = encoder(batch[name])
+            encoder.check_input(x, name)
+        h = encoder(x)
         if not isinstance(h, Tensor) or tuple(h.shape) != (num_samples, dim):
             got = list(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise ValueError(f"encoder {name!r} must return shape [N, D] = [{num_samples}, {dim}], got {got}")
-        if f"{name}__present" in batch:
-            present = check_present(f"{name}__present", batch[f"{name}__present"], "N", (num_samples,))
+        if present is not None:
             h = h.masked_fill(~present[:, None], 0.0)
         return h
 
