@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmfast.batches import iterate
 from mmfast.data.arrays import PRESENT_SUFFIX
+from mmfast.optimization import Optimization
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
 _EVERY = 64
@@ -138,6 +139,7 @@ def cause_text(*, lr: float, precision: str, has_stepped: bool) -> str:
             "the inputs are finite and no step has been taken, so the weights or the inputs are too large: "
             "build the model anew, or standardise the data"
         )
-    half = "16" in precision and "bf16" not in precision
-    also = f", or float16 has overflowed: try bf16-mixed or 32-true instead of {precision}" if half else ""
-    return f"the inputs are finite, so training has diverged: try a learning rate below {lr:g}{also}"
+    also = f" (the default is {Optimization().lr:g})" if lr > Optimization().lr else ""
+    if "16" in precision and "bf16" not in precision:
+        also += f", or float16 has overflowed: try bf16-mixed or 32-true instead of {precision}"
+    return f"the inputs are finite, so training has diverged: try a lower learning rate than {lr:g}{also}"

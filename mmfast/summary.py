@@ -113,8 +113,9 @@ def diverged_sentence(summaries: Sequence[Summary]) -> str:
             lost.append(f"{summary.title} with seed{plural} {seeds}")
     if not lost:
         return ""
-    first = next(summary.diverged[0] for summary in summaries if summary.diverged)
-    return f"Diverged, and in no figure: {'; '.join(lost)}. The first of them: {first['diverged']}."
+    entries = [entry for summary in summaries for entry in summary.diverged]
+    which = "The first of them" if len(entries) > 1 else "The cause"
+    return f"Diverged, and in no figure: {'; '.join(lost)}. {which}: {entries[0]['diverged']}."
 
 
 def neglect_sentence(summaries: Sequence[Summary], num_test: int | None = None) -> str:
@@ -155,7 +156,7 @@ def neglect_sentence(summaries: Sequence[Summary], num_test: int | None = None) 
     )
     if neglected == lowest and least[1]:
         return f"{text}. It also contributes least: {least[1]}."
-    return f"{text}. In it {least[0]}."
+    return f"{text}. All the same {least[0]}."
 
 
 def _least(joint: Summary, known: dict[str, float], lowest: str, num_test: int | None) -> tuple[str, str]:
@@ -264,7 +265,9 @@ def _best_sentence(best: Summary, summaries: Sequence[Summary]) -> str:
     if not level:
         return f"{opening}."
     named = ", ".join(s.title for s in level)
-    return f"{opening}; level with it{'' if is_one else ', within the spread over seeds'}: {named}."
+    if is_one:
+        return f"{opening}; the same: {named}."
+    return f"{opening}; seed by seed not told apart from it: {named}."
 
 
 def _is_above(summary: Summary, other: Summary) -> bool:

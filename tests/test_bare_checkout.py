@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# As where no mmfast is installed but the one in $INSTALLED. Of this one an editable install is a finder.
+# As where no mmfast is installed but the one in $INSTALLED: an editable install is a finder, any other lies
+# among packages that are needed, of which $OTHERS holds links to all but mmfast.
 ALONE = """
 import os, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 sys.path[:] = [entry for entry in sys.path if not os.path.exists(os.path.join(entry, "mmfast", "kernels"))]
-sys.path += filter(None, [os.environ["INSTALLED"]])
+sys.path += filter(None, [os.environ["INSTALLED"], os.environ["OTHERS"]])
 """
 CALLS = """
 import warnings
@@ -49,6 +53,19 @@ sys.meta_path.append(Finder)
 """
 
 
+@functools.cache
+def others() -> str:
+    """Return a folder with links to all packages that lie beside an installed mmfast, or "" if none do."""
+    folder = Path(tempfile.mkdtemp(prefix="mmfast-others-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for entry in sys.path:
+        if Path(entry, "mmfast", "kernels").exists() and Path(entry).resolve() != ROOT:
+            for path in Path(entry).iterdir():
+                if not path.name.startswith("mmfast") and path.suffix != ".pth":
+                    (folder / path.name).symlink_to(path)
+    return str(folder) if any(folder.iterdir()) else ""
+
+
 def start(
     code: str, *words: str, folder: Path, installed: Path | str = "", **environment: str
 ) -> subprocess.CompletedProcess:
@@ -57,7 +74,7 @@ def start(
     return subprocess.run(
         [sys.executable, "-c", ALONE + code, *words],
         cwd=folder,
-        env=inherited | {"INSTALLED": str(installed)} | environment,
+        env=inherited | {"INSTALLED": str(installed), "OTHERS": others()} | environment,
         capture_output=True,
         text=True,
         timeout=120,

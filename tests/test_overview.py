@@ -247,3 +247,16 @@ def test_commands_print_the_warnings_before_training(npz, tmp_path, width):
     alone = invoke("train", npz, tmp_path / "t", width=width)
     assert "Warning: The test part has 24 samples" in " ".join(alone[: alone.index("test accuracy")].split())
     assert "One seed" not in alone
+
+
+def test_modalities_that_no_sample_has_together():
+    present = {"a": torch.arange(60) % 2 == 0, "b": torch.arange(60) % 2 == 1}
+    arrays = {name: torch.randn(60, 3) for name in "ab"}
+
+    def said(masks):
+        splits = Splits.from_arrays(arrays, torch.arange(60) % 3, present=masks)
+        return any("No training sample has two modalities" in text for text in overview(splits).warnings)
+
+    assert said(present)
+    assert not said({"a": present["a"]})
+    assert not said(None)

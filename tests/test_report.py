@@ -180,7 +180,7 @@ def test_equal_contributions_are_not_ranked():
     alone = [entry("unimodal", seed, alone={"a": 0.9, "b": 0.5}) for seed in range(3)]
     text = neglect_sentence(summarize(alike(0.28, alone={"a": 0.5, "b": 0.5}) + alone))
     assert text.startswith("The joint model neglects a: alone (masked) it reaches 50.0%")
-    assert text.endswith("In it no modality contributes clearly less than the others: each 0.28.")
+    assert text.endswith("All the same no modality contributes clearly less than the others: each 0.28.")
 
 
 def test_one_modality_is_not_compared_with_itself():
@@ -206,9 +206,7 @@ def test_methods_within_the_spread_are_level():
         runs.append(entry("di-mml", seed, 0.7 + shift))
         runs.append(entry("mla", seed, 0.69))
     text = ranking_sentence(summarize(runs))
-    assert text.startswith(
-        "Best accuracy: DI-MML, 70.0 ± 2.0%; level with it, within the spread over seeds: MLA."
-    )
+    assert text.startswith("Best accuracy: DI-MML, 70.0 ± 2.0%; seed by seed not told apart from it: MLA.")
     level = [entry(method, seed, 0.8) for method in ("joint", "unimodal", "mla") for seed in range(2)]
     assert ranking_sentence(summarize(level)) == (
         "No method is clearly best: the highest, Joint with 80.0 ± 0.0%, is not above another beyond the "

@@ -318,3 +318,14 @@ def test_one_modality_alone_can_be_compared(npz, tmp_path):
     )
     result = invoke("compare", npz, tmp_path, "--modalities", "vector", "--seeds", "1", *words)
     assert result.exit_code == 0, result.output
+
+
+def test_arrays_that_are_left_out_may_hold_anything(tmp_path):
+    path = tmp_path / "mixed.npz"
+    rng = np.random.default_rng(0)
+    np.savez(
+        path, label=np.arange(40) % 2, a=rng.random((40, 3)), id=np.arange(40), b=np.full((40, 2), np.nan)
+    )
+    assert data.load(path, modalities=["a"]).modalities == ("a",)
+    with pytest.raises(ValueError, match=r"id must have shape|b must be finite"):
+        data.load(path)

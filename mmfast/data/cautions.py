@@ -52,7 +52,18 @@ def cautions(
     if bare:
         verb = "has" if bare == 1 else "have"
         found.append(f"{_samples(bare)} {verb} none of the modalities: all that answers there is a constant.")
+    if len(splits.modalities) > 1 and len(splits.train) and not _most_together(splits.train) > 1:
+        found.append(
+            "No training sample has two modalities at once: nothing is learned of how to join them. Of "
+            "files, those of one sample share their stem, as in clip.wav and clip.png."
+        )
     return tuple(found)
+
+
+def _most_together(part: ArrayDataset) -> int:
+    """Return how many modalities the sample has that has most."""
+    everyone = torch.ones(len(part), dtype=torch.bool, device="cpu")
+    return int(torch.stack([part.present.get(name, everyone) for name in part.modalities]).sum(0).max())
 
 
 def _without_any(part: ArrayDataset) -> int:

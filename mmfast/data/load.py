@@ -41,7 +41,10 @@ def load(
         ValueError: a source that is none of these, and whatever its reader refuses.
     """
     if modalities is not None or encoders:
-        whole = load(source, seed=seed, standardize=False, skip_unreadable=skip_unreadable)
+        if Path(source).suffix == ".npz" and Path(source).is_file():
+            whole = load_npz(source, seed=seed, standardize=False, modalities=modalities)
+        else:
+            whole = load(source, seed=seed, standardize=False, skip_unreadable=skip_unreadable)
         chosen = choose(whole, modalities, encoders)
         return chosen.standardize() if standardize else chosen
     if source == "htad":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -27,7 +28,13 @@ _BROKEN = (
 )
 
 
-def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Splits:
+def load_npz(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    standardize: bool = True,
+    modalities: Sequence[str] | None = None,
+) -> Splits:
     """Read a data set from an `.npz` file.
 
     Args:
@@ -38,6 +45,7 @@ def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Sp
             description says so.
         seed: Seed of the split, where the file leaves it or its validation part open.
         standardize: Scale features by statistics of the training part.
+        modalities: Names of the arrays to take; others may hold anything. By default all.
 
     Raises:
         ValueError: a file that is damaged, lacks `label` or holds Python objects, which are never unpickled;
@@ -57,6 +65,9 @@ def load_npz(path: str | Path, *, seed: int = 0, standardize: bool = True) -> Sp
         for key in list(arrays)
         if key.endswith(PRESENT_SUFFIX)
     }
+    if modalities and set(modalities) <= set(arrays):
+        arrays = {key: array for key, array in arrays.items() if key in modalities}
+        present = {key: mask for key, mask in present.items() if key in modalities}
     turned, notes = channels_first(arrays)
     try:
         splits = Splits.from_arrays(
