@@ -24,6 +24,10 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
     """
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"model must be a mmfast.MultimodalModel, got {describe(model)}")
+    if whole and model.num_classes < 2:
+        raise ValueError(
+            "model must have C = 2 classes at least to be trained, got 1: all data have one label"
+        )
     check_samples(model.modalities, model.num_classes, name, dataset, whole=whole)
 
 

@@ -134,9 +134,7 @@ def compare(
         if comparison.results.note:
             print(f"mmfast: {comparison.results.note}", file=sys.stderr)
         if len(left) < total:
-            console.print(
-                f"{total - len(left)} of {total} runs are already in {out / RESULTS}.", soft_wrap=True
-            )
+            console.print(f"{total - len(left)} of {total} runs: already in {out / RESULTS}.", soft_wrap=True)
         try:
             _make_runs(console, comparison, left, total)
         except KeyboardInterrupt:

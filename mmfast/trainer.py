@@ -27,6 +27,13 @@ from mmfast.training import Run
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
+# What other trainers call the settings of this one.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "epochs": "max_epochs",
+    "num_epochs": "max_epochs",
+    "wd": "weight_decay",
+}
 LOCK = ".lock"  # held while a process trains there
 
 
@@ -327,7 +334,9 @@ def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization
     known = [field.name for field in fields(Optimization)]
     for name in settings:
         if name not in known:
-            near = did_you_mean(name, known)
+            near = (
+                f"; did you mean {_OTHER_NAMES[name]}?" if name in _OTHER_NAMES else did_you_mean(name, known)
+            )
             raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
     return replace(optimization, **settings)
 

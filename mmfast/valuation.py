@@ -274,6 +274,7 @@ def _check(model: MultimodalModel | Learner, dataset: Any, utility: str) -> None
     if utility not in UTILITIES:
         raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {describe(utility)}")
     if not hasattr(model, "coalition_logits"):
-        raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}")
+        hint = ": trainer.learner is one after fit or restore" if model is None else ""
+        raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}{hint}")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("dataset must hold at least one sample, got none")

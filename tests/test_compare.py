@@ -111,7 +111,7 @@ def test_runs_that_are_there_are_not_repeated(npz, done, monkeypatch):
     monkeypatch.setattr(compare_module, "run", None)
     before = metrics(done[0])
     result = invoke(npz, done[0], "--seeds", "2", *SHORT_HEADS)
-    assert "20 of 20 runs are already in" in result.stdout
+    assert "20 of 20 runs: already in" in result.stdout
     assert metrics(done[0]) == before
 
 
@@ -143,7 +143,7 @@ def test_an_interruption_says_how_to_go_on_and_loses_nothing(npz, done, tmp_path
     assert result.exit_code == 130
     assert f"stopped with 2 runs in {tmp_path / 'results.json'}; the same command goes on" in result.stderr
     result = invoke(npz, tmp_path, *words)
-    assert "2 of 4 runs are already in" in result.stdout
+    assert "2 of 4 runs: already in" in result.stdout
     known = metrics(done[0])
     assert metrics(tmp_path) == {key: known[key] for key in known if key[0] in ("joint", "unimodal")}
 

@@ -369,7 +369,7 @@ def test_a_comparison_without_a_finite_run_is_none(npz, tmp_path):
     # Known, and not made again.
     again = invoke(npz, tmp_path, "--seeds", "2", "--lr", "1e30", "--optimizer", "sgd")
     assert again.exit_code == 3
-    assert "4 of 4 runs are already in" in again.stdout
+    assert "4 of 4 runs: already in" in again.stdout
 
 
 def test_one_diverging_run_is_left_out_of_the_others(npz, tmp_path, monkeypatch):

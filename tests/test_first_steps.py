@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import mmfast
 from mmfast import data
 
 ROOT = Path(__file__).parents[1]
@@ -136,3 +138,20 @@ def test_valuation_of_a_comparison_names_one_of_its_runs(tmp_path, inside):
     result = CliRunner().invoke(app, ["valuate", "--model", str(tmp_path / inside)])
     assert result.exit_code == 2
     assert f"give one of them, such as {tmp_path / 'runs' / 'mla-seed1'}" in result.stderr
+
+
+def test_names_of_other_trainers_are_known():
+    with pytest.raises(ValueError, match=r"no setting 'learning_rate'; did you mean lr\?"):
+        mmfast.Trainer("joint", learning_rate=0.1)
+
+
+def test_nothing_fitted_is_said_where_a_model_is_missing():
+    with pytest.raises(TypeError, match=r"got None: trainer\.learner is one after fit or restore"):
+        mmfast.valuate(None, [])
+
+
+def test_one_class_is_nothing_to_train():
+    model = mmfast.models.build_model({"a": (3,)}, 1, dim=4)
+    one = data.ArrayDataset({"a": torch.randn(8, 3)}, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="C = 2 classes at least"):
+        mmfast.Trainer("joint", max_epochs=1).fit(model, one)

@@ -123,7 +123,7 @@ def test_comparisons_begin_with_it_also_when_nothing_is_left_to_run(npz, tmp_pat
         table = "\n".join(lines[: lines.index("")])
         for name in ("wrist", "pose", "front_camera", "clip"):
             assert name in table
-        assert ("1 of 1 runs are already in" in "\n".join(lines)) == bool(turn)
+        assert ("1 of 1 runs: already in" in "\n".join(lines)) == bool(turn)
 
 
 def test_training_begins_with_it(npz, tmp_path):

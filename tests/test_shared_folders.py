@@ -80,7 +80,7 @@ def test_the_same_comparison_twice_at_once_shares_the_work(npz, alone, tmp_path)
     printed = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert runs(tmp_path) == runs(alone)
-    assert all("6/6 " in out or "6 of 6 runs are already in" in out for out, _ in printed)
+    assert all("6/6 " in out or "6 of 6 runs: already in" in out for out, _ in printed)
 
 
 def test_a_killed_process_gives_its_lock_back(tmp_path):
@@ -141,7 +141,7 @@ def test_results_that_cannot_be_read_are_rebuilt_from_their_runs(npz, alone, tmp
     before = path.read_bytes() if path.exists() else None
     result = CliRunner().invoke(app, words(npz, out, "joint,unimodal,mla"))
     assert result.exit_code == 0, result.output
-    assert "6 of 6 runs are already in" in result.stdout
+    assert "6 of 6 runs: already in" in result.stdout
     assert "has been rebuilt from 6 runs under" in result.stderr
     assert json.loads(path.read_text())["runs"] == json.loads(whole)["runs"]
     if before is not None:

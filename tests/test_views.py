@@ -234,7 +234,7 @@ def test_data_without_a_chosen_modality_are_refused(chosen):
 
 
 def test_the_same_choice_goes_on_and_another_is_another_configuration(npz, chosen):
-    assert "1 of 1 runs are already in" in compare(npz, chosen[0], *CHOICE).stdout
+    assert "1 of 1 runs: already in" in compare(npz, chosen[0], *CHOICE).stdout
     same = "video [3, 40], sequence [1, 5, 2], image [2, 3, 4] there, "
     for words, differs in (
         ((), "shapes is " + same + "vector [4], sequence [5, 2], image [2, 3, 4], video [3, 2, 4, 5] here"),
