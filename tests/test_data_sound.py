@@ -212,13 +212,27 @@ def test_a_link_to_nothing_is_named(tmp_path):
 
 def test_sample_rates_that_differ_name_the_odd_file_even_if_it_comes_first(tmp_path):
     folder = fill(tmp_path)
-    soundfile.write(folder / "a" / "clip0.wav", TONE, 2 * RATE)
-    first = f"{folder / 'a' / 'clip2.wav'}, 8000 Hz, got 16000 Hz"
-    with raises(f"{folder / 'a' / 'clip0.wav'}: must have the sample rate of {first}; resample"):
+    odd = folder / "a" / "clip0.wav"
+    soundfile.write(odd, TONE, 2 * RATE)
+    reason = f"has {2 * RATE} samples a second, most recordings have {RATE}; resample it"
+    with raises(f"{odd}: {reason}"):
         load_folder(folder)
-    soundfile.write(folder / "b" / "clip1.wav", TONE, 2 * RATE)
-    with raises("got 16000 Hz, and 1 more file differs; resample to one rate"):
+    # With what else cannot be read, and left out as that is.
+    (folder / "b" / "clip1.wav").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of [0-9]+ files cannot be read") as found:
         load_folder(folder)
+    assert reason in str(found.value)
+    assert "empty (0 bytes)" in str(found.value)
+    splits = load_folder(folder, skip_unreadable=True)
+    assert "2 unreadable files left out" in splits.description
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    folder = fill(tmp_path)
+    assert "passed over" not in load_folder(folder).description
+    for name in ("x.mp3", "y.mp3", ".hidden", "Thumbs.db"):
+        (folder / "a" / name).write_bytes(b"x")
+    assert "files of other kinds passed over: 2 .mp3, 1 .db" in load_folder(folder).description
 
 
 def test_reading_only_what_is_needed_changes_nothing(tmp_path):

@@ -203,7 +203,7 @@ def test_named_arrays_may_stand_for_audio_or_images(tmp_path):
     [
         (
             lambda d: write_wav(d / "dog/clip0.wav", tone(9), rate=16000),
-            "clip0.wav: must have the sample rate of",
+            "clip0.wav: has 16000 samples a second, most recordings have",
         ),
         (lambda d: (d / "dog/clip1.wav").write_bytes(b"RIFF"), "clip1.wav: not a readable recording"),
         (lambda d: (d / "dog/clip1.png").write_bytes(b"\x89PNG"), "clip1.png: not a readable picture"),

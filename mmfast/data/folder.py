@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfast.data.channels import channels_first
 from mmfast.data.media import choose_frames, read_array, read_image
-from mmfast.data.sample_files import PICTURES, Sample, find_samples
+from mmfast.data.sample_files import PICTURES, Sample, find_samples, other_files
 from mmfast.data.sound import SOUNDS, fft_size, log_mel, read_sound, sound_header
 from mmfast.data.splits import Splits
 from mmfast.data.unreadable import Unreadable
@@ -84,6 +84,8 @@ def load_folder(
         arrays = {name: array[torch.from_numpy(kept)] for name, array in arrays.items()}
         masks = {name: mask[kept] for name, mask in masks.items()}
     arrays, notes = channels_first(arrays)
+    if passed_over := other_files(path, samples):
+        notes.append(f"files of other kinds passed over: {passed_over}")
     if bad.reasons:
         notes.append(_what_is_left_out(len(bad.reasons), int((~kept).sum())))
     # Of all samples: a class that loses its last one is refused, not forgotten.
@@ -160,16 +162,10 @@ def _audio_length(samples: Sequence[Sample], seconds: float | None, bad: Unreada
         return 0, 0
     # The most frequent one: a single odd file is then the one that is named, wherever it stands.
     rate = Counter(rate for _, _, rate, _ in headers).most_common(1)[0][0]
-    odd = [(file, other) for _, file, other, _ in headers if other != rate]
-    if odd:
-        first = next(file for _, file, other, _ in headers if other == rate)
-        more = len(odd) - 1
-        others = f", and {more:,} more file{' differs' if more == 1 else 's differ'}" if more else ""
-        raise ValueError(
-            f"{odd[0][0]}: must have the sample rate of {first}, {rate} Hz, got {odd[0][1]} Hz{others}; "
-            "resample to one rate"
-        )
-    lengths = [length for part, _, _, length in headers if part in ("train", "")]
+    for _, file, other, _ in headers:
+        if other != rate:
+            bad.reasons[file] = f"has {other} samples a second, most recordings have {rate}; resample it"
+    lengths = [length for part, _, own, length in headers if part in ("train", "") and own == rate]
     longest = min(max(lengths, default=0), round(_MAX_SECONDS * rate))
     return rate, round(seconds * rate) if seconds is not None else longest
 

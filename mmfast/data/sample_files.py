@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,18 @@ def find_samples(path: Path) -> list[Sample]:
             f"{', '.join(READABLE)}"
         )
     return samples
+
+
+def other_files(path: Path, samples: Sequence[Sample]) -> str:
+    """Return how many files of which other kinds lie beside those of the samples: "2 .mp3, 1 .txt" or ""."""
+    folders = {path / sample.part / sample.label for sample in samples}
+    kinds = Counter(
+        file.suffix.lower() or file.name
+        for folder in folders
+        for file in folder.iterdir()
+        if _is_file(file) and file.suffix.lower() not in READABLE and not file.name.startswith(".")
+    )
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
 
 
 def _folders(path: Path) -> list[Path]:
