@@ -43,7 +43,8 @@ class Losses:
     """
 
     def __init__(self, num_steps: int, device: torch.device, is_alone: bool) -> None:
-        self.values = torch.zeros(num_steps, device=device)
+        # Whatever the default dtype is: in float16 a loss of 70,000 would be infinite.
+        self.values = torch.zeros(num_steps, device=device, dtype=torch.float32)
         self.is_alone = is_alone
         self._on_its_way: tuple[Tensor, Any] | None = None
         self._count = 0

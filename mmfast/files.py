@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -31,8 +32,22 @@ def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except Exception as error:
+        if (full := _full_disk(error)) is not None:
+            text = f"{full.strerror}; {path} is as it was: make room, and give the same command again"
+            raise OSError(full.errno, text) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """Return the error of a full disk behind another one: torch covers it by one of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _remove_orphans(path: Path) -> None:

@@ -34,7 +34,7 @@ def found(environment: Mapping[str, str] = os.environ) -> World | None:
     return world if world.processes > 1 else None
 
 
-def fit(devices: int | str | list[int], num_nodes: int = 1) -> tuple[int | str | list[int], int]:
+def fit(devices: int | str | list[int]) -> tuple[int | str | list[int], int]:
     """Return devices and nodes of a run that uses all processes its launcher has started.
 
     One device, the default, becomes theirs: else each process would train a copy of its own into one folder.
@@ -44,11 +44,11 @@ def fit(devices: int | str | list[int], num_nodes: int = 1) -> tuple[int | str |
     """
     world = found()
     if world is None:
-        return devices, num_nodes
+        return devices, 1
     if world.launcher == "mpirun":
         raise ValueError("processes that mpirun starts do not find each other: start them by torchrun")
     nodes = world.processes // world.on_this_node
-    if devices in ("auto", "-1", -1) or (devices in (1, "1") and num_nodes == 1):
+    if devices in ("auto", "-1", -1, 1, "1"):
         return world.on_this_node, nodes
     count = len(devices) if isinstance(devices, list) else int(devices)
     if count != world.on_this_node:

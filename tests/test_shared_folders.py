@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from test_divergence import npz
 from test_trainer import SPLITS, Killed, fitted, make_model, make_trainer, without_times
 from typer.testing import CliRunner
 
-import mmfast
 from mmfast import checkpoint, files, launchers
 from mmfast.commands import app
 from mmfast.files import locked, replacing
@@ -287,6 +287,25 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == [RESULTS]
 
 
+def test_a_disk_that_fills_up_within_a_checkpoint_is_named(tmp_path, monkeypatch):
+    """torch's writer raises an error of its own over that of the file."""
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"value": 1})
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > 2000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", lambda path, mode: Full(path, "w"), raising=False)
+    with pytest.raises(OSError, match=r"No space left on device; .*last\.ckpt is as it was: make room"):
+        checkpoint.save(path, {"value": torch.zeros(10_000)})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["value"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_drafts_have_names_of_their_own(tmp_path):
     path = tmp_path / "file"
     with replacing(path, "w") as one, replacing(path, "w") as other:
@@ -408,4 +427,3 @@ def test_processes_of_torchrun_train_one_model_and_decide_once(tmp_path):
     assert one["error"].startswith(
         f"processes must agree on the number of samples of an epoch, got {size}, {size - 40}"
     )
-    assert mmfast.Trainer is not None
