@@ -137,8 +137,8 @@ def cause_text(*, lr: float, precision: str, has_stepped: bool) -> str:
     """Return the likely causes where the inputs are finite."""
     if not has_stepped:
         return (
-            "the inputs are finite and no step has been taken, so the weights or the inputs are too large: "
-            "build the model anew, or standardise the data"
+            "the inputs are finite and no step has been taken, so the weights, the inputs or an option of "
+            "the method are too large: build the model anew, standardise the data, or lower the option"
         )
     also = f" (the default is {Optimization().lr:g})" if lr > Optimization().lr else ""
     if "16" in precision and "bf16" not in precision:
