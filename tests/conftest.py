@@ -20,8 +20,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import cuda_emulated
 from mmfast import backend as _backend
+from support import emulation
 
 # The same examples in every run: a failure belongs to the change that brought it.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
@@ -55,9 +55,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend with a kernel for the op; one that cannot run here is skipped and says why."""
     is_emulated = request.param == EMULATED
     name = "cuda" if is_emulated else request.param
-    if is_emulated and not cuda_emulated.compiler():
+    if is_emulated and not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")
-    with cuda_emulated.emulated() if is_emulated else nullcontext():
+    with emulation.emulated() if is_emulated else nullcontext():
         reason = _backend.why_not(name)
         dtype = request.node.callspec.params.get("dtype")
         op = Path(request.node.module.__file__).stem.removeprefix("test_")

@@ -15,7 +15,7 @@ from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops.additive_shapley import SMOOTH_UTILITIES, UTILITIES
 from mmfast.reference import additive_shapley as reference
-from numerics import assert_close_to_truth
+from support.numerics import assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -16,7 +16,7 @@ from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops import class_separability
 from mmfast.reference import class_separability as reference
-from numerics import assert_close_to_truth, assert_rounded_once
+from support.numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

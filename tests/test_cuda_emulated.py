@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cuda_emulated
 from conftest import ROOT
+from support import emulation
 
 FAULTS = ["none", "no barrier", "no second barrier", "tail", "not initialised", "shared tail"]
 FAULTS += ["lane missing", "mask without lane", "too much shared", "too much together", "not aligned"]
@@ -15,9 +15,9 @@ N = 150
 
 @pytest.fixture(scope="module")
 def module():
-    if not cuda_emulated.compiler():
+    if not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")
-    return cuda_emulated.EmulatedModule([ROOT / "tests/cuda_emulation/faults.cu"])
+    return emulation.EmulatedModule([ROOT / "tests/cuda_emulation/faults.cu"])
 
 
 def reverse(module, fault: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import every_op
 import mmfast
 from conftest import EMULATED, FILES
-from every_op import CALLS, same
 from mmfast import backend as _backend
 from mmfast import ops, valuation
 from mmfast.batches import presence
 from mmfast.data import ArrayDataset, sound, standardize
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.reference import kmeans
+from support import every_op
+from support.every_op import CALLS, same
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 BACKENDS = pytest.mark.parametrize("backend", [*FILES, EMULATED], indirect=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods, ops
+from support.learners import NUM_CLASSES, bind, make_data
 
 
 def test_di_mml_effective_dimensions_are_those_of_the_whole_set():

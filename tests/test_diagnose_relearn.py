@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from learners import bind, make_data
 from mmfast import methods
 from mmfast.methods.diagnose_relearn import scale_to_unit
+from support.learners import bind, make_data
 
 
 def test_scaling_to_unit_range():

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cuda_emulated
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import duc_loss as reference
-from numerics import assert_close_to_truth, assert_rounded_once
+from support import emulation
+from support.numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -168,9 +168,9 @@ def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
 @pytest.mark.parametrize("compute_capability", [8, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
-    if not cuda_emulated.compiler():
+    if not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")
-    with cuda_emulated.emulated() as module:
+    with emulation.emulated() as module:
         module.compute_capability = compute_capability
         # Several tiles of every kernel, so that stages are filled again; more than 512 keys are split.
         check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
@@ -181,7 +181,7 @@ def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
 @pytest.mark.parametrize("sizes", [(40, 100, 60), (200, 300, 100), (0, 520, 520)], ids=str)
 @pytest.mark.parametrize("compute_capability", [8, 9])
 def test_pairs_of_different_widths_in_the_cuda_kernel(compute_capability, sizes, with_residual, is_prepared):
-    if not cuda_emulated.compiler():
+    if not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")
     first, second, third = sizes
     effective = torch.zeros(3, 530, dtype=torch.bool)
@@ -195,7 +195,7 @@ def test_pairs_of_different_widths_in_the_cuda_kernel(compute_capability, sizes,
     columns, numbers = (dims.columns, list(dims.sizes)) if is_prepared else (None, [])
     arguments = ([], effective, columns, numbers, 2.0, 0, "none", with_residual)
     results = []
-    with cuda_emulated.emulated() as module:
+    with emulation.emulated() as module:
         module.compute_capability = compute_capability
         for kind, name in (
             (torch.bfloat16, "cuda"),

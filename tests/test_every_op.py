@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import every_op
 from conftest import FILES, ROOT
-from every_op import CALLS, READING, same
 from mmfast import backend as _backend
 from mmfast import ops
+from support import every_op
+from support.every_op import CALLS, READING, same
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -75,7 +75,7 @@ def test_without_triton_every_op_runs_on_the_cpu():
     program = (
         "import sys, torch\n"
         "sys.modules['triton'] = None\n"
-        "from every_op import CALLS\n"
+        "from support.every_op import CALLS\n"
         "for makes in CALLS.values():\n"
         "    for make in makes:\n"
         "        assert make(torch.device('cpu'), torch.float32, 'auto')[1]()\n"

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-import cuda_emulated
 import fuzzing
 from fuzzing import judge, moved, tensors
 from mmfast import backend as _backend
+from support import emulation
 
 EMULATED = "cuda-emulated"
 # Generated calls of each op: seconds in all.
@@ -33,7 +33,7 @@ def thread() -> Iterator[None]:
 def cases() -> list[tuple[str, str]]:
     """Return every op with every backend that has a file for it."""
     files = {"cpu": "csrc/cpu/{}.cpp", "triton": "kernels/{}.py", EMULATED: "csrc/cuda/{}.cu"}
-    root = cuda_emulated.ROOT
+    root = emulation.ROOT
 
     def has_kernel(op: str, backend: str) -> bool:
         return (
@@ -49,7 +49,7 @@ def cases() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("op", "backend"), cases())
 def test_generated_calls_follow_the_formula(op, backend):
     is_emulated, name = backend == EMULATED, "cuda" if backend == EMULATED else backend
-    if is_emulated and not cuda_emulated.compiler():
+    if is_emulated and not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")
     if backend == "triton" and not _backend.interpreting():
         pytest.skip("the tensors lie on the CPU")
@@ -68,7 +68,7 @@ def test_generated_calls_follow_the_formula(op, backend):
         except fuzzing.Skip:
             assume(False)
 
-    with cuda_emulated.emulated() if is_emulated else nullcontext():
+    with emulation.emulated() if is_emulated else nullcontext():
         reason = _backend.why_not(name)
         if reason is not None:
             pytest.skip(reason)

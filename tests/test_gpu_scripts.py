@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import every_op
 from mmfast import backend
+from support import every_op
 
 pytest.importorskip("matplotlib")
 

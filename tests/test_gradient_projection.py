@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmfast import backend as _backend
 from mmfast import ops
-from numerics import as_plain_float64, assert_close_to_truth
+from support.numerics import as_plain_float64, assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -57,14 +57,14 @@ def test_every_kernel_belongs_to_an_op():
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_what_is_passed(op, tmp_path):
     """Sizes of 1, odd ones and multiples of 16; pointers to 16 bytes and others; every kernel of the op."""
-    found = json.loads(run(tmp_path, "launched_kernels.py", op))
+    found = json.loads(run(tmp_path, "-m", "support.launched_kernels", op))
     assert set().union(*map(kernels_of, files_of(op))) <= set(found["kernels"])
     assert not found["failures"], "\n\n".join("\n".join(failure) for failure in found["failures"].items())
 
 
 PLANTED = """
 import torch, triton, triton.language as tl
-from launched_kernels import Launches
+from support.launched_kernels import Launches
 
 @triton.jit
 def _planted_kernel(x_ptr, P):

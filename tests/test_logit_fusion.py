@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmfast import ops
 from mmfast.reference import logit_fusion as reference
-from numerics import assert_close_to_truth, error_against
+from support.numerics import assert_close_to_truth, error_against
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

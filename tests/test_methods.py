@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import mmfast
-from learners import NUM_CLASSES, bind, make_data
 from mmfast import batches, methods
 from mmfast.methods import base
 from mmfast.models import build_model
+from support.learners import NUM_CLASSES, bind, make_data
 
 
 def test_separate_training_equals_training_each_alone():

@@ -11,11 +11,11 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 import mmfast
-from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods, report, valuation
 from mmfast.data import ArrayDataset
 from mmfast.evaluation import evaluate
 from mmfast.models import build_model
+from support.learners import NUM_CLASSES, bind, make_data
 
 
 def with_gaps(num_samples: int, **present: torch.Tensor) -> ArrayDataset:

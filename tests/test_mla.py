@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from learners import bind, make_data
 from mmfast import methods
+from support.learners import bind, make_data
 
 
 def step_mla(learner, data, step, progress=0.0):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from learners import bind, make_data
 from mmfast import methods
+from support.learners import bind, make_data
 
 
 @pytest.mark.parametrize(

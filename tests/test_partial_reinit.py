@@ -13,7 +13,7 @@ from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops import partial_reinit
 from mmfast.reference import partial_reinit as reference
-from numerics import assert_close_to_truth
+from support.numerics import assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

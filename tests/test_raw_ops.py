@@ -11,12 +11,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import every_op
 from conftest import EMULATED, FILES
-from every_op import CALLS, same
 from mmfast import backend as _backend
 from mmfast.reference.duc_loss import split_dims
-from numerics import CONSTANTS, error_against
+from support import every_op
+from support.every_op import CALLS, same
+from support.numerics import CONSTANTS, error_against
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 BACKENDS = pytest.mark.parametrize("backend", [*FILES, EMULATED], indirect=True)
@@ -78,7 +78,7 @@ def test_as_torch_library_wants_them(stem, make, backend, device, dtype, monkeyp
         torch.library.opcheck(op, args, kwargs)
 
 
-# Other calls of raw ops than public ops make in tests/every_op.py: arguments by name, made from the call's.
+# Calls of raw ops that public ops do not make: arguments by name, made from those of support/every_op.py.
 VARIANTS: dict[str, list[Callable[[dict], dict]]] = {
     "shapley_values_fwd": [lambda a: {"utilities": a["utilities"].unflatten(0, (4, 5))}],
     "shapley_values_bwd": [lambda a: {"dphi": a["dphi"].unflatten(0, (4, 5))}],

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods, ops
 from mmfast.batches import Entries, presence
 from mmfast.data import ArrayDataset
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.valuation import contributions
+from support.learners import NUM_CLASSES, bind, make_data
 
 # Correctness of (audio alone, video alone, both) -> copies that show (audio alone, video alone).
 PUBLISHED_COPIES = {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import shapley_values as reference
-from numerics import assert_close_to_truth, assert_rounded_once
+from support.numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import every_op
 from conftest import EMULATED, FILES
-from every_op import CALLS
 from mmfast import backend as _backend
-from numerics import assert_close_to_truth
+from support import every_op
+from support.every_op import CALLS
+from support.numerics import assert_close_to_truth
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 # A fifth of N is what the pairwise losses take; two letters at once where one hides the other.

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 
 import mmfast
-from learners import NUM_CLASSES, bind, make_data
 from mmfast import methods
 from mmfast.batches import epoch_shard
 from mmfast.data import ArrayDataset
@@ -18,6 +17,7 @@ from mmfast.evaluation import evaluate, probe
 from mmfast.models import build_model
 from mmfast.optimization import PUBLISHED, Optimization
 from mmfast.selection import Selection
+from support.learners import NUM_CLASSES, bind, make_data
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ pytest.importorskip("typer")
 from rich.console import Console
 from typer.testing import CliRunner
 
-from every_op import CALLS
 from mmfast import backend
 from mmfast.bench import tune
 from mmfast.bench.harness import Case, Options, Work
 from mmfast.commands import app
 from mmfast.kernels import _tuning as tuning
+from support.every_op import CALLS
 
 CPU = torch.device("cpu")
 TILES = [{"BLOCK": size} for size in (16, 32, 64, 128)]

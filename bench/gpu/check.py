@@ -53,7 +53,7 @@ def sanitizer_steps(python: str, backends: list[str]) -> list[Step]:
     Not initcheck: parts that were never written are loaded by design.
     """
     tool = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--print-limit", "20"]
-    program = [python, str(TESTS / "sanitized.py")]
+    program = [python, "-m", "support.sanitized"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = [
         Step(

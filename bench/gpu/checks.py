@@ -1,6 +1,6 @@
 """Checks of kernels on a GPU, one line of JSON each: checks.py riskiest|edge|op|graph|warm [BACKEND STEM].
 
-Judged by the rule of tests/numerics.py. `--rehearse` repeats little and judges nothing.
+Judged by the rule of tests/support/numerics.py. `--rehearse` repeats little and judges nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import every_op
-import numerics
 import steps
 from mmfast import backend, ops
 from mmfast.reference import duc_loss as duc_reference
+from support import every_op, numerics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1500, 20, 1)

@@ -1,5 +1,5 @@
 // The part of the emulation that kernels are compiled against but not with: fibers, barriers, the check of
-// every access, and the calls from Python (tests/cuda_emulated.py).
+// every access, and the calls from Python (tests/support/emulation.py).
 //
 // Kernels are compiled with -fsanitize=thread but linked without its library: the compiler then calls
 // __tsan_read4 and its like before every access to memory that is not a plain local variable, and those are

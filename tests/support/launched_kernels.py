@@ -1,4 +1,4 @@
-"""Compile an op's Triton kernels for what its launchers pass: python tests/launched_kernels.py OP.
+"""Compile an op's Triton kernels for what its launchers pass: python -m support.launched_kernels OP.
 
 Triton compiles a kernel anew for an integer argument of 1, which becomes a constant, for a multiple of 16
 and for pointers to 16 bytes; its interpreter, which the other tests use, knows none of this. So the ops are

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "tests/cuda_emulation", ROOT / "csrc/cuda"]
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DMMFAST_EMULATED", "-g1", "-w"]
 FLAGS += [f"-I{folder}" for folder in (ROOT / "csrc", *SOURCES)]

@@ -1,4 +1,4 @@
-"""Ops' GPU kernels once, forward and backward, for compute-sanitizer: sanitized.py [BACKEND [STEM]]."""
+"""GPU kernels once, forward and backward: compute-sanitizer python -m support.sanitized [BACKEND [STEM]]."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-import every_op
 from conftest import FILES, ROOT
 from mmfast import backend as _backend
+from support import every_op
 
 
 def main() -> None:

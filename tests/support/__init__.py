@@ -1,0 +1,1 @@
+"""What several tests share, scripts of the GPU run-book among it."""
