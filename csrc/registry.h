@@ -25,49 +25,112 @@ namespace mmfast {
 
 // What Python may rely on: raised when a function's arguments or duties change. A module that was built
 // before such a change is refused by mmfast/backend.py, which names the same number.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 // One argument as Python gives it: an integer (addresses too) or a float.
 union Argument {
   int64_t integer;
   double real;
 };
+static_assert(sizeof(Argument) == 8 && sizeof(void*) == 8);
+
+// A tensor as `*strided(x)` of mmfast/ops/_launch.py gives it: sizes, and strides in elements.
+template <int rank>
+struct Strided {
+  void* data;
+  int64_t sizes[rank];
+  int64_t strides[rank];
+};
 
 struct Entry {
   const char* name;
   int isa;
   int num_arguments;
+  int num_results;
   const bool* is_real;  // [num_arguments]
-  void (*call)(const Argument*);
+  void (*call)(const Argument* arguments, int64_t* results);
 };
 
+// How many arguments a parameter takes. A number, an enum or an address is one; an aggregate (Strided, or a
+// struct of the op's file whose members are all int64_t or addresses) is as many as it has members, so that
+// a call of 20 arguments reads as five that have names.
 template <class T>
-T cast_argument(const Argument& argument) {
-  static_assert(std::is_arithmetic_v<T> || std::is_pointer_v<T>, "arguments are numbers and addresses");
-  if constexpr (std::is_pointer_v<T>) {
-    return reinterpret_cast<T>(argument.integer);
-  } else if constexpr (std::is_floating_point_v<T>) {
-    return static_cast<T>(argument.real);
+constexpr int num_arguments_of() {
+  if constexpr (std::is_class_v<T>) {
+    static_assert(std::is_trivially_copyable_v<T> && std::is_aggregate_v<T> && alignof(T) == 8,
+                  "members must be int64_t or addresses");
+    return sizeof(T) / sizeof(Argument);
   } else {
-    return static_cast<T>(argument.integer);
+    static_assert(std::is_arithmetic_v<T> || std::is_enum_v<T> || std::is_pointer_v<T>);
+    return 1;
   }
 }
+
+template <class T>
+__attribute__((always_inline)) inline T read_argument(const Argument* argument) {
+  if constexpr (std::is_class_v<T>) {
+    T aggregate;
+    __builtin_memcpy(&aggregate, argument, sizeof(T));
+    return aggregate;
+  } else if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(argument->integer);
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return static_cast<T>(argument->real);
+  } else {
+    return static_cast<T>(argument->integer);
+  }
+}
+
+template <class T>
+using plain_t = std::remove_cv_t<std::remove_reference_t<T>>;
 
 template <auto function>
 struct Thunk;
 
-template <class... Arguments, void (*function)(Arguments...)>
+// What a function returns is nothing, an int64_t, or an aggregate of them, which Python gets as a tuple:
+// sizes that a launch needs, for Python allocates.
+template <class Result, class... Parameters, Result (*function)(Parameters...)>
 struct Thunk<function> {
-  static constexpr bool is_real[] = {std::is_floating_point_v<Arguments>...};
+  static constexpr int counts[] = {num_arguments_of<plain_t<Parameters>>()..., 0};
+  static constexpr bool is_one_real[] = {std::is_floating_point_v<plain_t<Parameters>>..., false};
+
+  static constexpr int offset(std::size_t parameter) {
+    int sum = 0;
+    for (std::size_t i = 0; i < parameter; ++i) sum += counts[i];
+    return sum;
+  }
+  static constexpr int num_arguments = offset(sizeof...(Parameters));
+  static constexpr int num_results = [] {
+    if constexpr (std::is_void_v<Result>)
+      return 0;
+    else
+      return num_arguments_of<Result>();
+  }();
+
+  struct Kinds {
+    bool is_real[num_arguments + 1];
+  };
+  static constexpr Kinds kinds = [] {
+    Kinds found{};
+    for (std::size_t i = 0; i < sizeof...(Parameters); ++i) found.is_real[offset(i)] = is_one_real[i];
+    return found;
+  }();
 
   template <std::size_t... index>
-  static void unpack(const Argument* arguments, std::index_sequence<index...>) {
-    function(cast_argument<Arguments>(arguments[index])...);
+  static void unpack(const Argument* arguments, int64_t* results, std::index_sequence<index...>) {
+    if constexpr (std::is_void_v<Result>) {
+      function(read_argument<plain_t<Parameters>>(arguments + offset(index))...);
+    } else {
+      const Result result = function(read_argument<plain_t<Parameters>>(arguments + offset(index))...);
+      __builtin_memcpy(results, &result, sizeof(Result));
+    }
   }
-  static void call(const Argument* arguments) { unpack(arguments, std::index_sequence_for<Arguments...>{}); }
+  static void call(const Argument* arguments, int64_t* results) {
+    unpack(arguments, results, std::index_sequence_for<Parameters...>{});
+  }
 
   static constexpr Entry entry(const char* name) {
-    return {name, MMFAST_ISA, static_cast<int>(sizeof...(Arguments)), is_real, &call};
+    return {name, MMFAST_ISA, num_arguments, num_results, kinds.is_real, &call};
   }
 };
 

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -25,33 +26,27 @@ from mmfast.names import describe
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
-class Preference(NamedTuple):
-    """What "auto" takes for an op, fastest first; the first that is there and takes the dtype."""
-
-    cpu: tuple[str, ...] = ("cpu",)
-    # Until both are timed on a GPU: the one whose call costs the host less, by a fifth to two thirds at 64
-    # samples (`mmfast bench --host`), and it compiles nothing at run time.
-    cuda: tuple[str, ...] = ("cuda", "triton")
+# What "auto" takes on each kind of device, fastest first: the first that is there and takes the dtype, and
+# plain torch where none does. Measured for every op (bench/results): on the CPU ours takes less time than
+# torch.compile and the peers, but for many small tensors of partial_reinit_ and the sizes in PLAIN_UP_TO; on
+# an H100 cuda took 0.1-1.0 of Triton's time in every op that has both.
+_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-# Per op, with the measurement that decided: on the CPU the time of torch.compile, or of the peer named, over
-# ours (bench/results); on an H100 cuda took 0.1-1.0 of Triton's time in every op that has both. Sizes at
-# which plain torch wins stand below.
-_PREFERENCES = {
-    "shapley_values": Preference(),  # CPU 2.4-6.3 of torch.mm
-    "additive_shapley": Preference(),  # CPU forward 3.5-58, backward 2.3-3.6
-    "duc_loss": Preference(),  # CPU 1.4-3.3 from N = 512 on
-    "class_separability": Preference(),  # CPU 7-222
-    "kmeans": Preference(),  # CPU 1.3-2.7 of scikit-learn
-    "partial_reinit": Preference(),  # CPU 1.03-1.14 of _foreach_lerp_, 0.24 with 10,000 tensors of 64
-    "gradient_projection": Preference(),  # CPU 1.6 of eager at D = 512
-    "logit_fusion": Preference(),  # CPU forward 1.9-3.3, with backward 1.5-2.7
+class OtherOrder(NamedTuple):
+    """Another order for some of an op's calls on a GPU."""
+
+    order: tuple[str, ...]
+    itemsize: int  # of the dtypes that are meant
+    capability: tuple[int, int]  # from this compute capability on
+
+
+# Measured, or following from what a kernel is built on.
+_EXCEPTIONS = {
+    # From here on Triton multiplies half precision with tcgen05, of which the CUDA kernel knows nothing; its
+    # mma.sync reaches a fraction of that rate.
+    "duc_loss": OtherOrder(("triton", "cuda"), itemsize=2, capability=(10, 0)),
 }
-
-
-# The one exception: from this compute capability on Triton multiplies half precision with tcgen05, of which
-# the CUDA kernel of duc_loss knows nothing; its mma.sync reaches a fraction of that rate.
-_TENSOR_MEMORY = (10, 0)
 
 
 class PlainUpTo(NamedTuple):
@@ -118,8 +113,8 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-# That of csrc/registry.h. 2: the C++ kernels look for labels out of range themselves.
-_INTERFACE = 2
+# That of csrc/registry.h. 3: functions return the sizes of what they are to be given.
+_INTERFACE = 3
 
 
 @functools.cache
@@ -227,14 +222,23 @@ def why_not(backend: str) -> str | None:
     return None
 
 
-@functools.cache
+# By stem of an op's files, the backends that have a function for each of its raw ops.
+_IMPLEMENTED: dict[str, set[str]] = {}
+
+
+def register(
+    op: str,  # stem of the op's files
+    backends: Iterable[str],
+) -> None:
+    """Note which backends have a raw op of `op`: mmfast/ops/_registration.py says so of each."""
+    _IMPLEMENTED.setdefault(op, set(BACKENDS)).intersection_update(backends)
+
+
 def implements(backend: str, op: str) -> bool:
-    """Whether `backend` has a kernel for the op of stem `op`; it must be available."""
-    if backend == "reference":
-        return True
-    if backend == "triton":
-        return importlib.util.find_spec(f"mmfast.kernels.{op}") is not None
-    return any(name.startswith(op) for name in dir(extension(backend)))
+    """Whether `backend` has a kernel for the op of stem `op`."""
+    if not _IMPLEMENTED:
+        importlib.import_module("mmfast.ops")
+    return backend in _IMPLEMENTED.get(op, ())
 
 
 def _why_not_here(backend: str, op: str, device_type: str) -> str | None:
@@ -279,6 +283,24 @@ def choose(
     return resolve(op, backend, device_type, tensor.dtype)
 
 
+def choose_for_all(
+    op: str,  # stem of the op's files
+    backend: str,
+    tensors: Sequence[torch.Tensor],
+) -> str:
+    """Return `choose` for the tensors of one call, plain torch where they disagree.
+
+    A list over CPU and GPU is one: kernels would each see a part of it.
+    """
+    if len(tensors) == 1:
+        return choose(op, backend, tensors[0])
+    devices, dtypes = {tensor.device for tensor in tensors}, {tensor.dtype for tensor in tensors}
+    chosen = {
+        resolve(op, backend, device.type, dtype) for device, dtype in itertools.product(devices, dtypes)
+    }
+    return chosen.pop() if len(chosen) == 1 else "reference"
+
+
 @functools.cache
 def _resolve(
     op: str,
@@ -312,16 +334,20 @@ def _note(chosen: str) -> str:
 
 def candidates(op: str, device_type: str, dtype: torch.dtype) -> list[str]:
     """Return the backends that can run `op`, the one "auto" takes first, plain torch last."""
-    preference = _PREFERENCES.get(op, Preference())._asdict().get(device_type, ())
-    if op == "duc_loss" and device_type == "cuda" and dtype.itemsize == 2:
-        is_newer = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _TENSOR_MEMORY
-        preference = ("triton", "cuda") if is_newer else preference
     found = [
         name
-        for name in preference
+        for name in _order(op, device_type, dtype)
         if _why_not_here(name, op, device_type) is None and supports(name, op, dtype)
     ]
     return [*found, "reference"]
+
+
+def _order(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    other = _EXCEPTIONS.get(op)
+    if other is None or device_type != "cuda" or dtype.itemsize != other.itemsize:
+        return _ORDER.get(device_type, ())
+    is_newer = torch.cuda.is_available() and torch.cuda.get_device_capability() >= other.capability
+    return other.order if is_newer else _ORDER[device_type]
 
 
 @contextlib.contextmanager

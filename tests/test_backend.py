@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from mmfast import backend, ops
+from mmfast.ops import _launch
+from mmfast.ops.additive_shapley import UTILITIES
+from mmfast.ops.duc_loss import REDUCTIONS
+from mmfast.ops.logit_fusion import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,12 +110,27 @@ def on_any_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_on_a_gpu_auto_takes_what_costs_the_host_least(on_any_gpu, monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    for op in backend._PREFERENCES:
+    for op in backend._IMPLEMENTED:
         # Matrix instructions of half precision that only Triton has.
         is_exception = op == "duc_loss" and dtype.itemsize == 2 and capability >= (10, 0)
         order = ["triton", "cuda"] if is_exception else ["cuda", "triton"]
         assert backend.candidates(op, "cuda", dtype) == [*order, "reference"]
     assert backend.candidates("duc_loss", "cpu", dtype) == ["cpu", "reference"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_codes_of_compiled_modules_are_those_of_python(name):
+    module = backend._load_extension(name)
+    if isinstance(module, str):
+        pytest.skip(module)
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in _launch.DTYPE_CODE)
+    assert tuple(_launch.DTYPE_CODE.values()) == tuple(range(len(dtypes)))
+    assert module.codes == {
+        "dtype": dtypes,
+        "reduction": REDUCTIONS,
+        "utility": UTILITIES,
+        "score": SCORES,
+    }
 
 
 def _matrix(rows, columns, device_type, dtype=torch.float32):

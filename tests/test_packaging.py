@@ -315,11 +315,11 @@ def test_wrong_calls_raise():
     with pytest.raises(TypeError, match="shapley_values_fwd takes 8 arguments, got 2"):
         entry(0, 0)
     with pytest.raises(TypeError, match="str"):
-        entry("0", 0, 0, 3, 8, 1, 0, 1)
+        entry("0", 0, 8, 8, 1, 0, 0, 1)
     with pytest.raises(ValueError, match=r"num_players must lie in \[1, 20\], got 21"):
-        entry(0, 0, 0, 21, 8, 1, 0, 1)
+        entry(0, 0, 2**21, 8, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="unknown dtype code 9"):
-        entry(0, 0, 0, 3, 8, 1, 9, 1)
+        entry(0, 0, 8, 8, 1, 0, 9, 1)
 
 
 def test_cuda_module_loads_without_a_gpu():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import EMULATED, FILES
 from mmfast import ops
-from mmfast.ops import _common, class_separability
-
-# The public functions hide the modules they are in.
-shapley_values = sys.modules["mmfast.ops.shapley_values"]
+from mmfast.ops import _launch
+from mmfast.ops._registration import FUNCTIONS
 
 MOST = 100
 N, D, C, S = 30, 12, 3, 8
@@ -54,10 +50,10 @@ CENTROIDS = _random(C, D)
 # A whole part of the columns has no class with samples.
 CENTROIDS[:, : MOST // N] = torch.nan
 CALLS = {
-    "moments": lambda x, b: class_separability._moments_fwd(x, LABELS.to(x.device), C, b),
-    "hits": lambda x, b: [class_separability._hits(x, LABELS.to(x.device), CENTROIDS.to(x.device), b)],
-    "shapley fwd": lambda x, b: [shapley_values._fwd(x, b)],
-    "shapley bwd": lambda x, b: [shapley_values._bwd(x[..., :3], b)],
+    "moments": lambda x, b: FUNCTIONS["class_moments_fwd"][b](x, LABELS.to(x.device), C),
+    "hits": lambda x, b: [FUNCTIONS["dimension_hits"][b](x, LABELS.to(x.device), CENTROIDS.to(x.device))],
+    "shapley fwd": lambda x, b: [FUNCTIONS["shapley_values_fwd"][b](x)],
+    "shapley bwd": lambda x, b: [FUNCTIONS["shapley_values_bwd"][b](x[..., :3])],
 }
 CASES = [(name, kind) for name in ("moments", "hits") for kind in MATRICES]
 CASES += [(name, kind) for name in ("shapley fwd", "shapley bwd") for kind in TABLES]
@@ -70,7 +66,7 @@ def test_parts_give_what_the_whole_gives(name, kind, backend, device, monkeypatc
         pytest.skip("it has chunks of its own")
     x = (MATRICES | TABLES)[kind].to(device)
     whole = CALLS[name](x, backend)
-    monkeypatch.setattr(_common, "_MOST_PACKED", MOST)
+    monkeypatch.setattr(_launch, "_MOST_PACKED", MOST)
     with LargestCopy() as largest:
         parts = CALLS[name](x, backend)
     assert largest.numel <= MOST

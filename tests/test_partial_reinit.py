@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast import ops
-from mmfast.ops import partial_reinit
+from mmfast.ops import _partial_reinit_launch as launch
 from mmfast.reference import partial_reinit as reference
 from support.numerics import assert_close_to_truth
 
@@ -157,9 +157,9 @@ def test_lists_that_come_again(backend, device):
 def test_a_plan_made_while_a_graph_is_captured(backend, device, dtype, monkeypatch):
     """It is written by kernels, from what they have as arguments, and kept while Python runs."""
     plans: list[Tensor] = []
-    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: True)
-    monkeypatch.setattr(partial_reinit, "_PLANS", {})
-    monkeypatch.setattr(partial_reinit, "_CAPTURED", plans)
+    monkeypatch.setattr(launch, "_is_capturing", lambda _: True)
+    monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(launch, "_CAPTURED", plans)
     # More than go along with one launch, one of many records among them.
     params = [make(1 + 20 * index, dtype, device, seed=index) for index in range(130)]
     params[101] = make(1_100_003 if dtype == torch.float32 else 9000, dtype, device)
@@ -170,9 +170,9 @@ def test_a_plan_made_while_a_graph_is_captured(backend, device, dtype, monkeypat
         assert plans == []
         return
     (written,) = plans
-    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: False)
+    monkeypatch.setattr(launch, "_is_capturing", lambda _: False)
     ops.partial_reinit_(params, inits, alphas, backend=backend)
-    (copied,) = partial_reinit._PLANS.values()
+    (copied,) = launch._PLANS.values()
     # Of the last word Triton, whose launches know the dtype, writes the size alone.
     columns = slice(0, 4 if backend == "cuda" else 3)
     assert torch.equal(written[:, columns], copied[:, columns])
@@ -184,18 +184,18 @@ def test_a_captured_list_takes_the_plan_of_another_stream(backend, device, monke
     if backend not in ("triton", "cuda"):
         pytest.skip("has no plans")
     plans: list[Tensor] = []
-    monkeypatch.setattr(partial_reinit, "_PLANS", {})
-    monkeypatch.setattr(partial_reinit, "_CAPTURED", plans)
+    monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(launch, "_CAPTURED", plans)
     params, inits = [make(50, device=device)], [make(50, device=device, seed=1)]
     ops.partial_reinit_(params, inits, 0.5, backend=backend)
-    ((key, plan),) = partial_reinit._PLANS.items()
-    monkeypatch.setattr(partial_reinit, "_PLANS", {(*key[:-1], key[-1] + 1): plan})
-    monkeypatch.setattr(partial_reinit, "_is_capturing", lambda _: True)
+    ((key, plan),) = launch._PLANS.items()
+    monkeypatch.setattr(launch, "_PLANS", {(*key[:-1], key[-1] + 1): plan})
+    monkeypatch.setattr(launch, "_is_capturing", lambda _: True)
     check(backend, params, inits, 0.5)
     check(backend, params, inits, 0.25)
     assert plans[0] is plan
     assert plans[1] is not plan
-    assert len(partial_reinit._PLANS) == 1
+    assert len(launch._PLANS) == 1
 
 
 def test_a_list_that_stays_as_it_is(backend, device):

@@ -23,6 +23,7 @@
 #include <limits>
 #include <vector>
 
+#include "codes.h"
 #include "vec_math.h"
 
 namespace mmfast {
@@ -653,33 +654,39 @@ void bwd(const T* dphi, T* dv, int64_t num_rows, int num_players, int64_t stride
                });
 }
 
-void check_players(const char* op, int64_t num_players) {
-  if (num_players >= 1 && num_players <= kMaxPlayers) return;
+int checked_players(const char* op, int64_t num_players) {
+  if (num_players >= 1 && num_players <= kMaxPlayers) return static_cast<int>(num_players);
   throw std::invalid_argument(std::string(op) + ": num_players must lie in [1, 20], got " +
                               std::to_string(num_players));
 }
 
-void shapley_values_fwd(const void* v,  // [rows, S], strides in elements
-                        void* phi,      // [rows, M], contiguous
-                        int64_t num_rows, int64_t num_players, int64_t stride_row, int64_t stride_coalition,
-                        int64_t dtype, int64_t num_threads) {
-  check_players("shapley_values_fwd", num_players);
+// The number of players who have so many coalitions.
+int players_of(const char* op, int64_t num_coalitions) {
+  if (num_coalitions <= 0 || (num_coalitions & (num_coalitions - 1)) != 0)
+    throw std::invalid_argument(std::string(op) + ": S must be a power of two, got " +
+                                std::to_string(num_coalitions));
+  return checked_players(op, __builtin_ctzll(static_cast<unsigned long long>(num_coalitions)));
+}
+
+void shapley_values_fwd(const Strided<2>& utilities,  // [rows, S]
+                        void* phi,                    // [rows, M] contiguous
+                        Dtype dtype, int64_t num_threads) {
+  const int num_players = players_of("shapley_values_fwd", utilities.sizes[1]);
   dispatch_dtype("shapley_values_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    fwd(static_cast<const T*>(v), static_cast<T*>(phi), num_rows, static_cast<int>(num_players), stride_row,
-        stride_coalition, num_threads);
+    fwd(static_cast<const T*>(utilities.data), static_cast<T*>(phi), utilities.sizes[0], num_players,
+        utilities.strides[0], utilities.strides[1], num_threads);
   });
 }
 
-void shapley_values_bwd(const void* dphi,  // [rows, M], strides in elements
-                        void* dv,          // [rows, S], contiguous
-                        int64_t num_rows, int64_t num_players, int64_t stride_row, int64_t stride_player,
-                        int64_t dtype, int64_t num_threads) {
-  check_players("shapley_values_bwd", num_players);
+void shapley_values_bwd(const Strided<2>& dphi,  // [rows, M]
+                        void* dutilities,        // [rows, S] contiguous
+                        Dtype dtype, int64_t num_threads) {
+  const int num_players = checked_players("shapley_values_bwd", dphi.sizes[1]);
   dispatch_dtype("shapley_values_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    bwd(static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, static_cast<int>(num_players), stride_row,
-        stride_player, num_threads);
+    bwd(static_cast<const T*>(dphi.data), static_cast<T*>(dutilities), dphi.sizes[0], num_players,
+        dphi.strides[0], dphi.strides[1], num_threads);
   });
 }
 

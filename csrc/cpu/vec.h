@@ -207,10 +207,10 @@ inline V zip(V a, V b) {
   return zip<upper>(a, b, lanes_of<V>{});
 }
 
-// Calls function(pointer to T) for the type behind a dtype code of mmfast/ops/_common.py.
-template <class Function>
-void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
-  switch (dtype) {
+// Calls function(pointer to T) for the type behind a dtype code.
+template <class Code, class Function>
+void dispatch_dtype(const char* op, Code dtype, Function&& function) {
+  switch (static_cast<int64_t>(dtype)) {
     case 0:
       return function(static_cast<float*>(nullptr));
     case 1:
@@ -220,7 +220,8 @@ void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
     case 3:
       return function(static_cast<float16*>(nullptr));
     default:
-      throw std::invalid_argument(std::string(op) + ": unknown dtype code " + std::to_string(dtype));
+      throw std::invalid_argument(std::string(op) + ": unknown dtype code " +
+                                  std::to_string(static_cast<int64_t>(dtype)));
   }
 }
 

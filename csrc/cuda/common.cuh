@@ -45,10 +45,17 @@ inline void check_cuda(const char* op, cudaError_t status) {
   throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
+// Where a call runs, as mmfast.backend.stream_of gives it.
+struct Stream {
+  int64_t device;
+  void* handle;  // cudaStream_t
+};
+
 // Makes `device` current for a scope.
 class DeviceGuard {
  public:
-  DeviceGuard(const char* op, int device) {
+  DeviceGuard(const char* op, int64_t wanted) {
+    const int device = static_cast<int>(wanted);
     check_cuda(op, cudaGetDevice(&previous_));
     if (previous_ == device) previous_ = -1;
     if (previous_ >= 0) check_cuda(op, cudaSetDevice(device));
@@ -63,10 +70,10 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-// Calls function(pointer to T) for the type behind a dtype code of mmfast/ops/_common.py.
-template <class Function>
-void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
-  switch (dtype) {
+// Calls function(pointer to T) for the type behind a dtype code.
+template <class Code, class Function>
+void dispatch_dtype(const char* op, Code dtype, Function&& function) {
+  switch (static_cast<int64_t>(dtype)) {
     case 0:
       return function(static_cast<float*>(nullptr));
     case 1:
@@ -76,7 +83,8 @@ void dispatch_dtype(const char* op, int64_t dtype, Function&& function) {
     case 3:
       return function(static_cast<__half*>(nullptr));
     default:
-      throw std::invalid_argument(std::string(op) + ": unknown dtype code " + std::to_string(dtype));
+      throw std::invalid_argument(std::string(op) + ": unknown dtype code " +
+                                  std::to_string(static_cast<int64_t>(dtype)));
   }
 }
 

@@ -10,21 +10,16 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant, without_derivative
-from mmfast.ops._common import (
-    DTYPE_CODE,
-    cast,
+from mmfast.ops._checks import (
     check_float,
     check_integer,
-    check_label_range,
     check_labels,
     check_same_device,
     check_shape,
-    columns_at_a_time,
-    register,
     shape_text,
-    unbroken_rows,
-    whole_labels,
 )
+from mmfast.ops._class_separability_launch import hits_op, moments_bwd_op, moments_fwd_op
+from mmfast.ops._launch import cast
 from mmfast.reference import class_separability as _reference
 from mmfast.reference._common import accumulation_dtype
 
@@ -101,7 +96,7 @@ def class_moments(
     _check(features, labels, num_classes)
     _backend.check_name(backend)
     if is_constant(features):
-        return ClassMoments(*_moments_fwd_op(features, labels, num_classes, backend))
+        return ClassMoments(*moments_fwd_op(features, labels, num_classes, backend))
     return ClassMoments(*_moments((num_classes, backend), features, labels))
 
 
@@ -146,7 +141,7 @@ def dimension_accuracy(
     check_same_device(features=features, centroids=centroids)
     _backend.check_name(backend)
     features, centroids = without_derivative(features, centroids)
-    hits = _hits_op(features, labels, centroids, backend)
+    hits = hits_op(features, labels, centroids, backend)
     dtype = accumulation_dtype(features.dtype)
     # A quotient of whole numbers has torch's default dtype: most often the one that is wanted.
     wide = hits if dtype == torch.get_default_dtype() else cast(hits, dtype)
@@ -193,8 +188,8 @@ def effective_dimensions(
         raise ValueError(f"features must hold at least one sample, got {shape_text(features.shape)}")
     _backend.check_name(backend)
     (features,) = without_derivative(features)
-    _, mean, _ = _moments_fwd_op(features, labels, num_classes, backend)
-    hits = _hits_op(features, labels, mean, backend)
+    _, mean, _ = moments_fwd_op(features, labels, num_classes, backend)
+    hits = hits_op(features, labels, mean, backend)
     return hits * hits.shape[0] > hits.sum()
 
 
@@ -213,12 +208,12 @@ class _ClassMoments(Op):
 
     @staticmethod
     def forward(options, features, labels):
-        return _moments_fwd_op(features, labels, *options)
+        return moments_fwd_op(features, labels, *options)
 
     @staticmethod
     def gradient(options, gradients, tensors, kept):
         dmean, dvar = _both(gradients[1:], kept[1])
-        return _moments_bwd_op(dmean, dvar, *tensors, *kept, options[1]), None
+        return moments_bwd_op(dmean, dvar, *tensors, *kept, options[1]), None
 
     @staticmethod
     def formula(options, gradients, tensors):
@@ -238,286 +233,3 @@ def _both(
 
 
 _moments = differentiable(_ClassMoments)
-
-
-def _moments_fwd(
-    features: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    num_classes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
-    chosen = _backend.choose("class_separability", backend, features)
-    if features.stride(1) != 1 and chosen != "reference":
-        width = columns_at_a_time(features)
-        if width < features.shape[1]:
-            parts = [_moments_fwd(part, labels, num_classes, chosen) for part in features.split(width, 1)]
-            counts, means, variances = zip(*parts, strict=True)
-            return counts[0], torch.cat(means, 1), torch.cat(variances, 1)
-        features = features.contiguous()
-    if chosen == "cpu":
-        return _moments_fwd_cpu(features, labels, num_classes)
-    check_label_range("labels", labels, num_classes)
-    if chosen == "triton":
-        launch = _backend.kernels("class_separability").class_moments_fwd
-        return launch(features, labels, num_classes)
-    if chosen == "cuda":
-        return _moments_fwd_cuda(features, labels, num_classes)
-    return _reference.class_moments(features, labels, num_classes)
-
-
-def _moments_fwd_cpu(
-    features: Tensor,  # [N, D], every row in one piece
-    labels: Tensor,  # [N]
-    num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
-    count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
-    labels = whole_labels(labels)
-    _backend.extension("cpu").class_separability_moments_fwd(
-        features.data_ptr(),
-        labels.data_ptr(),
-        count.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
-        *features.shape,
-        num_classes,
-        features.stride(0),
-        DTYPE_CODE[features.dtype],
-        torch.get_num_threads(),
-    )
-    return count, mean, var
-
-
-# What a block of the CUDA kernel takes: samples, and classes by which it can order its samples itself.
-_MOST_ROWS, _MOST_OWN_CLASSES = 1024, 128
-# What blocks that do so leave of each class stays in the second-level cache up to so many numbers.
-_MOST_PARTS = 2**20
-# Two blocks for each multiprocessor of an H100. Fixed: the same bits on every GPU.
-_BLOCKS = 264
-
-
-def _blocks_of_moments(
-    num_samples: int, num_dims: int, num_classes: int, itemsize: int
-) -> tuple[int, bool]:  # samples a block, whether it orders them itself
-    """Return how the CUDA kernel shares out the samples: enough of a class to a block, and enough blocks."""
-    slabs = max(1, -(-num_dims * itemsize // 512))
-    rows = max(64, -(-num_samples * slabs // _BLOCKS))
-    few_parts = num_samples * num_dims * num_classes <= _MOST_PARTS * _MOST_ROWS
-    is_ordering = num_classes <= _MOST_OWN_CLASSES // 2 or (num_classes <= _MOST_OWN_CLASSES and few_parts)
-    if is_ordering:
-        rows = max(rows, 16 * num_classes)
-    return min(_MOST_ROWS, -(-rows // 16) * 16), is_ordering
-
-
-def _moments_fwd_cuda(
-    features: Tensor,  # [N, D], every row in one piece
-    labels: Tensor,  # [N]
-    num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
-    count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cuda")
-    num_samples, num_dims = features.shape
-    rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
-    num_blocks = -(-num_samples // rows)
-    if is_ordering:
-        labels, order, sorted_labels = whole_labels(labels), None, None
-        num_parts = num_blocks * num_classes
-        part_count = count.new_empty(num_parts, dtype=torch.int32)
-    else:
-        sorted_labels, order = labels.int().sort(stable=True)
-        num_parts, part_count = num_blocks + num_classes, None
-    part_squares = torch.empty(num_parts, num_dims, dtype=mean.dtype, device=mean.device)
-    part_mean = torch.empty_like(part_squares, dtype=torch.float64)
-    _backend.extension("cuda").class_separability_moments_fwd(
-        features.data_ptr(),
-        labels.data_ptr() if is_ordering else 0,
-        0 if order is None else order.data_ptr(),
-        0 if sorted_labels is None else sorted_labels.data_ptr(),
-        part_mean.data_ptr(),
-        part_squares.data_ptr(),
-        0 if part_count is None else part_count.data_ptr(),
-        count.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
-        num_samples,
-        num_dims,
-        num_classes,
-        features.stride(0),
-        rows,
-        DTYPE_CODE[features.dtype],
-        *_backend.stream_of(features),
-    )
-    return count, mean, var
-
-
-def _moments_bwd(
-    dmean: Tensor,  # [C, D]
-    dvar: Tensor,  # [C, D]
-    features: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    count: Tensor,  # [C]
-    mean: Tensor,  # [C, D]
-    backend: str,
-) -> Tensor:  # [N, D]
-    chosen = _backend.choose("class_separability", backend, features)
-    if chosen in ("cpu", "cuda"):
-        return _moments_bwd_run(dmean, dvar, features, labels, count, mean, chosen)
-    if chosen == "triton":
-        launch = _backend.kernels("class_separability").class_moments_bwd
-        return launch(dmean, dvar, features, labels, count, mean)
-    return _reference.class_moments_bwd(dmean, dvar, features, labels, count, mean)
-
-
-def _moments_bwd_run(
-    dmean: Tensor,  # [C, D]
-    dvar: Tensor,  # [C, D]
-    features: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    count: Tensor,  # [C]
-    mean: Tensor,  # [C, D]
-    chosen: str,  # "cpu" or "cuda"
-) -> Tensor:  # [N, D]
-    dfeatures = features.new_empty(*features.shape)
-    features, labels = unbroken_rows(features), whole_labels(labels)
-    dmean, dvar = cast(dmean, mean.dtype).contiguous(), cast(dvar, mean.dtype).contiguous()
-    count, mean = count.contiguous(), mean.contiguous()
-    _backend.extension(chosen).class_separability_moments_bwd(
-        dmean.data_ptr(),
-        dvar.data_ptr(),
-        features.data_ptr(),
-        labels.data_ptr(),
-        count.data_ptr(),
-        mean.data_ptr(),
-        dfeatures.data_ptr(),
-        *features.shape,
-        mean.shape[0],
-        features.stride(0),
-        DTYPE_CODE[features.dtype],
-        *_backend.where(chosen, features),
-    )
-    return dfeatures
-
-
-def _hits(
-    features: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    centroids: Tensor,  # [C, D]
-    backend: str,
-) -> Tensor:  # int64 [D]
-    chosen = _backend.choose("class_separability", backend, features)
-    if chosen == "cpu" and features.stride(1) == 1:
-        return _hits_cpu(features, labels, centroids)
-    width = features.shape[1]
-    if features.stride(1) != 1 and chosen in ("cpu", "cuda"):
-        width = columns_at_a_time(features)
-        features = features if width < features.shape[1] else features.contiguous()
-    if chosen == "cpu" and width == features.shape[1]:
-        return _hits_cpu(features, labels, centroids)
-    check_label_range("labels", labels, centroids.shape[0])
-    if centroids.device.type == "cpu" and centroids.numel() and not bool(centroids.isfinite().any()):
-        # As the C++ kernel says it.
-        raise ValueError(
-            f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
-        )
-    if width < features.shape[1]:
-        parts = zip(features.split(width, 1), centroids.split(width, 1), strict=True)
-        return torch.cat([_hits_of_columns(x, labels, c, chosen) for x, c in parts])
-    if chosen == "cuda":
-        return _hits_cuda(features, labels, centroids)
-    if chosen == "triton":
-        return _backend.kernels("class_separability").dimension_hits(features, labels, centroids)
-    return _reference.dimension_hits(features, labels, centroids)
-
-
-def _hits_of_columns(
-    features: Tensor,  # [N, d]
-    labels: Tensor,  # [N]
-    centroids: Tensor,  # [C, d]
-    chosen: str,  # "cpu" or "cuda"
-) -> Tensor:  # int64 [d]
-    if chosen == "cuda":
-        return _hits_cuda(features.contiguous(), labels, centroids)
-    if bool(centroids.isfinite().any()):
-        return _hits_cpu(features.contiguous(), labels, centroids)
-    # What the kernel refuses, and other columns may make up for.
-    return features.new_zeros(features.shape[1], dtype=torch.int64)
-
-
-def _hits_cpu(
-    features: Tensor,  # [N, D], every row in one piece
-    labels: Tensor,  # [N]
-    centroids: Tensor,  # [C, D]
-) -> Tensor:  # int64 [D]
-    hits = features.new_empty(features.shape[1], dtype=torch.int64)
-    labels = whole_labels(labels)
-    centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
-    _backend.extension("cpu").class_separability_hits(
-        features.data_ptr(),
-        labels.data_ptr(),
-        centroids.data_ptr(),
-        hits.data_ptr(),
-        *features.shape,
-        centroids.shape[0],
-        features.stride(0),
-        DTYPE_CODE[features.dtype],
-        DTYPE_CODE[centroids.dtype],
-        torch.get_num_threads(),
-    )
-    return hits
-
-
-def _hits_cuda(
-    features: Tensor,  # [N, D], every row in one piece
-    labels: Tensor,  # [N]
-    centroids: Tensor,  # [C, D]
-) -> Tensor:  # int64 [D]
-    hits = features.new_zeros(features.shape[1], dtype=torch.int64)
-    labels = whole_labels(labels)
-    centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
-    intervals = centroids.new_empty(2, *centroids.shape, dtype=accumulation_dtype(features.dtype))
-    _backend.extension("cuda").class_separability_hits(
-        features.data_ptr(),
-        labels.data_ptr(),
-        centroids.data_ptr(),
-        intervals.data_ptr(),
-        hits.data_ptr(),
-        *features.shape,
-        centroids.shape[0],
-        features.stride(0),
-        DTYPE_CODE[features.dtype],
-        DTYPE_CODE[centroids.dtype],
-        *_backend.stream_of(features),
-    )
-    return hits
-
-
-def _moments_fwd_fake(features, labels, num_classes, backend):
-    dtype = accumulation_dtype(features.dtype)
-    count = features.new_empty(num_classes, dtype=torch.int64)
-    mean = features.new_empty(num_classes, features.shape[1], dtype=dtype)
-    return count, mean, torch.empty_like(mean)
-
-
-def _moments_bwd_fake(dmean, dvar, features, labels, count, mean, backend):
-    return features.new_empty(features.shape)
-
-
-def _hits_fake(features, labels, centroids, backend):
-    return features.new_empty(features.shape[1], dtype=torch.int64)
-
-
-_moments_fwd_op = register(
-    "class_moments_fwd(Tensor features, Tensor labels, SymInt num_classes, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _moments_fwd,
-    _moments_fwd_fake,
-)
-_moments_bwd_op = register(
-    "class_moments_bwd(Tensor dmean, Tensor dvar, Tensor features, Tensor labels, Tensor count, Tensor mean,"
-    " str backend) -> Tensor",
-    _moments_bwd,
-    _moments_bwd_fake,
-)
-_hits_op = register(
-    "dimension_hits(Tensor features, Tensor labels, Tensor centroids, str backend) -> Tensor",
-    _hits,
-    _hits_fake,
-)

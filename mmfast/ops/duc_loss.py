@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
-from mmfast.ops._common import (
-    DTYPE_CODE,
+from mmfast.ops._checks import (
     FLOATS,
-    cast,
+    check_bool,
     check_choice,
     check_float,
     check_integer,
@@ -24,16 +21,11 @@ from mmfast.ops._common import (
     check_same_device,
     check_scale_tensor,
     check_shape,
-    check_tensor,
-    outside_autocast,
-    promoted,
-    register,
 )
+from mmfast.ops._duc_loss_launch import REDUCTIONS, duc_op, info_nce_op
+from mmfast.ops._launch import cast, promoted
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
-from mmfast.reference.duc_loss import residual_dtype
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class DucDims:
@@ -176,7 +168,7 @@ def duc_loss(
         keys = [key.to(features[0].dtype) for key in keys]
     if is_constant(*features):
         given = (keys, mask, columns, sizes, float(temperature), offset, reduction)
-        return _duc_op(features, *given, False, backend)[0]
+        return duc_op(features, *given, False, backend)[0]
     options = (list(sizes), float(temperature), offset, reduction, _asks_gradient(features), backend)
     # Constants that no derivative reads need no place among what autograd saves.
     return _duc((num_modalities, columns, *options), mask, *features, *keys)
@@ -239,7 +231,7 @@ def unidirectional_info_nce(
         key = key.to(query.dtype)
     options = (float(temperature), offset, reduction)
     if is_constant(query):
-        return _info_nce_op(query, key, *options, False, backend)[0]
+        return info_nce_op(query, key, *options, False, backend)[0]
     return _info_nce((*options, _asks_gradient([query]), backend), query, key)
 
 
@@ -277,9 +269,7 @@ def _is_like(feature: Tensor, first: Tensor) -> bool:
 
 
 def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: int | None) -> None:
-    check_tensor("effective", effective)
-    if effective.dtype != torch.bool:
-        raise TypeError(f"effective must have dtype bool, got {str(effective.dtype).removeprefix('torch.')}")
+    check_bool("effective", effective)
     check_shape("effective", effective, "M, D", (num_modalities, num_dims))
 
 
@@ -353,7 +343,7 @@ class _DucLoss(Op):
     @staticmethod
     def forward(options, mask, *tensors):
         num_modalities, *others = options
-        return _duc_op(tensors[:num_modalities], tensors[num_modalities:], mask, *others)
+        return duc_op(tensors[:num_modalities], tensors[num_modalities:], mask, *others)
 
     @staticmethod
     def gradient(options, gradients, tensors, kept):
@@ -383,7 +373,7 @@ class _InfoNCE(Op):
 
     @staticmethod
     def forward(options, query, key):
-        return _info_nce_op(query, key, *options)
+        return info_nce_op(query, key, *options)
 
     @staticmethod
     def gradient(options, gradients, tensors, kept):
@@ -400,238 +390,3 @@ class _InfoNCE(Op):
 
 
 _duc, _info_nce = differentiable(_DucLoss), differentiable(_InfoNCE)
-
-
-def _views(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-) -> array:  # int64 [M, 2, 3]
-    """Return the addresses and strides of all matrices, as compiled kernels take them."""
-    numbers: list[int] = []
-    for feature, key in zip(features, keys):
-        numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
-    return array("q", numbers)
-
-
-def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
-    query = features[0]
-    shape = (len(features), *query.shape) if with_residual else (0,)
-    return query.new_empty(shape, dtype=residual_dtype(query.dtype))
-
-
-def _run_cpu(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    query = features[0]
-    num_samples, num_dims = query.shape
-    loss = _loss_fake(query, reduction)
-    residuals = _residuals(features, with_residual)
-    views = _views(features, keys)
-    mask = None if effective is None else effective.contiguous()
-    _backend.extension("cpu").duc_loss_fwd(
-        views.buffer_info()[0],
-        0 if mask is None else mask.data_ptr(),
-        loss.data_ptr(),
-        residuals.data_ptr() if with_residual else 0,
-        len(features),
-        num_samples,
-        keys[0].shape[0],
-        num_dims,
-        temperature,
-        offset,
-        REDUCTIONS.index(reduction),
-        DTYPE_CODE[query.dtype],
-        torch.get_num_threads(),
-    )
-    return loss, residuals
-
-
-def _has_aligned_rows(
-    x: Tensor,  # [N, D]
-) -> bool:
-    """Return whether rows are in one piece each, and begin and end at multiples of 16 bytes."""
-    lengths = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
-    return x.stride(1) == 1 and all(length % 16 == 0 for length in lengths)
-
-
-def _run_cuda(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-    effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
-    sizes: list[int],  # M^2 numbers of columns a pair has; none: not known on the host
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    query = features[0]
-    (num_samples, num_dims), num_keys = query.shape, keys[0].shape[0]
-    num_pairs = 1 if effective is None else len(features) * (len(features) - 1)
-    num_columns = max(sizes, default=num_dims) if num_pairs else 0
-    loss = _loss_fake(query, reduction)
-    residuals = _residuals(features, with_residual)
-    if num_columns == 0 or num_samples == 0:
-        # Without dimensions all scores are 0.
-        nothing = math.log(num_keys) if effective is None and num_samples else 0.0
-        loss.fill_(math.nan if num_samples == 0 and reduction == "mean" else nothing)
-        if reduction == "sum":
-            loss.mul_(num_samples)
-        return loss, residuals.zero_()
-    # In half precision up to 512 columns take a power of two of panels, otherwise any number of panels.
-    wide = query.dtype.itemsize > 2
-    width = -(-num_columns // 64) * 64
-    if not wide and num_columns <= 512:
-        width = max(64, 1 << (num_columns - 1).bit_length())
-    # Where all columns are taken, rows that can be read 16 bytes at a time need no second copy.
-    reads_keys = wide and effective is None and _has_aligned_rows(keys[0])
-    num_copies = 2 if wide and not reads_keys else 1
-    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * num_copies
-    packed = query.new_empty(num_pairs * num_rows * width)
-    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
-    num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
-    # Sums over several teachers are rounded once, residuals in float16 after their factors.
-    is_rounded = (effective is None or len(features) == 2) and residuals.dtype == query.dtype
-    packed_residual = residuals
-    if with_residual and (effective is not None or num_dims % 2):
-        dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
-        packed_residual = query.new_empty(num_pairs, num_samples, width, dtype=dtype)
-    losses = loss.new_empty(num_pairs, num_samples)
-    num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
-    partial = loss.new_empty(num_partial)
-    indices = loss.new_empty(num_pairs * (2 * num_dims + 1), dtype=torch.int32)
-    views = _views(features, keys)
-    known = array("q", sizes)
-    mask = None if effective is None else effective.contiguous()
-    _backend.extension("cuda").duc_loss_fwd(
-        views.buffer_info()[0],
-        0 if mask is None else mask.data_ptr(),
-        indices.data_ptr(),
-        packed.data_ptr(),
-        packed_residual.data_ptr() if with_residual else 0,
-        partial.data_ptr(),
-        losses.data_ptr(),
-        loss.data_ptr(),
-        residuals.data_ptr() if with_residual else 0,
-        len(features),
-        num_samples,
-        num_keys,
-        num_dims,
-        width,
-        known.buffer_info()[0] if sizes else 0,
-        num_splits,
-        reads_keys,
-        is_rounded,
-        temperature,
-        offset,
-        REDUCTIONS.index(reduction),
-        DTYPE_CODE[query.dtype],
-        *_backend.stream_of(query),
-    )
-    return loss, residuals
-
-
-def _duc_impl(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]; none: the features
-    effective: Tensor,  # bool [M, D]
-    columns: Tensor | None,  # int64 [sum of sizes]; None: not prepared
-    sizes: list[int],  # M^2
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    """Return the loss and temperature times the gradient of its sum, of float16 in float32.
-
-    Out of float16's range such a product is soon; the other dtypes have range enough.
-    """
-    chosen = _backend.choose("duc_loss", backend, features[0])
-    if chosen == "cpu":
-        return _run_cpu(features, keys or features, effective, temperature, offset, reduction, with_residual)
-    if chosen == "triton":
-        return _backend.kernels("duc_loss").duc_loss_fwd(
-            features, keys or features, effective, sizes, temperature, offset, reduction, with_residual
-        )
-    if chosen == "cuda":
-        return _run_cuda(
-            features, keys or features, effective, sizes, temperature, offset, reduction, with_residual
-        )
-    if columns is None:
-        columns, sizes = _reference.split_dims(effective)
-    return outside_autocast(_reference.duc_loss_fwd)(
-        features,
-        keys or features,
-        columns,
-        sizes,
-        temperature=temperature,
-        offset=offset,
-        reduction=reduction,
-        with_residual=with_residual,
-    )
-
-
-def _info_nce_impl(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [K, D]
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
-    chosen = _backend.choose("duc_loss", backend, query)
-    # A pair without dimensions adds 0 to the kernel's sum over pairs; alone its scores are 0 and count.
-    if chosen == "cpu" and query.shape[1] > 0:
-        loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
-        return loss, residuals[0] if with_residual else residuals
-    if chosen == "triton":
-        module = _backend.kernels("duc_loss")
-        return module.info_nce_fwd(query, key, temperature, offset, reduction, with_residual)
-    if chosen == "cuda":
-        loss, residuals = _run_cuda([query], [key], None, [], temperature, offset, reduction, with_residual)
-        return loss, residuals[0] if with_residual else residuals
-    losses, residual = outside_autocast(_reference.info_nce_fwd)(
-        query, key, temperature=temperature, offset=offset, with_residual=with_residual
-    )
-    loss = _reference.reduced(losses, reduction)
-    residual = query.new_empty(0) if residual is None else residual
-    return loss, residual.to(residual_dtype(query.dtype))
-
-
-def _loss_fake(query: Tensor, reduction: str) -> Tensor:
-    shape = query.shape[:1] if reduction == "none" else ()
-    return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-
-
-def _duc_fake(
-    features, keys, effective, columns, sizes, temperature, offset, reduction, with_residual, backend
-):
-    shape = (len(features), *features[0].shape) if with_residual else (0,)
-    residuals = features[0].new_empty(shape, dtype=residual_dtype(features[0].dtype))
-    return _loss_fake(features[0], reduction), residuals
-
-
-def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, backend):
-    shape = query.shape if with_residual else (0,)
-    return _loss_fake(query, reduction), query.new_empty(shape, dtype=residual_dtype(query.dtype))
-
-
-_duc_op = register(
-    "duc_loss_fwd(Tensor[] features, Tensor[] keys, Tensor effective, Tensor? columns, SymInt[] sizes,"
-    " float temperature, SymInt offset, str reduction, bool with_residual, str backend) -> (Tensor, Tensor)",
-    _duc_impl,
-    _duc_fake,
-)
-_info_nce_op = register(
-    "info_nce_fwd(Tensor query, Tensor key, float temperature, SymInt offset, str reduction,"
-    " bool with_residual, str backend) -> (Tensor, Tensor)",
-    _info_nce_impl,
-    _info_nce_fake,
-)

@@ -7,20 +7,18 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant
-from mmfast.ops._common import (
-    DTYPE_CODE,
-    cast,
+from mmfast.ops._checks import (
     check_apart,
     check_float,
     check_positive,
     check_same_device,
     check_shape,
     check_tensor,
-    outside_autocast,
-    register,
+    dtype_text,
     shape_text,
-    unbroken_rows,
 )
+from mmfast.ops._launch import DTYPE_CODE, cast, outside_autocast, with_contiguous_rows
+from mmfast.ops._registration import define
 from mmfast.reference import gradient_projection as _reference
 from mmfast.reference._common import accumulation_dtype
 
@@ -123,9 +121,7 @@ def _check_projector(projector: Tensor) -> None:
     check_tensor("projector", projector)
     if projector.dtype not in (torch.float32, torch.float64):
         check_float("projector", projector)
-        raise TypeError(
-            f"projector must have dtype float32 or float64, got {str(projector.dtype).removeprefix('torch.')}"
-        )
+        raise TypeError(f"projector must have dtype float32 or float64, got {dtype_text(projector.dtype)}")
     shape = projector.shape
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"projector must have shape [D, D], got {shape_text(shape)}")
@@ -154,7 +150,7 @@ def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
     num_dims = projector.shape[0]
     if num_dims == 0:
         return
-    dense = unbroken_rows(projector)
+    dense = with_contiguous_rows(projector)
     h = cast(mean_feature, projector.dtype).contiguous()
     _backend.extension("cpu").gradient_projection_update(
         dense.data_ptr(),
@@ -183,7 +179,7 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     if accumulation_dtype(grad.dtype) != projector.dtype:
         wide = torch.promote_types(grad.dtype, projector.dtype)
         return _project_cpu(grad.to(wide), projector.to(wide)).to(grad.dtype)
-    projector = unbroken_rows(projector)
+    projector = with_contiguous_rows(projector)
     projected = grad.new_empty(*grad.shape)
     _backend.extension("cpu").gradient_projection_product(
         grad.data_ptr(),
@@ -198,24 +194,18 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     return projected
 
 
-def _update_impl(projector: Tensor, mean_feature: Tensor, alpha: float, backend: str) -> None:
-    chosen = _backend.choose("gradient_projection", backend, projector)
-    if chosen == "cpu":
-        _update_cpu(projector, mean_feature, alpha)
-    elif chosen == "triton":
-        _backend.kernels("gradient_projection").update_projector_(projector, mean_feature, alpha)
-        _note_change(projector)
-    else:
-        outside_autocast(_reference.update_projector_)(projector, mean_feature, alpha=alpha)
+def _update_triton(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
+    _backend.kernels("gradient_projection").update_projector_(projector, mean_feature, alpha)
+    _note_change(projector)
 
 
-def _project_impl(grad: Tensor, projector: Tensor, backend: str) -> Tensor:
-    chosen = _backend.choose("gradient_projection", backend, grad)
-    if chosen == "cpu":
-        return _project_cpu(grad, projector)
-    if chosen == "triton":
-        return _backend.kernels("gradient_projection").project_gradient(grad, projector)
-    return outside_autocast(_reference.project_gradient)(grad, projector)
+@outside_autocast
+def _update_reference(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
+    _reference.update_projector_(projector, mean_feature, alpha=alpha)
+
+
+def _project_triton(grad: Tensor, projector: Tensor) -> Tensor:
+    return _backend.kernels("gradient_projection").project_gradient(grad, projector)
 
 
 def _update_fake(projector, mean_feature, alpha, backend):
@@ -226,11 +216,19 @@ def _project_fake(grad, projector, backend):
     return grad.new_empty(grad.shape)
 
 
-_update_op = register(
+_update_op = define(
+    "gradient_projection",
     "update_projector_(Tensor(a!) projector, Tensor mean_feature, float alpha, str backend) -> ()",
-    _update_impl,
-    _update_fake,
+    fake=_update_fake,
+    reference=_update_reference,
+    cpu=_update_cpu,
+    triton=_update_triton,
 )
-_project_op = register(
-    "project_gradient(Tensor grad, Tensor projector, str backend) -> Tensor", _project_impl, _project_fake
+_project_op = define(
+    "gradient_projection",
+    "project_gradient(Tensor grad, Tensor projector, str backend) -> Tensor",
+    fake=_project_fake,
+    reference=outside_autocast(_reference.project_gradient),
+    cpu=_project_cpu,
+    triton=_project_triton,
 )

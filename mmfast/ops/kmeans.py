@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
@@ -11,8 +12,7 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.names import describe
-from mmfast.ops._common import (
-    DTYPE_CODE,
+from mmfast.ops._checks import (
     check_choice,
     check_float,
     check_integer,
@@ -20,11 +20,10 @@ from mmfast.ops._common import (
     check_same_device,
     check_shape,
     check_tensor,
-    outside_autocast,
-    register,
     shape_text,
-    unbroken_rows,
 )
+from mmfast.ops._launch import DTYPE_CODE, as_int64, outside_autocast, with_contiguous_rows
+from mmfast.ops._registration import define
 from mmfast.reference import kmeans as _reference
 from mmfast.reference._common import accumulation_dtype, row_chunks
 
@@ -227,22 +226,6 @@ def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:
         raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
 
 
-@outside_autocast
-def _lloyd(
-    features: Tensor,  # [N, D]
-    start: Tensor,  # [K, D]
-    max_iter: int,
-    tol: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 [] on the CPU
-    chosen = _backend.choose("kmeans", backend, features)
-    if chosen == "cpu":
-        return _lloyd_cpu(features, start, max_iter, tol)
-    if chosen == "triton" and features.shape[1] > 0:
-        return _backend.kernels("kmeans").kmeans_lloyd(features, start, max_iter, tol)
-    return _reference.lloyd(features, start, max_iter, tol)
-
-
 def _lloyd_cpu(
     features: Tensor,  # [N, D]
     start: Tensor,  # [K, D]
@@ -250,7 +233,7 @@ def _lloyd_cpu(
     tol: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 []
     centroids, assignments, inertia, num_iter = _lloyd_fake(features, start, max_iter, tol, "cpu")
-    features = unbroken_rows(features)
+    features = with_contiguous_rows(features)
     start = start.to(centroids.dtype).contiguous()
     _backend.extension("cpu").kmeans_lloyd(
         features.data_ptr(),
@@ -270,18 +253,42 @@ def _lloyd_cpu(
     return centroids, assignments, inertia, num_iter
 
 
-def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
-    chosen = _backend.resolve("kmeans", backend, assignments.device.type, torch.int64)
-    if chosen == "reference":
-        return _reference.purity(assignments, labels)
-    num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
-    # Numbers are names: those of few samples may be far apart, where a table of all of them would not fit.
-    if num_clusters * num_classes > max(labels.shape[0], _MAX_TABLE_NUMEL):
-        return _reference.purity(assignments, labels)
-    if chosen == "triton":
-        table = _backend.kernels("kmeans").pair_counts(assignments, labels, num_clusters, num_classes)
-        return table.amax(1).sum().double() / len(labels)
-    assignments, labels = assignments.long().contiguous(), labels.long().contiguous()
+def _lloyd_triton(
+    features: Tensor,  # [N, D]
+    start: Tensor,  # [K, D]
+    max_iter: int,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 []
+    run = _backend.kernels("kmeans").kmeans_lloyd if features.shape[1] > 0 else _reference.lloyd
+    return run(features, start, max_iter, tol)
+
+
+def _has_table(run: Callable) -> Callable:
+    """Return `run`, which counts pairs of cluster and class in a table, but for labels too far apart for one.
+
+    Labels are names: those of few samples may be so.
+    """
+
+    def run_or_sort(
+        assignments: Tensor,  # [N]
+        labels: Tensor,  # [N]
+    ) -> Tensor:  # float64 []
+        num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
+        if num_clusters * num_classes > max(labels.shape[0], _MAX_TABLE_NUMEL):
+            return _reference.purity(assignments, labels)
+        return run(assignments, labels, num_clusters, num_classes)
+
+    return run_or_sort
+
+
+@_has_table
+def _purity_cpu(
+    assignments: Tensor,  # [N]
+    labels: Tensor,  # [N]
+    num_clusters: int,
+    num_classes: int,
+) -> Tensor:  # float64 []
+    assignments, labels = as_int64(assignments), as_int64(labels)
     purity = labels.new_empty((), dtype=torch.float64)
     _backend.extension("cpu").kmeans_purity(
         assignments.data_ptr(),
@@ -292,6 +299,17 @@ def _purity(assignments: Tensor, labels: Tensor, backend: str) -> Tensor:
         num_classes,
     )
     return purity
+
+
+@_has_table
+def _purity_triton(
+    assignments: Tensor,  # [N]
+    labels: Tensor,  # [N]
+    num_clusters: int,
+    num_classes: int,
+) -> Tensor:  # float64 []
+    table = _backend.kernels("kmeans").pair_counts(assignments, labels, num_clusters, num_classes)
+    return table.amax(1).sum().double() / len(labels)
 
 
 def _lloyd_fake(features, start, max_iter, tol, backend):
@@ -308,10 +326,20 @@ def _purity_fake(assignments, labels, backend):
     return labels.new_empty((), dtype=torch.float64)
 
 
-register(
+define(
+    "kmeans",
     "kmeans_lloyd(Tensor features, Tensor start, int max_iter, float tol, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _lloyd,
-    _lloyd_fake,
+    fake=_lloyd_fake,
+    reference=outside_autocast(_reference.lloyd),
+    cpu=outside_autocast(_lloyd_cpu),
+    triton=outside_autocast(_lloyd_triton),
 )
-register("cluster_purity(Tensor assignments, Tensor labels, str backend) -> Tensor", _purity, _purity_fake)
+define(
+    "kmeans",
+    "cluster_purity(Tensor assignments, Tensor labels, str backend) -> Tensor",
+    fake=_purity_fake,
+    reference=_reference.purity,
+    cpu=_purity_cpu,
+    triton=_purity_triton,
+)

@@ -9,18 +9,17 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
-from mmfast.ops._common import (
-    DTYPE_CODE,
-    cast,
+from mmfast.ops._checks import (
+    check_bool,
     check_float,
     check_positive,
     check_same_device,
     check_scale_tensor,
     check_shape,
-    check_tensor,
-    register,
     shape_text,
 )
+from mmfast.ops._launch import DTYPE_CODE, cast
+from mmfast.ops._registration import define
 from mmfast.reference import logit_fusion as _reference
 from mmfast.reference._common import accumulation_dtype
 
@@ -129,9 +128,7 @@ def _check(logits: Tensor, present: Tensor | None) -> None:
         )
     if present is None:
         return
-    check_tensor("present", present)
-    if present.dtype != torch.bool:
-        raise TypeError(f"present must have dtype bool, got {str(present.dtype).removeprefix('torch.')}")
+    check_bool("present", present)
     check_shape("present", present, "M, N", (num_modalities, num_samples))
     check_same_device(logits=logits, present=present)
 
@@ -241,45 +238,73 @@ def _run_cpu(
     )
 
 
-def _fwd(
+def _fwd_cpu(
     logits: Tensor,  # [M, N, C]
     present: Tensor | None,  # bool [M, N]
     score: str,  # "entropy" or "certainty"
     temperature: float,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
-    chosen = _backend.choose("logit_fusion", backend, logits)
-    if chosen == "reference":
-        return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
-    if chosen == "triton":
-        launch = _backend.kernels("logit_fusion").logit_fusion_fwd
-        return launch(logits, present, SCORES.index(score), temperature)
-    outputs = _fwd_fake(logits, present, score, temperature, backend)
+    outputs = _fwd_fake(logits, present, score, temperature, "cpu")
     _run_cpu("logit_fusion_fwd", (), logits, present, outputs, score, temperature)
     return outputs
 
 
-def _bwd(
+def _fwd_triton(
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    launch = _backend.kernels("logit_fusion").logit_fusion_fwd
+    return launch(logits, present, SCORES.index(score), temperature)
+
+
+def _fwd_reference(
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # [N, C], [M, N]
+    return _reference.logit_fusion(logits, present=present, score=score, temperature=temperature)
+
+
+def _bwd_cpu(
     dfused: Tensor,  # [N, C]
     dweights: Tensor,  # [M, N]
     logits: Tensor,  # [M, N, C]
     present: Tensor | None,  # bool [M, N]
     score: str,
     temperature: float,
-    backend: str,
 ) -> Tensor:  # [M, N, C]
-    chosen = _backend.choose("logit_fusion", backend, logits)
-    if chosen == "reference":
-        dlogits, _ = _reference.logit_fusion_bwd(
-            dfused, dweights, logits, present=present, score=score, temperature=temperature
-        )
-        return dlogits
-    if chosen == "triton":
-        launch = _backend.kernels("logit_fusion").logit_fusion_bwd
-        return launch(dfused, dweights, logits, present, SCORES.index(score), temperature)
     dlogits = logits.new_empty(*logits.shape)
     gradients = (dfused, dweights)
     _run_cpu("logit_fusion_bwd", gradients, logits, present, (dlogits,), score, temperature)
+    return dlogits
+
+
+def _bwd_triton(
+    dfused: Tensor,  # [N, C]
+    dweights: Tensor,  # [M, N]
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float,
+) -> Tensor:  # [M, N, C]
+    launch = _backend.kernels("logit_fusion").logit_fusion_bwd
+    return launch(dfused, dweights, logits, present, SCORES.index(score), temperature)
+
+
+def _bwd_reference(
+    dfused: Tensor,  # [N, C]
+    dweights: Tensor,  # [M, N]
+    logits: Tensor,  # [M, N, C]
+    present: Tensor | None,  # bool [M, N]
+    score: str,
+    temperature: float,
+) -> Tensor:  # [M, N, C]
+    dlogits, _ = _reference.logit_fusion_bwd(
+        dfused, dweights, logits, present=present, score=score, temperature=temperature
+    )
     return dlogits
 
 
@@ -292,15 +317,22 @@ def _bwd_fake(dfused, dweights, logits, present, score, temperature, backend):
     return logits.new_empty(logits.shape)
 
 
-_fwd_op = register(
+_fwd_op = define(
+    "logit_fusion",
     "logit_fusion_fwd(Tensor logits, Tensor? present, str score, float temperature, str backend)"
     " -> (Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
+    fake=_fwd_fake,
+    reference=_fwd_reference,
+    cpu=_fwd_cpu,
+    triton=_fwd_triton,
 )
-_bwd_op = register(
+_bwd_op = define(
+    "logit_fusion",
     "logit_fusion_bwd(Tensor dfused, Tensor dweights, Tensor logits, Tensor? present, str score,"
     " float temperature, str backend) -> Tensor",
-    _bwd,
-    _bwd_fake,
+    fake=_bwd_fake,
+    reference=_bwd_reference,
+    cpu=_bwd_cpu,
+    triton=_bwd_triton,
+    by="logits",
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._autograd import Op, differentiable, is_constant
-from mmfast.ops._common import DTYPE_CODE, check_float, large_parts, register, shape_text
+from mmfast.ops._checks import check_float, shape_text
+from mmfast.ops._launch import DTYPE_CODE, large_parts, strided
+from mmfast.ops._registration import define
 from mmfast.reference import shapley_values as _reference
 
 MAX_PLAYERS = 20
@@ -108,69 +112,64 @@ class _Transposed(Op):
 _shapley_values, _transposed = differentiable(_ShapleyValues), differentiable(_Transposed)
 
 
-def _run(
-    entry: str,  # "shapley_values_fwd" or "shapley_values_bwd"
-    x: Tensor,  # [..., S] or [..., M]
-    out_size: int,
-    num_players: int,
-    chosen: str,  # "cpu" or "cuda"
-) -> Tensor:  # [..., out_size]
-    is_matrix = x.dim() == 2
-    out = x.new_empty(x.shape[0], out_size) if is_matrix else x.new_empty(*x.shape[:-1], out_size)
-    if out.numel() == 0:
+def _in_parts(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `run`, some rows at a time where a matrix of all of them would be a large copy."""
+
+    def run_parts(
+        x: Tensor,  # [..., D]
+    ) -> Tensor:  # [..., E]
+        if x.dim() <= 2 or len(parts := large_parts(x)) == 1:
+            return run(x)
+        found = [run(part) for part in parts]
+        size = found[0].shape[-1]
+        return torch.cat([part.view(-1, size) for part in found]).view(*x.shape[:-1], size)
+
+    return run_parts
+
+
+def _compiled(backend: str, entry: str, size_of: Callable[[int], int]) -> Callable[[Tensor], Tensor]:
+    """Return the function of one tensor that runs a compiled kernel; its rows become `size_of(D)` long."""
+
+    def run(
+        x: Tensor,  # [..., D]
+    ) -> Tensor:  # [..., size_of(D)]
+        is_matrix = x.dim() == 2
+        size = size_of(x.shape[-1])
+        out = x.new_empty(x.shape[0], size) if is_matrix else x.new_empty(*x.shape[:-1], size)
+        if out.numel() == 0:
+            return out
+        rows = x if is_matrix else x.reshape(-1, x.shape[-1])
+        getattr(_backend.extension(backend), entry)(
+            *strided(rows), out.data_ptr(), DTYPE_CODE[x.dtype], *_backend.where(backend, x)
+        )
         return out
-    rows = x if is_matrix else x.reshape(-1, x.shape[-1])
-    getattr(_backend.extension(chosen), entry)(
-        rows.data_ptr(),
-        out.data_ptr(),
-        rows.shape[0],
-        num_players,
-        *rows.stride(),
-        DTYPE_CODE[x.dtype],
-        *_backend.where(chosen, x),
+
+    return _in_parts(run)
+
+
+def _triton(entry: str) -> Callable[[Tensor], Tensor]:
+    return _in_parts(lambda x: getattr(_backend.kernels("shapley_values"), entry)(x))
+
+
+def _num_players(num_coalitions: int) -> int:
+    return int(num_coalitions).bit_length() - 1
+
+
+def _num_coalitions(num_players: int) -> int:
+    return 2**num_players
+
+
+def _define(name: str, argument: str, reference: Callable, size_of: Callable[[int], int]) -> Callable:
+    return define(
+        "shapley_values",
+        f"{name}(Tensor {argument}, str backend) -> Tensor",
+        fake=lambda x, backend: x.new_empty(*x.shape[:-1], size_of(x.shape[-1])),
+        reference=reference,
+        cpu=_compiled("cpu", name, size_of),
+        cuda=_compiled("cuda", name, size_of),
+        triton=_triton(name),
     )
-    return out
 
 
-def _joined(
-    parts: list[Tensor],  # of the rows of `like`, each [..., E]
-    like: Tensor,  # [..., D]
-) -> Tensor:  # [..., E]
-    size = parts[0].shape[-1]
-    return torch.cat([part.view(-1, size) for part in parts]).view(*like.shape[:-1], size)
-
-
-def _fwd(utilities: Tensor, backend: str) -> Tensor:
-    num_players = utilities.shape[-1].bit_length() - 1
-    chosen = _backend.choose("shapley_values", backend, utilities)
-    if chosen == "reference":
-        return _reference.shapley_values(utilities)
-    if utilities.dim() > 2 and len(parts := large_parts(utilities)) > 1:
-        return _joined([_fwd(part, chosen) for part in parts], utilities)
-    if chosen == "triton":
-        return _backend.kernels("shapley_values").shapley_values_fwd(utilities)
-    return _run("shapley_values_fwd", utilities, num_players, num_players, chosen)
-
-
-def _bwd(dphi: Tensor, backend: str) -> Tensor:
-    num_players = dphi.shape[-1]
-    chosen = _backend.choose("shapley_values", backend, dphi)
-    if chosen == "reference":
-        return _reference.shapley_values_bwd(dphi)
-    if dphi.dim() > 2 and len(parts := large_parts(dphi)) > 1:
-        return _joined([_bwd(part, chosen) for part in parts], dphi)
-    if chosen == "triton":
-        return _backend.kernels("shapley_values").shapley_values_bwd(dphi)
-    return _run("shapley_values_bwd", dphi, 2**num_players, num_players, chosen)
-
-
-def _fwd_fake(utilities: Tensor, backend: str) -> Tensor:
-    return utilities.new_empty(*utilities.shape[:-1], int(utilities.shape[-1]).bit_length() - 1)
-
-
-def _bwd_fake(dphi: Tensor, backend: str) -> Tensor:
-    return dphi.new_empty(*dphi.shape[:-1], 2 ** dphi.shape[-1])
-
-
-_fwd_op = register("shapley_values_fwd(Tensor utilities, str backend) -> Tensor", _fwd, _fwd_fake)
-_bwd_op = register("shapley_values_bwd(Tensor dphi, str backend) -> Tensor", _bwd, _bwd_fake)
+_fwd_op = _define("shapley_values_fwd", "utilities", _reference.shapley_values, _num_players)
+_bwd_op = _define("shapley_values_bwd", "dphi", _reference.shapley_values_bwd, _num_coalitions)

@@ -401,11 +401,9 @@ __attribute__((visibility("default"))) const mmfast::Entry* mmfast_emulated_entr
 
 // Calls an op whose kernels may touch the `num_tensors` ranges [address, bytes]. Returns 0, or 1 for an
 // invalid argument and 2 for another error, with its text.
-__attribute__((visibility("default"))) int mmfast_emulated_call(const mmfast::Entry* entry,
-                                                                const mmfast::Argument* arguments,
-                                                                const int64_t* ranges, int64_t num_tensors,
-                                                                int compute_capability, unsigned seed,
-                                                                char* text, int64_t text_size) {
+__attribute__((visibility("default"))) int mmfast_emulated_call(
+    const mmfast::Entry* entry, const mmfast::Argument* arguments, int64_t* results, const int64_t* ranges,
+    int64_t num_tensors, int compute_capability, unsigned seed, char* text, int64_t text_size) {
   tensors.clear();
   for (int64_t i = 0; i < num_tensors; ++i) {
     tensors.push_back(
@@ -414,7 +412,7 @@ __attribute__((visibility("default"))) int mmfast_emulated_call(const mmfast::En
   capability = compute_capability;
   order_source.seed(seed);
   try {
-    entry->call(arguments);
+    entry->call(arguments, results);
     return 0;
   } catch (const std::invalid_argument& error) {
     return std::snprintf(text, text_size, "%s", error.what()), 1;

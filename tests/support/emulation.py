@@ -45,7 +45,7 @@ def compiler() -> list[str]:
 def _folder(kernels: list[Path]) -> Path:
     """Return where the library of these kernels lies: a new folder for every change."""
     digest = hashlib.sha256(repr((compiler(), FLAGS, CHECKED, kernels)).encode())
-    headers = [ROOT / "csrc/registry.h", *(path for folder in SOURCES for path in folder.iterdir())]
+    headers = [*(ROOT / "csrc").glob("*.h"), *(path for folder in SOURCES for path in folder.iterdir())]
     for path in sorted(path for path in headers if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return Path(tempfile.gettempdir()) / f"mmfast-cuda-emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
@@ -87,6 +87,7 @@ class _Entry(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("isa", ctypes.c_int),
         ("num_arguments", ctypes.c_int),
+        ("num_results", ctypes.c_int),
         ("is_real", ctypes.POINTER(ctypes.c_bool)),
         ("call", ctypes.c_void_p),
     )
@@ -121,12 +122,12 @@ class EmulatedModule:
         num_bytes = (extent + 1) * tensor.element_size() if tensor.numel() else 0
         self._shown.append((weakref.ref(tensor), address, num_bytes))
 
-    def _call(self, entry, *values: float) -> None:
+    def _call(self, entry, *values: float) -> int | tuple[int, ...] | None:
         record = entry.contents
         if len(values) != record.num_arguments:
             name = record.name.decode()
             raise TypeError(f"{name} takes {record.num_arguments} arguments, got {len(values)}")
-        arguments = (_Argument * len(values))()
+        arguments, results = (_Argument * len(values))(), (ctypes.c_int64 * record.num_results)()
         for index, value in enumerate(values):
             setattr(arguments[index], "real" if record.is_real[index] else "integer", value)
         self._shown = [shown for shown in self._shown if shown[0]() is not None]
@@ -135,6 +136,7 @@ class EmulatedModule:
         status = self._library.mmfast_emulated_call(
             entry,
             arguments,
+            results,
             (ctypes.c_int64 * len(ranges))(*ranges),
             ctypes.c_int64(len(self._shown)),
             self.compute_capability,
@@ -144,6 +146,7 @@ class EmulatedModule:
         )
         if status:
             raise (ValueError if status == 1 else RuntimeError)(text.value.decode())
+        return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 
 @functools.cache
@@ -180,12 +183,10 @@ def emulated() -> Iterator[EmulatedModule]:
         patch.setattr(_backend, "_load_extension", without(load_extension, lambda _: module))
         patch.setattr(_backend, "stream_of", lambda tensor: (0, 0))
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        for cached in (_backend._resolve, _backend.implements):
-            cached.cache_clear()
+        _backend._resolve.cache_clear()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield module
         finally:
             torch.use_deterministic_algorithms(deterministic)
-    for cached in (_backend._resolve, _backend.implements):
-        cached.cache_clear()
+    _backend._resolve.cache_clear()

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmfast import backend as _backend
 from mmfast import ops
-from mmfast.ops import partial_reinit as partial_reinit_op
+from mmfast.ops import _partial_reinit_launch as reinit_launch
 
 CAPABILITY = 90
 # Half precision and float64 at a few sizes: what an argument of 1 does is the same in every dtype.
@@ -215,7 +215,7 @@ def partial_reinit() -> None:
         initial = [torch.zeros(size, dtype=dtype) for _ in range(count)]
         for is_capturing in (False, True):
             # A graph's plan is written by a kernel.
-            with mock.patch.object(partial_reinit_op, "_is_capturing", lambda _, yes=is_capturing: yes):
+            with mock.patch.object(reinit_launch, "_is_capturing", lambda _, yes=is_capturing: yes):
                 ops.partial_reinit_(params, initial, 0.5 - 0.25 * is_capturing, backend="triton")
 
 

@@ -1,25 +1,18 @@
-"""What several ops share: registration with torch.library and the checks of their arguments."""
+"""Checks of the ops' arguments: errors name the argument, what was expected and what was got."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mmfast.names import describe
 from mmfast.ops import _autograd
 
-_LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
-
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The compiled modules know dtypes by these codes.
-DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOATS)}
 
 # float first, which most numbers are. A tensor is compared as one.
 _REAL = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)
@@ -28,39 +21,14 @@ _NUMPY = (np.generic, np.ndarray)
 _LEAST_SCALE, _GREATEST_SCALE = 2.0**-128 + 2.0**-150, 2.0**128 - 2.0**103
 
 
-def register(
-    schema: str,  # "name(Tensor x, str backend) -> Tensor"
-    impl: Callable,
-    fake: Callable,
-) -> torch._ops.OpOverload:
-    """Define the raw op `torch.ops.mmfast.<name>`: `impl` runs it on every device, `fake` gives its shapes.
-
-    Raw ops carry no autograd formula: the public function wraps them in an autograd.Function, which costs
-    about half of what `torch.library.register_autograd` does per call. What is returned is called in less
-    time than what torch.ops looks up.
-    """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.mmfast, name).default
-
-    written = [argument.alias_info is not None for argument in op._schema.arguments]
-
-    def of_batch(info, in_dims, *args):
-        for is_written, dims in zip(written, in_dims):
-            # One tensor for all members would be changed by one after the other.
-            if is_written and any(dim is None for dim in pytree.tree_flatten(dims)[0]):
-                raise RuntimeError(f"vmap: what {name} changes in place must have a batch dimension, too")
-        return _autograd.looped(op, info.batch_size, in_dims, args)
-
-    torch.library.register_vmap(f"mmfast::{name}", of_batch, lib=_LIBRARY)
-    return op
-
-
 def shape_text(shape) -> str:
     """Return a shape as errors print it: [2, 3]."""
     return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Return a dtype as errors print it: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -73,8 +41,16 @@ def check_float(name: str, value: Tensor) -> None:
     """Raise TypeError unless `value` is a tensor of a floating dtype the ops compute in."""
     check_tensor(name, value)
     if value.dtype not in FLOATS:
-        got = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, got {got}")
+        raise TypeError(
+            f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype_text(value.dtype)}"
+        )
+
+
+def check_bool(name: str, value: Tensor) -> None:
+    """Raise TypeError unless `value` is a tensor of bool."""
+    check_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype bool, got {dtype_text(value.dtype)}")
 
 
 def check_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None, ...]) -> None:
@@ -98,7 +74,7 @@ def check_labels(name: str, value: Tensor, num_samples: int) -> None:
     """Raise unless `value` holds one integer label per sample, [N]."""
     check_tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"{name} must have an integer dtype, got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must have an integer dtype, got {dtype_text(value.dtype)}")
     check_shape(name, value, "N", (num_samples,))
 
 
@@ -191,84 +167,7 @@ def check_scale_tensor(name: str, value: Tensor) -> None:
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got a tensor of shape {shape_text(value.shape)}")
     if not value.is_floating_point():
-        got = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must have a floating dtype, got {got}")
+        raise TypeError(f"{name} must have a floating dtype, got {dtype_text(value.dtype)}")
     is_known = value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()
     if is_known:
         check_positive(name, float(value.detach()))
-
-
-def outside_autocast(impl: Callable) -> Callable:
-    """Return `impl` with autocast off inside: a raw op chose its dtypes, its matrix products keep them."""
-
-    @functools.wraps(impl)
-    def run(*args, **options):
-        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        device_type = tensor.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return impl(*args, **options)
-        with torch.autocast(device_type, enabled=False):
-            return impl(*args, **options)
-
-    return run
-
-
-def cast(
-    x: Tensor,  # any shape
-    dtype: torch.dtype,
-) -> Tensor:  # like `x`
-    """Return `x.to(dtype)`, without the 0.7 microseconds that this takes to find that nothing is to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def whole_labels(
-    labels: Tensor,  # [N] of any integer dtype and stride
-) -> Tensor:  # int64 [N], contiguous
-    """Return labels as compiled kernels take them; most often as they are, in less time than two calls."""
-    if labels.dtype == torch.int64 and labels.is_contiguous():
-        return labels
-    return labels.long().contiguous()
-
-
-def unbroken_rows(
-    matrix: Tensor,  # [N, D]
-) -> Tensor:  # [N, D]
-    """Return the matrix, or a copy, with every row in one piece; rows may lie any distance apart."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-# Numbers copied at a time, at most, of an input that a kernel cannot read as it lies. Expanded by a stride
-# of 0, a few numbers may stand for more than the memory holds.
-_MOST_PACKED = 2**26
-
-
-def columns_at_a_time(
-    matrix: Tensor,  # [N, D]
-) -> int:
-    """Return how many columns of a matrix may be copied at a time."""
-    num_rows, num_columns = matrix.shape
-    return min(num_columns, max(1, _MOST_PACKED // max(1, num_rows)))
-
-
-def large_parts(
-    x: Tensor,  # [..., D], at least one number
-) -> list[Tensor]:
-    """Return `x`, or parts of it one after the other where a matrix of all its rows would be a large copy."""
-    if x.dim() <= 2 or x.numel() <= _MOST_PACKED:
-        return [x]
-    with contextlib.suppress(RuntimeError):
-        x.view(-1, x.shape[-1])
-        return [x]
-    length = x.numel() // len(x)
-    if length > _MOST_PACKED:
-        return [matrix for part in x for matrix in large_parts(part)]
-    return list(x.split(_MOST_PACKED // length))
-
-
-def promoted(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors in their common dtype, as autocast can hand over a mixture."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1:
-        return list(tensors)
-    wide = functools.reduce(torch.promote_types, dtypes)
-    return [tensor.to(wide) for tensor in tensors]
