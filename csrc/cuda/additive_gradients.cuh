@@ -208,9 +208,7 @@ __device__ void sum_bias(const Team<false>& team, const Classes<H>& classes, A (
   const int warp = static_cast<int>(threadIdx.x) / kWarp, num_warps = static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
   for (int i = 0; i < H; ++i) {
-#pragma unroll 1
-    for (int distance = team.threads; distance < kWarp; distance *= 2)
-      dbase[i] += __shfl_xor_sync(kAllLanes, dbase[i], distance);
+    dbase[i] = warp_sum_modulo(dbase[i], team.threads);
     if (static_cast<int>(threadIdx.x) % kWarp < team.threads) sums[warp][team.lane][i] = dbase[i];
   }
   __syncthreads();
@@ -243,7 +241,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
                                 const __grid_constant__ Problem<typename P::T> problem,
                                 typename Gradients<P>::Out* dpartial_logits,  // [M, N, C]
                                 accumulate_t<typename P::T>* dbias,           // [blocks, C] or null
-                                Weights<accumulate_t<typename P::T>> weights) {
+                                ShapleyWeights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
   constexpr int K = P::K, J = 1 << K, H = P::H;
@@ -265,7 +263,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
     for (int chunk = 0; chunk < classes.chunks(); ++chunk) classes.store(dbias_row, chunk, dbase);
   }
 
-  const int64_t num_groups = (problem.N + samples - 1) / samples;
+  const int64_t num_groups = ceil_div(problem.N, samples);
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
     const int64_t wanted = group * samples + team.place();

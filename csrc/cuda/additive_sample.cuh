@@ -267,7 +267,7 @@ struct Sample {
       for (int i = 0; i < H; ++i) column(m, P::parts + i) = loaded[i];
     }
     // Of all teams of the warp, which come along in any case.
-    if constexpr (!P::is_softmax) is_tame = !__any_sync(kAllLanes, !is_tame);
+    if constexpr (!P::is_softmax) is_tame = !__any_sync(kFullMask, !is_tame);
   }
 
   // Goes to a coalition of outer modalities.
@@ -388,12 +388,12 @@ struct Sample {
   // if in this one; bit i stands for the i-th of those left with the thread. All lanes come along.
   template <class Function>
   __device__ void for_flagged(unsigned flags, Function&& function) const {
-    if (!__any_sync(kAllLanes, flags != 0)) return;
+    if (!__any_sync(kFullMask, flags != 0)) return;
     const int first = team.template first<J>(), left = team.template left<J>();
 #pragma unroll 1
     for (int j = 0; j < J; ++j) {
       const bool is_mine = j >= first && j < first + left && (flags >> (j - first) & 1);
-      if (__any_sync(kAllLanes, is_mine)) function(j, is_mine);
+      if (__any_sync(kFullMask, is_mine)) function(j, is_mine);
     }
   }
 

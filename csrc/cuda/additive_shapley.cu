@@ -58,7 +58,7 @@ template <class P>
 __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shapley_fwd_kernel(
     const __grid_constant__ Problem<typename P::T> problem, typename P::T* __restrict__ phi,  // [N, M]
     accumulate_t<typename P::T>* __restrict__ parts,  // [splits, N, M] if not null
-    Weights<accumulate_t<typename P::T>> weights) {
+    ShapleyWeights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
   constexpr int K = P::K, J = 1 << K, H = P::H;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   const Team<P::is_block> team(problem.threads, scratch);
   const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = team.teams();
-  const int64_t num_groups = (problem.N + samples - 1) / samples;
+  const int64_t num_groups = ceil_div(problem.N, samples);
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
     const int64_t wanted = group * samples + team.place();
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       A u[J] = {};
       sample.utilities(u);
       if (others == 0 && is_smooth) {
-        origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
+        origin = __shfl_sync(kFullMask, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
         origin = is_finite(origin) ? kScale<A> * origin : A(0);
       }
       if (P::has_outer && is_visit) {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       shared = sample.extra(J);
     }
 
-    if (__any_sync(kAllLanes, fates.any())) fates.share(team.threads);
+    if (__any_sync(kFullMask, fates.any())) fates.share(team.threads);
     const bool is_live = wanted < problem.N && team.warp == 0;
     const auto store = [&](int m, A value) {
       value = fates.any() ? fates.value<A>(m) : value / kScale<A>;
@@ -210,7 +210,7 @@ Geometry make_geometry(const Problem<typename P::T>& problem) {
     while (block > kWarp && (block * bytes > kShared || block / 2 >= problem.N * problem.threads)) block /= 2;
     samples = block / problem.threads;
   }
-  return {block, block * bytes, (problem.N + samples - 1) / samples};
+  return {block, block * bytes, ceil_div(problem.N, samples)};
 }
 
 void check_problem(const char* op, int64_t M, int64_t C) {
@@ -267,15 +267,13 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
       int64_t blocks = geometry.num_groups;
       if (!P::is_block && geometry.shared == 0) {
         // As many as run at once: where reading is all the work, to start a block for every group costs time.
-        int multiprocessors = 0;
-        check_cuda(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                                              static_cast<int>(device)));
-        blocks = std::min<int64_t>(blocks, int64_t{multiprocessors} * P::min_blocks);
+        const int64_t num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
+        blocks = std::min(blocks, num_sms * P::min_blocks);
       }
       const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
       MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream, problem,
                     static_cast<T*>(phi), static_cast<A*>(parts),
-                    Weights<A>(problem.M, utility == kCardinality));
+                    ShapleyWeights<A>(problem.M, utility == kCardinality));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -316,11 +314,10 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
       }
       const auto kernel = &additive_shapley_bwd_kernel<P>;
       // Its own arrays and the largest columns are more together than a block has without asking.
-      check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(kShared)));
+      allow_shared_memory(op, kernel, kShared);
       MMFAST_LAUNCH((kernel), static_cast<unsigned>(grid), geometry.block, geometry.shared, stream,
                     static_cast<const T*>(dphi), problem, static_cast<Out*>(dpartial_logits),
-                    static_cast<A*>(dbias), Weights<A>(problem.M));
+                    static_cast<A*>(dbias), ShapleyWeights<A>(problem.M));
     });
   });
   check_cuda(op, cudaGetLastError());

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstring>
-#include <limits>
 
 #include "shapley.cuh"
 #include "team.cuh"
@@ -71,8 +70,8 @@ void dispatch_storage(const char* op, int64_t dtype, Function&& function) {
 __device__ inline float exponential(float x) { return expf(x); }
 // Not inlined, as it is long, nor the logarithm.
 __device__ MMFAST_NOINLINE double exponential(double x) { return exp(x); }
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ MMFAST_NOINLINE double logarithm(double x) { return log(x); }
+__device__ inline float logarithm(float x) { return natural_log(x); }
+__device__ MMFAST_NOINLINE double logarithm(double x) { return natural_log(x); }
 
 // How the classes of a sample are dealt out to a team: H neighbours to a thread where vectors can be loaded,
 // else one to each thread in turn; in chunks if there are more.
@@ -92,7 +91,7 @@ struct Classes {
         format(format) {}
 
   __device__ int class_of(int chunk, int i) const { return chunk * span + first + i * step; }
-  __device__ int chunks() const { return (C + span - 1) / span; }
+  __device__ int chunks() const { return ceil_div(C, span); }
 
   // `pad` beyond the last class.
   template <class T, class A>
@@ -100,7 +99,7 @@ struct Classes {
     if (is_packed) {
       Pack<T, H> loaded{};
       const bool is_pad = class_of(chunk, 0) >= C;
-      if (!is_pad) loaded = *reinterpret_cast<const Pack<T, H>*>(row + class_of(chunk, 0));
+      if (!is_pad) loaded = load_pack<H>(row + class_of(chunk, 0));
 #pragma unroll
       for (int i = 0; i < H; ++i) z[i] = is_pad ? pad : format.widen(loaded.values[i]);
     } else {
@@ -129,7 +128,7 @@ struct Classes {
       Pack<T, H> stored;
 #pragma unroll
       for (int i = 0; i < H; ++i) stored.values[i] = format.narrow<T>(z[i]);
-      *reinterpret_cast<Pack<T, H>*>(row + class_of(chunk, 0)) = stored;
+      store_pack(row + class_of(chunk, 0), stored);
     } else {
 #pragma unroll
       for (int i = 0; i < H; ++i) {
@@ -142,7 +141,7 @@ struct Classes {
 
 template <class T, int H>
 bool fits_packs(const void* address, int64_t C, int64_t stride_c) {
-  return stride_c == 1 && C % H == 0 && reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, H>) == 0;
+  return stride_c == 1 && C % H == 0 && is_aligned_for_packs<T, H>(address);
 }
 
 // Lanes of a warp that hold a sample's classes at once, if there are enough.

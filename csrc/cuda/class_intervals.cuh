@@ -6,19 +6,14 @@
 namespace mmfast {
 namespace {
 
-__device__ inline float infinity_of(float) { return __int_as_float(0x7f800000); }
-__device__ inline double infinity_of(double) { return __longlong_as_double(0x7ff0000000000000); }
-__device__ inline float lowest_of(float) { return -3.402823466e38f; }
-__device__ inline double lowest_of(double) { return -1.7976931348623157e308; }
-
 // The next larger number; infinity's is itself. Adding zero makes +0 of -0.
 __device__ inline float next_up(float x) {
-  if (x == infinity_of(x)) return x;
+  if (x == kInfinity<float>) return x;
   const int bits = __float_as_int(x + 0.0f);
   return __int_as_float(bits + (bits < 0 ? -1 : 1));
 }
 __device__ inline double next_up(double x) {
-  if (x == infinity_of(x)) return x;
+  if (x == kInfinity<double>) return x;
   const long long bits = __double_as_longlong(x + 0.0);
   return __longlong_as_double(bits + (bits < 0 ? -1 : 1));
 }
@@ -48,7 +43,7 @@ __global__ void __launch_bounds__(kBlock, 2)
                            A* __restrict__ low,              // [C, D]
                            A* __restrict__ high,             // [C, D]
                            int num_classes, int64_t num_columns, unsigned num_slabs) {
-  const K infinity = infinity_of(K{});
+  const K infinity = kInfinity<K>;
   const int64_t slab = blockIdx.x % num_slabs;
   const int64_t column = slab * kIntervalColumns + threadIdx.x % kIntervalColumns;
   const int first =
@@ -96,10 +91,10 @@ __global__ void __launch_bounds__(kBlock, 2)
     const int k = first + i;
     if (k >= num_classes) continue;
     // Empty, where the centroid is not finite or a lower class's.
-    A from = infinity_of(A{}), to = -infinity_of(A{});
+    A from = kInfinity<A>, to = -kInfinity<A>;
     if (!is_beaten[i] && own[i] < infinity) {
-      from = below[i] == -infinity ? lowest_of(A{}) : first_nearer<A>(below[i], own[i], !is_below_lower[i]);
-      to = above[i] == infinity ? infinity_of(A{}) : first_nearer<A>(own[i], above[i], is_above_lower[i]);
+      from = below[i] == -infinity ? kLowest<A> : first_nearer<A>(below[i], own[i], !is_below_lower[i]);
+      to = above[i] == infinity ? kInfinity<A> : first_nearer<A>(own[i], above[i], is_above_lower[i]);
     }
     low[k * num_columns + column] = from;
     high[k * num_columns + column] = to;

@@ -59,7 +59,7 @@ struct Sums {
       Pack<T, n> loaded[kBatch<n>];
 #pragma unroll
       for (int r = 0; r < kBatch<n>; ++r) {
-        if (r < batch) loaded[r] = *reinterpret_cast<const Pack<T, n>*>(x + rows[start + r] * stride);
+        if (r < batch) loaded[r] = load_pack<n>(x + rows[start + r] * stride);
       }
       if (is_first && start == 0) choose_shift(loaded, batch);
 #pragma unroll
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kBlock, 2)
   const auto write = [&](const Moments<T, n>& moments) {
     if (!has_columns || k < 0 || k >= num_classes) return;
     const int64_t at = (order == nullptr ? block * num_classes + k : block + k) * num_columns + column;
-    *reinterpret_cast<Pack<M, n>*>(part_mean + at) = moments.mean;
-    *reinterpret_cast<Pack<A, n>*>(part_squares + at) = moments.squares;
+    store_pack(part_mean + at, moments.mean);
+    store_pack(part_squares + at, moments.squares);
   };
   const auto carry = [&](const Moments<T, n>& moments) {
     if (lane == 0) carried_class[warp] = k, carried_count[warp] = count;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kBlock, 2)
       is_carried = position == begin && begin > 0 && classes[begin - 1] == k;
     }
     const bool is_same = position + lane < end && classes[position + lane] == k;
-    const unsigned others = ~__ballot_sync(kAllLanes, is_same);
+    const unsigned others = ~__ballot_sync(kFullMask, is_same);
     const int length = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
     if (has_columns) sums.add(x + column, stride, rows + position, length, count == 0);
     count += length;

@@ -1,20 +1,15 @@
 // What the kernels of class_separability.cu share, and the order of a block's rows by class.
 #pragma once
 
-#include "common.cuh"
+#include "math.cuh"
+#include "warp.cuh"
 
 namespace mmfast {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBlock = 256, kWarps = kBlock / kWarp;
 // Rows of a block, and classes up to which a block orders its rows itself.
 constexpr int kMaxRows = 1024, kMaxOwnClasses = 128;
-
-template <class A>
-__device__ bool is_finite(A x) {
-  return x - x == 0;
-}
 
 // Orders a block's rows by class, and by place within a class. Returns how many have a class at all.
 __device__ inline int order_rows(const int64_t* labels,  // [N]
@@ -25,7 +20,7 @@ __device__ inline int order_rows(const int64_t* labels,  // [N]
                                  int* num_known,  // shared [1]
                                  int* counts) {   // [C], written
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int share = (num_rows + kBlock - 1) / kBlock * kWarp;
+  const int share = ceil_div(num_rows, kBlock) * kWarp;
   const int begin = min(warp * share, num_rows), end = min(begin + share, num_rows);
   int* own = places + warp * kMaxOwnClasses;
   for (int k = lane; k < num_classes; k += kWarp) own[k] = 0;
@@ -37,8 +32,8 @@ __device__ inline int order_rows(const int64_t* labels,  // [N]
       // A label that names no class must not be looked up.
       const bool is_known = label >= 0 && label < num_classes;
       const int k = is_known ? static_cast<int>(label) : -1;
-      const unsigned peers = __match_any_sync(kAllLanes, k);
-      const int rank = __popc(peers & ((1u << lane) - 1));
+      const unsigned peers = __match_any_sync(kFullMask, k);
+      const int rank = rank_in(peers);
       if (pass == 1 && is_known) {
         const int place = own[k] + rank;
         rows[place] = first + start + lane;
@@ -56,12 +51,7 @@ __device__ inline int order_rows(const int64_t* labels,  // [N]
           const int k = first_class + lane;
           int count = 0;
           for (int w = 0; k < num_classes && w < kWarps; ++w) count += places[w * kMaxOwnClasses + k];
-          int up_to = count;
-#pragma unroll
-          for (int distance = 1; distance < kWarp; distance *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, up_to, distance);
-            if (lane >= distance) up_to += other;
-          }
+          const int up_to = warp_prefix_sum(count);
           if (k < num_classes) {
             counts[k] = count;
             int place = before + up_to - count;
@@ -71,7 +61,7 @@ __device__ inline int order_rows(const int64_t* labels,  // [N]
               place += added;
             }
           }
-          before += __shfl_sync(kAllLanes, up_to, kWarp - 1);
+          before += __shfl_sync(kFullMask, up_to, kWarp - 1);
         }
         if (lane == 0) *num_known = before;
       }

@@ -157,8 +157,7 @@ Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_
 
 template <class T>
 unsigned num_row_blocks(const Table<T>& table) {
-  const int64_t rows = kRowsBlock / table.threads;
-  return static_cast<unsigned>((table.num_rows + rows - 1) / rows);
+  return grid_blocks(table.num_rows, kRowsBlock / table.threads);
 }
 
 void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements

@@ -41,11 +41,6 @@ constexpr int64_t kMaxModalities = 256, kMaxPairs = 65535;
 // Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
 constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-unsigned blocks_of(int64_t n, int64_t per_block) {
-  return static_cast<unsigned>((n + per_block - 1) / per_block);
-}
-
 // The whole call; the sizes of all that Python has taken memory for.
 struct Call {
   Columns columns;
@@ -79,16 +74,11 @@ struct Call {
         some.features[i] = views[2 * (first + i)];
         some.keys[i] = views[2 * (first + i) + 1];
       }
-      const dim3 grid(blocks_of(num_rows, rows), kinds * number);
+      const dim3 grid(grid_blocks(num_rows, rows), kinds * number);
       MMFAST_LAUNCH((kernel), grid, kBlock, 0, stream, columns, some, first, more...);
     }
   }
 };
-
-template <class Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes) {
-  check_cuda(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
 
 template <class Tile, class T>
 void sweep_plain(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyRows<T>& rows_of_keys) {
@@ -96,9 +86,9 @@ void sweep_plain(const Call& call, T* queries, T* keys, T* keys_by_row, const Ke
   call.pack(&duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step, queries, keys, keys_by_row,
             sweep.query_stride, sweep.key_stride, sweep.width, sweep.num_queries, sweep.num_keys);
   const auto kernel = &duc_plain_kernel<Tile>;
-  allow_shared_memory(kernel, Tile::shared_bytes);
-  const unsigned num_slices = sweep.residual == nullptr ? 1 : blocks_of(sweep.width, Tile::columns);
-  const dim3 grid(blocks_of(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
+  allow_shared_memory(kOp, kernel, Tile::shared_bytes);
+  const unsigned num_slices = sweep.residual == nullptr ? 1 : grid_blocks(sweep.width, Tile::columns);
+  const dim3 grid(grid_blocks(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep, rows_of_keys);
 }
 
@@ -106,9 +96,9 @@ template <class T, int slot, int stages>
 void sweep_mma(const Call& call) {
   const auto kernel = &duc_mma_kernel<T, slot, stages>;
   constexpr int bytes = MmaTile<1 << slot, kMmaTiling.keys[slot], stages>::shared_bytes;
-  allow_shared_memory(kernel, bytes);
+  allow_shared_memory(kOp, kernel, bytes);
   const Sweep& sweep = call.sweep;
-  const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
+  const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, sweep, kMmaTiling);
 }
 
@@ -123,10 +113,11 @@ void sweep_half(const Call& call, T* queries, T* keys) {
     if (!call.has_slot(tiling, slot)) continue;
     if (slot == tiling.wide) {
       const auto kernel = &duc_mma_wide_kernel<T>;
-      allow_shared_memory(kernel, kWideShared);
+      allow_shared_memory(kOp, kernel, kWideShared);
       const unsigned num_slices =
-          sweep.residual == nullptr ? 1 : blocks_of(sweep.width, kWidePanels * kPanel);
-      const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), num_slices, sweep.num_pairs * sweep.num_splits);
+          sweep.residual == nullptr ? 1 : grid_blocks(sweep.width, kWidePanels * kPanel);
+      const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), num_slices,
+                      sweep.num_pairs * sweep.num_splits);
       MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
     } else if (call.is_hopper) {
       launch_hopper(kOp, std::is_same_v<T, __half>, slot, sweep, call.stream);
@@ -153,8 +144,9 @@ void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyR
     const auto duration = [&](auto tile) {
       using Tile = decltype(tile);
       const int64_t blocks = int64_t{1} * sweep.num_pairs * sweep.num_splits *
-                             blocks_of(sweep.num_queries, Tile::rows) * blocks_of(sweep.width, Tile::columns);
-      return blocks_of(blocks, call.num_processors) * Tile::rows * (sweep.width + Tile::columns);
+                             grid_blocks(sweep.num_queries, Tile::rows) *
+                             grid_blocks(sweep.width, Tile::columns);
+      return grid_blocks(blocks, call.num_processors) * Tile::rows * (sweep.width + Tile::columns);
     };
     // Small tiles read shared memory more often for what they multiply.
     const double wide = duration(Wide{}), large = duration(Large{}), small = 1.4 * duration(Small{});
@@ -200,7 +192,7 @@ void run(const Call& call, void* packed, void* partial, void* loss, void* residu
   if (is_split) {
     Sweep whole = call.sweep;
     whole.keys = keys;
-    const dim3 grid(blocks_of(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
+    const dim3 grid(grid_blocks(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
     MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, call.tiling(), rows_of_keys,
                   static_cast<const A*>(sweep.losses), static_cast<const A*>(sweep.residual),
                   static_cast<A*>(whole.losses));
@@ -209,7 +201,7 @@ void run(const Call& call, void* packed, void* partial, void* loss, void* residu
   const unsigned blocks =
       whole.residual == residuals
           ? 0
-          : blocks_of(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
+          : grid_blocks(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
   MMFAST_LAUNCH((&duc_finish_kernel<T>), 1 + blocks, kFinishBlock, 0, call.stream, call.columns,
                 static_cast<const A*>(whole.losses), whole.residual, static_cast<A*>(loss),
                 static_cast<residual_t<T>*>(residuals), whole.num_pairs, whole.num_queries,
@@ -260,13 +252,8 @@ void duc_loss_fwd(
   sweep.is_rounded = is_rounded;
   sweep.scale = kLog2E / temperature;
   call.views = list, call.sizes = sizes, call.stream = stream;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check_cuda(kOp, cudaDeviceGetAttribute(&value, which, static_cast<int>(device)));
-    return value;
-  };
-  call.num_processors = attribute(cudaDevAttrMultiProcessorCount);
-  call.is_hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  call.num_processors = device_attribute(kOp, cudaDevAttrMultiProcessorCount, device);
+  call.is_hopper = device_attribute(kOp, cudaDevAttrComputeCapabilityMajor, device) == 9;
   dispatch_dtype(kOp, dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     run<T>(call, packed, partial, loss, residuals, static_cast<int>(reduction));

@@ -1,15 +1,11 @@
 // What the kernels of duc_loss share: the sweep's operands, where packed elements lie, the online softmax.
 #pragma once
 
-#include <limits>
-
+#include "math.cuh"
 #include "tensor_core.cuh"
+#include "warp.cuh"
 
 namespace mmfast::duc {
-
-// What is larger than no score but -infinity: as long as all are, their difference from that would be NaN.
-template <class A>
-constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -42,7 +38,7 @@ struct Share {
 
   __device__ Share(const Sweep& sweep, int tile_keys) {
     const int split = blockIdx.z / sweep.num_pairs;
-    const int64_t num_tiles = (sweep.num_keys + tile_keys - 1) / tile_keys;
+    const int64_t num_tiles = ceil_div(sweep.num_keys, tile_keys);
     pair = blockIdx.z % sweep.num_pairs;
     index = blockIdx.z;
     first_tile = split * num_tiles / sweep.num_splits;
@@ -75,7 +71,7 @@ struct Tiling {
   }
   constexpr __host__ __device__ int num_panels(int count) const {
     const int s = slot(count);
-    return s < wide ? 1 << s : (count + kPanel - 1) / kPanel;
+    return s < wide ? 1 << s : ceil_div(count, kPanel);
   }
 };
 
@@ -116,8 +112,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
     float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    top = quad_reduce(top, Max());
     const float base = fmaxf(0.5f * top, rows.half_max[h]), twice = 2 * scale;
     decay[h] = exp2_approx((rows.half_max[h] - base) * twice);
     rows.half_max[h] = base;
@@ -144,7 +139,7 @@ __device__ __forceinline__ void round_weights(uint32_t (&p)[keys / 16][4], const
 template <int n>
 __device__ __forceinline__ void scale_rows(float (&acc)[n], const float (&factor)[2]) {
   // After a few tiles maxima seldom change.
-  if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
+  if (!__any_sync(kFullMask, factor[0] != 1 || factor[1] != 1)) return;
 #pragma unroll
   for (int i = 0; i < n; ++i) acc[i] *= factor[i / 2 % 2];
 }
@@ -153,45 +148,8 @@ __device__ __forceinline__ void scale_rows(float (&acc)[n], const float (&factor
 __device__ inline void finish_rows(TwoRows& rows) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      rows.sum[h] += __shfl_xor_sync(0xffffffffu, rows.sum[h], distance);
-      rows.own_score[h] += __shfl_xor_sync(0xffffffffu, rows.own_score[h], distance);
-    }
-  }
-}
-
-// CUDA's functions by type: a C++ compiler would take the float to double.
-template <class A>
-__device__ __forceinline__ A power_of_two(A x) {
-  if constexpr (std::is_same_v<A, float>) {
-    return exp2f(x);
-  } else {
-    return exp2(x);
-  }
-}
-template <class A>
-__device__ __forceinline__ A larger(A x, A y) {
-  if constexpr (std::is_same_v<A, float>) {
-    return fmaxf(x, y);
-  } else {
-    return fmax(x, y);
-  }
-}
-template <class A>
-__device__ __forceinline__ A multiply_add(A x, A y, A z) {
-  if constexpr (std::is_same_v<A, float>) {
-    return fmaf(x, y, z);
-  } else {
-    return fma(x, y, z);
-  }
-}
-template <class A>
-__device__ __forceinline__ A natural_log(A x) {
-  if constexpr (std::is_same_v<A, float>) {
-    return logf(x);
-  } else {
-    return log(x);
+    rows.sum[h] = quad_reduce(rows.sum[h], Sum());
+    rows.own_score[h] = quad_reduce(rows.own_score[h], Sum());
   }
 }
 
@@ -256,8 +214,7 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
         if (8 * i >= left) continue;
-        const auto k =
-            *reinterpret_cast<const Pack<T, 2>*>(own + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
+        const auto k = load_pack<2>(own + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
         const float low = acc[4 * i + 2 * h] * inverse - own_factor * static_cast<float>(k.values[0]);
         const float high = acc[4 * i + 2 * h + 1] * inverse - own_factor * static_cast<float>(k.values[1]);
         if constexpr (sizeof(*residual) == 4) {

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMmaBlock)
     duc_mma_wide_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
   const Share share(sweep, kWideKeys);
   const int count = sweep.count(share.pair), first_panel = blockIdx.y * kWidePanels;
-  const int num_panels = (count + kPanel - 1) / kPanel;
+  const int num_panels = ceil_div(count, kPanel);
   if (tiling.slot(count) != tiling.wide || first_panel >= num_panels) return;
   MMFAST_DYNAMIC_SHARED(shared);
   const uint32_t stages = shared_address(shared);

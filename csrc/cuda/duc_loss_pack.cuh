@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(kBlock) duc_columns_kernel(Columns columns) {
   for (int start = 0; start < num_dims; start += kBlock) {
     const int d = start + threadIdx.x;
     const bool is_taken = d < num_dims && teaches[d] && !knows[d];
-    const unsigned taken = __ballot_sync(0xffffffffu, is_taken);
+    const unsigned taken = __ballot_sync(kFullMask, is_taken);
     if (lane == 0) taken_by_warp[warp] = __popc(taken);
     __syncthreads();
-    int position = filled + __popc(taken & ((1u << lane) - 1));
+    int position = filled + rank_in(taken);
     for (int w = 0; w < kBlock / kWarp; ++w) {
       if (w < warp) position += taken_by_warp[w];
       filled += taken_by_warp[w];
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t num_rows = part.is_keys ? num_keys : num_queries;
   // Two tiles of queries are always read together.
   const int64_t multiple = part.is_keys ? tile_rows : 2 * kQueryRows;
-  const int64_t end = (num_rows + multiple - 1) / multiple * multiple;
+  const int64_t end = round_up(num_rows, multiple);
   T* target = part.is_keys ? keys + part.pair * key_stride : queries + part.pair * query_stride;
   const T* source = static_cast<const T*>(part.view.data);
   const int chunks = num_panels * (kPanel / 8);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBlock)
             source[row * part.view.stride_row + columns.column(part.pair, position) * part.view.stride_dim];
       }
     }
-    *reinterpret_cast<Pack<T, 8>*>(target + packed_index(row, 8 * chunk, tile_rows, num_panels)) = packed;
+    store_pack(target + packed_index(row, 8 * chunk, tile_rows, num_panels), packed);
   }
 }
 
@@ -137,13 +137,13 @@ __global__ void __launch_bounds__(kBlock)
   const int count = columns.count(part.pair), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tile_rows = part.is_keys ? key_rows : query_rows;
   const int64_t num_rows = part.is_keys ? num_keys : num_queries;
-  const int64_t end = (num_rows + tile_rows - 1) / tile_rows * tile_rows;
+  const int64_t end = round_up(num_rows, tile_rows);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * tile;
   if (first_row >= end) return;
   T* target = part.is_keys ? keys + part.pair * key_stride : queries + part.pair * query_stride;
   T* const by_row = part.is_keys && keys_by_row != nullptr ? keys_by_row + part.pair * key_stride : nullptr;
   const T* source = static_cast<const T*>(part.view.data);
-  const int filled = (count + multiple - 1) / multiple * multiple;
+  const int filled = round_up(count, multiple);
   MMFAST_SHARED(T, turned, [tile][tile + 1]);
   for (int start = 0; start < filled; start += tile) {
     const int position = start + lane;
@@ -181,18 +181,10 @@ __global__ void __launch_bounds__(kBlock)
   const bool is_split = lane < sweep.num_splits;
   const A* const mine = statistics + lane * split_stride + place;
   const A max = is_split ? mine[0] : -INFINITY;
-  A top = max, own_score = is_split ? mine[2 * plane] : A(0);
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
-    own_score += __shfl_xor_sync(0xffffffffu, own_score, distance);
-  }
+  const A top = warp_reduce(max, Max()), own_score = warp_reduce(is_split ? mine[2 * plane] : A(0), Sum());
   const A scale = static_cast<A>(sweep.scale);
   const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - A(0.5) * top) * (2 * scale)) : A(0);
-  A total = sum;
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    total += __shfl_xor_sync(0xffffffffu, total, distance);
+  const A total = warp_reduce(sum, Sum());
   if (lane == 0) losses[place] = loss_of(total, top, own_score, scale);
   if (sweep.residual == nullptr) return;
   const A weight = sum / total;
@@ -202,7 +194,7 @@ __global__ void __launch_bounds__(kBlock)
     const int column = start + lane;
     A residual = 0;
     for (int split = 0; split < sweep.num_splits; ++split) {
-      const A factor = __shfl_sync(0xffffffffu, weight, split);
+      const A factor = __shfl_sync(kFullMask, weight, split);
       if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
     }
     if (column >= count) continue;

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_spread(T (&x)[n], const T* source, int t) {
   constexpr int vector = 16 / sizeof(T);
 #pragma unroll
   for (int i = 0; i < n; i += vector) {
-    const auto pack = *reinterpret_cast<const Pack<T, vector>*>(source + spread<vector>(t, i));
+    const auto pack = load_pack<vector>(source + spread<vector>(t, i));
 #pragma unroll
     for (int j = 0; j < vector; ++j) x[i + j] = pack.values[j];
   }
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
   const T* const values = rows_of_keys.data + pair * rows_of_keys.stride_pair + first_column;
   const int64_t stride_value = rows_of_keys.stride_row;
   const bool has_residual = sweep.residual != nullptr;
-  const int score_steps = (count + step - 1) / step;
+  const int score_steps = ceil_div(count, step);
   const int steps = score_steps + (has_residual ? Tile::keys / step : 0);
   const int valid_columns =
       static_cast<int>(min(static_cast<int64_t>(Tile::columns), rows_of_keys.num_columns - first_column));
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
           if (key + r < sweep.num_keys) {
             cp_async_16(target + i * sizeof(T), values + (key + r) * stride_value + c);
           } else {
-            *reinterpret_cast<Pack<T, vector>*>(stages + next_stage * Tile::stage + i) = {};
+            store_pack(stages + next_stage * Tile::stage + i, Pack<T, vector>{});
           }
         }
       }
@@ -159,10 +159,8 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
     for (int i = 0; i < kRows; ++i) {
       T top = row_max[i];
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) top = larger(top, s[i][j]);
-#pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2)
-        top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
+      for (int j = 0; j < kKeys; ++j) top = Max()(top, s[i][j]);
+      top = warp_reduce<16>(top, Max());
       const T base = T(0.5) * top, twice = 2 * scale;
       const T decay = power_of_two(multiply_add(row_max[i], T(0.5), -base) * twice);
       row_max[i] = top;
@@ -186,7 +184,7 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
         Pack<T, vector> pack;
 #pragma unroll
         for (int v = 0; v < vector; ++v) pack.values[v] = s[i + v][j];
-        *reinterpret_cast<Pack<T, vector>*>(target + spread<vector>(thread_row, i)) = pack;
+        store_pack(target + spread<vector>(thread_row, i), pack);
       }
     }
     for (int part = 0; part < Tile::keys / step; ++part) {
@@ -204,11 +202,8 @@ __global__ void __launch_bounds__(256) duc_plain_kernel(Sweep sweep, KeyRows<typ
 
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) {
-      row_sum[i] += __shfl_xor_sync(0xffffffffu, row_sum[i], distance);
-      own_score[i] += __shfl_xor_sync(0xffffffffu, own_score[i], distance);
-    }
+    row_sum[i] = warp_reduce<16>(row_sum[i], Sum());
+    own_score[i] = warp_reduce<16>(own_score[i], Sum());
     const int64_t row = first_row + spread<vector>(thread_row, i);
     if (row >= sweep.num_queries) continue;
     const int64_t place = share.index * sweep.num_queries + row;

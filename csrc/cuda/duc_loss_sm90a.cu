@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   if (count == 0 || tiling.slot(count) != slot) return;
   MMFAST_DYNAMIC_SHARED(shared);
   MMFAST_SHARED(uint64_t, barriers, [1 + 2 * stages]);
-  const uint32_t queries = (shared_address(shared) + 1023) / 1024 * 1024, tiles = queries + H::query_bytes;
+  const uint32_t queries = round_up(shared_address(shared), 1024), tiles = queries + H::query_bytes;
   const uint32_t query_ready = shared_address(barriers), full = query_ready + 8, empty = full + 8 * stages;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * H::rows;
   const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
@@ -207,9 +207,8 @@ template <class T, int slot, bool has_residual>
 void launch(const char* op, const Sweep& sweep, void* stream) {
   using H = Hopper<slot>;
   const auto kernel = &duc_hopper_kernel<T, slot, has_residual>;
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, H::shared_bytes));
-  const dim3 grid(static_cast<unsigned>((sweep.num_queries + H::rows - 1) / H::rows), 1,
-                  sweep.num_pairs * sweep.num_splits);
+  allow_shared_memory(op, kernel, H::shared_bytes);
+  const dim3 grid(grid_blocks(sweep.num_queries, H::rows), 1, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kBlock, H::shared_bytes, stream, sweep, kHopperTiling);
 }
 

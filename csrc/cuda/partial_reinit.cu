@@ -120,8 +120,8 @@ void partial_reinit(const void* pieces,  // [num_pieces] records on the device
   constexpr const char* op = "partial_reinit";
   if (num_pieces == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  MMFAST_LAUNCH(partial_reinit_kernel, static_cast<unsigned>((num_pieces + kWarps - 1) / kWarps), kBlock, 0,
-                stream, static_cast<const Piece*>(pieces), num_pieces);
+  MMFAST_LAUNCH(partial_reinit_kernel, grid_blocks(num_pieces, kWarps), kBlock, 0, stream,
+                static_cast<const Piece*>(pieces), num_pieces);
   check_cuda(op, cudaGetLastError());
 }
 

@@ -43,10 +43,10 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
 #pragma unroll
       for (int i = 0; i < half; ++i) {
         const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+        x[i] = kept + __shfl_xor_sync(kFullMask, sent, distance);
       }
     } else {
-      x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
+      x[0] += __shfl_xor_sync(kFullMask, x[0], distance);
     }
     sum_over_lanes<distance, (count > 1 ? half : 1)>(x, lane);
   }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBlock)
     shapley_values_fwd_kernel(const T* __restrict__ v,  // [rows, S]
                               T* __restrict__ phi,      // [rows, M]
                               int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_coalition,
-                              bool is_packed, Weights<accumulate_t<T>> weights) {
+                              bool is_packed, ShapleyWeights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
   constexpr int lanes = P::threads < kWarp ? P::threads : kWarp, padded = 1 << log2_up(P::players);
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector;
     Pack<T, P::vector> loaded;
     if (is_packed) {
-      loaded = *reinterpret_cast<const Pack<T, P::vector>*>(source + coalition);
+      loaded = load_pack<P::vector>(source + coalition);
     } else {
 #pragma unroll
       for (int i = 0; i < P::vector; ++i) loaded.values[i] = source[(coalition + i) * stride_coalition];
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kBlock)
     bool is_bad = false;
 #pragma unroll
     for (int i = 0; i < left; ++i) is_bad |= !is_finite(sums[i]);
-    if (__any_sync(0xffffffffu, is_bad)) {
+    if (__any_sync(kFullMask, is_bad)) {
       Fates fates = fates_of_own();
       // That the row is bad travels along.
       if (is_bad) fates.lifted |= 1u << 31;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kBlock)
     if (thread < kWarp) {
 #pragma unroll
       for (int warp = 0; warp < P::threads / kWarp; ++warp) sum += warps[warp][thread];
-      const int is_bad_here = __any_sync(0xffffffffu, !is_finite(sum));
+      const int is_bad_here = __any_sync(kFullMask, !is_finite(sum));
       if (thread == 0) is_bad[0] = is_bad_here;
     }
     __syncthreads();
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kBlock)
     shapley_values_bwd_kernel(const T* __restrict__ dphi,  // [rows, M]
                               T* __restrict__ dv,          // [rows, S]
                               int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_player,
-                              bool is_packed, Weights<accumulate_t<T>> weights) {
+                              bool is_packed, ShapleyWeights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
   MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kBlock)
       stored.values[i] = static_cast<T>(value);
     }
     if (is_packed) {
-      *reinterpret_cast<Pack<T, P::vector>*>(target + coalition) = stored;
+      store_pack(target + coalition, stored);
     } else {
 #pragma unroll
       for (int i = 0; i < P::vector; ++i) target[coalition + i] = stored.values[i];
@@ -325,20 +325,13 @@ void with_plan(int num_players, Function&& function) {
 
 template <class T, class P>
 bool fits_packs(const void* address, int64_t stride_row, int64_t stride) {
-  using Packed = Pack<T, P::vector>;
-  return stride == 1 && stride_row % P::vector == 0 &&
-         reinterpret_cast<uintptr_t>(address) % alignof(Packed) == 0;
+  return stride == 1 && stride_row % P::vector == 0 && is_aligned_for_packs<T, P::vector>(address);
 }
 
 void check_players(const char* op, int64_t num_players) {
   if (num_players >= 1 && num_players <= kMaxPlayers) return;
   throw std::invalid_argument(std::string(op) + ": num_players must lie in [1, 20], got " +
                               std::to_string(num_players));
-}
-
-template <class P>
-unsigned num_blocks(int64_t num_rows) {
-  return static_cast<unsigned>((num_rows + P::rows_per_block - 1) / P::rows_per_block);
 }
 
 void shapley_values_fwd(const void* v,  // [rows, S], strides in elements
@@ -354,10 +347,10 @@ void shapley_values_fwd(const void* v,  // [rows, S], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
-                    static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row,
+      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), grid_blocks(num_rows, P::rows_per_block), kBlock, 0,
+                    stream, static_cast<const T*>(v), static_cast<T*>(phi), num_rows, players, stride_row,
                     stride_coalition, fits_packs<T, P>(v, stride_row, stride_coalition),
-                    Weights<accumulate_t<T>>(players));
+                    ShapleyWeights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -376,10 +369,10 @@ void shapley_values_bwd(const void* dphi,  // [rows, M], strides in elements
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), num_blocks<P>(num_rows), kBlock, 0, stream,
-                    static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row,
+      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), grid_blocks(num_rows, P::rows_per_block), kBlock, 0,
+                    stream, static_cast<const T*>(dphi), static_cast<T*>(dv), num_rows, players, stride_row,
                     stride_player, fits_packs<T, P>(dv, int64_t{1} << players, 1),
-                    Weights<accumulate_t<T>>(players));
+                    ShapleyWeights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
