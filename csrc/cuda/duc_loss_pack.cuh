@@ -2,7 +2,9 @@
 // go back to their places and are summed over teachers, losses are reduced. Included by duc_loss.cu only.
 #pragma once
 
-#include "duc_loss.cuh"
+#include <algorithm>
+
+#include "duc_loss_engines.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -10,33 +12,11 @@ namespace {
 constexpr int kBlock = 256, kFinishBlock = 1024;
 // Modalities whose addresses fit in the arguments of one launch.
 constexpr int kMaxViews = 8;
+// Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
+constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
-struct View {
-  const void* data;
-  int64_t stride_row, stride_dim;
-};
 struct Views {
   View features[kMaxViews], keys[kMaxViews];
-};
-
-// Which columns a pair uses. Pair (m, n) is number m (M - 1) + n less the pairs (i, i) left out.
-struct Columns {
-  const bool* effective;  // [M, D]; nullptr: one pair, all columns
-  int* columns;           // [P, D], those in use, ascending
-  int* positions;         // [P, D], where a column went, -1 where nowhere
-  int* counts;            // [P]
-  int num_modalities, num_dims;
-
-  __device__ int count(int pair) const { return effective == nullptr ? num_dims : counts[pair]; }
-  __device__ int column(int pair, int position) const {
-    return effective == nullptr ? position : columns[static_cast<int64_t>(pair) * num_dims + position];
-  }
-  __device__ int position(int pair, int column) const {
-    return effective == nullptr ? column : positions[static_cast<int64_t>(pair) * num_dims + column];
-  }
-  __device__ int pair(int teacher, int student) const {
-    return effective == nullptr ? 0 : teacher * (num_modalities - 1) + student - (student > teacher);
-  }
 };
 
 // A block lists the columns of one pair.
@@ -95,7 +75,7 @@ __global__ void __launch_bounds__(kBlock)
   const Part part(columns, views, first_modality);
   const int count = columns.count(part.pair), num_panels = tiling.num_panels(count);
   if (count == 0) return;
-  const int tile_rows = part.is_keys ? tiling.keys[tiling.slot(count)] : kQueryRows;
+  const int tile_rows = part.is_keys ? tiling.keys[tiling.bucket(count)] : kQueryRows;
   const int64_t num_rows = part.is_keys ? num_keys : num_queries;
   // Two tiles of queries are always read together.
   const int64_t multiple = part.is_keys ? tile_rows : 2 * kQueryRows;
@@ -164,11 +144,29 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+// Launches kernel(columns, views, first_modality, more...) for all modalities; a block for so many rows.
+template <class Kernel, class... More>
+void launch_pack(const Call& call, Kernel* kernel, int rows, const More&... more) {
+  const int num_modalities = call.columns.num_modalities, kinds = 2 * std::max(1, num_modalities - 1);
+  const int64_t num_rows =
+      std::max(round_up(call.sweep.num_queries, kQueryMultiple), round_up(call.sweep.num_keys, kKeyMultiple));
+  for (int first = 0; first < num_modalities; first += kMaxViews) {
+    const int number = std::min(kMaxViews, num_modalities - first);
+    Views some{};
+    for (int i = 0; i < number; ++i) {
+      some.features[i] = call.views[2 * (first + i)];
+      some.keys[i] = call.views[2 * (first + i) + 1];
+    }
+    const dim3 grid(grid_blocks(num_rows, rows), kinds * number);
+    MMFAST_LAUNCH((kernel), grid, kBlock, 0, call.stream, call.columns, some, first, more...);
+  }
+}
+
 // Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     duc_merge_kernel(Sweep sweep, const __grid_constant__ Tiling tiling,
-                     KeyRows<T> rows_of_keys,                         // in wide floats
+                     KeyRows rows_of_keys,                            // in wide floats
                      const accumulate_t<T>* __restrict__ statistics,  // [3, splits, P, N]
                      const accumulate_t<T>* __restrict__ partial,     // [splits, P, N, W]
                      accumulate_t<T>* __restrict__ losses) {          // [P, N]
@@ -181,14 +179,15 @@ __global__ void __launch_bounds__(kBlock)
   const bool is_split = lane < sweep.num_splits;
   const A* const mine = statistics + lane * split_stride + place;
   const A max = is_split ? mine[0] : -INFINITY;
-  const A top = warp_reduce(max, Max()), own_score = warp_reduce(is_split ? mine[2 * plane] : A(0), Sum());
+  const A top = warp_reduce(max, Max()),
+          positive_score = warp_reduce(is_split ? mine[2 * plane] : A(0), Sum());
   const A scale = static_cast<A>(sweep.scale);
   const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - A(0.5) * top) * (2 * scale)) : A(0);
   const A total = warp_reduce(sum, Sum());
-  if (lane == 0) losses[place] = loss_of(total, top, own_score, scale);
+  if (lane == 0) losses[place] = loss_of(total, top, positive_score, scale);
   if (sweep.residual == nullptr) return;
   const A weight = sum / total;
-  const int num_panels = tiling.num_panels(count), tile_keys = tiling.keys[tiling.slot(count)];
+  const int num_panels = tiling.num_panels(count), tile_keys = tiling.keys[tiling.bucket(count)];
   const T* const keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
   for (int start = 0; start < count; start += kWarp) {
     const int column = start + lane;
@@ -198,12 +197,12 @@ __global__ void __launch_bounds__(kBlock)
       if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
     }
     if (column >= count) continue;
-    const int64_t own_row = sweep.offset + row, target = place * sweep.residual_width + column;
+    const int64_t positive_row = sweep.offset + row, target = place * sweep.residual_width + column;
     if constexpr (sizeof(T) == 2) {
-      residual -= static_cast<A>(keys[packed_index(own_row, column, tile_keys, num_panels)]);
+      residual -= static_cast<A>(keys[packed_index(positive_row, column, tile_keys, num_panels)]);
     } else {
-      residual -=
-          rows_of_keys.data[pair * rows_of_keys.stride_pair + own_row * rows_of_keys.stride_row + column];
+      residual -= static_cast<const T*>(rows_of_keys.data)[pair * rows_of_keys.stride_pair +
+                                                           positive_row * rows_of_keys.stride_row + column];
     }
     if (sweep.is_rounded) {
       static_cast<T*>(sweep.residual)[target] = static_cast<T>(residual);
