@@ -1,25 +1,14 @@
-// Moments of classes, their gradient, and in how many samples the own class's centroid is nearest, dimension
-// by dimension.
+// Moments of classes, their gradient, and in how many samples the label's centroid is nearest, dimension by
+// dimension.
 //
 //   mean_k = sum_{y_i = k} x_i / n_k,  var_k = sum_{y_i = k} (x_i - mean_k)^2 / n_k
 //   dx_i = (dmean_y + 2 (x_i - mean_y) dvar_y) / n_y
 //   hits_d = sum_i [low_{y_i d} <= x_id < high_{y_i d}]
 //
-// Moments (class_moments.cuh): a block takes up to 1,024 rows and a slab of columns, 16 bytes a lane. It
-// orders its rows by class in shared memory: warps count equal labels by match_any, a prefix sum gives each
-// row its place. Each warp then sums a stretch of that order in registers, deviations from a shift taken from
-// the first rows of a segment, and what of a class runs on into the next warps is merged in their order.
-// With more classes segments would be short, their parts much to move: rows come in an order sorted outside.
-// A second kernel merges the blocks' parts in float64. Each part has one place and one order: no bit changes
-// from run to run, or from one GPU to another. Hits: the exact interval in which a centroid is nearest, by
-// comparison with all others; then one read of the features, counts in registers, whole numbers added by
-// shuffles and atomics.
-//
-// Floors at N = 20,000, D = 512, C = 10, float32 on an H100: 41 MB read once at 3.0 TB/s is 14 us (gradient:
-// twice); 4 operations an element are 0.7 us at 60 TFLOP/s. Predicted: moments 19 us (ordering 2 us, merge 3
-// us), gradient 31 us, hits 18 us (intervals 2 us); at N = 1,000,000, 2.05 GB, 0.75 ms for moments and for
-// hits. Measured on an H100, host and launches
-// included, N = 20,000: moments 70 us, gradient 152 us, hits 93 us.
+// Moments (class_moments.cuh): a block orders up to 1,024 rows by class in shared memory, its warps sum
+// stretches of that order about a shift, a second kernel merges the blocks' parts in float64, in a fixed
+// order. Hits (class_intervals.cuh): the interval in which each centroid is nearest, then one read of the
+// features. Floor: the features read once, for the gradient read and written once.
 #include <algorithm>
 #include <initializer_list>
 
@@ -80,16 +69,16 @@ __global__ void __launch_bounds__(kBlock)
     Pack<T, n> stored{};
     // A label that names no class must not be looked up.
     if (label[r] >= 0 && label[r] < num_classes) {
-      const int64_t own = label[r] * num_columns + position.column;
-      const auto own_mean = load_pack<n>(mean + own), own_dmean = load_pack<n>(dmean + own),
-                 own_dvar = load_pack<n>(dvar + own);
+      const int64_t at = label[r] * num_columns + position.column;
+      const auto class_mean = load_pack<n>(mean + at), class_dmean = load_pack<n>(dmean + at),
+                 class_dvar = load_pack<n>(dvar + at);
       const A scale = A(1) / static_cast<A>(count[label[r]]);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const A deviation = static_cast<A>(loaded[r].values[i]) - own_mean.values[i];
+        const A deviation = static_cast<A>(loaded[r].values[i]) - class_mean.values[i];
         // The factors of the class first: a deviation times dvar alone may be out of range.
-        const A slope = own_dvar.values[i] * (2 * scale);
-        stored.values[i] = static_cast<T>(own_dmean.values[i] * scale + deviation * slope);
+        const A slope = class_dvar.values[i] * (2 * scale);
+        stored.values[i] = static_cast<T>(class_dmean.values[i] * scale + deviation * slope);
       }
     }
     store_pack(dx + row * num_columns + position.column, stored);
@@ -132,8 +121,8 @@ __global__ void __launch_bounds__(kBlock)
     for (int r = 0; r < kRows; ++r) {
       // A label that names no class must not be looked up.
       if (label[r] < 0 || label[r] >= num_classes) continue;
-      const int64_t own = label[r] * num_columns + position.column;
-      const auto from = load_pack<n>(low + own), to = load_pack<n>(high + own);
+      const int64_t at = label[r] * num_columns + position.column;
+      const auto from = load_pack<n>(low + at), to = load_pack<n>(high + at);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const A value = static_cast<A>(loaded[r].values[i]);
@@ -141,7 +130,7 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
   }
-  // Over the rows of a warp, then over the warps, then over the blocks: whole numbers, in any order the same.
+  // Over the rows of a warp, then over the warps, then over the blocks: integers, in any order the same.
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     inside[i] = warp_sum_modulo(inside[i], 1 << log_lanes);
@@ -158,7 +147,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // Calls function(pointer to T, width of packs) where every row's columns of all `tables` fall into whole
-// aligned packs, else with single numbers. Rows of the first table are `stride` apart.
+// aligned packs, else with single elements. Rows of the first table are `stride` apart.
 template <class Function>
 void with_packs(const char* op, int64_t dtype, std::initializer_list<const void*> tables, int64_t num_columns,
                 int64_t stride, Function&& function) {
@@ -208,7 +197,8 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
                                     void* stream) {
   constexpr const char* op = "class_separability_moments_fwd";
   check_classes(op, num_classes);
-  if (rows_per_block < 1 || rows_per_block > kMaxRows || (labels != nullptr && num_classes > kMaxOwnClasses))
+  if (rows_per_block < 1 || rows_per_block > kMaxRows ||
+      (labels != nullptr && num_classes > kMaxOrderedClasses))
     throw std::invalid_argument(std::string(op) + ": rows_per_block or num_classes is too large");
   const DeviceGuard guard(op, static_cast<int>(device));
   const int64_t num_blocks = ceil_div(num_samples, rows_per_block);
@@ -289,7 +279,7 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     A *const low = static_cast<A*>(intervals), *const high = low + num_classes * num_dims;
     const auto interval_slabs = static_cast<unsigned>(ceil_div(num_dims, kIntervalColumns));
     const auto interval_blocks =
-        static_cast<unsigned>(interval_slabs * ceil_div(num_classes, kClassGroups * kOwnClasses));
+        static_cast<unsigned>(interval_slabs * ceil_div(num_classes, kClassGroups * kClassesPerThread));
     if (centroid_dtype == 1) {
       MMFAST_LAUNCH((class_intervals_kernel<double, A>), interval_blocks, kBlock, 0, stream,
                     static_cast<const double*>(centroids), low, high, classes, num_dims, interval_slabs);
@@ -299,7 +289,7 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     }
     check_cuda(op, cudaGetLastError());
     const Slabs slabs(num_dims, n);
-    // Four blocks a multiprocessor, and no block so small that adding up what it found costs more.
+    // Four blocks an SM, and no block so small that adding up what it found costs more.
     const int64_t turn = kRows * (kBlock >> slabs.log_lanes);
     const int64_t wanted = ceil_div(4 * int64_t{num_sms}, slabs.count);
     const int64_t rows = std::min<int64_t>(ceil_div(ceil_div(num_samples, wanted), turn) * turn, 1 << 24);

@@ -4,27 +4,11 @@
 //   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
 //   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
 //
-// A first kernel lists the columns of each pair, a second closes them up and lays queries and keys out in
-// global memory exactly as the main one wants them in shared memory: in half precision swizzled panels of 64
-// columns, so that a key tile is one copy of consecutive bytes. The main kernel sweeps the key tiles: scores
-// on matrix units, online softmax in registers, residual, both products from the same tile. The last puts
-// columns back in their places, sums over teachers in order and reduces the losses. The number of columns
-// stays on the device: of the kernels for up to 64, 128, 256, 512 columns and for more, all that a pair may
-// need are launched, and blocks of another one's pairs return at once. Where the queries alone would leave a
-// large GPU idle, the keys are split over blocks, as sizes alone decide, and put together in order.
-//
-//   duc_loss_sm90a.cu   Hopper, up to 512 columns: bulk copies, wgmma by two warpgroups that take turns
-//   duc_loss_mma.cuh    sm_80 and later: cp.async, ldmatrix, mma.sync; blocks take 256 columns of the
-//                       residual each, and all of them sum the scores over all columns
-//   duc_loss_plain.cuh  float32 and float64: multiply-adds in registers, blocks of 256, 128 or 64 columns
-//
-// Floors, one pair of N = 16,384, d = 256, H100. bfloat16: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
-// of inputs and residual, 0.008 ms at 3.0 TB/s, and 17 MB written and read again by packing, 0.011 ms; N^2
-// exponentials, 0.075 ms at 16 a clock and multiprocessor, which one warpgroup takes while the other
-// multiplies. A block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache.
-// Predicted: 0.50 ms, 70% of the matrix rate; with mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s,
-// predicted 7 ms. Measured on an H100, loss and gradient: 0.75 ms and 8.1 ms, of which
-// matrix products of torch take 0.37 ms and 5.3 ms (750 and 52 TFLOP/s).
+// duc_loss_pack.cuh lists each pair's columns and lays queries and keys out as a block's shared memory has
+// them; an engine (duc_loss_engines.cuh) sweeps the key tiles: scores, online softmax in registers, residual;
+// the residuals then go back to their columns and are summed over teachers in order. The numbers of columns
+// stay on the device: every bucket that may hold a pair is launched. Few queries: keys split over blocks.
+// Floors for N queries and keys of d columns: 4 N^2 d operations on tensor cores, N^2 exponentials.
 #include <algorithm>
 
 #include "duc_loss_mma.cuh"

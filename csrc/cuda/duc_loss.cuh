@@ -194,7 +194,7 @@ __device__ A loss_of(A sum, A max, A positive_score, A scale) {
 }
 
 // What a row's residual is divided by. A part of the keys with scores of -infinity alone has sum 0, and its
-// residual counts for nothing where another part has more; of all keys it is not a number.
+// residual counts for nothing where another part has more; of all keys it is NaN.
 template <class A>
 __device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
   return sum == 0 && sweep.num_splits > 1 ? A(1) : sum;

@@ -1,4 +1,4 @@
-// The sweep of duc_loss in half precision on the matrix units of sm_80 and later: 8 warps of 16 queries each,
+// The sweep of duc_loss in half precision on the tensor cores of sm_80 and later: 8 warps of 16 queries each,
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
 // columns are split over blocks. Included by duc_loss.cu only.

@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32_t rematerialize(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
-// A loop that is never entered, on a number that is never negative: the assembler, which would put the wait
-// that follows at the front of its block, has to leave it behind what computes the number.
+// A loop that is never entered, on a value that is never negative: the assembler, which would put the wait
+// that follows at the front of its block, has to leave it behind what computes the value.
 __device__ __forceinline__ void schedule_barrier(float x) {
   asm volatile(
       "{\n"
@@ -129,7 +129,7 @@ struct Wgmma;
 #define MMFAST_D_256 MMFAST_D_128, MMFAST_D16(64), MMFAST_D16(80), MMFAST_D16(96), MMFAST_D16(112)
 
 // Operands are numbered after the accumulators: the descriptors and the predicate of accumulating, or the
-// registers p and the descriptor. The last numbers of an instruction say of its operands in shared memory
+// registers p and the descriptor. The last immediates of an instruction say of its operands in shared memory
 // whether they are transposed.
 #define MMFAST_WGMMA_SCORES(n, type, a, b, more)                                                            \
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \

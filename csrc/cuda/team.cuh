@@ -53,8 +53,8 @@ struct Team {
     return across_warps(warp_reduce(x, threads, operation), operation, 0, lane == 0);
   }
 
-  // Each of J numbers over all threads; one shuffle a number, nearly, however many lanes there are. A thread
-  // ends with numbers first<J>() .. + left<J>() at x[0]; with more lanes than numbers, group<J>() of them
+  // Each of J values over all threads; one shuffle a value, nearly, however many lanes there are. A thread
+  // ends with values first<J>() .. + left<J>() at x[0]; with more lanes than values, group<J>() of them
   // share one.
   template <int J, class V, class Operation>
   __device__ void scatter(V (&x)[J], Operation operation) const {

@@ -363,7 +363,7 @@ const char* cudaGetErrorString(cudaError_t status) {
 }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that persistent blocks loop.
+  // Few SMs, so that persistent blocks loop.
   *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
            : attribute == cudaDevAttrComputeCapabilityMajor ? capability
                                                             : 0;
