@@ -298,11 +298,11 @@ struct UtilityGradients {
 
 // Adds the gradients of "probability" or "log_probability" for the coalitions that `sample` visits.
 template <class P>
-__device__ __forceinline__ void add_softmax_gradients(const Sample<P>& sample, const UtilityGradients<P>& du,
+__device__ __forceinline__ void add_softmax_gradients(const Team<P::is_block>& team, const Sample<P>& sample,
+                                                      const UtilityGradients<P>& du,
                                                       Gradients<P>& gradients) {
   using A = accumulate_t<typename P::T>;
   constexpr int J = 1 << P::K;
-  const auto& team = sample.team;
   const int first = team.template first<J>(), left = team.template left<J>();
   A scale[J] = {}, y[J], others_sum[J], tops[J];
   unsigned flags = 0;
@@ -365,11 +365,10 @@ __device__ __forceinline__ void find_runners_up(const Sample<P>& sample, int (&r
 
 // Adds the gradients of "margin" for the coalitions that `sample` visits.
 template <class P>
-__device__ __forceinline__ void add_margin_gradients(const Sample<P>& sample, const UtilityGradients<P>& du,
-                                                     Gradients<P>& gradients) {
+__device__ __forceinline__ void add_margin_gradients(const Team<P::is_block>& team, const Sample<P>& sample,
+                                                     const UtilityGradients<P>& du, Gradients<P>& gradients) {
   using A = accumulate_t<typename P::T>;
   constexpr int J = 1 << P::K;
-  const auto& team = sample.team;
   const int first = team.template first<J>(), left = team.template left<J>();
   A scale[J] = {};
   int runner_up[J];
@@ -432,9 +431,9 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks)
       sample.visit(others);
       du.visit(others);
       if constexpr (P::is_softmax) {
-        add_softmax_gradients(sample, du, gradients);
+        add_softmax_gradients(team, sample, du, gradients);
       } else {
-        add_margin_gradients(sample, du, gradients);
+        add_margin_gradients(team, sample, du, gradients);
       }
     }
     gradients.finish(is_live, du.overflows(), [&](int m) { return du.of_value(m); });

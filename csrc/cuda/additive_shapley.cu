@@ -38,23 +38,24 @@ struct Values {
   const Sample<P>& sample;
   const A *a, *b;  // the weights, [M + 1] each
   A total[J] = {}, shared = 0;
-  A origin =
-      0;  // taken from all utilities, which changes no value: without the empty coalition's, nothing cancels
+  // Taken from all utilities, which changes no value: without the empty coalition's, nothing cancels.
+  A origin = 0;
   Fates fates{0, 0};
 
-  __device__ Values(const Sample<P>& sample, const A* a, const A* b) : sample(sample), a(a), b(b) {
+  __device__ __forceinline__ Values(const Sample<P>& sample, const A* a, const A* b)
+      : sample(sample), a(a), b(b) {
 #pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
   }
 
   // Takes the utility of the empty coalition, which the team's first lane has.
-  __device__ void take_origin(A utility) {
+  __device__ __forceinline__ void take_origin(A utility) {
     origin = __shfl_sync(kFullMask, utility, static_cast<int>(threadIdx.x) % kWarp - sample.team.lane);
     origin = is_finite(origin) ? kScale<A> * origin : A(0);
   }
 
   // Adds the utilities of the last modalities' coalitions together with `others`.
-  __device__ void add(unsigned others, const A (&u)[J]) {
+  __device__ __forceinline__ void add(unsigned others, const A (&u)[J]) {
     const int M = sample.problem.M, size = __popc(others);
     const int first = sample.team.template first<J>(), left = sample.team.template left<J>();
     A folded = 0;
@@ -79,11 +80,11 @@ struct Values {
   }
 
   // For sums of more than kRestart coalitions of outer modalities: begin, restart after so many, end.
-  __device__ void begin_long() {
+  __device__ __forceinline__ void begin_long() {
 #pragma unroll
     for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
   }
-  __device__ void restart() {
+  __device__ __forceinline__ void restart() {
 #pragma unroll 1
     for (int m = 0; m < sample.outer; ++m) {
       sample.column(m, P::earlier) += sample.column(m, P::sum);
@@ -97,33 +98,43 @@ struct Values {
     sample.extra(J) += shared;
     shared = 0;
   }
-  __device__ void end_long() {
+  __device__ __forceinline__ void end_long() {
 #pragma unroll
     for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
     shared = sample.extra(J);
   }
-
-  // Calls store(m, value) for every modality, in all lanes.
-  template <class Store>
-  __device__ void finish(Store&& store_value) {
-    const auto& team = sample.team;
-    const int first = team.template first<J>(), left = team.template left<J>();
-    if (__any_sync(kFullMask, fates.any())) fates.share(team.threads);
-    const auto store = [&](int m, A value) {
-      store_value(m, fates.any() ? fates.value<A>(m) : value / kScale<A>);
-    };
-#pragma unroll 1
-    for (int m = 0; m < sample.outer; ++m)
-      store(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) - shared));
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      A value = -shared;
-#pragma unroll
-      for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? total[i] : A(0);
-      store(sample.outer + k, team.template sum_parts<J>(value));
-    }
-  }
 };
+
+// Writes the values of sample n, or this block's part of them. All lanes come along.
+template <class P, class T = typename P::T, class A = accumulate_t<T>>
+__device__ __forceinline__ void store_values(const Problem<T>& problem, const Team<P::is_block>& team,
+                                             Sample<P>& sample, Values<P>& values, int64_t n, bool is_live,
+                                             T* phi,      // [N, M]
+                                             A* parts) {  // [splits, N, M] if not null
+  constexpr int K = P::K, J = 1 << K;
+  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  if (__any_sync(kFullMask, values.fates.any())) values.fates.share(team.threads);
+  const auto store_one = [&](int m, A value) {
+    value = values.fates.any() ? values.fates.template value<A>(m) : value / kScale<A>;
+    if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
+    if (parts == nullptr) {
+      phi[n * M + m] = problem.format.template narrow<T>(value);
+    } else {
+      parts[(blockIdx.y * problem.N + n) * M + m] = value;
+    }
+  };
+#pragma unroll 1
+  for (int m = 0; m < sample.outer; ++m)
+    store_one(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) -
+                                            values.shared));
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    A value = -values.shared;
+#pragma unroll
+    for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? values.total[i] : A(0);
+    store_one(sample.outer + k, team.template sum_parts<J>(value));
+  }
+}
 
 template <class P>
 __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shapley_fwd_kernel(
@@ -176,14 +187,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
     if (is_long) values.end_long();
 
     const bool is_live = wanted < problem.N && team.warp == 0;
-    values.finish([&](int m, A value) {
-      if (!is_live || m >= problem.M || team.lane != (m & (team.threads - 1))) return;
-      if (parts == nullptr) {
-        phi[n * problem.M + m] = problem.format.template narrow<T>(value);
-      } else {
-        parts[(blockIdx.y * problem.N + n) * problem.M + m] = value;
-      }
-    });
+    store_values<P>(problem, team, sample, values, n, is_live, phi, parts);
   }
 }
 
