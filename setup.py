@@ -42,9 +42,10 @@ X86_LEVELS = {
         *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ],
 }
-# Machine code for each, PTX for the last one the compiler knows. A file *_sm90a.cu is built for 90a alone,
-# the one target that has a warpgroup's matrix instructions.
+# Machine code for each, PTX for the last one the compiler knows.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
+# A file <op>_sm<arch>.cu is built for its architecture alone, such as 90a, the one that has wgmma.
+ONE_ARCHITECTURE = re.compile(r"_sm(\d+[a-z]?)$")
 # How the CUDA runtime can be linked.
 CUDA_RUNTIMES = ("static", "shared")
 # Programs that may stand before the compiler in $CXX.
@@ -240,13 +241,14 @@ class Build:
         ]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             out = str(self.folder / f"cuda_{source.stem}.o")
-            own = ["-gencode=arch=compute_90a,code=sm_90a"] if source.stem.endswith("_sm90a") else codes
+            one = ONE_ARCHITECTURE.search(source.stem)
+            targets = [f"-gencode=arch=compute_{one[1]},code=sm_{one[1]}"] if one else codes
             self.ninja.build(
                 out,
                 "nvcc",
                 str(source.relative_to(ROOT)),
                 implicit=[header for header in HEADERS if not header.startswith("csrc/cpu/")],
-                variables={"flags": shlex.join([*flags, *own])},
+                variables={"flags": shlex.join([*flags, *targets])},
             )
             objects.append(out)
         self.ninja.build(target, "nvlink", objects, variables={"codes": shlex.join(codes)})

@@ -32,7 +32,7 @@ FOLDERS = {
 def stems_of(backend: str) -> set[str]:
     folder, pattern = FOLDERS[backend]
     # An op may have a second file of kernels for one architecture.
-    return {path.stem.removesuffix("_sm90a") for path in (ROOT / folder).glob(pattern)} - {"module"}
+    return {re.sub(r"_sm\d+[a-z]?$", "", path.stem) for path in (ROOT / folder).glob(pattern)} - {"module"}
 
 
 @pytest.mark.parametrize("backend", FOLDERS)

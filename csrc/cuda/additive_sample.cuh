@@ -31,7 +31,7 @@ constexpr A kLargestPart = std::numeric_limits<A>::max() / 32;
 template <class T>
 struct Coalition {
   using A = accumulate_t<T>;
-  static constexpr int H = kHeld<T>;
+  static constexpr int H = kClassesPerThread<T>;
   const Problem<T>& problem;
   const Classes<H>& classes;
   const T* sample;
@@ -54,7 +54,7 @@ struct Coalition {
     }
   }
 
-  __device__ A own(int label) const {
+  __device__ A logit_of(int label) const {
     if (label < 0) return 0;
     A sum = problem.bias == nullptr ? A(0) : problem.bias[label];
 #pragma unroll 1
@@ -66,17 +66,17 @@ struct Coalition {
 };
 
 // How a kernel runs: K modalities decided in registers, by a team of lanes that hold all classes or by a
-// block that loops over them; `entries` numbers a modality and thread in shared memory.
+// block that loops over them; `entries` elements a modality and thread in shared memory.
 template <class T_, int K_, bool is_softmax_, bool is_block_, bool is_backward>
 struct Plan {
   using T = T_;
-  static constexpr int K = K_, H = kHeld<T>;
+  static constexpr int K = K_, H = kClassesPerThread<T>;
   static constexpr bool is_softmax = is_softmax_, is_block = is_block_;
   // Exponentials of the modalities are multiplied, instead of logits added.
   static constexpr bool is_product = is_softmax && !is_block;
   // Whether there may be more than K modalities.
   static constexpr bool has_outer = is_block || K == 3 || sizeof(T) == 8;
-  // Blocks of a multiprocessor at once, as many as no register need be spilled for.
+  // Blocks of an SM at once, as many as no register need be spilled for.
   static constexpr int most_blocks() {
     if (is_block) return sizeof(T) == 8 ? 1 : 2;
     if (sizeof(T) == 8) return is_backward ? 2 : 3;
@@ -87,7 +87,8 @@ struct Plan {
   static constexpr int min_blocks = most_blocks();
   // In a column of shared memory: what adds up over coalitions, the label's partial logit, those of the
   // thread's classes, then their gradients or the sums before the last restart.
-  static constexpr int sum = 0, own = 1, parts = 2, gradients = parts + H, earlier = is_block ? 1 : gradients;
+  static constexpr int sum = 0, label_logit = 1, parts = 2, gradients = parts + H,
+                       earlier = is_block ? 1 : gradients;
   static constexpr int entries = is_backward ? (is_block ? 1 : gradients + H) : earlier + 1;
   // Below the columns: such sums for the last modalities, and those all modalities share.
   static constexpr int extra = is_backward || !has_outer ? 0 : (1 << K) + 1;
@@ -105,11 +106,11 @@ struct Sample {
   A* columns;  // [D, entries, threads of the block], those of this thread
   const T* data;
   int label, outer;  // outer: D = M - K modalities, not decided in registers
-  bool is_tame;      // no NaN, no +inf, and nothing that may add up to them
-  A part[K][H], base[H], own_part[K], own_base;
+  bool is_bounded;   // no NaN, no +inf, and nothing that may add up to them
+  A part[K][H], base[H], label_part[K], label_base;
   // Of the coalition that visit() was called for.
   unsigned members;
-  A z[H], own;
+  A z[H], label_logit;
 
   __device__ A& column(int m, int entry) const {
     return columns[(m * P::entries + entry) * static_cast<int>(blockDim.x)];
@@ -123,7 +124,7 @@ struct Sample {
   static constexpr A pad = P::is_product ? -kInfinity<A> : A(0);
 
   // 0 beyond the last modality.
-  __device__ A own_of(int m) const {
+  __device__ A label_logit_of(int m) const {
     return m < problem.M && label >= 0
                ? classes.format.widen(data[m * problem.stride_m + label * problem.stride_c])
                : A(0);
@@ -163,15 +164,15 @@ struct Sample {
         columns(columns),
         data(problem.partial_logits + n * problem.stride_n),
         outer(P::has_outer && problem.M > K ? problem.M - K : 0),
-        is_tame(true),
+        is_bounded(true),
         members(0) {
     // Labels on a GPU are not checked; -1 stands for those that lie outside.
     const int64_t y = problem.labels[n];
     label = y >= 0 && y < problem.C ? static_cast<int>(y) : -1;
     if constexpr (P::is_block) {
-      own_base = problem.bias != nullptr && label >= 0 ? problem.bias[label] : A(0);
+      label_base = problem.bias != nullptr && label >= 0 ? problem.bias[label] : A(0);
 #pragma unroll
-      for (int k = 0; k < K; ++k) own_part[k] = own_of(outer + k);
+      for (int k = 0; k < K; ++k) label_part[k] = label_logit_of(outer + k);
       if constexpr (!P::is_softmax) check_all();
     } else {
       hold();
@@ -180,7 +181,7 @@ struct Sample {
 
   __device__ void check(const A (&z)[H]) {
 #pragma unroll
-    for (int i = 0; i < H; ++i) is_tame &= z[i] < kLargestPart<A>;
+    for (int i = 0; i < H; ++i) is_bounded &= z[i] < kLargestPart<A>;
   }
 
   __device__ void check_all() {
@@ -195,7 +196,7 @@ struct Sample {
         check(loaded);
       }
     }
-    is_tame = team.all(is_tame ? 1 : 0, Min()) != 0;
+    is_bounded = team.all(is_bounded ? 1 : 0, Min()) != 0;
   }
 
   __device__ A largest(const A (&z)[H]) const {
@@ -206,11 +207,11 @@ struct Sample {
   }
 
   // The label's logit if this thread holds it, else 0.
-  __device__ A own_in(const A (&z)[H]) const {
-    A own = 0;
+  __device__ A label_logit_in(const A (&z)[H]) const {
+    A label_logit = 0;
 #pragma unroll
-    for (int i = 0; i < H; ++i) own = classes.class_of(0, i) == label ? z[i] : own;
-    return own;
+    for (int i = 0; i < H; ++i) label_logit = classes.class_of(0, i) == label ? z[i] : label_logit;
+    return label_logit;
   }
 
   // exp(z - top), also where there is the label.
@@ -225,12 +226,13 @@ struct Sample {
 #pragma unroll
     for (int k = 0; k < K; ++k) load_part(outer + k, 0, part[k]);
     // Not loaded by itself: that would have to wait for the label.
-    A owns[4] = {own_in(base), own_in(part[0]), own_in(part[1]), K == 3 ? own_in(part[K - 1]) : A(0)};
-    team.template scatter<4>(owns, Sum());
-    team.template gather<4>(owns);
-    own_base = owns[0];
+    A label_logits[4] = {label_logit_in(base), label_logit_in(part[0]), label_logit_in(part[1]),
+                         K == 3 ? label_logit_in(part[K - 1]) : A(0)};
+    team.template scatter<4>(label_logits, Sum());
+    team.template gather<4>(label_logits);
+    label_base = label_logits[0];
 #pragma unroll
-    for (int k = 0; k < K; ++k) own_part[k] = owns[1 + k];
+    for (int k = 0; k < K; ++k) label_part[k] = label_logits[1 + k];
     if constexpr (P::is_product) {
       A tops[4] = {problem.bias == nullptr ? A(0) : largest(base), largest(part[0]), largest(part[1]),
                    K == 3 ? largest(part[K - 1]) : A(0)};
@@ -239,11 +241,11 @@ struct Sample {
       // Where it is 0, so are all products: the label's logits are kept apart.
       exponentiate(tops[0], base);
       exclude(0, 0, base);
-      own_base -= tops[0];
+      label_base -= tops[0];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         exponentiate(tops[1 + k], part[k]);
-        own_part[k] -= tops[1 + k];
+        label_part[k] -= tops[1 + k];
       }
     } else {
       check(base);
@@ -255,34 +257,34 @@ struct Sample {
     for (int m = 0; m < outer; ++m) {
       A loaded[H], top = 0;
       load_part(m, 0, loaded);
-      const A own_loaded = team.all(own_in(loaded), Sum());
+      const A label_loaded = team.all(label_logit_in(loaded), Sum());
       if constexpr (P::is_product) {
         top = team.all(largest(loaded), Max());
         exponentiate(top, loaded);
       } else {
         check(loaded);
       }
-      column(m, P::own) = own_loaded - top;
+      column(m, P::label_logit) = label_loaded - top;
 #pragma unroll
       for (int i = 0; i < H; ++i) column(m, P::parts + i) = loaded[i];
     }
     // Of all teams of the warp, which come along in any case.
-    if constexpr (!P::is_softmax) is_tame = !__any_sync(kAllLanes, !is_tame);
+    if constexpr (!P::is_softmax) is_bounded = !__any_sync(kFullMask, !is_bounded);
   }
 
   // Goes to a coalition of outer modalities.
   __device__ void visit(unsigned coalition) {
     members = coalition;
-    own = own_base;
+    label_logit = label_base;
 #pragma unroll
     for (int i = 0; i < H; ++i) z[i] = P::is_block ? A(0) : base[i];
 #pragma unroll 1
     for (unsigned rest = coalition; rest != 0; rest &= rest - 1) {
       const int m = __ffs(static_cast<int>(rest)) - 1;
       if constexpr (P::is_block) {
-        own += own_of(m);
+        label_logit += label_logit_of(m);
       } else {
-        own += column(m, P::own);
+        label_logit += column(m, P::label_logit);
 #pragma unroll
         for (int i = 0; i < H; ++i) {
           const A term = column(m, P::parts + i);
@@ -294,10 +296,10 @@ struct Sample {
 
   // The label's logit, or what it is above the sum of the modalities' maxima, with the last ones' coalition
   // j.
-  __device__ A own_with(int j) const {
-    A y = own;
+  __device__ A label_logit_with(int j) const {
+    A y = label_logit;
 #pragma unroll
-    for (int k = 0; k < K; ++k) y = j >> k & 1 ? y + own_part[k] : y;
+    for (int k = 0; k < K; ++k) y = j >> k & 1 ? y + label_part[k] : y;
     return y;
   }
 
@@ -355,12 +357,13 @@ struct Sample {
     team.template scatter<J>(top, Max());
   }
 
-  // For the coalitions left with the thread: `y`, the label's logit above some number, and the sum of the
-  // others' exponentials, each less that number before. `all_tops` are those numbers of all j, if is_block.
+  // For the coalitions left with the thread: `y`, the label's logit above some reference, and the sum of the
+  // others' exponentials, each less that reference before. `all_tops` are those references of all j, if
+  // is_block.
   __device__ void find_sums(A (&y)[J], A (&others)[J], A (&all_tops)[J]) const {
     const int first = team.template first<J>(), left = team.template left<J>();
 #pragma unroll
-    for (int i = 0; i < J; ++i) y[i] = i < left ? own_with(first + i) : A(0);
+    for (int i = 0; i < J; ++i) y[i] = i < left ? label_logit_with(first + i) : A(0);
     if constexpr (P::is_block) {
       find_tops(all_tops);
 #pragma unroll
@@ -388,21 +391,21 @@ struct Sample {
   // if in this one; bit i stands for the i-th of those left with the thread. All lanes come along.
   template <class Function>
   __device__ void for_flagged(unsigned flags, Function&& function) const {
-    if (!__any_sync(kAllLanes, flags != 0)) return;
+    if (!__any_sync(kFullMask, flags != 0)) return;
     const int first = team.template first<J>(), left = team.template left<J>();
 #pragma unroll 1
     for (int j = 0; j < J; ++j) {
       const bool is_mine = j >= first && j < first + left && (flags >> (j - first) & 1);
-      if (__any_sync(kAllLanes, is_mine)) function(j, is_mine);
+      if (__any_sync(kFullMask, is_mine)) function(j, is_mine);
     }
   }
 
   // Rarely needed. All lanes of the warp come along.
   __device__ A exact_utility(unsigned coalition) const {
     const Coalition<T> source{problem, classes, data, coalition};
-    const A own = source.own(label);
-    if constexpr (P::is_softmax) return softmax_utility(source, label, own, problem.utility, team);
-    return largest_utility(source, label, own, problem.utility, team);
+    const A label_logit = source.logit_of(label);
+    if constexpr (P::is_softmax) return softmax_utility(source, label, label_logit, problem.utility, team);
+    return largest_utility(source, label, label_logit, problem.utility, team);
   }
 
   // Of the coalitions left with the thread, "cardinality" as "correct".
@@ -426,12 +429,12 @@ struct Sample {
 #pragma unroll
       for (int i = 0; i < J; ++i) {
         if (i >= left) continue;
-        const A y = own_with(first + i);
+        const A y = label_logit_with(first + i);
         u[i] = is_counting ? (y > top[i] ? A(1) : A(0)) : y - top[i];
         const bool is_empty = first + i == 0 && members == 0 && problem.bias == nullptr;
         // Without a bias all logits of the empty coalition are 0, and the first class is the largest.
         if (is_counting && is_empty) u[i] = label == 0 ? A(1) : A(0);
-        if (!is_tame || (is_counting && !is_empty && y == top[i])) flags |= 1u << i;
+        if (!is_bounded || (is_counting && !is_empty && y == top[i])) flags |= 1u << i;
       }
     }
     for_flagged(flags, [&](int j, bool is_mine) {

@@ -2,39 +2,13 @@
 //
 //   z_s = bias + sum_{m in s} z^m,  u_s = utility(z_s, y),  phi = shapley_values(u)
 //
-// A team of 1 to 32 lanes holds the classes of a sample, a vector of 16 bytes a lane and modality, so the
-// partial logits are read once. The last three modalities (two if there are no more, and in float64) are
-// decided in registers: a tree of sums, one addition a class and coalition. The sum over the modalities
-// before them is made anew for each of their coalitions, in the order of m, from columns of shared memory
-// that belong to one thread each. As in csrc/cpu/additive_shapley.cpp nothing is subtracted: no rounding
-// accumulates, -inf survives. In place of Gray-code order, whose single chain of sums has a subtraction in
-// every second step. Eight coalitions' maxima or sums are exchanged by halves, about one shuffle each instead
-// of log2(lanes), and each ends with one lane, which knows the label's logit and works out the utility,
-// weighs and adds it up.
-//
-// Softmax: exp(z^m - max z^m) is taken once a modality; a coalition's exponentials are products of these, one
-// multiplication and one addition a class, without a maximum. Where modalities contradict each other so much
-// that their product is small (kLeastSum), and for ties, NaN and +inf, the coalition is computed again, class
-// by class from memory, by all lanes of the warp. Products round M + 1 times, once more for each modality.
-//
-// More than 128 classes (256 of 16 bits): a block to a sample, partial logits read again for every four
-// coalitions out of the L1 cache, exponentials of sums.
-// Few samples and many modalities: blocks share the coalitions of a sample, a sum over them follows in torch.
-//
-// Backward walks the same way and folds the coalitions' gradients as they come, the earlier modalities' into
-// columns of their own. A block takes one group of samples after the other and adds up the bias's gradient on
-// its way; torch sums over blocks. No atomics: the same bits in every run.
-//
-// Without columns, blocks stay and take one group of samples after the other in both directions.
-//
-// Floors: N = 1,000,000, C = 32, M = 2, float32: 256 MB of partial logits and 16 MB of labels and values,
-// 91 us on an H100 at 3.0 TB/s; about 0.7 G additions and comparisons of classes, 25 us. What is done once a
-// sample weighs more: a warp takes four samples, 1 KB, for which the memory leaves it about 300 instructions,
-// and that is about what it needs. Predicted 120 us, 75% of the bandwidth; with few classes or 16 bits, fewer
-// bytes for the same instructions, less.
-// M = 8: 8.2 G elements of coalitions, two operations each, 16 G, 0.5 ms at 30 T a second (no multiply-adds)
-// where the bytes take 0.35 ms; predicted 0.9 ms.
-// Measured on an H100, host included: N = 100,000, C = 31, M = 2 34 us forward, a quarter of the bandwidth.
+// A team of 1 to 32 lanes holds the classes of a sample, 16 bytes a lane and modality, so partial logits are
+// read once. The last three modalities (two if there are no more, and in float64) are decided in registers,
+// the sum over the others is made anew for each of their coalitions from columns of shared memory: no
+// subtraction, so nothing cancels. More classes than a warp holds: a block to a sample. Softmax multiplies
+// exponentials of the modalities; where such a product is too small (kLeastSum) the coalition is computed
+// again. Backward walks the same way. No atomics: the same bits in every run. Floors: the partial logits read
+// once; 2^M C additions and as many comparisons or multiplications a sample.
 #include <algorithm>
 
 #include "additive_gradients.cuh"
@@ -54,14 +28,122 @@ constexpr A kScale = A(0.0625);
 // block has without asking.
 constexpr int64_t kShared = 47 << 10;
 
+// What a thread adds up of a sample's values over the coalitions that it comes to.
+template <class P>
+struct Values {
+  using T = typename P::T;
+  using A = accumulate_t<T>;
+  static constexpr int K = P::K, J = 1 << K;
+
+  const Sample<P>& sample;
+  const A *a, *b;  // the weights, [M + 1] each
+  A total[J] = {}, shared = 0;
+  // Taken from all utilities, which changes no value: without the empty coalition's, nothing cancels.
+  A origin = 0;
+  Fates fates{0, 0};
+
+  __device__ __forceinline__ Values(const Sample<P>& sample, const A* a, const A* b)
+      : sample(sample), a(a), b(b) {
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
+  }
+
+  // Takes the utility of the empty coalition, which the team's first lane has.
+  __device__ __forceinline__ void take_origin(A utility) {
+    origin = __shfl_sync(kFullMask, utility, static_cast<int>(threadIdx.x) % kWarp - sample.team.lane);
+    origin = is_finite(origin) ? kScale<A> * origin : A(0);
+  }
+
+  // Adds the utilities of the last modalities' coalitions together with `others`.
+  __device__ __forceinline__ void add(unsigned others, const A (&u)[J]) {
+    const int M = sample.problem.M, size = __popc(others);
+    const int first = sample.team.template first<J>(), left = sample.team.template left<J>();
+    A folded = 0;
+#pragma unroll
+    for (int i = 0; i < J; ++i) {
+      if (i >= left || first + i >= 1 << M) continue;
+      const int players = size + __popc(first + i);
+      A utility = kScale<A> * u[i] - origin;
+      if (!is_finite(utility)) {
+        fates.add(sample.with_last(first + i), utility);
+        utility = 0;
+      }
+      // b is 0 for all players together.
+      if (players < M) shared += b[players] * utility;
+      const A weighted = a[players] * utility;
+      total[i] += weighted;
+      folded += weighted;
+    }
+#pragma unroll 1
+    for (unsigned rest = others; rest != 0; rest &= rest - 1)
+      sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
+  }
+
+  // For sums of more than kRestart coalitions of outer modalities: begin, restart after so many, end.
+  __device__ __forceinline__ void begin_long() {
+#pragma unroll
+    for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
+  }
+  __device__ __forceinline__ void restart() {
+#pragma unroll 1
+    for (int m = 0; m < sample.outer; ++m) {
+      sample.column(m, P::earlier) += sample.column(m, P::sum);
+      sample.column(m, P::sum) = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < J; ++i) {
+      sample.extra(i) += total[i];
+      total[i] = 0;
+    }
+    sample.extra(J) += shared;
+    shared = 0;
+  }
+  __device__ __forceinline__ void end_long() {
+#pragma unroll
+    for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
+    shared = sample.extra(J);
+  }
+};
+
+// Writes the values of sample n, or this block's part of them. All lanes come along.
+template <class P, class T = typename P::T, class A = accumulate_t<T>>
+__device__ __forceinline__ void store_values(const Problem<T>& problem, const Team<P::is_block>& team,
+                                             Sample<P>& sample, Values<P>& values, int64_t n, bool is_live,
+                                             T* phi,      // [N, M]
+                                             A* parts) {  // [splits, N, M] if not null
+  constexpr int K = P::K, J = 1 << K;
+  const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
+  if (__any_sync(kFullMask, values.fates.any())) values.fates.share(team.threads);
+  const auto store_one = [&](int m, A value) {
+    value = values.fates.any() ? values.fates.template value<A>(m) : value / kScale<A>;
+    if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
+    if (parts == nullptr) {
+      phi[n * M + m] = problem.format.template narrow<T>(value);
+    } else {
+      parts[(blockIdx.y * problem.N + n) * M + m] = value;
+    }
+  };
+#pragma unroll 1
+  for (int m = 0; m < sample.outer; ++m)
+    store_one(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) -
+                                            values.shared));
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    A value = -values.shared;
+#pragma unroll
+    for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? values.total[i] : A(0);
+    store_one(sample.outer + k, team.template sum_parts<J>(value));
+  }
+}
+
 template <class P>
 __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shapley_fwd_kernel(
     const __grid_constant__ Problem<typename P::T> problem, typename P::T* __restrict__ phi,  // [N, M]
     accumulate_t<typename P::T>* __restrict__ parts,  // [splits, N, M] if not null
-    Weights<accumulate_t<typename P::T>> weights) {
+    ShapleyWeights<accumulate_t<typename P::T>> weights) {
   using T = typename P::T;
   using A = accumulate_t<T>;
-  constexpr int K = P::K, J = 1 << K, H = P::H;
+  constexpr int J = 1 << P::K;
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
   MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
   MMFAST_SHARED(double, scratch, [P::is_block ? kMaxLeaves * kMaxWarps : 1]);
@@ -69,30 +151,22 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
   share_weights(weights, a, b);
 
   const Team<P::is_block> team(problem.threads, scratch);
-  const Classes<H> classes(problem.C, problem.is_packed, problem.format, team);
+  const Classes<P::H> classes(problem.C, problem.is_packed, problem.format, team);
   const int samples = team.teams();
-  const int64_t num_groups = (problem.N + samples - 1) / samples;
+  const int64_t num_groups = ceil_div(problem.N, samples);
 #pragma unroll 1
   for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
     const int64_t wanted = group * samples + team.place();
     // A team without a sample works on the last one, since all lanes take part in the exchanges.
     const int64_t n = wanted < problem.N ? wanted : problem.N - 1;
     Sample<P> sample(problem, team, classes, reinterpret_cast<A*>(columns) + threadIdx.x, n);
-    const int M = problem.M, first = team.template first<J>(), left = team.template left<J>();
-#pragma unroll 1
-    for (int m = 0; m < sample.outer; ++m) sample.column(m, P::sum) = sample.column(m, P::earlier) = 0;
+    Values<P> values(sample, a, b);
 
-    // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     const bool is_smooth = problem.utility >= kProbability;
-    A total[J] = {}, shared = 0, origin = 0;
-    Fates fates{0, 0};
     const unsigned count = P::has_outer ? (1u << sample.outer) / gridDim.y : 1u,
                    begin = P::has_outer ? blockIdx.y * count : 0u;
     const bool is_long = P::has_outer && count > kRestart;
-    if (is_long) {
-#pragma unroll
-      for (int i = 0; i < P::extra; ++i) sample.extra(i) = 0;
-    }
+    if (is_long) values.begin_long();
     // A block that begins elsewhere comes to the empty coalition for its utility alone.
     bool is_visit = is_smooth && begin != 0;
 #pragma unroll 1
@@ -100,78 +174,20 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
       sample.visit(others);
       A u[J] = {};
       sample.utilities(u);
-      if (others == 0 && is_smooth) {
-        origin = __shfl_sync(kAllLanes, u[0], static_cast<int>(threadIdx.x) % kWarp - team.lane);
-        origin = is_finite(origin) ? kScale<A> * origin : A(0);
-      }
+      if (others == 0 && is_smooth) values.take_origin(u[0]);
       if (P::has_outer && is_visit) {
         is_visit = false;
         others = begin;
         continue;
       }
-      const int size = __popc(others);
-      A folded = 0;
-#pragma unroll
-      for (int i = 0; i < J; ++i) {
-        if (i >= left || first + i >= 1 << M) continue;
-        const int players = size + __popc(first + i);
-        A utility = kScale<A> * u[i] - origin;
-        if (!is_finite(utility)) {
-          fates.add(sample.with_last(first + i), utility);
-          utility = 0;
-        }
-        // b is 0 for all players together.
-        if (players < M) shared += b[players] * utility;
-        const A weighted = a[players] * utility;
-        total[i] += weighted;
-        folded += weighted;
-      }
-#pragma unroll 1
-      for (unsigned rest = others; rest != 0; rest &= rest - 1)
-        sample.column(__ffs(static_cast<int>(rest)) - 1, P::sum) += folded;
+      values.add(others, u);
       ++others;
-      if (is_long && others % kRestart == 0) {
-#pragma unroll 1
-        for (int m = 0; m < sample.outer; ++m) {
-          sample.column(m, P::earlier) += sample.column(m, P::sum);
-          sample.column(m, P::sum) = 0;
-        }
-#pragma unroll
-        for (int i = 0; i < J; ++i) {
-          sample.extra(i) += total[i];
-          total[i] = 0;
-        }
-        sample.extra(J) += shared;
-        shared = 0;
-      }
+      if (is_long && others % kRestart == 0) values.restart();
     }
-    if (is_long) {
-#pragma unroll
-      for (int i = 0; i < J; ++i) total[i] = sample.extra(i);
-      shared = sample.extra(J);
-    }
+    if (is_long) values.end_long();
 
-    if (__any_sync(kAllLanes, fates.any())) fates.share(team.threads);
     const bool is_live = wanted < problem.N && team.warp == 0;
-    const auto store = [&](int m, A value) {
-      value = fates.any() ? fates.value<A>(m) : value / kScale<A>;
-      if (!is_live || m >= M || team.lane != (m & (team.threads - 1))) return;
-      if (parts == nullptr) {
-        phi[n * M + m] = problem.format.template narrow<T>(value);
-      } else {
-        parts[(blockIdx.y * problem.N + n) * M + m] = value;
-      }
-    };
-#pragma unroll 1
-    for (int m = 0; m < sample.outer; ++m)
-      store(m, team.template sum_parts<J>(sample.column(m, P::sum) + sample.column(m, P::earlier) - shared));
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      A value = -shared;
-#pragma unroll
-      for (int i = 0; i < J; ++i) value += (first + i) >> k & 1 && i < left ? total[i] : A(0);
-      store(sample.outer + k, team.template sum_parts<J>(value));
-    }
+    store_values<P>(problem, team, sample, values, n, is_live, phi, parts);
   }
 }
 
@@ -179,7 +195,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 template <class T, bool is_backward, class Function>
 void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
   const auto with_utility = [&](auto is_softmax) {
-    if (C > kWarp * kHeld<T>) return function(Plan<T, 2, is_softmax, true, is_backward>{});
+    if (C > kWarp * kClassesPerThread<T>) return function(Plan<T, 2, is_softmax, true, is_backward>{});
     // Eight coalitions in float64 do not fit into registers.
     if constexpr (sizeof(T) == 8) {
       return function(Plan<T, 2, is_softmax, false, is_backward>{});
@@ -210,7 +226,7 @@ Geometry make_geometry(const Problem<typename P::T>& problem) {
     while (block > kWarp && (block * bytes > kShared || block / 2 >= problem.N * problem.threads)) block /= 2;
     samples = block / problem.threads;
   }
-  return {block, block * bytes, (problem.N + samples - 1) / samples};
+  return {block, block * bytes, ceil_div(problem.N, samples)};
 }
 
 void check_problem(const char* op, int64_t M, int64_t C) {
@@ -236,7 +252,7 @@ Problem<T> make_problem(const void* partial_logits, const int64_t* labels, const
           static_cast<int>(M),
           static_cast<int>(C),
           static_cast<int>(utility),
-          lanes_for<kHeld<T>>(C),
+          lanes_for<kClassesPerThread<T>>(C),
           is_packed,
           format};
 }
@@ -257,8 +273,8 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    const bool is_packed = fits_packs<T, kHeld<T>>(partial_logits, C, stride_c) && stride_m % kHeld<T> == 0 &&
-                           stride_n % kHeld<T> == 0;
+    const bool is_packed = fits_packs<T, kClassesPerThread<T>>(partial_logits, C, stride_c) &&
+                           stride_m % kClassesPerThread<T> == 0 && stride_n % kClassesPerThread<T> == 0;
     const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n, stride_c,
                                                M, C, utility, is_packed, format);
     with_plan<T, false>(M, C, utility, [&](auto plan) {
@@ -267,15 +283,13 @@ void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in 
       int64_t blocks = geometry.num_groups;
       if (!P::is_block && geometry.shared == 0) {
         // As many as run at once: where reading is all the work, to start a block for every group costs time.
-        int multiprocessors = 0;
-        check_cuda(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                                              static_cast<int>(device)));
-        blocks = std::min<int64_t>(blocks, int64_t{multiprocessors} * P::min_blocks);
+        const int64_t num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
+        blocks = std::min(blocks, num_sms * P::min_blocks);
       }
       const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
       MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream, problem,
                     static_cast<T*>(phi), static_cast<A*>(parts),
-                    Weights<A>(problem.M, utility == kCardinality));
+                    ShapleyWeights<A>(problem.M, utility == kCardinality));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -301,10 +315,10 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
     with_plan<T, true>(M, C, utility, [&](auto plan) {
       using P = decltype(plan);
       using Out = typename Gradients<P>::Out;
-      const bool is_packed = fits_packs<T, kHeld<T>>(partial_logits, C, stride_c) &&
-                             stride_m % kHeld<T> == 0 && stride_n % kHeld<T> == 0 &&
-                             fits_packs<Out, kHeld<T>>(dpartial_logits, C, 1) &&
-                             fits_packs<A, kHeld<T>>(dbias, C, 1);
+      const bool is_packed = fits_packs<T, kClassesPerThread<T>>(partial_logits, C, stride_c) &&
+                             stride_m % kClassesPerThread<T> == 0 && stride_n % kClassesPerThread<T> == 0 &&
+                             fits_packs<Out, kClassesPerThread<T>>(dpartial_logits, C, 1) &&
+                             fits_packs<A, kClassesPerThread<T>>(dbias, C, 1);
       const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n,
                                                  stride_c, M, C, utility, is_packed, format);
       const Geometry geometry = make_geometry<P>(problem);
@@ -316,11 +330,10 @@ void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
       }
       const auto kernel = &additive_shapley_bwd_kernel<P>;
       // Its own arrays and the largest columns are more together than a block has without asking.
-      check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(kShared)));
+      allow_shared_memory(op, kernel, kShared);
       MMFAST_LAUNCH((kernel), static_cast<unsigned>(grid), geometry.block, geometry.shared, stream,
                     static_cast<const T*>(dphi), problem, static_cast<Out*>(dpartial_logits),
-                    static_cast<A*>(dbias), Weights<A>(problem.M));
+                    static_cast<A*>(dbias), ShapleyWeights<A>(problem.M));
     });
   });
   check_cuda(op, cudaGetLastError());

@@ -1,8 +1,7 @@
-// What the kernels of additive_shapley.cu share: numbers and how they are loaded, and utilities of logits.
+// What the kernels of additive_shapley.cu share: elements and how they are loaded, and utilities of logits.
 #pragma once
 
 #include <cstring>
-#include <limits>
 
 #include "shapley.cuh"
 #include "team.cuh"
@@ -10,9 +9,9 @@
 namespace mmfast {
 namespace {
 
-// Classes that a thread takes at a time: those of a vector of 16 bytes.
+// Classes that a thread takes at a time: those of a vector of 16 bytes (two for double).
 template <class T>
-constexpr int kHeld = sizeof(T) == 2 ? 8 : 4;
+constexpr int kClassesPerThread = sizeof(T) == 2 ? 8 : 4;
 constexpr int kNoClass = std::numeric_limits<int>::max();
 
 enum Utility : int { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
@@ -71,8 +70,8 @@ void dispatch_storage(const char* op, int64_t dtype, Function&& function) {
 __device__ inline float exponential(float x) { return expf(x); }
 // Not inlined, as it is long, nor the logarithm.
 __device__ MMFAST_NOINLINE double exponential(double x) { return exp(x); }
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ MMFAST_NOINLINE double logarithm(double x) { return log(x); }
+__device__ inline float logarithm(float x) { return natural_log(x); }
+__device__ MMFAST_NOINLINE double logarithm(double x) { return natural_log(x); }
 
 // How the classes of a sample are dealt out to a team: H neighbours to a thread where vectors can be loaded,
 // else one to each thread in turn; in chunks if there are more.
@@ -92,7 +91,7 @@ struct Classes {
         format(format) {}
 
   __device__ int class_of(int chunk, int i) const { return chunk * span + first + i * step; }
-  __device__ int chunks() const { return (C + span - 1) / span; }
+  __device__ int chunks() const { return ceil_div(C, span); }
 
   // `pad` beyond the last class.
   template <class T, class A>
@@ -100,25 +99,26 @@ struct Classes {
     if (is_packed) {
       Pack<T, H> loaded{};
       const bool is_pad = class_of(chunk, 0) >= C;
-      if (!is_pad) loaded = *reinterpret_cast<const Pack<T, H>*>(row + class_of(chunk, 0));
+      if (!is_pad) loaded = load_pack<H>(row + class_of(chunk, 0));
 #pragma unroll
       for (int i = 0; i < H; ++i) z[i] = is_pad ? pad : format.widen(loaded.values[i]);
     } else {
-#pragma unroll
-      for (int i = 0; i < H; ++i) {
-        const int c = class_of(chunk, i);
-        z[i] = c < C ? format.widen(row[c * stride_c]) : pad;
-      }
+      load_scalars([&](int c) { return format.widen(row[c * stride_c]); }, chunk, z, pad);
     }
   }
 
-  // As load, of numbers side by side that need not be aligned.
+  // As load, of elements side by side that need not be aligned.
   template <class A>
   __device__ void load_scalars(const A* row, int chunk, A (&z)[H], A pad = 0) const {
+    load_scalars([&](int c) { return row[c]; }, chunk, z, pad);
+  }
+
+  template <class Function, class A>
+  __device__ void load_scalars(Function&& element, int chunk, A (&z)[H], A pad) const {
 #pragma unroll
     for (int i = 0; i < H; ++i) {
       const int c = class_of(chunk, i);
-      z[i] = c < C ? row[c] : pad;
+      z[i] = c < C ? element(c) : pad;
     }
   }
 
@@ -129,7 +129,7 @@ struct Classes {
       Pack<T, H> stored;
 #pragma unroll
       for (int i = 0; i < H; ++i) stored.values[i] = format.narrow<T>(z[i]);
-      *reinterpret_cast<Pack<T, H>*>(row + class_of(chunk, 0)) = stored;
+      store_pack(row + class_of(chunk, 0), stored);
     } else {
 #pragma unroll
       for (int i = 0; i < H; ++i) {
@@ -142,7 +142,7 @@ struct Classes {
 
 template <class T, int H>
 bool fits_packs(const void* address, int64_t C, int64_t stride_c) {
-  return stride_c == 1 && C % H == 0 && reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, H>) == 0;
+  return stride_c == 1 && C % H == 0 && is_aligned_for_packs<T, H>(address);
 }
 
 // Lanes of a warp that hold a sample's classes at once, if there are enough.
@@ -163,74 +163,63 @@ __device__ inline int class_of_key(int key) { return key < 0 ? key + kNoClass : 
 
 template <class A>
 struct Softmax {
-  A top, own, others;  // of exp(z - top): the label's, and the sum over all other classes
+  A top, label, others;  // of exp(z - top): the label's, and the sum over all other classes
 };
+
+// Calls function(c, z) for the thread's logits of one sample, `source.load(chunk, z)`, but the label's.
+template <class Source, class Function>
+__device__ __forceinline__ void for_other_classes(const Source& source, int label, Function&& function) {
+  const auto& classes = source.classes;
+  typename Source::A z[Source::H];
+  const int chunks = classes.chunks();
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    source.load(chunk, z);
+#pragma unroll
+    for (int i = 0; i < Source::H; ++i) {
+      const int c = classes.class_of(chunk, i);
+      if (c < classes.C && c != label) function(c, z[i]);
+    }
+  }
+}
 
 // Logits of one sample, `source.load(chunk, z)`: exact, class by class, NaN and infinities as torch has them.
 template <class A, class Source, bool is_block>
-__device__ Softmax<A> softmax_of(const Source& source, int label, A own, const Team<is_block>& team) {
-  const auto& classes = source.classes;
-  constexpr int H = Source::H;
-  const int chunks = classes.chunks();
-  A z[H], top = own, others = 0;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    source.load(chunk, z);
-#pragma unroll
-    for (int i = 0; i < H; ++i) {
-      const int c = classes.class_of(chunk, i);
-      if (c < classes.C && c != label) top = Max()(top, z[i]);
-    }
-  }
+__device__ Softmax<A> softmax_of(const Source& source, int label, A label_logit, const Team<is_block>& team) {
+  A top = label_logit, others = 0;
+  for_other_classes(source, label, [&](int, A z) { top = Max()(top, z); });
   top = team.all(top, Max());
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    source.load(chunk, z);
-#pragma unroll
-    for (int i = 0; i < H; ++i) {
-      const int c = classes.class_of(chunk, i);
-      if (c < classes.C && c != label) others += exponential(z[i] - top);
-    }
-  }
-  return {top, exponential(own - top), team.all(others, Sum())};
+  for_other_classes(source, label, [&](int, A z) { others += exponential(z - top); });
+  return {top, exponential(label_logit - top), team.all(others, Sum())};
 }
 
 // "probability" or "log_probability".
 template <class A, class Source, bool is_block>
-__device__ A softmax_utility(const Source& source, int label, A own, int utility,
+__device__ A softmax_utility(const Source& source, int label, A label_logit, int utility,
                              const Team<is_block>& team) {
-  const Softmax<A> softmax = softmax_of(source, label, own, team);
-  const A total = softmax.own + softmax.others;
-  return utility == kProbability ? softmax.own / total : own - softmax.top - logarithm(total);
+  const Softmax<A> softmax = softmax_of(source, label, label_logit, team);
+  const A total = softmax.label + softmax.others;
+  return utility == kProbability ? softmax.label / total : label_logit - softmax.top - logarithm(total);
 }
 
 // "margin" or "correct", which stands for "cardinality", too.
 template <class A, class Source, bool is_block>
-__device__ A largest_utility(const Source& source, int label, A own, int utility,
+__device__ A largest_utility(const Source& source, int label, A label_logit, int utility,
                              const Team<is_block>& team) {
-  const auto& classes = source.classes;
-  constexpr int H = Source::H;
-  const int chunks = classes.chunks();
-  A z[H], top = -kInfinity<A>, poison = 0;
+  A top = -kInfinity<A>, poison = 0;
   int beaten = 0;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    source.load(chunk, z);
-#pragma unroll
-    for (int i = 0; i < H; ++i) {
-      const int c = classes.class_of(chunk, i);
-      if (c >= classes.C || c == label) continue;
-      const bool is_nan = z[i] != z[i];
-      top = Max()(top, z[i]);
-      poison += is_nan ? z[i] : A(0);
-      // Of equal logits the first counts as largest, and a NaN as larger than all numbers.
-      beaten |= z[i] > own || (is_nan && own == own) || (c < label && (z[i] == own || is_nan));
-    }
-  }
+  for_other_classes(source, label, [&](int c, A z) {
+    const bool is_nan = z != z;
+    top = Max()(top, z);
+    poison += is_nan ? z : A(0);
+    // Of equal logits the first counts as largest, and a NaN as larger than all numbers.
+    beaten |= z > label_logit || (is_nan && label_logit == label_logit) ||
+              (c < label && (z == label_logit || is_nan));
+  });
   if (utility != kMargin) return team.all(beaten, Sum()) == 0 ? A(1) : A(0);
   top = team.all(top, Max());
   // The maximum passes over a NaN.
-  return own - top + team.all(poison, Sum());
+  return label_logit - top + team.all(poison, Sum());
 }
 
 }  // namespace

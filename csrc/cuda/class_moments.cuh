@@ -7,17 +7,17 @@ namespace mmfast {
 namespace {
 
 // Rows that a warp loads before it uses the first; the mean of the first such rows is a segment's shift.
-// Packs of eight numbers want registers for their sums.
+// Packs of eight elements want registers for their sums.
 template <int n>
 constexpr int kBatch = n == 8 ? 4 : 8;
 
-// The type the means of some samples are kept in until all are merged: rounded to float32, means of numbers
+// The type the means of some samples are kept in until all are merged: rounded to float32, means of values
 // far from zero, as 1,000 is in float16, would differ by their rounding.
 template <class T>
 using part_mean_t = double;
 
-// What remains of squares once the rounding that makes them negative is taken off; a sum that left the range
-// of numbers stays out of it.
+// What remains of squares once the rounding that makes them negative is taken off; a sum that overflowed
+// stays out of it.
 template <class A>
 __device__ A not_negative(A squares) {
   return squares < 0 ? (is_finite(squares) ? A(0) : -squares) : squares;
@@ -59,7 +59,7 @@ struct Sums {
       Pack<T, n> loaded[kBatch<n>];
 #pragma unroll
       for (int r = 0; r < kBatch<n>; ++r) {
-        if (r < batch) loaded[r] = *reinterpret_cast<const Pack<T, n>*>(x + rows[start + r] * stride);
+        if (r < batch) loaded[r] = load_pack<n>(x + rows[start + r] * stride);
       }
       if (is_first && start == 0) choose_shift(loaded, batch);
 #pragma unroll
@@ -106,6 +106,78 @@ struct Sums {
   }
 };
 
+// What a block's warps leave of classes that began in the warp before: at most one segment a warp.
+template <class T, int n>
+struct Carried {
+  part_mean_t<T> (&mean)[kWarps][kWarp * n];
+  accumulate_t<T> (&squares)[kWarps][kWarp * n];
+  int (&labels)[kWarps];
+  int (&counts)[kWarps];
+
+  __device__ __forceinline__ void put(int warp, int lane, int k, int count,
+                                      const Moments<T, n>& moments) const {
+    if (lane == 0) labels[warp] = k, counts[warp] = count;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      mean[warp][lane * n + i] = moments.mean.values[i];
+      squares[warp][lane * n + i] = moments.squares.values[i];
+    }
+  }
+
+  // Merges the rest of class k, from the warps it went on in.
+  __device__ __forceinline__ void merge(int warp, int lane, int k, int count, Moments<T, n>& moments) const {
+    for (int other = warp + 1; other < kWarps; ++other) {
+      if (counts[other] == 0 || labels[other] != k) continue;
+      moments.merge(count, mean[other] + lane * n, squares[other] + lane * n, counts[other]);
+      count += counts[other];
+    }
+  }
+};
+
+// Sums a warp's stretch of the listed rows, segment by segment; write(moments, k) stores those of a whole
+// one.
+template <class T, int n, class Write>
+__device__ __forceinline__ void sum_segments(const T* x, int64_t stride,
+                                             const int64_t* rows,  // shared [num_listed]
+                                             const int* classes,   // shared [num_listed]
+                                             int num_listed, bool has_columns, const Carried<T, n>& carried,
+                                             Write&& write) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int begin = num_listed * warp / kWarps, end = num_listed * (warp + 1) / kWarps;
+  Sums<T, n> sums{};
+  int k = -1, count = 0;
+  // Whether the segment in hand continues the last one of a warp before.
+  bool is_carried = false;
+  if (lane == 0) carried.counts[warp] = 0;
+  for (int position = begin; position < end;) {
+    const int next = classes[position];
+    if (next != k && count > 0) {
+      const Moments<T, n> moments = sums.moments(count);
+      is_carried ? carried.put(warp, lane, k, count, moments) : write(moments, k);
+      count = 0;
+    }
+    if (count == 0) {
+      k = next;
+      is_carried = position == begin && begin > 0 && classes[begin - 1] == k;
+    }
+    const bool is_same = position + lane < end && classes[position + lane] == k;
+    const unsigned others = ~__ballot_sync(kFullMask, is_same);
+    const int length = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
+    if (has_columns) sums.add(x, stride, rows + position, length, count == 0);
+    count += length;
+    position += length;
+  }
+  Moments<T, n> moments;
+  if (count > 0) {
+    moments = sums.moments(count);
+    if (is_carried) carried.put(warp, lane, k, count, moments);
+  }
+  __syncthreads();
+  if (count == 0 || is_carried) return;
+  carried.merge(warp, lane, k, count, moments);
+  write(moments, k);
+}
+
 // A block's share of the moments: `rows_per_block` rows, and the columns of one warp's packs. Its part for
 // class k lies at block * C + k where blocks order their rows, else at block + k: along rows in order of
 // class each step to another part is one to another block, another class or both.
@@ -120,18 +192,16 @@ __global__ void __launch_bounds__(kBlock, 2)
                              int* __restrict__ part_count,                // [blocks, C], or null
                              int64_t num_rows, int64_t num_columns, int num_classes, int64_t stride,
                              int rows_per_block, unsigned num_slabs) {
-  using A = accumulate_t<T>;
-  using M = part_mean_t<T>;
   MMFAST_SHARED(int64_t, rows, [kMaxRows]);
   MMFAST_SHARED(int, classes, [kMaxRows]);
-  MMFAST_SHARED(int, places, [kWarps * kMaxOwnClasses]);
+  MMFAST_SHARED(int, places, [kWarps * kMaxOrderedClasses]);
   MMFAST_SHARED(int, num_known, [1]);
-  MMFAST_SHARED(M, carried_mean, [kWarps][kWarp * n]);
-  MMFAST_SHARED(A, carried_squares, [kWarps][kWarp * n]);
+  MMFAST_SHARED(part_mean_t<T>, carried_mean, [kWarps][kWarp * n]);
+  MMFAST_SHARED(accumulate_t<T>, carried_squares, [kWarps][kWarp * n]);
   MMFAST_SHARED(int, carried_class, [kWarps]);
   MMFAST_SHARED(int, carried_count, [kWarps]);
 
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
   const int64_t block = blockIdx.x / num_slabs, slab = blockIdx.x % num_slabs, first = block * rows_per_block;
   const int64_t column = (slab * kWarp + lane) * n;
   const bool has_columns = column < num_columns;
@@ -147,60 +217,14 @@ __global__ void __launch_bounds__(kBlock, 2)
     }
     __syncthreads();
   }
-
-  const int begin = num_listed * warp / kWarps, end = num_listed * (warp + 1) / kWarps;
-  Sums<T, n> sums{};
-  int k = -1, count = 0;
-  // Whether the segment in hand continues the last one of a warp before.
-  bool is_carried = false;
-  const auto write = [&](const Moments<T, n>& moments) {
-    if (!has_columns || k < 0 || k >= num_classes) return;
-    const int64_t at = (order == nullptr ? block * num_classes + k : block + k) * num_columns + column;
-    *reinterpret_cast<Pack<M, n>*>(part_mean + at) = moments.mean;
-    *reinterpret_cast<Pack<A, n>*>(part_squares + at) = moments.squares;
-  };
-  const auto carry = [&](const Moments<T, n>& moments) {
-    if (lane == 0) carried_class[warp] = k, carried_count[warp] = count;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      carried_mean[warp][lane * n + i] = moments.mean.values[i];
-      carried_squares[warp][lane * n + i] = moments.squares.values[i];
-    }
-  };
-  if (lane == 0) carried_count[warp] = 0;
-  for (int position = begin; position < end;) {
-    const int next = classes[position];
-    if (next != k && count > 0) {
-      const Moments<T, n> moments = sums.moments(count);
-      is_carried ? carry(moments) : write(moments);
-      count = 0;
-    }
-    if (count == 0) {
-      k = next;
-      is_carried = position == begin && begin > 0 && classes[begin - 1] == k;
-    }
-    const bool is_same = position + lane < end && classes[position + lane] == k;
-    const unsigned others = ~__ballot_sync(kAllLanes, is_same);
-    const int length = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
-    if (has_columns) sums.add(x + column, stride, rows + position, length, count == 0);
-    count += length;
-    position += length;
-  }
-  Moments<T, n> moments;
-  if (count > 0) {
-    moments = sums.moments(count);
-    if (is_carried) carry(moments);
-  }
-  __syncthreads();
-  if (count == 0 || is_carried) return;
-  // The rest of this class, from the warps it went on in.
-  for (int other = warp + 1; other < kWarps; ++other) {
-    if (carried_count[other] == 0 || carried_class[other] != k) continue;
-    moments.merge(count, carried_mean[other] + lane * n, carried_squares[other] + lane * n,
-                  carried_count[other]);
-    count += carried_count[other];
-  }
-  write(moments);
+  const Carried<T, n> carried{carried_mean, carried_squares, carried_class, carried_count};
+  sum_segments(x + column, stride, rows, classes, num_listed, has_columns, carried,
+               [&](const Moments<T, n>& moments, int k) {
+                 if (!has_columns || k < 0 || k >= num_classes) return;
+                 const int64_t part = order == nullptr ? block * num_classes + k : block + k;
+                 store_pack(part_mean + part * num_columns + column, moments.mean);
+                 store_pack(part_squares + part * num_columns + column, moments.squares);
+               });
 }
 
 // Moments of a class of one column in float64, from parts that come in a fixed order.
@@ -224,7 +248,7 @@ struct Total {
   }
 };
 
-// Where in `sorted`, [N] in rising order, the numbers from k on begin.
+// Where in `sorted`, [N] in rising order, the labels from k on begin.
 __device__ inline int64_t lower_bound(const int* sorted, int64_t size, int64_t k) {
   int64_t low = 0;
   while (low < size) {
@@ -238,8 +262,8 @@ __device__ inline int64_t lower_bound(const int* sorted, int64_t size, int64_t k
   return low;
 }
 
-// Mean and variance of a column of class k whose sums left the range of numbers on the way. Squares of
-// float32 fit into float64; float64 is taken times a power of two, as only numbers near its ends come here.
+// Mean and variance of a column of class k whose sums overflowed on the way. Squares of
+// float32 fit into float64; float64 is taken times a power of two, as only values near its ends come here.
 template <class T>
 __device__ void moments_in_range(const T* x, int64_t stride,
                                  const int64_t* labels,  // [N], of which those that are k count; or null
@@ -254,7 +278,7 @@ __device__ void moments_in_range(const T* x, int64_t stride,
                            static_cast<accumulate_t<T>>(x[(order == nullptr ? r : order[r]) * stride])));
     }
   };
-  // Of equal numbers, which may be the largest there is, the mean is one of them.
+  // Of equal values, which may be the largest there is, the mean is one of them.
   const double number = static_cast<double>(count);
   double origin = INFINITY, sum = 0, rest = 0, squares = 0;
   for_numbers([&](double value) {
@@ -262,12 +286,71 @@ __device__ void moments_in_range(const T* x, int64_t stride,
     sum += value - origin;
   });
   const double centre = origin + sum / number;
-  // Of an infinite sample the mean is infinite, and the deviation from it no number.
+  // Of an infinite sample the mean is infinite, and the deviation from it NaN.
   for_numbers([&](double value) { rest += value - centre, squares += (value - centre) * (value - centre); });
   // What rounding left of the deviations belongs to the mean.
   const double share = rest / number;
   mean = static_cast<accumulate_t<T>>((is_finite(share) ? centre + share : centre) / scale);
   var = static_cast<accumulate_t<T>>(not_negative(squares - rest * share) / number / scale / scale);
+}
+
+// Where the parts of one class lie: in blocks `begin` to `end`.
+struct ClassParts {
+  int64_t first = 0, last = 0;  // its rows, where they come in order of class
+  int64_t begin = 0, end;
+
+  __device__ ClassParts(const int* sorted_labels, int64_t num_rows, int64_t k, int64_t num_blocks,
+                        int rows_per_block)
+      : end(num_blocks) {
+    if (sorted_labels == nullptr) return;
+    first = lower_bound(sorted_labels, num_rows, k);
+    last = lower_bound(sorted_labels, num_rows, k + 1);
+    begin = first / rows_per_block;
+    end = first == last ? begin : (last - 1) / rows_per_block + 1;
+  }
+};
+
+// Merges the parts of class k that this warp takes, one column a lane.
+template <class T>
+__device__ __forceinline__ Total merge_parts(const part_mean_t<T>* part_mean,
+                                             const accumulate_t<T>* part_squares, const int* part_count,
+                                             bool is_sorted, const ClassParts& parts, int64_t k,
+                                             int64_t column, int64_t num_columns, int num_classes,
+                                             int rows_per_block) {
+  constexpr int batch = 4;
+  const int warp = threadIdx.x / kWarp;
+  const bool has_column = column < num_columns;
+  Total total;
+  for (int64_t start = parts.begin + warp; start < parts.end; start += batch * kWarps) {
+    int64_t added[batch];
+    part_mean_t<T> means_of[batch];
+    accumulate_t<T> squares_of[batch];
+    // All loads first. A part without samples is loaded, too, and left out.
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int64_t block = start + i * kWarps;
+      added[i] = 0;
+      if (block >= parts.end) continue;
+      if (is_sorted) {
+        added[i] = min(parts.last, (block + 1) * rows_per_block) - max(parts.first, block * rows_per_block);
+      } else {
+        added[i] = part_count[block * num_classes + k];
+      }
+      if (!has_column) continue;
+      const int64_t at = (is_sorted ? block + k : block * num_classes + k) * num_columns + column;
+      means_of[i] = part_mean[at];
+      squares_of[i] = part_squares[at];
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (has_column) {
+        total.add(added[i], means_of[i], squares_of[i]);
+      } else {
+        total.count += added[i];
+      }
+    }
+  }
+  return total;
 }
 
 // Merges the parts of one class, a column a lane; the warps share the parts.
@@ -287,8 +370,6 @@ __global__ void __launch_bounds__(kBlock, 2)
                                int64_t num_rows, int64_t num_columns, int num_classes, int64_t num_blocks,
                                int rows_per_block, unsigned num_groups) {
   using A = accumulate_t<T>;
-  using M = part_mean_t<T>;
-  constexpr int batch = 4;
   MMFAST_SHARED(int64_t, counts, [kWarps][kWarp]);
   MMFAST_SHARED(double, means, [kWarps][kWarp]);
   MMFAST_SHARED(double, squares, [kWarps][kWarp]);
@@ -296,45 +377,9 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int64_t k = blockIdx.x / num_groups, group = blockIdx.x % num_groups, column = group * kWarp + lane;
   const bool has_column = column < num_columns;
 
-  // The blocks that hold samples of the class.
-  int64_t first = 0, last = 0, begin = 0, end = num_blocks;
-  if (sorted_labels != nullptr) {
-    first = lower_bound(sorted_labels, num_rows, k);
-    last = lower_bound(sorted_labels, num_rows, k + 1);
-    begin = first / rows_per_block;
-    end = first == last ? begin : (last - 1) / rows_per_block + 1;
-  }
-  Total total;
-  for (int64_t start = begin + warp; start < end; start += batch * kWarps) {
-    int64_t added[batch];
-    M means_of[batch];
-    A squares_of[batch];
-    // All loads first. A part without samples is loaded, too, and left out.
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const int64_t block = start + i * kWarps;
-      added[i] = 0;
-      if (block >= end) continue;
-      if (sorted_labels == nullptr) {
-        added[i] = part_count[block * num_classes + k];
-      } else {
-        added[i] = min(last, (block + 1) * rows_per_block) - max(first, block * rows_per_block);
-      }
-      if (!has_column) continue;
-      const int64_t at =
-          (sorted_labels == nullptr ? block * num_classes + k : block + k) * num_columns + column;
-      means_of[i] = part_mean[at];
-      squares_of[i] = part_squares[at];
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (has_column) {
-        total.add(added[i], means_of[i], squares_of[i]);
-      } else {
-        total.count += added[i];
-      }
-    }
-  }
+  const ClassParts parts(sorted_labels, num_rows, k, num_blocks, rows_per_block);
+  const Total total = merge_parts<T>(part_mean, part_squares, part_count, sorted_labels != nullptr, parts, k,
+                                     column, num_columns, num_classes, rows_per_block);
   counts[warp][lane] = total.count;
   means[warp][lane] = total.mean();
   squares[warp][lane] = total.squares_about_mean();
@@ -344,14 +389,15 @@ __global__ void __launch_bounds__(kBlock, 2)
   for (int w = 0; w < kWarps; ++w) all.add(counts[w][lane], means[w][lane], squares[w][lane]);
   if (lane == 0 && column == 0) count[k] = all.count;
   if (!has_column) return;
-  A own_mean = static_cast<A>(all.mean());
-  A own_var = static_cast<A>(all.squares_about_mean() / static_cast<double>(all.count));
-  if (all.count > 0 && !(is_finite(own_mean) && is_finite(own_var))) {
-    moments_in_range(x + column, stride, labels, order == nullptr ? order : order + first,
-                     order == nullptr ? num_rows : last - first, k, all.count, own_mean, own_var);
+  A class_mean = static_cast<A>(all.mean());
+  A class_var = static_cast<A>(all.squares_about_mean() / static_cast<double>(all.count));
+  if (all.count > 0 && !(is_finite(class_mean) && is_finite(class_var))) {
+    moments_in_range(x + column, stride, labels, order == nullptr ? order : order + parts.first,
+                     order == nullptr ? num_rows : parts.last - parts.first, k, all.count, class_mean,
+                     class_var);
   }
-  mean[k * num_columns + column] = own_mean;
-  var[k * num_columns + column] = own_var;
+  mean[k * num_columns + column] = class_mean;
+  var[k * num_columns + column] = class_var;
 }
 
 }  // namespace

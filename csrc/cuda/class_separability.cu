@@ -1,25 +1,14 @@
-// Moments of classes, their gradient, and in how many samples the own class's centroid is nearest, dimension
-// by dimension.
+// Moments of classes, their gradient, and in how many samples the label's centroid is nearest, dimension by
+// dimension.
 //
 //   mean_k = sum_{y_i = k} x_i / n_k,  var_k = sum_{y_i = k} (x_i - mean_k)^2 / n_k
 //   dx_i = (dmean_y + 2 (x_i - mean_y) dvar_y) / n_y
 //   hits_d = sum_i [low_{y_i d} <= x_id < high_{y_i d}]
 //
-// Moments (class_moments.cuh): a block takes up to 1,024 rows and a slab of columns, 16 bytes a lane. It
-// orders its rows by class in shared memory: warps count equal labels by match_any, a prefix sum gives each
-// row its place. Each warp then sums a stretch of that order in registers, deviations from a shift taken from
-// the first rows of a segment, and what of a class runs on into the next warps is merged in their order.
-// With more classes segments would be short, their parts much to move: rows come in an order sorted outside.
-// A second kernel merges the blocks' parts in float64. Each part has one place and one order: no bit changes
-// from run to run, or from one GPU to another. Hits: the exact interval in which a centroid is nearest, by
-// comparison with all others; then one read of the features, counts in registers, whole numbers added by
-// shuffles and atomics.
-//
-// Floors at N = 20,000, D = 512, C = 10, float32 on an H100: 41 MB read once at 3.0 TB/s is 14 us (gradient:
-// twice); 4 operations an element are 0.7 us at 60 TFLOP/s. Predicted: moments 19 us (ordering 2 us, merge 3
-// us), gradient 31 us, hits 18 us (intervals 2 us); at N = 1,000,000, 2.05 GB, 0.75 ms for moments and for
-// hits. Measured on an H100, host and launches
-// included, N = 20,000: moments 70 us, gradient 152 us, hits 93 us.
+// Moments (class_moments.cuh): a block orders up to 1,024 rows by class in shared memory, its warps sum
+// stretches of that order about a shift, a second kernel merges the blocks' parts in float64, in a fixed
+// order. Hits (class_intervals.cuh): the interval in which each centroid is nearest, then one read of the
+// features. Floor: the features read once, for the gradient read and written once.
 #include <algorithm>
 #include <initializer_list>
 
@@ -48,11 +37,6 @@ struct Position {
   }
 };
 
-template <class A, int n>
-__device__ Pack<A, n> load_own(const A* table, int64_t at) {
-  return *reinterpret_cast<const Pack<A, n>*>(table + at);
-}
-
 template <class T, int n>
 __global__ void __launch_bounds__(kBlock)
     class_moments_bwd_kernel(const accumulate_t<T>* __restrict__ dmean,  // [C, D]
@@ -76,7 +60,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t row = first + r * position.num_groups;
     if (row >= num_rows) continue;
     label[r] = labels[row];
-    loaded[r] = load_own<T, n>(x, row * stride + position.column);
+    loaded[r] = load_pack<n>(x + row * stride + position.column);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -85,19 +69,19 @@ __global__ void __launch_bounds__(kBlock)
     Pack<T, n> stored{};
     // A label that names no class must not be looked up.
     if (label[r] >= 0 && label[r] < num_classes) {
-      const int64_t own = label[r] * num_columns + position.column;
-      const auto own_mean = load_own<A, n>(mean, own), own_dmean = load_own<A, n>(dmean, own),
-                 own_dvar = load_own<A, n>(dvar, own);
+      const int64_t at = label[r] * num_columns + position.column;
+      const auto class_mean = load_pack<n>(mean + at), class_dmean = load_pack<n>(dmean + at),
+                 class_dvar = load_pack<n>(dvar + at);
       const A scale = A(1) / static_cast<A>(count[label[r]]);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const A deviation = static_cast<A>(loaded[r].values[i]) - own_mean.values[i];
+        const A deviation = static_cast<A>(loaded[r].values[i]) - class_mean.values[i];
         // The factors of the class first: a deviation times dvar alone may be out of range.
-        const A slope = own_dvar.values[i] * (2 * scale);
-        stored.values[i] = static_cast<T>(own_dmean.values[i] * scale + deviation * slope);
+        const A slope = class_dvar.values[i] * (2 * scale);
+        stored.values[i] = static_cast<T>(class_dmean.values[i] * scale + deviation * slope);
       }
     }
-    *reinterpret_cast<Pack<T, n>*>(dx + row * num_columns + position.column) = stored;
+    store_pack(dx + row * num_columns + position.column, stored);
   }
 }
 
@@ -131,14 +115,14 @@ __global__ void __launch_bounds__(kBlock)
       label[r] = -1;
       if (row >= end) continue;
       label[r] = labels[row];
-      loaded[r] = load_own<T, n>(x, row * stride + position.column);
+      loaded[r] = load_pack<n>(x + row * stride + position.column);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       // A label that names no class must not be looked up.
       if (label[r] < 0 || label[r] >= num_classes) continue;
-      const int64_t own = label[r] * num_columns + position.column;
-      const auto from = load_own<A, n>(low, own), to = load_own<A, n>(high, own);
+      const int64_t at = label[r] * num_columns + position.column;
+      const auto from = load_pack<n>(low + at), to = load_pack<n>(high + at);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const A value = static_cast<A>(loaded[r].values[i]);
@@ -146,12 +130,10 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
   }
-  // Over the rows of a warp, then over the warps, then over the blocks: whole numbers, in any order the same.
+  // Over the rows of a warp, then over the warps, then over the blocks: integers, in any order the same.
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    for (int distance = 1 << log_lanes; distance < kWarp; distance *= 2) {
-      inside[i] += __shfl_xor_sync(kAllLanes, inside[i], distance);
-    }
+    inside[i] = warp_sum_modulo(inside[i], 1 << log_lanes);
     if (static_cast<int>(threadIdx.x % kWarp) == position.place && inside[i] > 0) {
       atomicAdd(&sums[position.place * n + i], inside[i]);
     }
@@ -164,10 +146,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls function(pointer to T, width of packs) where every row's columns of all `tables` fall into whole
-// aligned packs, else with single numbers. Rows of the first table are `stride` apart.
+// aligned packs, else with single elements. Rows of the first table are `stride` apart.
 template <class Function>
 void with_packs(const char* op, int64_t dtype, std::initializer_list<const void*> tables, int64_t num_columns,
                 int64_t stride, Function&& function) {
@@ -190,9 +170,9 @@ struct Slabs {
   unsigned count;
 
   Slabs(int64_t num_columns, int n) {
-    const int64_t packs = divide_up(num_columns, n);
+    const int64_t packs = ceil_div(num_columns, n);
     while (log_lanes < 5 && 1 << log_lanes < packs) ++log_lanes;
-    count = static_cast<unsigned>(divide_up(packs, 1 << log_lanes));
+    count = static_cast<unsigned>(ceil_div(packs, 1 << log_lanes));
   }
 };
 
@@ -217,18 +197,19 @@ void class_separability_moments_fwd(const void* features,          // [N, D], ro
                                     void* stream) {
   constexpr const char* op = "class_separability_moments_fwd";
   check_classes(op, num_classes);
-  if (rows_per_block < 1 || rows_per_block > kMaxRows || (labels != nullptr && num_classes > kMaxOwnClasses))
+  if (rows_per_block < 1 || rows_per_block > kMaxRows ||
+      (labels != nullptr && num_classes > kMaxOrderedClasses))
     throw std::invalid_argument(std::string(op) + ": rows_per_block or num_classes is too large");
   const DeviceGuard guard(op, static_cast<int>(device));
-  const int64_t num_blocks = divide_up(num_samples, rows_per_block);
+  const int64_t num_blocks = ceil_div(num_samples, rows_per_block);
   const int classes = static_cast<int>(num_classes), rows = static_cast<int>(rows_per_block);
   with_packs(op, dtype, {features, part_mean, part_squares}, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
     // Without columns there are still samples to count.
-    const auto num_slabs = static_cast<unsigned>(num_dims == 0 ? 1 : divide_up(num_dims, kWarp * n));
-    const auto num_groups = static_cast<unsigned>(num_dims == 0 ? 1 : divide_up(num_dims, kWarp));
+    const auto num_slabs = static_cast<unsigned>(num_dims == 0 ? 1 : ceil_div(num_dims, kWarp * n));
+    const auto num_groups = static_cast<unsigned>(num_dims == 0 ? 1 : ceil_div(num_dims, kWarp));
     using M = part_mean_t<T>;
     M* const means = static_cast<M*>(part_mean);
     A* const squares = static_cast<A*>(part_squares);
@@ -266,7 +247,7 @@ void class_separability_moments_bwd(const void* dmean,      // [C, D]
         using A = accumulate_t<T>;
         constexpr int n = decltype(width)::value;
         const Slabs slabs(num_dims, n);
-        const int64_t num_blocks = divide_up(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
+        const int64_t num_blocks = ceil_div(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
         MMFAST_LAUNCH((class_moments_bwd_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
                       static_cast<const A*>(dmean), static_cast<const A*>(dvar),
                       static_cast<const T*>(features), labels, count, static_cast<const A*>(mean),
@@ -289,18 +270,16 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     throw std::invalid_argument(std::string(op) + ": centroids must be float32 or float64");
   if (num_samples == 0 || num_dims == 0) return;
   const DeviceGuard guard(op, static_cast<int>(device));
-  int multiprocessors = 0;
-  check_cuda(
-      op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(device)));
+  const int num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
   const int classes = static_cast<int>(num_classes);
   with_packs(op, dtype, {features, intervals}, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
     A *const low = static_cast<A*>(intervals), *const high = low + num_classes * num_dims;
-    const auto interval_slabs = static_cast<unsigned>(divide_up(num_dims, kIntervalColumns));
+    const auto interval_slabs = static_cast<unsigned>(ceil_div(num_dims, kIntervalColumns));
     const auto interval_blocks =
-        static_cast<unsigned>(interval_slabs * divide_up(num_classes, kClassGroups * kOwnClasses));
+        static_cast<unsigned>(interval_slabs * ceil_div(num_classes, kClassGroups * kClassesPerThread));
     if (centroid_dtype == 1) {
       MMFAST_LAUNCH((class_intervals_kernel<double, A>), interval_blocks, kBlock, 0, stream,
                     static_cast<const double*>(centroids), low, high, classes, num_dims, interval_slabs);
@@ -310,11 +289,11 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     }
     check_cuda(op, cudaGetLastError());
     const Slabs slabs(num_dims, n);
-    // Four blocks a multiprocessor, and no block so small that adding up what it found costs more.
+    // Four blocks an SM, and no block so small that adding up what it found costs more.
     const int64_t turn = kRows * (kBlock >> slabs.log_lanes);
-    const int64_t wanted = divide_up(4 * multiprocessors, slabs.count);
-    const int64_t rows = std::min<int64_t>(divide_up(divide_up(num_samples, wanted), turn) * turn, 1 << 24);
-    const int64_t num_blocks = divide_up(num_samples, rows) * slabs.count;
+    const int64_t wanted = ceil_div(4 * int64_t{num_sms}, slabs.count);
+    const int64_t rows = std::min<int64_t>(ceil_div(ceil_div(num_samples, wanted), turn) * turn, 1 << 24);
+    const int64_t num_blocks = ceil_div(num_samples, rows) * slabs.count;
     MMFAST_LAUNCH((dimension_hits_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
                   static_cast<const T*>(features), labels, low, high,
                   reinterpret_cast<unsigned long long*>(hits), num_samples, num_dims, classes, stride,

@@ -28,7 +28,7 @@ struct Table {
 template <class T>
 struct TableRow {
   using A = accumulate_t<T>;
-  static constexpr int H = kHeld<T>;
+  static constexpr int H = kClassesPerThread<T>;
   Classes<H> classes;
   const T* row;
   int64_t stride_c;
@@ -48,7 +48,7 @@ struct TableRow {
   }
 
   // Labels on a GPU are not checked: 0 in place of what lies outside.
-  __device__ A own(int64_t label) const {
+  __device__ A logit_of(int64_t label) const {
     return label >= 0 && label < classes.C ? classes.format.widen(row[label * stride_c]) : A(0);
   }
 };
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
   const int64_t label = table.labels[index / table.S];
   const int y = static_cast<int>(label);
   const bool is_softmax = table.utility == kProbability || table.utility == kLogProbability;
-  A u = is_softmax ? softmax_utility(row, y, row.own(label), table.utility, team)
-                   : largest_utility(row, y, row.own(label), table.utility, team);
+  A u = is_softmax ? softmax_utility(row, y, row.logit_of(label), table.utility, team)
+                   : largest_utility(row, y, row.logit_of(label), table.utility, team);
   if (table.utility == kCardinality) u *= static_cast<A>(__popcll(index % table.S));
   if (wanted < table.num_rows && team.lane == 0) values[index] = table.format.template narrow<T>(u);
 }
@@ -83,40 +83,25 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
   const int64_t index = wanted < table.num_rows ? wanted : table.num_rows - 1;
   const TableRow<T> row(table, index, team);
   const int label = static_cast<int>(table.labels[index / table.S]);
-  const A own = row.own(label), du = table.format.widen(dvalues[index]);
+  const A label_logit = row.logit_of(label), du = table.format.widen(dvalues[index]);
   const auto& classes = row.classes;
-  constexpr int H = kHeld<T>;
+  constexpr int H = kClassesPerThread<T>;
   const int chunks = classes.chunks();
 
-  A z[H], own_gradient = du, weight = 0, top = -kInfinity<A>;
+  A z[H], label_gradient = du, weight = 0, top = -kInfinity<A>;
   int runner_up = kNoClass;
   if (table.utility == kMargin) {
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      row.load(chunk, z);
-#pragma unroll
-      for (int i = 0; i < H; ++i) {
-        const int c = classes.class_of(chunk, i);
-        if (c < classes.C && c != label) top = Max()(top, z[i]);
-      }
-    }
+    for_other_classes(row, label, [&](int, A z) { top = Max()(top, z); });
     top = team.all(top, Max());
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      row.load(chunk, z);
-#pragma unroll
-      for (int i = 0; i < H; ++i) {
-        const int c = classes.class_of(chunk, i);
-        if (c < classes.C && c != label) runner_up = Min()(runner_up, runner_up_key(c, z[i], top));
-      }
-    }
+    for_other_classes(row, label,
+                      [&](int c, A z) { runner_up = Min()(runner_up, runner_up_key(c, z, top)); });
     runner_up = class_of_key(team.all(runner_up, Min()));
   } else {
-    const Softmax<A> softmax = softmax_of(row, label, own, team);
-    const A total = softmax.own + softmax.others;
-    weight = (table.utility == kProbability ? du * (softmax.own / total) : du) / total;
-    // Of an infinite du the formula, du - du p, makes no number.
-    own_gradient = weight * softmax.others + (du - du);
+    const Softmax<A> softmax = softmax_of(row, label, label_logit, team);
+    const A total = softmax.label + softmax.others;
+    weight = (table.utility == kProbability ? du * (softmax.label / total) : du) / total;
+    // Of an infinite du the formula, du - du p, would make NaN.
+    label_gradient = weight * softmax.others + (du - du);
     top = softmax.top;
   }
   if (wanted >= table.num_rows) return;
@@ -128,7 +113,7 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
       const int c = classes.class_of(chunk, i);
       const A other = table.utility == kMargin ? (c == runner_up ? -du : A(0))
                                                : (c == label ? A(0) : -weight * exponential(z[i] - top));
-      z[i] = c == label ? own_gradient + (table.utility == kMargin ? other : A(0)) : other;
+      z[i] = c == label ? label_gradient + (table.utility == kMargin ? other : A(0)) : other;
     }
     classes.store(dlogits + index * classes.C, chunk, z);
   }
@@ -138,9 +123,9 @@ template <class T>
 Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_t S, int64_t C,
                     int64_t stride_n, int64_t stride_s, int64_t stride_c, int64_t utility, const void* output,
                     Format format) {
-  const bool is_packed = fits_packs<T, kHeld<T>>(logits, C, stride_c) && stride_n % kHeld<T> == 0 &&
-                         stride_s % kHeld<T> == 0 &&
-                         (output == nullptr || fits_packs<T, kHeld<T>>(output, C, 1));
+  const bool is_packed = fits_packs<T, kClassesPerThread<T>>(logits, C, stride_c) &&
+                         stride_n % kClassesPerThread<T> == 0 && stride_s % kClassesPerThread<T> == 0 &&
+                         (output == nullptr || fits_packs<T, kClassesPerThread<T>>(output, C, 1));
   return {static_cast<const T*>(logits),
           labels,
           N * S,
@@ -150,15 +135,14 @@ Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_
           stride_s,
           stride_c,
           static_cast<int>(utility),
-          lanes_for<kHeld<T>>(C),
+          lanes_for<kClassesPerThread<T>>(C),
           is_packed,
           format};
 }
 
 template <class T>
 unsigned num_row_blocks(const Table<T>& table) {
-  const int64_t rows = kRowsBlock / table.threads;
-  return static_cast<unsigned>((table.num_rows + rows - 1) / rows);
+  return grid_blocks(table.num_rows, kRowsBlock / table.threads);
 }
 
 void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements

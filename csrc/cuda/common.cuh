@@ -22,6 +22,7 @@
 #include <string>
 #include <type_traits>
 
+#include "integers.h"
 #include "registry.h"
 
 namespace mmfast {
@@ -32,11 +33,24 @@ constexpr int kWarp = 32;
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Numbers that are loaded or stored by one instruction (two for double).
+// Elements that are loaded or stored by one instruction, or by several of 16 bytes.
 template <class T, int n>
 struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
   T values[n];
 };
+
+template <int n, class T>
+__device__ __forceinline__ Pack<T, n> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T, n>*>(source);
+}
+template <class T, int n>
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, n>& pack) {
+  *reinterpret_cast<Pack<T, n>*>(target) = pack;
+}
+template <class T, int n>
+bool is_aligned_for_packs(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, n>) == 0;
+}
 
 inline void check_cuda(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return;
@@ -50,6 +64,24 @@ struct Stream {
   int64_t device;
   void* handle;  // cudaStream_t
 };
+
+inline int device_attribute(const char* op, cudaDeviceAttr attribute, int64_t device) {
+  int value = 0;
+  check_cuda(op, cudaDeviceGetAttribute(&value, attribute, static_cast<int>(device)));
+  return value;
+}
+
+// Lets blocks of `kernel` have so much dynamic shared memory; 48 KiB are granted without asking.
+template <class Kernel>
+void allow_shared_memory(const char* op, Kernel* kernel, int64_t bytes) {
+  check_cuda(
+      op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Blocks of a grid that take `per_block` of n items each.
+inline unsigned grid_blocks(int64_t n, int64_t per_block) {
+  return static_cast<unsigned>(ceil_div(n, per_block));
+}
 
 // Makes `device` current for a scope.
 class DeviceGuard {

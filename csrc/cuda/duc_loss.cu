@@ -4,27 +4,11 @@
 //   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
 //   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
 //
-// A first kernel lists the columns of each pair, a second closes them up and lays queries and keys out in
-// global memory exactly as the main one wants them in shared memory: in half precision swizzled panels of 64
-// columns, so that a key tile is one copy of consecutive bytes. The main kernel sweeps the key tiles: scores
-// on matrix units, online softmax in registers, residual, both products from the same tile. The last puts
-// columns back in their places, sums over teachers in order and reduces the losses. The number of columns
-// stays on the device: of the kernels for up to 64, 128, 256, 512 columns and for more, all that a pair may
-// need are launched, and blocks of another one's pairs return at once. Where the queries alone would leave a
-// large GPU idle, the keys are split over blocks, as sizes alone decide, and put together in order.
-//
-//   duc_loss_sm90a.cu   Hopper, up to 512 columns: bulk copies, wgmma by two warpgroups that take turns
-//   duc_loss_mma.cuh    sm_80 and later: cp.async, ldmatrix, mma.sync; blocks take 256 columns of the
-//                       residual each, and all of them sum the scores over all columns
-//   duc_loss_plain.cuh  float32 and float64: multiply-adds in registers, blocks of 256, 128 or 64 columns
-//
-// Floors, one pair of N = 16,384, d = 256, H100. bfloat16: 4 N^2 d = 275 Gop, 0.348 ms at 790 TFLOP/s; 25 MB
-// of inputs and residual, 0.008 ms at 3.0 TB/s, and 17 MB written and read again by packing, 0.011 ms; N^2
-// exponentials, 0.075 ms at 16 a clock and multiprocessor, which one warpgroup takes while the other
-// multiplies. A block's 128 queries make 256 operations of a byte of keys, 3.1 TB/s from the second cache.
-// Predicted: 0.50 ms, 70% of the matrix rate; with mma.sync half of it. float32: 4.6 ms at 60 TFLOP/s,
-// predicted 7 ms. Measured on an H100, loss and gradient: 0.75 ms and 8.1 ms, of which
-// matrix products of torch take 0.37 ms and 5.3 ms (750 and 52 TFLOP/s).
+// duc_loss_pack.cuh lists each pair's columns and lays queries and keys out as a block's shared memory has
+// them; an engine (duc_loss_engines.cuh) sweeps the key tiles: scores, online softmax in registers, residual;
+// the residuals then go back to their columns and are summed over teachers in order. The numbers of columns
+// stay on the device: every bucket that may hold a pair is launched. Few queries: keys split over blocks.
+// Floors for N queries and keys of d columns: 4 N^2 d operations on tensor cores, N^2 exponentials.
 #include <algorithm>
 
 #include "duc_loss_mma.cuh"
@@ -36,180 +20,97 @@ namespace {
 
 using namespace duc;
 
-constexpr const char* kOp = "duc_loss_fwd";
 constexpr int64_t kMaxModalities = 256, kMaxPairs = 65535;
-// Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
-constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-unsigned blocks_of(int64_t n, int64_t per_block) {
-  return static_cast<unsigned>((n + per_block - 1) / per_block);
-}
-
-// The whole call; the sizes of all that Python has taken memory for.
-struct Call {
-  Columns columns;
-  Sweep sweep;
-  const View* views;     // [M, 2] on the host
-  const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
-  int num_processors;
-  bool is_hopper, reads_keys;
-  void* stream;
-
-  Tiling tiling() const { return is_hopper ? kHopperTiling : kMmaTiling; }
-
-  // Whether a pair may fall into the slot.
-  bool has_slot(const Tiling& tiling, int slot) const {
-    if (columns.effective == nullptr) return tiling.slot(columns.num_dims) == slot;
-    if (sizes == nullptr) return slot <= tiling.slot(columns.num_dims);
-    return std::any_of(sizes, sizes + columns.num_modalities * columns.num_modalities,
-                       [&](int64_t size) { return size > 0 && tiling.slot(static_cast<int>(size)) == slot; });
+// Every tiling's last bucket is swept by duc_mma_wide_kernel.
+constexpr bool all_end_wide() {
+  for (const Engine& engine : kEngines) {
+    if (engine.tiling.wide > 0 && engine.tiling.keys[engine.tiling.wide] != kWideKeys) return false;
   }
+  return true;
+}
+static_assert(all_end_wide(), "tiles of the last bucket have as many keys as duc_mma_wide_kernel's");
 
-  // Launches kernel(columns, views, first_modality, more...) for all modalities; a block for so many rows.
-  template <class Kernel, class... More>
-  void pack(Kernel* kernel, int rows, const More&... more) const {
-    const int num_modalities = columns.num_modalities, kinds = 2 * std::max(1, num_modalities - 1);
-    const int64_t num_rows =
-        std::max(round_up(sweep.num_queries, kQueryMultiple), round_up(sweep.num_keys, kKeyMultiple));
-    for (int first = 0; first < num_modalities; first += kMaxViews) {
-      const int number = std::min(kMaxViews, num_modalities - first);
-      Views some{};
-      for (int i = 0; i < number; ++i) {
-        some.features[i] = views[2 * (first + i)];
-        some.keys[i] = views[2 * (first + i) + 1];
-      }
-      const dim3 grid(blocks_of(num_rows, rows), kinds * number);
-      MMFAST_LAUNCH((kernel), grid, kBlock, 0, stream, columns, some, first, more...);
-    }
+const Engine& engine_for(int major, int64_t dtype) {
+  for (const Engine& engine : kEngines) {
+    if (engine.first_major <= major && major <= engine.last_major && engine.dtypes >> dtype & 1)
+      return engine;
   }
-};
-
-template <class Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes) {
-  check_cuda(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  throw std::invalid_argument(std::string(kOp) + ": no kernels for compute capability " +
+                              std::to_string(major) + " and dtype code " + std::to_string(dtype));
 }
 
-template <class Tile, class T>
-void sweep_plain(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyRows<T>& rows_of_keys) {
-  const Sweep& sweep = call.sweep;
-  call.pack(&duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step, queries, keys, keys_by_row,
-            sweep.query_stride, sweep.key_stride, sweep.width, sweep.num_queries, sweep.num_keys);
-  const auto kernel = &duc_plain_kernel<Tile>;
-  allow_shared_memory(kernel, Tile::shared_bytes);
-  const unsigned num_slices = sweep.residual == nullptr ? 1 : blocks_of(sweep.width, Tile::columns);
-  const dim3 grid(blocks_of(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
-  MMFAST_LAUNCH((kernel), grid, 256, Tile::shared_bytes, call.stream, sweep, rows_of_keys);
+// Whether a pair may fall into the bucket.
+bool has_bucket(const Call& call, const Tiling& tiling, int bucket) {
+  const Columns& columns = call.columns;
+  if (columns.effective == nullptr) return tiling.bucket(columns.num_dims) == bucket;
+  if (call.sizes == nullptr) return bucket <= tiling.bucket(columns.num_dims);
+  return std::any_of(
+      call.sizes, call.sizes + columns.num_modalities * columns.num_modalities,
+      [&](int64_t size) { return size > 0 && tiling.bucket(static_cast<int>(size)) == bucket; });
 }
 
-template <class T, int slot, int stages>
-void sweep_mma(const Call& call) {
-  const auto kernel = &duc_mma_kernel<T, slot, stages>;
-  constexpr int bytes = MmaTile<1 << slot, kMmaTiling.keys[slot], stages>::shared_bytes;
-  allow_shared_memory(kernel, bytes);
-  const Sweep& sweep = call.sweep;
-  const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
-  MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, sweep, kMmaTiling);
-}
-
-// Every slot that may hold a pair gets a launch, in which the blocks of other pairs return at once.
+// Every bucket that may hold a pair gets a launch, in which the blocks of other pairs return at once.
 template <class T>
-void sweep_half(const Call& call, T* queries, T* keys) {
+void sweep_panels(const Call& call, const Engine& engine) {
   const Sweep& sweep = call.sweep;
-  const Tiling tiling = call.tiling();
-  call.pack(&duc_pack_panels_kernel<T>, kQueryRows, tiling, queries, keys, sweep.query_stride,
-            sweep.key_stride, sweep.num_queries, sweep.num_keys);
-  for (int slot = 0; slot <= tiling.wide; ++slot) {
-    if (!call.has_slot(tiling, slot)) continue;
-    if (slot == tiling.wide) {
-      const auto kernel = &duc_mma_wide_kernel<T>;
-      allow_shared_memory(kernel, kWideShared);
-      const unsigned num_slices =
-          sweep.residual == nullptr ? 1 : blocks_of(sweep.width, kWidePanels * kPanel);
-      const dim3 grid(blocks_of(sweep.num_queries, kMmaRows), num_slices, sweep.num_pairs * sweep.num_splits);
-      MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
-    } else if (call.is_hopper) {
-      launch_hopper(kOp, std::is_same_v<T, __half>, slot, sweep, call.stream);
-    } else if (slot == 0) {
-      sweep_mma<T, 0, 3>(call);
-    } else if (slot == 1) {
-      sweep_mma<T, 1, 3>(call);
+  const Tiling& tiling = engine.tiling;
+  launch_pack(call, &duc_pack_panels_kernel<T>, kQueryRows, tiling, static_cast<T*>(call.queries),
+              static_cast<T*>(call.keys), sweep.query_stride, sweep.key_stride, sweep.num_queries,
+              sweep.num_keys);
+  for (int bucket = 0; bucket <= tiling.wide; ++bucket) {
+    if (!has_bucket(call, tiling, bucket)) continue;
+    if (bucket == tiling.wide) {
+      launch_mma_wide<T>(call, tiling);
     } else {
-      sweep_mma<T, 2, 2>(call);
+      engine.launch(call, bucket);
     }
   }
 }
 
 template <class T>
-void sweep_all(const Call& call, T* queries, T* keys, T* keys_by_row, const KeyRows<T>& rows_of_keys) {
-  const Sweep& sweep = call.sweep;
-  if constexpr (std::is_same_v<T, double>) {
-    sweep_plain<PlainTile<double, 4, 2, 4>>(call, queries, keys, keys_by_row, rows_of_keys);
-  } else if constexpr (std::is_same_v<T, float>) {
-    using Wide = PlainTile<float, 8, 4, 16>;
-    using Large = PlainTile<float, 8, 4, 8>;
-    using Small = PlainTile<float, 4, 4, 8>;
-    // Turns of the multiprocessors, times what a block multiplies for a key: scores and its slice of columns.
-    const auto duration = [&](auto tile) {
-      using Tile = decltype(tile);
-      const int64_t blocks = int64_t{1} * sweep.num_pairs * sweep.num_splits *
-                             blocks_of(sweep.num_queries, Tile::rows) * blocks_of(sweep.width, Tile::columns);
-      return blocks_of(blocks, call.num_processors) * Tile::rows * (sweep.width + Tile::columns);
-    };
-    // Small tiles read shared memory more often for what they multiply.
-    const double wide = duration(Wide{}), large = duration(Large{}), small = 1.4 * duration(Small{});
-    if (sweep.residual != nullptr && wide < std::min(large, small)) {
-      sweep_plain<Wide>(call, queries, keys, keys_by_row, rows_of_keys);
-    } else if (large < small) {
-      sweep_plain<Large>(call, queries, keys, keys_by_row, rows_of_keys);
-    } else {
-      sweep_plain<Small>(call, queries, keys, keys_by_row, rows_of_keys);
-    }
-  } else {
-    sweep_half<T>(call, queries, keys);
-  }
-}
-
-template <class T>
-void run(const Call& call, void* packed, void* partial, void* loss, void* residuals, int reduction) {
+void run(Call call, const Engine& engine, bool reads_keys, void* packed, void* partial, void* loss,
+         void* residuals, int reduction) {
   using A = accumulate_t<T>;
   if (call.columns.effective != nullptr)
     MMFAST_LAUNCH((&duc_columns_kernel), call.sweep.num_pairs, kBlock, 0, call.stream, call.columns);
-  Call parts = call;
-  Sweep& sweep = parts.sweep;
+  Sweep& sweep = call.sweep;
   T* const queries = static_cast<T*>(packed);
   T* const keys = queries + sweep.num_pairs * sweep.query_stride;
   // Rows of keys that can be read as they lie are not packed once more.
-  T* const keys_by_row = call.reads_keys ? nullptr : keys + sweep.num_pairs * sweep.key_stride;
-  KeyRows<T> rows_of_keys{keys_by_row, sweep.key_stride, sweep.width, sweep.width};
-  if (call.reads_keys) {
+  T* const keys_by_row = reads_keys ? nullptr : keys + sweep.num_pairs * sweep.key_stride;
+  call.queries = queries, call.keys = keys, call.keys_by_row = keys_by_row;
+  call.rows_of_keys = {keys_by_row, sweep.key_stride, sweep.width, sweep.width};
+  if (reads_keys) {
     const View& view = call.views[1];
-    rows_of_keys = {static_cast<const T*>(view.data), 0, view.stride_row, call.columns.num_dims};
+    call.rows_of_keys = {view.data, 0, view.stride_row, call.columns.num_dims};
   }
   sweep.queries = queries, sweep.keys = keys;
-  const int64_t rows = sweep.num_pairs * sweep.num_queries;
+  const Sweep whole = sweep;
   const bool is_split = sweep.num_splits > 1;
   if (is_split) {
     const bool has_residual = sweep.residual != nullptr;
+    const int64_t rows = sweep.num_pairs * sweep.num_queries;
     sweep.losses = static_cast<A*>(partial) + (has_residual ? sweep.num_splits * rows * sweep.width : 0);
     sweep.residual = has_residual ? partial : nullptr;
     sweep.is_rounded = false;
     sweep.residual_width = sweep.width;
   }
-  sweep_all<T>(parts, queries, keys, keys_by_row, rows_of_keys);
-  if (is_split) {
-    Sweep whole = call.sweep;
-    whole.keys = keys;
-    const dim3 grid(blocks_of(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
-    MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, call.tiling(), rows_of_keys,
-                  static_cast<const A*>(sweep.losses), static_cast<const A*>(sweep.residual),
-                  static_cast<A*>(whole.losses));
+  if constexpr (sizeof(T) == 2) {
+    sweep_panels<T>(call, engine);
+  } else {
+    engine.launch(call, 0);
   }
-  const Sweep& whole = call.sweep;
+  if (is_split) {
+    const dim3 grid(grid_blocks(sweep.num_queries, kBlock / kWarp), sweep.num_pairs);
+    MMFAST_LAUNCH((&duc_merge_kernel<T>), grid, kBlock, 0, call.stream, whole, engine.tiling,
+                  call.rows_of_keys, static_cast<const A*>(sweep.losses),
+                  static_cast<const A*>(sweep.residual), static_cast<A*>(whole.losses));
+  }
   const unsigned blocks =
       whole.residual == residuals
           ? 0
-          : blocks_of(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
+          : grid_blocks(call.columns.num_modalities * whole.num_queries, kFinishBlock / kWarp);
   MMFAST_LAUNCH((&duc_finish_kernel<T>), 1 + blocks, kFinishBlock, 0, call.stream, call.columns,
                 static_cast<const A*>(whole.losses), whole.residual, static_cast<A*>(loss),
                 static_cast<residual_t<T>*>(residuals), whole.num_pairs, whole.num_queries,
@@ -254,22 +155,18 @@ void duc_loss_fwd(
   sweep.num_queries = num_queries, sweep.num_keys = num_keys;
   sweep.width = width, sweep.offset = offset;
   sweep.residual_width = packed_residual == residuals ? num_dims : width;
-  call.reads_keys = reads_keys;
   sweep.num_pairs = static_cast<int>(num_pairs), sweep.num_columns = static_cast<int>(num_dims);
   sweep.num_splits = static_cast<int>(num_splits);
   sweep.is_rounded = is_rounded;
   sweep.scale = kLog2E / temperature;
   call.views = list, call.sizes = sizes, call.stream = stream;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check_cuda(kOp, cudaDeviceGetAttribute(&value, which, static_cast<int>(device)));
-    return value;
-  };
-  call.num_processors = attribute(cudaDevAttrMultiProcessorCount);
-  call.is_hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  call.num_sms = device_attribute(kOp, cudaDevAttrMultiProcessorCount, device);
+  const int major = device_attribute(kOp, cudaDevAttrComputeCapabilityMajor, device);
   dispatch_dtype(kOp, dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run<T>(call, packed, partial, loss, residuals, static_cast<int>(reduction));
+    call.is_float16 = std::is_same_v<T, __half>, call.is_float64 = std::is_same_v<T, double>;
+    run<T>(call, engine_for(major, dtype), reads_keys, packed, partial, loss, residuals,
+           static_cast<int>(reduction));
   });
   check_cuda(kOp, cudaGetLastError());
 }

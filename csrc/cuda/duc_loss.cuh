@@ -1,15 +1,11 @@
 // What the kernels of duc_loss share: the sweep's operands, where packed elements lie, the online softmax.
 #pragma once
 
-#include <limits>
-
+#include "math.cuh"
 #include "tensor_core.cuh"
+#include "warp.cuh"
 
 namespace mmfast::duc {
-
-// What is larger than no score but -infinity: as long as all are, their difference from that would be NaN.
-template <class A>
-constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -23,7 +19,7 @@ struct Sweep {
   const void* queries;  // packed, query_stride elements a pair
   const void* keys;     // packed, key_stride elements a pair
   void* residual;       // [splits, P, N, residual_width]; nullptr: not wanted
-  void* losses;       // [P, N]; for several splits [3, splits, P, N]: maximum, sum and own score of each row
+  void* losses;  // [P, N]; for several splits [3, splits, P, N]: maximum, sum and positive score of each row
   const int* counts;  // [P], columns in use; nullptr: num_columns in every pair
   int64_t query_stride, key_stride;
   int64_t num_queries, num_keys, width, residual_width, offset;
@@ -35,14 +31,14 @@ struct Sweep {
 };
 
 // A block's pair and key tiles. Where queries are few their keys are split over blocks, each of which then
-// leaves the residual relative to its own maximum and sum and without the own key, for duc_merge_kernel.
+// leaves the residual relative to its own maximum and sum and without the positive key, for duc_merge_kernel.
 struct Share {
   int pair, index;  // of the block's results: split P + pair
   int64_t first_tile, end_tile;
 
   __device__ Share(const Sweep& sweep, int tile_keys) {
     const int split = blockIdx.z / sweep.num_pairs;
-    const int64_t num_tiles = (sweep.num_keys + tile_keys - 1) / tile_keys;
+    const int64_t num_tiles = ceil_div(sweep.num_keys, tile_keys);
     pair = blockIdx.z % sweep.num_pairs;
     index = blockIdx.z;
     first_tile = split * num_tiles / sweep.num_splits;
@@ -51,31 +47,31 @@ struct Share {
 };
 
 // The keys row by row, whose rows begin at multiples of 16 bytes.
-template <class T>
 struct KeyRows {
-  const T* data;
+  const void* data;
   int64_t stride_pair, stride_row, num_columns;
 };
 
 // Half precision lies in panels of 64 columns, so that a row of a panel is 128 bytes, of which chunk c of
 // 16 bytes in row r stands at place c ^ (r % 8): eight rows' equal chunks are in different banks.
-constexpr int kPanel = 64, kQueryRows = 64;
+constexpr int kPanel = 64, kPanelRowBytes = 2 * kPanel, kQueryRows = 64;
 
-// How a number of columns is taken: a kernel for each of these widths, one for all beyond.
-constexpr int kNumSlots = 5;
+// Pairs are bucketed by their number of columns: up to 64, 128, 256, 512 and more.
+constexpr int kNumBuckets = 5;
 
-// Keys of a tile for every slot; slots from `wide` on are one, whose panels are taken one after the other.
+// Keys of a tile for every bucket; buckets from `wide` on are one, whose panels are taken one after the
+// other.
 struct Tiling {
-  int keys[kNumSlots], wide;
+  int keys[kNumBuckets], wide;
 
-  constexpr __host__ __device__ int slot(int count) const {
-    int slot = 0;
-    while (slot < wide && count > kPanel << slot) ++slot;
-    return slot;
+  constexpr __host__ __device__ int bucket(int count) const {
+    int bucket = 0;
+    while (bucket < wide && count > kPanel << bucket) ++bucket;
+    return bucket;
   }
   constexpr __host__ __device__ int num_panels(int count) const {
-    const int s = slot(count);
-    return s < wide ? 1 << s : (count + kPanel - 1) / kPanel;
+    const int s = bucket(count);
+    return s < wide ? 1 << s : ceil_div(count, kPanel);
   }
 };
 
@@ -86,28 +82,61 @@ __host__ __device__ inline int64_t packed_index(int64_t row, int column, int row
   return ((tile * num_panels + panel) * rows + r) * kPanel + ((c / 8 ^ r % 8) * 8 + c % 8);
 }
 
-// One thread's two rows in the accumulators of the matrix units, g and g + 8 with g = lane / 4, whose columns
-// 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h and the next for row g + 8 h.
-struct TwoRows {
+// The state of the online softmax of one thread's two rows. In the accumulators of tensor cores these are
+// rows g and g + 8 with g = lane / 4, whose columns 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h
+// and the next for row g + 8 h.
+struct SoftmaxRows {
   // Of the largest score half, see online_softmax.
-  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, sum[2] = {}, own_score[2] = {};
+  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, sum[2] = {}, positive_score[2] = {};
+};
+
+// Steps of a sweep, some for every key tile, through a ring of stages in shared memory: copy(tile, step,
+// stage) begins by cp.async what a later step reads.
+template <int num_stages, class Copy>
+struct StepPipeline {
+  const Copy& copy;
+  int64_t next_tile, end_tile;
+  int num_steps;  // of a tile
+  int next_step = 0, next_stage = 0, stage = 0;
+
+  __device__ __forceinline__ StepPipeline(const Copy& copy, const Share& share, int num_steps)
+      : copy(copy), next_tile(share.first_tile), end_tile(share.end_tile), num_steps(num_steps) {
+    for (int i = 0; i < num_stages - 1; ++i) copy_next();
+  }
+
+  __device__ __forceinline__ void copy_next() {
+    if (next_tile < end_tile) copy(next_tile, next_step, next_stage);
+    cp_async_commit();
+    next_stage = next_stage + 1 == num_stages ? 0 : next_stage + 1;
+    if (++next_step == num_steps) next_step = 0, ++next_tile;
+  }
+
+  // Waits for this step's stage, which all threads may then read, and refills the one they have left.
+  __device__ __forceinline__ int begin_step() {
+    cp_async_wait<num_stages - 2>();
+    __syncthreads();
+    copy_next();
+    const int current = stage;
+    stage = stage + 1 == num_stages ? 0 : stage + 1;
+    return current;
+  }
 };
 
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
 // are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
 // the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
 template <int keys>
-__device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& rows, float (&decay)[2],
-                                               int64_t first_key, int64_t first_own, int64_t num_keys,
+__device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
+                                               int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
   const int lane = threadIdx.x % kWarp;
-  // Of 16 rows of a warp; the tiles with own keys and the ragged last one alone pay for comparisons.
-  if ((first_key < first_own + 16 && first_own < first_key + keys) || first_key + keys > num_keys) {
-    const int64_t own = first_own - first_key + lane / 4, left = num_keys - first_key;
+  // Of 16 rows of a warp; the tiles with positive keys and the ragged last one alone pay for comparisons.
+  if ((first_key < first_positive + 16 && first_positive < first_key + keys) || first_key + keys > num_keys) {
+    const int64_t positive = first_positive - first_key + lane / 4, left = num_keys - first_key;
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {
       const int key = i / 4 * 8 + 2 * (lane % 4) + i % 2, h = i / 2 % 2;
-      if (key == own + 8 * h) rows.own_score[h] = s[i];
+      if (key == positive + 8 * h) rows.positive_score[h] = s[i];
       if (key >= left) s[i] = -INFINITY;
     }
   }
@@ -116,8 +145,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], TwoRows& ro
     float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    top = quad_reduce(top, Max());
     const float base = fmaxf(0.5f * top, rows.half_max[h]), twice = 2 * scale;
     decay[h] = exp2_approx((rows.half_max[h] - base) * twice);
     rows.half_max[h] = base;
@@ -144,65 +172,29 @@ __device__ __forceinline__ void round_weights(uint32_t (&p)[keys / 16][4], const
 template <int n>
 __device__ __forceinline__ void scale_rows(float (&acc)[n], const float (&factor)[2]) {
   // After a few tiles maxima seldom change.
-  if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
+  if (!__any_sync(kFullMask, factor[0] != 1 || factor[1] != 1)) return;
 #pragma unroll
   for (int i = 0; i < n; ++i) acc[i] *= factor[i / 2 % 2];
 }
 
 // Sums over the four threads of a row, after the last tile.
-__device__ inline void finish_rows(TwoRows& rows) {
+__device__ inline void finish_rows(SoftmaxRows& rows) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      rows.sum[h] += __shfl_xor_sync(0xffffffffu, rows.sum[h], distance);
-      rows.own_score[h] += __shfl_xor_sync(0xffffffffu, rows.own_score[h], distance);
-    }
+    rows.sum[h] = quad_reduce(rows.sum[h], Sum());
+    rows.positive_score[h] = quad_reduce(rows.positive_score[h], Sum());
   }
 }
 
-// CUDA's functions by type: a C++ compiler would take the float to double.
+// The maximum and the positive score come from the same product: where they are one, this is log(sum)
+// exactly.
 template <class A>
-__device__ __forceinline__ A power_of_two(A x) {
-  if constexpr (std::is_same_v<A, float>) {
-    return exp2f(x);
-  } else {
-    return exp2(x);
-  }
-}
-template <class A>
-__device__ __forceinline__ A larger(A x, A y) {
-  if constexpr (std::is_same_v<A, float>) {
-    return fmaxf(x, y);
-  } else {
-    return fmax(x, y);
-  }
-}
-template <class A>
-__device__ __forceinline__ A multiply_add(A x, A y, A z) {
-  if constexpr (std::is_same_v<A, float>) {
-    return fmaf(x, y, z);
-  } else {
-    return fma(x, y, z);
-  }
-}
-template <class A>
-__device__ __forceinline__ A natural_log(A x) {
-  if constexpr (std::is_same_v<A, float>) {
-    return logf(x);
-  } else {
-    return log(x);
-  }
-}
-
-// The maximum and the own score come from the same product: where they are one, this is log(sum) exactly.
-template <class A>
-__device__ A loss_of(A sum, A max, A own_score, A scale) {
-  return natural_log(sum) + (A(0.5) * max - A(0.5) * own_score) * (2 * scale * static_cast<A>(kLn2));
+__device__ A loss_of(A sum, A max, A positive_score, A scale) {
+  return natural_log(sum) + (A(0.5) * max - A(0.5) * positive_score) * (2 * scale * static_cast<A>(kLn2));
 }
 
 // What a row's residual is divided by. A part of the keys with scores of -infinity alone has sum 0, and its
-// residual counts for nothing where another part has more; of all keys it is not a number.
+// residual counts for nothing where another part has more; of all keys it is NaN.
 template <class A>
 __device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
   return sum == 0 && sweep.num_splits > 1 ? A(1) : sum;
@@ -210,45 +202,45 @@ __device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
 
 // Writes a row's loss, or what it will be made of.
 template <class A>
-__device__ void store_loss(const Sweep& sweep, int index, int64_t row, A sum, A max, A own_score) {
+__device__ void store_loss(const Sweep& sweep, int index, int64_t row, A sum, A max, A positive_score) {
   A* const target = static_cast<A*>(sweep.losses) + index * sweep.num_queries + row;
   if (sweep.num_splits == 1) {
-    *target = loss_of(sum, max, own_score, static_cast<A>(sweep.scale));
+    *target = loss_of(sum, max, positive_score, static_cast<A>(sweep.scale));
   } else {
     const int64_t plane = sweep.num_splits * sweep.num_pairs * sweep.num_queries;
-    target[0] = max, target[plane] = sum, target[2 * plane] = own_score;
+    target[0] = max, target[plane] = sum, target[2 * plane] = positive_score;
   }
 }
 
 // Writes the losses of a warp's 16 rows.
 __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
-                                             const TwoRows& rows) {
+                                             const SoftmaxRows& rows) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
-    store_loss(sweep, index, row, rows.sum[h], 2 * rows.half_max[h], rows.own_score[h]);
+    store_loss(sweep, index, row, rows.sum[h], 2 * rows.half_max[h], rows.positive_score[h]);
   }
 }
 
-// Writes, from first_column on, the residuals p k - own key of a warp's 16 rows.
+// Writes, from first_column on, the residuals p k - positive key of a warp's 16 rows.
 template <class T, int columns, int tile_keys>
 __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
-                                                const TwoRows& rows, const float (&acc)[columns / 2],
+                                                const SoftmaxRows& rows, const float (&acc)[columns / 2],
                                                 int first_column, int count, int num_panels) {
   const int lane = threadIdx.x % kWarp, t = lane % 4, left = count - first_column - 2 * t;
   const T* keys = static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride;
-  const float own_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;
+  const float positive_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (row >= sweep.num_queries) continue;
     const float inverse = 1 / divisor_of(sweep, rows.sum[h]);
-    // The row's own key in the first of these panels: chunk i of each stands at place i ^ r % 8.
-    const int64_t own_row = sweep.offset + row, tile = own_row / tile_keys;
-    const int r = static_cast<int>(own_row - tile * tile_keys);
-    const T* const own =
+    // The row's positive key in the first of these panels: chunk i of each stands at place i ^ r % 8.
+    const int64_t positive_row = sweep.offset + row, tile = positive_row / tile_keys;
+    const int r = static_cast<int>(positive_row - tile * tile_keys);
+    const T* const positive =
         keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
     const int64_t target =
         ((share.index * sweep.num_queries + row) * sweep.residual_width + first_column) / 2 + t;
@@ -256,10 +248,10 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
         if (8 * i >= left) continue;
-        const auto k =
-            *reinterpret_cast<const Pack<T, 2>*>(own + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
-        const float low = acc[4 * i + 2 * h] * inverse - own_factor * static_cast<float>(k.values[0]);
-        const float high = acc[4 * i + 2 * h + 1] * inverse - own_factor * static_cast<float>(k.values[1]);
+        const auto k = load_pack<2>(positive + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
+        const float low = acc[4 * i + 2 * h] * inverse - positive_factor * static_cast<float>(k.values[0]);
+        const float high =
+            acc[4 * i + 2 * h + 1] * inverse - positive_factor * static_cast<float>(k.values[1]);
         if constexpr (sizeof(*residual) == 4) {
           residual[target + 4 * i] = pack_pair<T>(low, high);
         } else {
@@ -274,10 +266,5 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
     }
   }
 }
-
-// Keys of a tile in the kernels for sm_90a, and their launch for pairs of a slot below `wide`. They are in an
-// object of their own, compiled for that architecture alone.
-constexpr Tiling kHopperTiling{{128, 128, 96, 64, 64}, 4};
-void launch_hopper(const char* op, bool is_half, int slot, const Sweep& sweep, void* stream);
 
 }  // namespace mmfast::duc

@@ -1,4 +1,4 @@
-// The sweep of duc_loss in half precision on the matrix units of sm_80 and later: 8 warps of 16 queries each,
+// The sweep of duc_loss in half precision on the tensor cores of sm_80 and later: 8 warps of 16 queries each,
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
 // columns are split over blocks. Included by duc_loss.cu only.
@@ -7,13 +7,12 @@
 // Machine code: duc_mma_wide_kernel, 80 90 100 120: HMMA LDGSTS
 #pragma once
 
-#include "duc_loss.cuh"
+#include "duc_loss_engines.cuh"
 
 namespace mmfast::duc {
 namespace {
 
-constexpr Tiling kMmaTiling{{64, 64, 32, 64, 64}, 3};
-constexpr int kMmaBlock = 256, kMmaRows = 128, kPanelRowBytes = 2 * kPanel;
+constexpr int kMmaBlock = 256, kMmaRows = 128;
 
 // Where a lane's row for ldmatrix begins: 16-byte chunk `chunk` of row `row` of a panel.
 __device__ __forceinline__ uint32_t chunk_address(uint32_t panel, int row, int chunk) {
@@ -74,15 +73,15 @@ struct MmaTile {
                        shared_bytes = query_bytes + stages * key_bytes;
 };
 
-// Pairs of up to 64 << slot columns. Grid: blocks of queries, 1, pairs.
-template <class T, int slot, int stages>
+// Pairs of up to 64 << bucket columns. Grid: blocks of queries, 1, pairs.
+template <class T, int bucket, int stages>
 __global__ void __launch_bounds__(kMmaBlock)
     duc_mma_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
-  constexpr int num_panels = 1 << slot, keys = kMmaTiling.keys[slot];
+  constexpr int num_panels = 1 << bucket, keys = kMmaTiling.keys[bucket];
   using Tile = MmaTile<num_panels, keys, stages>;
   const Share share(sweep, keys);
   const int count = sweep.count(share.pair);
-  if (count == 0 || tiling.slot(count) != slot) return;
+  if (count == 0 || tiling.bucket(count) != bucket) return;
   MMFAST_DYNAMIC_SHARED(shared);
   const uint32_t queries = shared_address(shared), tiles = queries + Tile::query_bytes;
   const int warp = threadIdx.x / kWarp;
@@ -102,10 +101,10 @@ __global__ void __launch_bounds__(kMmaBlock)
   for (int i = 0; i < stages - 1; ++i) copy_tile(share.first_tile + i);
 
   const float scale = static_cast<float>(sweep.scale);
-  const int64_t first_own = sweep.offset + first_row + 16 * warp;
-  const uint32_t own_queries = queries + warp / 4 * (num_panels * kQueryRows * kPanelRowBytes);
+  const int64_t first_positive = sweep.offset + first_row + 16 * warp;
+  const uint32_t warp_queries = queries + warp / 4 * (num_panels * kQueryRows * kPanelRowBytes);
   float acc[32 * num_panels] = {};
-  TwoRows rows;
+  SoftmaxRows rows;
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     cp_async_wait<stages - 2>();
     __syncthreads();
@@ -115,10 +114,10 @@ __global__ void __launch_bounds__(kMmaBlock)
     float s[keys / 2] = {}, decay[2];
 #pragma unroll
     for (int panel = 0; panel < num_panels; ++panel) {
-      add_scores<T, keys>(s, own_queries + panel * kQueryRows * kPanelRowBytes, warp % 4 * 16,
+      add_scores<T, keys>(s, warp_queries + panel * kQueryRows * kPanelRowBytes, warp % 4 * 16,
                           current + panel * keys * kPanelRowBytes);
     }
-    online_softmax<keys>(s, rows, decay, tile * keys, first_own, sweep.num_keys, scale);
+    online_softmax<keys>(s, rows, decay, tile * keys, first_positive, sweep.num_keys, scale);
     if (sweep.residual == nullptr) continue;
     scale_rows(acc, decay);
     uint32_t p[keys / 16][4];
@@ -141,73 +140,67 @@ constexpr int kWidePanels = 4, kWideStages = 3, kWideKeys = kMmaTiling.keys[3];
 constexpr int kWideQueryBytes = kMmaRows * kPanelRowBytes, kWideKeyBytes = kWideKeys * kPanelRowBytes;
 constexpr int kWideStage = kWideQueryBytes + kWideKeyBytes, kWideShared = kWideStages * kWideStage;
 
+// Copies a step of a tile into a stage: a panel of queries and of keys, then panels of keys alone.
+struct WideCopy {
+  const unsigned char *queries, *keys;  // of the pair; queries from this block's first on
+  uint32_t stages;
+  int num_panels, first_panel;  // panels of the pair; the first in whose columns the block sums the residual
+
+  __device__ __forceinline__ void operator()(int64_t tile, int step, int stage) const {
+    const uint32_t target = stages + stage * kWideStage;
+    const bool is_score = step < num_panels;
+    const int panel = is_score ? step : first_panel + step - num_panels;
+    copy_bytes(target + kWideQueryBytes, keys + (tile * num_panels + panel) * kWideKeyBytes, kWideKeyBytes);
+    if (is_score) {
+      // A block's queries are two tiles.
+      constexpr int half = kWideQueryBytes / 2;
+      const auto* const source = queries + static_cast<int64_t>(panel) * half;
+      copy_bytes(target, source, half);
+      copy_bytes(target + half, source + static_cast<int64_t>(num_panels) * half, half);
+    }
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kMmaBlock)
     duc_mma_wide_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
   const Share share(sweep, kWideKeys);
   const int count = sweep.count(share.pair), first_panel = blockIdx.y * kWidePanels;
-  const int num_panels = (count + kPanel - 1) / kPanel;
-  if (tiling.slot(count) != tiling.wide || first_panel >= num_panels) return;
+  const int num_panels = ceil_div(count, kPanel);
+  if (tiling.bucket(count) != tiling.wide || first_panel >= num_panels) return;
   MMFAST_DYNAMIC_SHARED(shared);
   const uint32_t stages = shared_address(shared);
-  const int warp = threadIdx.x / kWarp, num_own = min(kWidePanels, num_panels - first_panel);
+  const int warp = threadIdx.x / kWarp, block_panels = min(kWidePanels, num_panels - first_panel);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kMmaRows;
-  const int steps = num_panels + (sweep.residual == nullptr ? 0 : num_own);
   constexpr int size = sizeof(T);
-  const auto* const queries = static_cast<const unsigned char*>(sweep.queries) +
-                              (share.pair * sweep.query_stride + first_row * num_panels * kPanel) * size;
-  const auto* const keys =
-      static_cast<const unsigned char*>(sweep.keys) + share.pair * sweep.key_stride * size;
-
-  int64_t next_tile = share.first_tile;
-  int next_step = 0, next_stage = 0, stage = 0;
-  const auto copy_next = [&] {
-    if (next_tile < share.end_tile) {
-      const uint32_t target = stages + next_stage * kWideStage;
-      const bool is_score = next_step < num_panels;
-      const int panel = is_score ? next_step : first_panel + next_step - num_panels;
-      copy_bytes(target + kWideQueryBytes, keys + (next_tile * num_panels + panel) * kWideKeyBytes,
-                 kWideKeyBytes);
-      if (is_score) {
-        // A block's queries are two tiles.
-        constexpr int half = kWideQueryBytes / 2;
-        const auto* const source = queries + static_cast<int64_t>(panel) * half;
-        copy_bytes(target, source, half);
-        copy_bytes(target + half, source + static_cast<int64_t>(num_panels) * half, half);
-      }
-    }
-    cp_async_commit();
-    next_stage = next_stage + 1 == kWideStages ? 0 : next_stage + 1;
-    if (++next_step == steps) next_step = 0, ++next_tile;
-  };
-  const auto begin_step = [&] {
-    cp_async_wait<kWideStages - 2>();
-    __syncthreads();
-    copy_next();
-    const uint32_t current = stages + stage * kWideStage;
-    stage = stage + 1 == kWideStages ? 0 : stage + 1;
-    return current;
-  };
-  for (int i = 0; i < kWideStages - 1; ++i) copy_next();
+  const WideCopy copy{static_cast<const unsigned char*>(sweep.queries) +
+                          (share.pair * sweep.query_stride + first_row * num_panels * kPanel) * size,
+                      static_cast<const unsigned char*>(sweep.keys) + share.pair * sweep.key_stride * size,
+                      stages, num_panels, first_panel};
+  const int num_steps = num_panels + (sweep.residual == nullptr ? 0 : block_panels);
+  StepPipeline<kWideStages, WideCopy> pipeline(copy, share, num_steps);
 
   const float scale = static_cast<float>(sweep.scale);
-  const int64_t first_own = sweep.offset + first_row + 16 * warp;
+  const int64_t first_positive = sweep.offset + first_row + 16 * warp;
   float acc[32 * kWidePanels] = {};
-  TwoRows rows;
+  SoftmaxRows rows;
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     float s[kWideKeys / 2] = {}, decay[2];
     for (int panel = 0; panel < num_panels; ++panel) {
-      const uint32_t current = begin_step();
+      const uint32_t current = stages + pipeline.begin_step() * kWideStage;
       add_scores<T, kWideKeys>(s, current, 16 * warp, current + kWideQueryBytes);
     }
-    online_softmax<kWideKeys>(s, rows, decay, tile * kWideKeys, first_own, sweep.num_keys, scale);
+    online_softmax<kWideKeys>(s, rows, decay, tile * kWideKeys, first_positive, sweep.num_keys, scale);
     if (sweep.residual == nullptr) continue;
     scale_rows(acc, decay);
     uint32_t p[kWideKeys / 16][4];
     round_weights<T, kWideKeys>(p, s);
 #pragma unroll
     for (int panel = 0; panel < kWidePanels; ++panel) {
-      if (panel < num_own) add_weighted<T, kWideKeys>(acc + 32 * panel, p, begin_step() + kWideQueryBytes);
+      if (panel < block_panels) {
+        const uint32_t current = stages + pipeline.begin_step() * kWideStage;
+        add_weighted<T, kWideKeys>(acc + 32 * panel, p, current + kWideQueryBytes);
+      }
     }
   }
   cp_async_wait<0>();
@@ -218,5 +211,39 @@ __global__ void __launch_bounds__(kMmaBlock)
                                                   first_panel * kPanel, count, num_panels);
 }
 
+template <class T, int bucket, int stages>
+void launch_mma_bucket(const Call& call) {
+  const auto kernel = &duc_mma_kernel<T, bucket, stages>;
+  constexpr int bytes = MmaTile<1 << bucket, kMmaTiling.keys[bucket], stages>::shared_bytes;
+  allow_shared_memory(kOp, kernel, bytes);
+  const Sweep& sweep = call.sweep;
+  const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
+  MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, sweep, kMmaTiling);
+}
+
+template <class T>
+void launch_mma_bucket(const Call& call, int bucket) {
+  if (bucket == 0) return launch_mma_bucket<T, 0, 3>(call);
+  if (bucket == 1) return launch_mma_bucket<T, 1, 3>(call);
+  launch_mma_bucket<T, 2, 2>(call);
+}
+
+// The pairs of the last bucket of any engine's tiling.
+template <class T>
+void launch_mma_wide(const Call& call, const Tiling& tiling) {
+  const auto kernel = &duc_mma_wide_kernel<T>;
+  allow_shared_memory(kOp, kernel, kWideShared);
+  const Sweep& sweep = call.sweep;
+  const unsigned num_slices = sweep.residual == nullptr ? 1 : grid_blocks(sweep.width, kWidePanels * kPanel);
+  const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), num_slices, sweep.num_pairs * sweep.num_splits);
+  MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
+}
+
 }  // namespace
+
+void launch_mma(const Call& call, int bucket) {
+  if (call.is_float16) return launch_mma_bucket<__half>(call, bucket);
+  launch_mma_bucket<__nv_bfloat16>(call, bucket);
+}
+
 }  // namespace mmfast::duc

@@ -2,7 +2,9 @@
 // go back to their places and are summed over teachers, losses are reduced. Included by duc_loss.cu only.
 #pragma once
 
-#include "duc_loss.cuh"
+#include <algorithm>
+
+#include "duc_loss_engines.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -10,33 +12,11 @@ namespace {
 constexpr int kBlock = 256, kFinishBlock = 1024;
 // Modalities whose addresses fit in the arguments of one launch.
 constexpr int kMaxViews = 8;
+// Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
+constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
 
-struct View {
-  const void* data;
-  int64_t stride_row, stride_dim;
-};
 struct Views {
   View features[kMaxViews], keys[kMaxViews];
-};
-
-// Which columns a pair uses. Pair (m, n) is number m (M - 1) + n less the pairs (i, i) left out.
-struct Columns {
-  const bool* effective;  // [M, D]; nullptr: one pair, all columns
-  int* columns;           // [P, D], those in use, ascending
-  int* positions;         // [P, D], where a column went, -1 where nowhere
-  int* counts;            // [P]
-  int num_modalities, num_dims;
-
-  __device__ int count(int pair) const { return effective == nullptr ? num_dims : counts[pair]; }
-  __device__ int column(int pair, int position) const {
-    return effective == nullptr ? position : columns[static_cast<int64_t>(pair) * num_dims + position];
-  }
-  __device__ int position(int pair, int column) const {
-    return effective == nullptr ? column : positions[static_cast<int64_t>(pair) * num_dims + column];
-  }
-  __device__ int pair(int teacher, int student) const {
-    return effective == nullptr ? 0 : teacher * (num_modalities - 1) + student - (student > teacher);
-  }
 };
 
 // A block lists the columns of one pair.
@@ -52,10 +32,10 @@ __global__ void __launch_bounds__(kBlock) duc_columns_kernel(Columns columns) {
   for (int start = 0; start < num_dims; start += kBlock) {
     const int d = start + threadIdx.x;
     const bool is_taken = d < num_dims && teaches[d] && !knows[d];
-    const unsigned taken = __ballot_sync(0xffffffffu, is_taken);
+    const unsigned taken = __ballot_sync(kFullMask, is_taken);
     if (lane == 0) taken_by_warp[warp] = __popc(taken);
     __syncthreads();
-    int position = filled + __popc(taken & ((1u << lane) - 1));
+    int position = filled + rank_in(taken);
     for (int w = 0; w < kBlock / kWarp; ++w) {
       if (w < warp) position += taken_by_warp[w];
       filled += taken_by_warp[w];
@@ -95,11 +75,11 @@ __global__ void __launch_bounds__(kBlock)
   const Part part(columns, views, first_modality);
   const int count = columns.count(part.pair), num_panels = tiling.num_panels(count);
   if (count == 0) return;
-  const int tile_rows = part.is_keys ? tiling.keys[tiling.slot(count)] : kQueryRows;
+  const int tile_rows = part.is_keys ? tiling.keys[tiling.bucket(count)] : kQueryRows;
   const int64_t num_rows = part.is_keys ? num_keys : num_queries;
   // Two tiles of queries are always read together.
   const int64_t multiple = part.is_keys ? tile_rows : 2 * kQueryRows;
-  const int64_t end = (num_rows + multiple - 1) / multiple * multiple;
+  const int64_t end = round_up(num_rows, multiple);
   T* target = part.is_keys ? keys + part.pair * key_stride : queries + part.pair * query_stride;
   const T* source = static_cast<const T*>(part.view.data);
   const int chunks = num_panels * (kPanel / 8);
@@ -117,7 +97,7 @@ __global__ void __launch_bounds__(kBlock)
             source[row * part.view.stride_row + columns.column(part.pair, position) * part.view.stride_dim];
       }
     }
-    *reinterpret_cast<Pack<T, 8>*>(target + packed_index(row, 8 * chunk, tile_rows, num_panels)) = packed;
+    store_pack(target + packed_index(row, 8 * chunk, tile_rows, num_panels), packed);
   }
 }
 
@@ -137,13 +117,13 @@ __global__ void __launch_bounds__(kBlock)
   const int count = columns.count(part.pair), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tile_rows = part.is_keys ? key_rows : query_rows;
   const int64_t num_rows = part.is_keys ? num_keys : num_queries;
-  const int64_t end = (num_rows + tile_rows - 1) / tile_rows * tile_rows;
+  const int64_t end = round_up(num_rows, tile_rows);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * tile;
   if (first_row >= end) return;
   T* target = part.is_keys ? keys + part.pair * key_stride : queries + part.pair * query_stride;
   T* const by_row = part.is_keys && keys_by_row != nullptr ? keys_by_row + part.pair * key_stride : nullptr;
   const T* source = static_cast<const T*>(part.view.data);
-  const int filled = (count + multiple - 1) / multiple * multiple;
+  const int filled = round_up(count, multiple);
   MMFAST_SHARED(T, turned, [tile][tile + 1]);
   for (int start = 0; start < filled; start += tile) {
     const int position = start + lane;
@@ -164,11 +144,29 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+// Launches kernel(columns, views, first_modality, more...) for all modalities; a block for so many rows.
+template <class Kernel, class... More>
+void launch_pack(const Call& call, Kernel* kernel, int rows, const More&... more) {
+  const int num_modalities = call.columns.num_modalities, kinds = 2 * std::max(1, num_modalities - 1);
+  const int64_t num_rows =
+      std::max(round_up(call.sweep.num_queries, kQueryMultiple), round_up(call.sweep.num_keys, kKeyMultiple));
+  for (int first = 0; first < num_modalities; first += kMaxViews) {
+    const int number = std::min(kMaxViews, num_modalities - first);
+    Views some{};
+    for (int i = 0; i < number; ++i) {
+      some.features[i] = call.views[2 * (first + i)];
+      some.keys[i] = call.views[2 * (first + i) + 1];
+    }
+    const dim3 grid(grid_blocks(num_rows, rows), kinds * number);
+    MMFAST_LAUNCH((kernel), grid, kBlock, 0, call.stream, call.columns, some, first, more...);
+  }
+}
+
 // Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     duc_merge_kernel(Sweep sweep, const __grid_constant__ Tiling tiling,
-                     KeyRows<T> rows_of_keys,                         // in wide floats
+                     KeyRows rows_of_keys,                            // in wide floats
                      const accumulate_t<T>* __restrict__ statistics,  // [3, splits, P, N]
                      const accumulate_t<T>* __restrict__ partial,     // [splits, P, N, W]
                      accumulate_t<T>* __restrict__ losses) {          // [P, N]
@@ -181,37 +179,30 @@ __global__ void __launch_bounds__(kBlock)
   const bool is_split = lane < sweep.num_splits;
   const A* const mine = statistics + lane * split_stride + place;
   const A max = is_split ? mine[0] : -INFINITY;
-  A top = max, own_score = is_split ? mine[2 * plane] : A(0);
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
-    own_score += __shfl_xor_sync(0xffffffffu, own_score, distance);
-  }
+  const A top = warp_reduce(max, Max()),
+          positive_score = warp_reduce(is_split ? mine[2 * plane] : A(0), Sum());
   const A scale = static_cast<A>(sweep.scale);
   const A sum = is_split ? mine[plane] * power_of_two((A(0.5) * max - A(0.5) * top) * (2 * scale)) : A(0);
-  A total = sum;
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    total += __shfl_xor_sync(0xffffffffu, total, distance);
-  if (lane == 0) losses[place] = loss_of(total, top, own_score, scale);
+  const A total = warp_reduce(sum, Sum());
+  if (lane == 0) losses[place] = loss_of(total, top, positive_score, scale);
   if (sweep.residual == nullptr) return;
   const A weight = sum / total;
-  const int num_panels = tiling.num_panels(count), tile_keys = tiling.keys[tiling.slot(count)];
+  const int num_panels = tiling.num_panels(count), tile_keys = tiling.keys[tiling.bucket(count)];
   const T* const keys = static_cast<const T*>(sweep.keys) + pair * sweep.key_stride;
   for (int start = 0; start < count; start += kWarp) {
     const int column = start + lane;
     A residual = 0;
     for (int split = 0; split < sweep.num_splits; ++split) {
-      const A factor = __shfl_sync(0xffffffffu, weight, split);
+      const A factor = __shfl_sync(kFullMask, weight, split);
       if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
     }
     if (column >= count) continue;
-    const int64_t own_row = sweep.offset + row, target = place * sweep.residual_width + column;
+    const int64_t positive_row = sweep.offset + row, target = place * sweep.residual_width + column;
     if constexpr (sizeof(T) == 2) {
-      residual -= static_cast<A>(keys[packed_index(own_row, column, tile_keys, num_panels)]);
+      residual -= static_cast<A>(keys[packed_index(positive_row, column, tile_keys, num_panels)]);
     } else {
-      residual -=
-          rows_of_keys.data[pair * rows_of_keys.stride_pair + own_row * rows_of_keys.stride_row + column];
+      residual -= static_cast<const T*>(rows_of_keys.data)[pair * rows_of_keys.stride_pair +
+                                                           positive_row * rows_of_keys.stride_row + column];
     }
     if (sweep.is_rounded) {
       static_cast<T*>(sweep.residual)[target] = static_cast<T>(residual);

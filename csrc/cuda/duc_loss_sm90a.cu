@@ -1,11 +1,40 @@
 // The sweep of duc_loss in half precision on Hopper, compiled for sm_90a alone: one thread has tiles copied
 // in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products.
 //
-// Layout and descriptors. A panel, [rows][64 columns] of 16 bits with chunk c of 16 bytes of row r at place
-// c ^ (r % 8), is what PTX calls the 128-byte swizzle, Swizzle<3, 4, 3>: bits 4-6 of an address are changed
-// by bits 7-9, so panels begin at multiples of 1,024 bytes. In elements of 16 bits, T = 8 of them in 16
-// bytes, PTX has two canonical layouts under it (PTX ISA, "asynchronous warpgroup level canonical layouts"),
-// and a panel is both at once:
+// Layout: a panel, [rows][64 columns] of 16 bits with chunk c of 16 bytes of row r at place c ^ (r % 8), is
+// what PTX calls the 128-byte swizzle, Swizzle<3, 4, 3>: bits 4-6 of an address are changed by bits 7-9, so
+// panels begin at multiples of 1,024 bytes. descriptor() says how wgmma reads it.
+//
+// Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
+#include "duc_loss_engines.cuh"
+#include "hopper.cuh"
+
+namespace mmfast::duc {
+namespace {
+
+constexpr int kGroup = 128, kConsumers = 2, kBlock = (1 + kConsumers) * kGroup;
+
+// Up to 256 columns each of the consumers has 64 queries; at 512 both have the same 64 and half the columns.
+template <int bucket>
+struct Sm90aTile {
+  static constexpr int panels = 1 << bucket, keys = kSm90aTiling.keys[bucket];
+  static constexpr bool is_split = panels > 4;
+  static constexpr int consumer_panels = is_split ? panels / kConsumers : panels;
+  static constexpr int columns = consumer_panels * kPanel;
+  static constexpr int rows = is_split ? kQueryRows : kConsumers * kQueryRows;
+  static constexpr int query_bytes = rows * panels * kPanelRowBytes, panel_bytes = keys * kPanelRowBytes,
+                       tile_bytes = panels * panel_bytes;
+  // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
+  static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
+  static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
+  static_assert(stages >= 2, "one tile is used while the next is copied");
+};
+
+// The descriptor of an operand in shared memory: address, LBO and SBO in units of 16 bytes at bits 0, 16 and
+// 32, a base offset of 0 at bit 49, and at bit 62 the number of the swizzle, 1.
+//
+// In elements of 16 bits, T = 8 of them in 16 bytes, PTX has two canonical layouts under the swizzle (PTX
+// ISA, "asynchronous warpgroup level canonical layouts"), and a panel is both at once:
 //
 //   K-major, ((8, m), (T, 2)) : ((8T, SBO), (1, T)), for scores = q k^T; K are the dimensions. A row, of a
 //   query or key, takes 8T = 128 bytes; eight rows on is SBO = 1,024 bytes. A product takes 16 of the 64
@@ -14,34 +43,6 @@
 //   MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)), for p k; K are the keys, 8T = 128 bytes apart,
 //   eight of them on is SBO = 1,024 bytes. 64 columns are side by side, the next 64 LBO = one panel of the
 //   tile on. The next 16 keys begin 2,048 bytes on.
-//
-// A descriptor holds address, LBO and SBO in units of 16 bytes at bits 0, 16 and 32, a base offset of 0 at
-// bit 49, and at bit 62 the number of the swizzle, 1.
-//
-// Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
-#include "duc_loss.cuh"
-#include "hopper.cuh"
-
-namespace mmfast::duc {
-namespace {
-
-constexpr int kGroup = 128, kConsumers = 2, kBlock = (1 + kConsumers) * kGroup, kPanelRow = 2 * kPanel;
-
-// Up to 256 columns each of the consumers has 64 queries; at 512 both have the same 64 and half the columns.
-template <int slot>
-struct Hopper {
-  static constexpr int panels = 1 << slot, keys = kHopperTiling.keys[slot];
-  static constexpr bool is_split = panels > 4;
-  static constexpr int own_panels = is_split ? panels / kConsumers : panels, columns = own_panels * kPanel;
-  static constexpr int rows = is_split ? kQueryRows : kConsumers * kQueryRows;
-  static constexpr int query_bytes = rows * panels * kPanelRow, panel_bytes = keys * kPanelRow,
-                       tile_bytes = panels * panel_bytes;
-  // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
-  static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
-  static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
-  static_assert(stages >= 2, "one tile is used while the next is copied");
-};
-
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading_bytes) {
   constexpr uint64_t stride = 1024, swizzle_128 = 1;
   return (address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 | (stride >> 4) << 32 |
@@ -54,184 +55,241 @@ __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
 }
 
 // Begins scores = q k^T over all panels of 64 queries and a key tile.
-template <class T, class H>
-__device__ __forceinline__ void begin_scores(float (&s)[H::keys / 2], uint32_t queries, uint32_t tile) {
-  const uint64_t q = descriptor(recomputed(queries), 16), b = descriptor(tile, 16);
+template <class T, class Tile>
+__device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_t queries, uint32_t tile) {
+  const uint64_t q = descriptor(rematerialize(queries), 16), b = descriptor(tile, 16);
 #pragma unroll
-  for (int k = 0; k < H::panels * 4; ++k) {
-    Wgmma<T, H::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRow) + k % 4 * 32),
-                              advanced(b, k / 4 * H::panel_bytes + k % 4 * 32), k > 0);
+  for (int k = 0; k < Tile::panels * 4; ++k) {
+    Wgmma<T, Tile::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRowBytes) + k % 4 * 32),
+                                 advanced(b, k / 4 * Tile::panel_bytes + k % 4 * 32), k > 0);
   }
   wgmma_commit();
 }
 
 // Begins acc += p k over the keys of a tile, from the first of this consumer's panels on.
-template <class T, class H>
-__device__ __forceinline__ void begin_weighted(float (&acc)[H::columns / 2],
-                                               const uint32_t (&p)[H::keys / 16][4], uint32_t tile) {
-  const uint64_t b = descriptor(tile, H::panel_bytes);
+template <class T, class Tile>
+__device__ __forceinline__ void begin_weighted(float (&acc)[Tile::columns / 2],
+                                               const uint32_t (&p)[Tile::keys / 16][4], uint32_t tile) {
+  const uint64_t b = descriptor(tile, Tile::panel_bytes);
 #pragma unroll
-  for (int k = 0; k < H::keys / 16; ++k)
-    Wgmma<T, H::columns>::weighted(acc, p[k], advanced(b, k * 16 * kPanelRow));
+  for (int k = 0; k < Tile::keys / 16; ++k)
+    Wgmma<T, Tile::columns>::weighted(acc, p[k], advanced(b, k * 16 * kPanelRowBytes));
   wgmma_commit();
 }
 
-// Grid: blocks of queries, 1, pairs.
-template <class T, int slot, bool has_residual>
-__global__ void __launch_bounds__(kBlock, 1)
-    duc_hopper_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
-  using H = Hopper<slot>;
-  constexpr int keys = H::keys, stages = H::stages;
-  const Share share(sweep, keys);
-  const int count = sweep.count(share.pair);
-  if (count == 0 || tiling.slot(count) != slot) return;
-  MMFAST_DYNAMIC_SHARED(shared);
-  MMFAST_SHARED(uint64_t, barriers, [1 + 2 * stages]);
-  const uint32_t queries = (shared_address(shared) + 1023) / 1024 * 1024, tiles = queries + H::query_bytes;
-  const uint32_t query_ready = shared_address(barriers), full = query_ready + 8, empty = full + 8 * stages;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * H::rows;
-  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
-  if (threadIdx.x == 0) {
+// Addresses in shared memory: the queries, a ring of key tiles, and an mbarrier that the queries have come,
+// one a stage that its tile has come ("full") and one that all warps are done with it ("empty").
+template <class Tile>
+struct Ring {
+  uint32_t queries, tiles, query_ready, full, empty;
+
+  __device__ __forceinline__ Ring(const void* shared, const uint64_t* barriers)
+      : queries(round_up(shared_address(shared), 1024)),
+        tiles(queries + Tile::query_bytes),
+        query_ready(shared_address(barriers)),
+        full(query_ready + 8),
+        empty(full + 8 * Tile::stages) {}
+
+  // By one thread, before a barrier of the block.
+  __device__ __forceinline__ void init() const {
     mbarrier_init(query_ready, 1);
-    for (int stage = 0; stage < stages; ++stage) {
+    for (int stage = 0; stage < Tile::stages; ++stage) {
       mbarrier_init(full + 8 * stage, 1);
       // A warp at a time is done with a tile.
       mbarrier_init(empty + 8 * stage, kConsumers * kGroup / kWarp);
     }
     mbarrier_fence();
   }
+};
+
+// The first row of a block's queries.
+template <class Tile>
+__device__ __forceinline__ int64_t first_row_of_block() {
+  return static_cast<int64_t>(blockIdx.x) * Tile::rows;
+}
+
+// One thread: copies the queries, then every key tile into the next stage that the consumers have left.
+template <class T, class Tile>
+__device__ __forceinline__ void produce(const Sweep& sweep, const Share& share, const Ring<Tile>& ring) {
+  constexpr int tile_size = Tile::keys * Tile::panels * kPanel;
+  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
+  const auto* const queries = static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
+                              first_row_of_block<Tile>() * (Tile::panels * kPanel);
+  const auto* const keys =
+      static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride + share.first_tile * tile_size;
+  mbarrier_expect(ring.query_ready, Tile::query_bytes);
+  bulk_copy(ring.queries, queries, Tile::query_bytes, ring.query_ready);
+  int stage = 0, parity = 1;
+#pragma unroll 1
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    mbarrier_wait(ring.empty + 8 * stage, parity);
+    mbarrier_expect(ring.full + 8 * stage, Tile::tile_bytes);
+    bulk_copy(ring.tiles + stage * Tile::tile_bytes, keys + static_cast<int64_t>(tile) * tile_size,
+              Tile::tile_bytes, ring.full + 8 * stage);
+    if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  }
+}
+
+// Which rows and columns a thread of a consumer has.
+template <class Tile>
+struct Consumer {
+  int index;          // 0 or 1
+  int64_t first_row;  // of the 16 of its warp
+  uint32_t queries;   // the consumer's 64, in shared memory
+  uint32_t panels;    // bytes from the beginning of a key tile to those whose columns it sums
+
+  __device__ __forceinline__ explicit Consumer(const Ring<Tile>& ring)
+      : index(threadIdx.x / kGroup - 1),
+        first_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows) +
+                  16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
+        queries(ring.queries + (Tile::is_split ? 0 : index * (kQueryRows * Tile::panels * kPanelRowBytes))),
+        panels(Tile::is_split ? index * (Tile::consumer_panels * Tile::panel_bytes) : 0) {}
+
+  // The two warpgroups begin their products in turns. The other's last arrival is taken up at the end.
+  __device__ __forceinline__ void begin_turn() const { named_barrier_sync(1 + index, kConsumers * kGroup); }
+  __device__ __forceinline__ void end_turn() const { named_barrier_arrive(2 - index, kConsumers * kGroup); }
+};
+
+// A warpgroup: sweeps the key tiles. Scores of a tile are under way together with the residual of the tile
+// before, whose weights are ready.
+template <class T, class Tile, bool has_residual>
+__device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, const Ring<Tile>& ring,
+                                        const Consumer<Tile>& consumer, SoftmaxRows& rows,
+                                        float (&acc)[Tile::columns / 2]) {
+  constexpr int keys = Tile::keys;
+  const float scale = static_cast<float>(sweep.scale);
+  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
+  const uint32_t values = ring.tiles + consumer.panels;
+  float s[keys / 2], decay[2];
+  uint32_t p[keys / 16][4];
+  const auto release = [&](int stage) {
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(ring.empty + 8 * stage);
+  };
+  const auto add_tile = [&](int tile) {
+    const int64_t first_key = (share.first_tile + tile) * keys;
+    online_softmax<keys>(s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
+  };
+  // The first consumer begins.
+  if (consumer.index == 1) consumer.end_turn();
+
+  mbarrier_wait(ring.query_ready, 0);
+  mbarrier_wait(ring.full, 0);
+  consumer.begin_turn();
+  wgmma_fence();
+  begin_scores<T, Tile>(s, consumer.queries, ring.tiles);
+  consumer.end_turn();
+  wgmma_wait<0>();
+  warpgroup_fence_operand(s);
+  add_tile(0);
+  round_weights<T, keys>(p, s);
+  int last_stage = 0, stage = 1, parity = 0;
+  for (int tile = 1; tile < num_tiles; ++tile) {
+    if constexpr (!has_residual) release(last_stage);
+    mbarrier_wait(ring.full + 8 * stage, parity);
+    consumer.begin_turn();
+    warpgroup_fence_operand(s);
+    warpgroup_fence_operand(acc);
+    wgmma_fence();
+    begin_scores<T, Tile>(s, consumer.queries, ring.tiles + stage * Tile::tile_bytes);
+    if constexpr (has_residual) begin_weighted<T, Tile>(acc, p, values + last_stage * Tile::tile_bytes);
+    // The other consumer's products follow while this one takes exponentials.
+    consumer.end_turn();
+    wgmma_wait<has_residual ? 1 : 0>();
+    warpgroup_fence_operand(s);
+    add_tile(tile);
+    if constexpr (has_residual) {
+      // The exponentials are taken while the products before are under way.
+      warpgroup_fence_operand(s);
+      schedule_barrier(rows.sum[0] + rows.sum[1]);
+      wgmma_wait<0>();
+      warpgroup_fence_operand(acc);
+      release(last_stage);
+      scale_rows(acc, decay);
+      round_weights<T, keys>(p, s);
+    }
+    last_stage = stage;
+    if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  }
+  if constexpr (has_residual) {
+    warpgroup_fence_operand(acc);
+    wgmma_fence();
+    begin_weighted<T, Tile>(acc, p, values + last_stage * Tile::tile_bytes);
+    wgmma_wait<0>();
+    warpgroup_fence_operand(acc);
+  }
+  if (consumer.index == 0) consumer.begin_turn();
+}
+
+// Writes a consumer's losses and residuals.
+template <class T, class Tile, bool has_residual>
+__device__ __forceinline__ void finish(const Sweep& sweep, const Share& share, int count,
+                                       const Consumer<Tile>& consumer, SoftmaxRows& rows,
+                                       const float (&acc)[Tile::columns / 2]) {
+  finish_rows(rows);
+  const int first_column = Tile::is_split ? consumer.index * Tile::columns : 0;
+  if (first_column == 0) store_losses(sweep, share.index, consumer.first_row, rows);
+  if constexpr (has_residual)
+    store_residuals<T, Tile::columns, Tile::keys>(sweep, share, consumer.first_row, rows, acc, first_column,
+                                                  count, Tile::panels);
+}
+
+// Grid: blocks of queries, 1, pairs.
+template <class T, int bucket, bool has_residual>
+__global__ void __launch_bounds__(kBlock, 1)
+    duc_hopper_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
+  using Tile = Sm90aTile<bucket>;
+  const Share share(sweep, Tile::keys);
+  const int count = sweep.count(share.pair);
+  if (count == 0 || tiling.bucket(count) != bucket) return;
+  MMFAST_DYNAMIC_SHARED(shared);
+  MMFAST_SHARED(uint64_t, barriers, [1 + 2 * Tile::stages]);
+  const Ring<Tile> ring(shared, barriers);
+  if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
   // Registers are handed over at the head of the two branches, as setmaxnreg wants it.
   if (threadIdx.x < kGroup) {
-    release_registers<24>();
-    if (threadIdx.x != 0) return;
-    const auto* const query_source = static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
-                                     first_row * (H::panels * kPanel);
-    const auto* const key_source = static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride +
-                                   share.first_tile * (keys * H::panels * kPanel);
-    mbarrier_expect(query_ready, H::query_bytes);
-    bulk_copy(queries, query_source, H::query_bytes, query_ready);
-    int stage = 0, parity = 1;
-#pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      mbarrier_wait(empty + 8 * stage, parity);
-      mbarrier_expect(full + 8 * stage, H::tile_bytes);
-      bulk_copy(tiles + stage * H::tile_bytes,
-                key_source + static_cast<int64_t>(tile) * (keys * H::panels * kPanel), H::tile_bytes,
-                full + 8 * stage);
-      if (++stage == stages) stage = 0, parity ^= 1;
-    }
+    warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) produce<T>(sweep, share, ring);
   } else {
-    claim_registers<240>();
-    const int consumer = threadIdx.x / kGroup - 1, warp = threadIdx.x % kGroup / kWarp;
-    const float scale = static_cast<float>(sweep.scale);
-    const int64_t first_warp_row = first_row + (H::is_split ? 0 : consumer * kQueryRows) + 16 * warp;
-    const int64_t first_own = sweep.offset + first_warp_row;
-    const uint32_t own_queries =
-        queries + (H::is_split ? 0 : consumer * (kQueryRows * H::panels * kPanelRow));
-    const uint32_t own_tiles = tiles + (H::is_split ? consumer * (H::own_panels * H::panel_bytes) : 0);
-    TwoRows rows;
-    float acc[H::columns / 2] = {}, s[keys / 2], decay[2];
-    uint32_t p[keys / 16][4];
-    const auto begin_turn = [&] { named_barrier_sync(1 + consumer, kConsumers * kGroup); };
-    const auto end_turn = [&] { named_barrier_arrive(2 - consumer, kConsumers * kGroup); };
-    const auto release = [&](int stage) {
-      if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty + 8 * stage);
-    };
-    const auto add_tile = [&](int tile) {
-      const int64_t first_key = (share.first_tile + tile) * keys;
-      online_softmax<keys>(s, rows, decay, first_key, first_own, sweep.num_keys, scale);
-    };
-    // The first consumer begins.
-    if (consumer == 1) end_turn();
-
-    // Scores of a tile are under way together with the residual of the tile before, whose weights are ready.
-    mbarrier_wait(query_ready, 0);
-    mbarrier_wait(full, 0);
-    begin_turn();
-    wgmma_fence();
-    begin_scores<T, H>(s, own_queries, tiles);
-    end_turn();
-    wgmma_wait<0>();
-    hold_registers(s);
-    add_tile(0);
-    round_weights<T, keys>(p, s);
-    int last_stage = 0, stage = 1, parity = 0;
-    for (int tile = 1; tile < num_tiles; ++tile) {
-      if constexpr (!has_residual) release(last_stage);
-      mbarrier_wait(full + 8 * stage, parity);
-      begin_turn();
-      hold_registers(s);
-      hold_registers(acc);
-      wgmma_fence();
-      begin_scores<T, H>(s, own_queries, tiles + stage * H::tile_bytes);
-      if constexpr (has_residual) begin_weighted<T, H>(acc, p, own_tiles + last_stage * H::tile_bytes);
-      // The other consumer's products follow while this one takes exponentials.
-      end_turn();
-      wgmma_wait<has_residual ? 1 : 0>();
-      hold_registers(s);
-      add_tile(tile);
-      if constexpr (has_residual) {
-        // The exponentials are taken while the products before are under way.
-        hold_registers(s);
-        finish_first(rows.sum[0] + rows.sum[1]);
-        wgmma_wait<0>();
-        hold_registers(acc);
-        release(last_stage);
-        scale_rows(acc, decay);
-        round_weights<T, keys>(p, s);
-      }
-      last_stage = stage;
-      if (++stage == stages) stage = 0, parity ^= 1;
-    }
-    if constexpr (has_residual) {
-      hold_registers(acc);
-      wgmma_fence();
-      begin_weighted<T, H>(acc, p, own_tiles + last_stage * H::tile_bytes);
-      wgmma_wait<0>();
-      hold_registers(acc);
-    }
-    // Takes up the other's last arrival.
-    if (consumer == 0) begin_turn();
-    finish_rows(rows);
-    const int first_column = H::is_split ? consumer * H::columns : 0;
-    if (first_column == 0) store_losses(sweep, share.index, first_warp_row, rows);
-    if constexpr (has_residual)
-      store_residuals<T, H::columns, keys>(sweep, share, first_warp_row, rows, acc, first_column, count,
-                                           H::panels);
+    warpgroup_reg_alloc<240>();
+    const Consumer<Tile> consumer(ring);
+    SoftmaxRows rows;
+    float acc[Tile::columns / 2] = {};
+    consume<T, Tile, has_residual>(sweep, share, ring, consumer, rows, acc);
+    finish<T, Tile, has_residual>(sweep, share, count, consumer, rows, acc);
   }
 }
 
-template <class T, int slot, bool has_residual>
-void launch(const char* op, const Sweep& sweep, void* stream) {
-  using H = Hopper<slot>;
-  const auto kernel = &duc_hopper_kernel<T, slot, has_residual>;
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, H::shared_bytes));
-  const dim3 grid(static_cast<unsigned>((sweep.num_queries + H::rows - 1) / H::rows), 1,
-                  sweep.num_pairs * sweep.num_splits);
-  MMFAST_LAUNCH((kernel), grid, kBlock, H::shared_bytes, stream, sweep, kHopperTiling);
+template <class T, int bucket, bool has_residual>
+void launch(const Call& call) {
+  using Tile = Sm90aTile<bucket>;
+  const Sweep& sweep = call.sweep;
+  const auto kernel = &duc_hopper_kernel<T, bucket, has_residual>;
+  allow_shared_memory(kOp, kernel, Tile::shared_bytes);
+  const dim3 grid(grid_blocks(sweep.num_queries, Tile::rows), 1, sweep.num_pairs * sweep.num_splits);
+  MMFAST_LAUNCH((kernel), grid, kBlock, Tile::shared_bytes, call.stream, sweep, kSm90aTiling);
 }
 
-template <class T, int slot>
-void launch(const char* op, const Sweep& sweep, void* stream) {
-  if (sweep.residual == nullptr) return launch<T, slot, false>(op, sweep, stream);
-  launch<T, slot, true>(op, sweep, stream);
+template <class T, int bucket>
+void launch(const Call& call) {
+  if (call.sweep.residual == nullptr) return launch<T, bucket, false>(call);
+  launch<T, bucket, true>(call);
 }
 
 template <class T>
-void launch(const char* op, int slot, const Sweep& sweep, void* stream) {
-  if (slot == 0) return launch<T, 0>(op, sweep, stream);
-  if (slot == 1) return launch<T, 1>(op, sweep, stream);
-  if (slot == 2) return launch<T, 2>(op, sweep, stream);
-  launch<T, 3>(op, sweep, stream);
+void launch(const Call& call, int bucket) {
+  if (bucket == 0) return launch<T, 0>(call);
+  if (bucket == 1) return launch<T, 1>(call);
+  if (bucket == 2) return launch<T, 2>(call);
+  launch<T, 3>(call);
 }
 
 }  // namespace
 
-void launch_hopper(const char* op, bool is_half, int slot, const Sweep& sweep, void* stream) {
-  if (is_half) return launch<__half>(op, slot, sweep, stream);
-  launch<__nv_bfloat16>(op, slot, sweep, stream);
+void launch_sm90a(const Call& call, int bucket) {
+  if (call.is_float16) return launch<__half>(call, bucket);
+  launch<__nv_bfloat16>(call, bucket);
 }
 
 }  // namespace mmfast::duc

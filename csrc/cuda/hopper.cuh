@@ -55,11 +55,11 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 // Registers of each of a warpgroup's threads from here on.
 template <int registers>
-__device__ __forceinline__ void release_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-__device__ __forceinline__ void claim_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
@@ -76,18 +76,18 @@ __device__ __forceinline__ void wgmma_wait() {
 // No code: keeps reads and writes of accumulators on their side of a wait, which the compiler does not know
 // to concern them.
 template <int n>
-__device__ __forceinline__ void hold_registers(float (&d)[n]) {
+__device__ __forceinline__ void warpgroup_fence_operand(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // No code either: what is computed from the value is computed anew, not kept in registers through a loop.
-__device__ __forceinline__ uint32_t recomputed(uint32_t value) {
+__device__ __forceinline__ uint32_t rematerialize(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
-// A loop that is never entered, on a number that is never negative: the assembler, which would put the wait
-// that follows at the front of its block, has to leave it behind what computes the number.
-__device__ __forceinline__ void finish_first(float x) {
+// A loop that is never entered, on a value that is never negative: the assembler, which would put the wait
+// that follows at the front of its block, has to leave it behind what computes the value.
+__device__ __forceinline__ void schedule_barrier(float x) {
   asm volatile(
       "{\n"
       ".reg .pred again;\n"
@@ -129,7 +129,7 @@ struct Wgmma;
 #define MMFAST_D_256 MMFAST_D_128, MMFAST_D16(64), MMFAST_D16(80), MMFAST_D16(96), MMFAST_D16(112)
 
 // Operands are numbered after the accumulators: the descriptors and the predicate of accumulating, or the
-// registers p and the descriptor. The last numbers of an instruction say of its operands in shared memory
+// registers p and the descriptor. The last immediates of an instruction say of its operands in shared memory
 // whether they are transposed.
 #define MMFAST_WGMMA_SCORES(n, type, a, b, more)                                                            \
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \

@@ -1,49 +1,21 @@
 // The weights of Shapley values, for the kernels that fold utilities into them.
 #pragma once
 
-#include <limits>
-
-#include "common.cuh"
+#include "math.cuh"
+#include "shapley_weights.h"
+#include "warp.cuh"
 
 namespace mmfast {
 namespace {
 
-constexpr int kMaxPlayers = 20;
-
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-// phi_m = sum_{s contains m} a_|s| v_s - sum_s b_|s| v_s,  b_k = k! (M-k-1)! / M!,  b_M = 0,  a_k = b_{k-1} +
-// b_k
-template <class A>
-struct Weights {
-  A a[kMaxPlayers + 1], b[kMaxPlayers + 1];
-
-  // Of utilities that are still to be multiplied by the size of their coalition, if `by_size`.
-  explicit Weights(int num_players, bool by_size = false) {
-    double last = 0, next = 1.0 / num_players;
-    for (int k = 0; k <= kMaxPlayers; ++k) {
-      const int factor = by_size ? k : 1;
-      a[k] = static_cast<A>((last + next) * factor), b[k] = static_cast<A>(next * factor);
-      last = next;
-      next = k + 1 < num_players ? next * (k + 1) / (num_players - 1 - k) : 0;
-    }
-  }
-};
-
 // Into shared memory, where the threads of a warp may read different sizes at once.
 template <class A>
-__device__ void share_weights(const Weights<A>& weights, A* a, A* b) {
+__device__ void share_weights(const ShapleyWeights<A>& weights, A* a, A* b) {
   if (threadIdx.x <= kMaxPlayers) {
     a[threadIdx.x] = weights.a[threadIdx.x];
     b[threadIdx.x] = weights.b[threadIdx.x];
   }
   __syncthreads();
-}
-
-template <class A>
-__device__ bool is_finite(A x) {
-  return x - x == 0;
 }
 
 // Who is lifted and who is sunk by infinite utilities: a coalition worth infinity lifts those within it and
@@ -65,8 +37,8 @@ struct Fates {
   __device__ void share(int lanes) {
 #pragma unroll 1
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      lifted |= __shfl_xor_sync(0xffffffffu, lifted, distance);
-      sunk |= __shfl_xor_sync(0xffffffffu, sunk, distance);
+      lifted |= __shfl_xor_sync(kFullMask, lifted, distance);
+      sunk |= __shfl_xor_sync(kFullMask, sunk, distance);
     }
   }
 

@@ -1,15 +1,13 @@
 // Shapley values of M players from the utilities of S = 2^M coalitions, and the transposed map.
 //
-//   phi_m = sum_{s contains m} a_|s| v_s - sum_s b_|s| v_s
-//   b_k = k! (M-k-1)! / M!,  b_M = 0,  a_k = b_{k-1} + b_k
+//   phi_m = sum_{s contains m} a_|s| v_s - sum_s b_|s| v_s, weights in csrc/shapley_weights.h
 //
 // The table is read once, four coalitions at a time by neighbouring threads: 1 to 32 threads a row up to M =
 // 11, a block a row above. Bits of the coalition index are, from the lowest: the four of a vector, the
-// thread, the turn of the loop. A thread folds its own bits in registers; at the end each thread holds M
-// partial values and the row's threads exchange halves of them, so M sums cost about M shuffles instead of M
-// log2(threads). An infinite utility makes no number of these sums, and large ones may overflow in them
-// though their weighted means do not: where a value comes out so, the row is looked through once more.
-// Measured on an H100: 54-74% of the rate of a read, M = 2-12 and 64 MB, forward.
+// thread, the turn of the loop. A thread folds its bits in registers; then the row's threads exchange halves
+// of their M partial values, about M shuffles instead of M log2(threads). Where a value is not finite,
+// because a utility is infinite or sums overflow, the row is looked through once more. Floor: the table read
+// once, or for the gradient written once.
 #include "codes.h"
 #include "shapley.cuh"
 
@@ -29,11 +27,13 @@ struct Plan {
   static constexpr int vector_bits = players == 1 ? 1 : 2, vector = 1 << vector_bits,
                        thread_bits = log2_up(threads);
   static constexpr int turn_bit = vector_bits + thread_bits, max_turn_bits = players - turn_bit;
+  // Lanes of a warp for a row, and sums that they exchange.
+  static constexpr int lanes = threads < kWarp ? threads : kWarp, padded = 1 << log2_up(players);
 };
 
-// Sums n numbers over `threads` lanes. Lane l ends with the sums of numbers l * left .. + left, left = max(1,
-// n / threads), or, with more lanes than numbers, every lane of a group of threads / n with the sum of its
-// group's number. `count` numbers are left. A recursion, because nvcc puts x into memory where it does not
+// Sums n values over `threads` lanes. Lane l ends with the sums of values l * left .. + left, left = max(1,
+// n / threads), or, with more lanes than values, every lane of a group of threads / n with the sum of its
+// group's value. `count` values are left. A recursion, because nvcc puts x into memory where it does not
 // unroll both loops of a nest.
 template <int threads, int count, int n, class A>
 __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
@@ -44,10 +44,10 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[n], int lane) {
 #pragma unroll
       for (int i = 0; i < half; ++i) {
         const A sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+        x[i] = kept + __shfl_xor_sync(kFullMask, sent, distance);
       }
     } else {
-      x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
+      x[0] += __shfl_xor_sync(kFullMask, x[0], distance);
     }
     sum_over_lanes<distance, (count > 1 ? half : 1)>(x, lane);
   }
@@ -75,39 +75,24 @@ __device__ MMFAST_NOINLINE accumulate_t<T> value_by_formula(const T* v, int64_t 
   return static_cast<A>(2 * (with - without));
 }
 
-template <class T, class P>
-__global__ void __launch_bounds__(kBlock)
-    shapley_values_fwd_kernel(const T* __restrict__ v,  // [rows, S]
-                              T* __restrict__ phi,      // [rows, M]
-                              int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_coalition,
-                              bool is_packed, Weights<accumulate_t<T>> weights) {
-  using A = accumulate_t<T>;
-  constexpr int lanes = P::threads < kWarp ? P::threads : kWarp, padded = 1 << log2_up(P::players);
-  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
-  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
-  share_weights(weights, a, b);
-
-  const int thread = threadIdx.x % P::threads;
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * P::rows_per_block + threadIdx.x / P::threads;
-  // A thread without a row works on the last one, since all lanes take part in the exchange.
-  const int64_t row = wanted < num_rows ? wanted : num_rows - 1;
-  const T* source = v + row * stride_row;
-  // A number added to all utilities changes no value: less the mean of the empty and the full coalition's,
+// Adds up a thread's part of the values, sums[m] of player m, over the coalitions it reads of a row.
+template <class T, class P, class A>
+__device__ __forceinline__ void fold_row(const T* source, int64_t stride, int num_players, bool is_packed,
+                                         int turns, int thread, const A* a, const A* b,  // [num_players + 1]
+                                         A (&sums)[P::padded]) {
+  // Taken from all utilities, which changes no value: less the mean of the empty and the full coalition's,
   // sums stay small.
   const int64_t full = (int64_t{1} << num_players) - 1;
-  const A origin =
-      A(0.5) * static_cast<A>(source[0]) + A(0.5) * static_cast<A>(source[full * stride_coalition]);
-
-  A sums[padded] = {}, total = 0, shared = 0;
-  const int turns = P::is_exact ? 1 : 1 << (num_players - P::turn_bit);
+  const A origin = A(0.5) * static_cast<A>(source[0]) + A(0.5) * static_cast<A>(source[full * stride]);
+  A total = 0, shared = 0;
   for (int turn = 0; turn < turns; ++turn) {
     const int64_t coalition = (static_cast<int64_t>(turn) * P::threads + thread) * P::vector;
     Pack<T, P::vector> loaded;
     if (is_packed) {
-      loaded = *reinterpret_cast<const Pack<T, P::vector>*>(source + coalition);
+      loaded = load_pack<P::vector>(source + coalition);
     } else {
 #pragma unroll
-      for (int i = 0; i < P::vector; ++i) loaded.values[i] = source[(coalition + i) * stride_coalition];
+      for (int i = 0; i < P::vector; ++i) loaded.values[i] = source[(coalition + i) * stride];
     }
     const int size = __popcll(coalition);
     A x[P::vector];
@@ -139,74 +124,116 @@ __global__ void __launch_bounds__(kBlock)
     sums[P::vector_bits + bit] = thread >> bit & 1 ? total : A(0);
 #pragma unroll
   for (int m = 0; m < P::players; ++m) sums[m] -= shared;
+}
 
+// What the coalitions that a thread reads of a row lift and sink.
+template <class T, class P>
+__device__ __forceinline__ Fates fates_of_thread(const T* source, int64_t stride, int turns, int thread) {
+  Fates fates{0, 0};
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+#pragma unroll 1
+    for (int i = 0; i < P::vector; ++i) {
+      const unsigned s = static_cast<unsigned>((turn * P::threads + thread) * P::vector + i);
+      fates.add(s, static_cast<accumulate_t<T>>(source[s * stride]));
+    }
+  }
+  return fates;
+}
+
+// Sums over the lanes of a row and writes its values.
+template <class T, class P, class A>
+__device__ __forceinline__ void finish_by_lanes(const T* source, int64_t stride, int num_players, int turns,
+                                                int thread, const A* b, A (&sums)[P::padded], bool is_live,
+                                                T* target) {
+  constexpr int lanes = P::lanes, padded = P::padded;
+  constexpr int left = padded > lanes ? padded / lanes : 1, group = lanes > padded ? lanes / padded : 1;
   const int lane = thread % lanes;
   sum_over_lanes<lanes, padded>(sums, lane);
-  constexpr int left = padded > lanes ? padded / lanes : 1, group = lanes > padded ? lanes / padded : 1;
-  T* target = phi + row * num_players;
-  const auto fates_of_own = [&] {
-    Fates fates{0, 0};
-#pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-#pragma unroll 1
-      for (int i = 0; i < P::vector; ++i) {
-        const unsigned s = static_cast<unsigned>((turn * P::threads + thread) * P::vector + i);
-        fates.add(s, static_cast<A>(source[s * stride_coalition]));
-      }
-    }
-    return fates;
-  };
-  if constexpr (P::threads <= kWarp) {
-    bool is_bad = false;
+  bool is_bad = false;
 #pragma unroll
-    for (int i = 0; i < left; ++i) is_bad |= !is_finite(sums[i]);
-    if (__any_sync(0xffffffffu, is_bad)) {
-      Fates fates = fates_of_own();
-      // That the row is bad travels along.
-      if (is_bad) fates.lifted |= 1u << 31;
-      fates.share(lanes);
-      is_bad = fates.lifted >> 31;
-      fates.lifted &= Fates::kAll;
-#pragma unroll
-      for (int i = 0; i < left; ++i) {
-        const int player = lane / group * left + i;
-        if (is_bad && player < num_players)
-          sums[i] = value_by_formula(source, stride_coalition, b, num_players, player, fates);
-      }
-    }
-    if (wanted >= num_rows || lane % group != 0) return;
+  for (int i = 0; i < left; ++i) is_bad |= !is_finite(sums[i]);
+  if (__any_sync(kFullMask, is_bad)) {
+    Fates fates = fates_of_thread<T, P>(source, stride, turns, thread);
+    // That the row is bad travels along.
+    if (is_bad) fates.lifted |= 1u << 31;
+    fates.share(lanes);
+    is_bad = fates.lifted >> 31;
+    fates.lifted &= Fates::kAll;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
       const int player = lane / group * left + i;
-      if (player < num_players) target[player] = static_cast<T>(sums[i]);
+      if (is_bad && player < num_players)
+        sums[i] = value_by_formula(source, stride, b, num_players, player, fates);
     }
-  } else {
-    static_assert(padded == kWarp, "one lane a player");
-    MMFAST_SHARED(A, warps, [P::threads / kWarp][kWarp]);
-    warps[thread / kWarp][lane] = sums[0];
-    MMFAST_SHARED(Fates, fates_of, [P::threads / kWarp]);
-    MMFAST_SHARED(int, is_bad, [1]);
-    __syncthreads();
-    A sum = 0;
-    if (thread < kWarp) {
+  }
+  if (!is_live || lane % group != 0) return;
 #pragma unroll
-      for (int warp = 0; warp < P::threads / kWarp; ++warp) sum += warps[warp][thread];
-      const int is_bad_here = __any_sync(0xffffffffu, !is_finite(sum));
-      if (thread == 0) is_bad[0] = is_bad_here;
-    }
+  for (int i = 0; i < left; ++i) {
+    const int player = lane / group * left + i;
+    if (player < num_players) target[player] = static_cast<T>(sums[i]);
+  }
+}
+
+// The same of a row that takes a block.
+template <class T, class P, class A>
+__device__ __forceinline__ void finish_by_block(const T* source, int64_t stride, int num_players, int turns,
+                                                int thread, const A* b, A (&sums)[P::padded], T* target) {
+  static_assert(P::padded == kWarp, "one lane a player");
+  const int lane = thread % kWarp;
+  sum_over_lanes<kWarp, P::padded>(sums, lane);
+  MMFAST_SHARED(A, warps, [P::threads / kWarp][kWarp]);
+  warps[thread / kWarp][lane] = sums[0];
+  MMFAST_SHARED(Fates, fates_of, [P::threads / kWarp]);
+  MMFAST_SHARED(int, is_bad, [1]);
+  __syncthreads();
+  A sum = 0;
+  if (thread < kWarp) {
+#pragma unroll
+    for (int warp = 0; warp < P::threads / kWarp; ++warp) sum += warps[warp][thread];
+    const int is_bad_here = __any_sync(kFullMask, !is_finite(sum));
+    if (thread == 0) is_bad[0] = is_bad_here;
+  }
+  __syncthreads();
+  if (is_bad[0]) {
+    Fates fates = fates_of_thread<T, P>(source, stride, turns, thread);
+    fates.share(kWarp);
+    if (lane == 0) fates_of[thread / kWarp] = fates;
     __syncthreads();
-    if (is_bad[0]) {
-      Fates fates = fates_of_own();
-      fates.share(lanes);
-      if (lane == 0) fates_of[thread / kWarp] = fates;
-      __syncthreads();
-      Fates all{0, 0};
+    Fates all{0, 0};
 #pragma unroll 1
-      for (int warp = 0; warp < P::threads / kWarp; ++warp)
-        all = {all.lifted | fates_of[warp].lifted, all.sunk | fates_of[warp].sunk};
-      if (thread < num_players) sum = value_by_formula(source, stride_coalition, b, num_players, thread, all);
-    }
-    if (thread < num_players) target[thread] = static_cast<T>(sum);
+    for (int warp = 0; warp < P::threads / kWarp; ++warp)
+      all = {all.lifted | fates_of[warp].lifted, all.sunk | fates_of[warp].sunk};
+    if (thread < num_players) sum = value_by_formula(source, stride, b, num_players, thread, all);
+  }
+  if (thread < num_players) target[thread] = static_cast<T>(sum);
+}
+
+template <class T, class P>
+__global__ void __launch_bounds__(kBlock)
+    shapley_values_fwd_kernel(const T* __restrict__ v,  // [rows, S]
+                              T* __restrict__ phi,      // [rows, M]
+                              int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_coalition,
+                              bool is_packed, ShapleyWeights<accumulate_t<T>> weights) {
+  using A = accumulate_t<T>;
+  MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
+  MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
+  share_weights(weights, a, b);
+
+  const int thread = threadIdx.x % P::threads;
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * P::rows_per_block + threadIdx.x / P::threads;
+  // A thread without a row works on the last one, since all lanes take part in the exchange.
+  const int64_t row = wanted < num_rows ? wanted : num_rows - 1;
+  const T* source = v + row * stride_row;
+  const int turns = P::is_exact ? 1 : 1 << (num_players - P::turn_bit);
+  A sums[P::padded] = {};
+  fold_row<T, P>(source, stride_coalition, num_players, is_packed, turns, thread, a, b, sums);
+  T* target = phi + row * num_players;
+  if constexpr (P::threads <= kWarp) {
+    finish_by_lanes<T, P>(source, stride_coalition, num_players, turns, thread, b, sums, wanted < num_rows,
+                          target);
+  } else {
+    finish_by_block<T, P>(source, stride_coalition, num_players, turns, thread, b, sums, target);
   }
 }
 
@@ -239,7 +266,7 @@ __global__ void __launch_bounds__(kBlock)
     shapley_values_bwd_kernel(const T* __restrict__ dphi,  // [rows, M]
                               T* __restrict__ dv,          // [rows, S]
                               int64_t num_rows, int num_players, int64_t stride_row, int64_t stride_player,
-                              bool is_packed, Weights<accumulate_t<T>> weights) {
+                              bool is_packed, ShapleyWeights<accumulate_t<T>> weights) {
   using A = accumulate_t<T>;
   MMFAST_SHARED(A, a, [kMaxPlayers + 1]);
   MMFAST_SHARED(A, b, [kMaxPlayers + 1]);
@@ -284,7 +311,7 @@ __global__ void __launch_bounds__(kBlock)
       stored.values[i] = static_cast<T>(value);
     }
     if (is_packed) {
-      *reinterpret_cast<Pack<T, P::vector>*>(target + coalition) = stored;
+      store_pack(target + coalition, stored);
     } else {
 #pragma unroll
       for (int i = 0; i < P::vector; ++i) target[coalition + i] = stored.values[i];
@@ -326,9 +353,7 @@ void with_plan(int num_players, Function&& function) {
 
 template <class T, class P>
 bool fits_packs(const void* address, int64_t stride_row, int64_t stride) {
-  using Packed = Pack<T, P::vector>;
-  return stride == 1 && stride_row % P::vector == 0 &&
-         reinterpret_cast<uintptr_t>(address) % alignof(Packed) == 0;
+  return stride == 1 && stride_row % P::vector == 0 && is_aligned_for_packs<T, P::vector>(address);
 }
 
 int checked_players(const char* op, int64_t num_players) {
@@ -345,11 +370,6 @@ int players_of(const char* op, int64_t num_coalitions) {
   return checked_players(op, __builtin_ctzll(static_cast<unsigned long long>(num_coalitions)));
 }
 
-template <class P>
-unsigned num_blocks(int64_t num_rows) {
-  return static_cast<unsigned>((num_rows + P::rows_per_block - 1) / P::rows_per_block);
-}
-
 void shapley_values_fwd(const Strided<2>& utilities,  // [rows, S]
                         void* phi,                    // [rows, M] contiguous
                         Dtype dtype, Stream stream) {
@@ -361,11 +381,11 @@ void shapley_values_fwd(const Strided<2>& utilities,  // [rows, S]
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), num_blocks<P>(utilities.sizes[0]), kBlock, 0,
-                    stream.handle, static_cast<const T*>(utilities.data), static_cast<T*>(phi),
+      MMFAST_LAUNCH((shapley_values_fwd_kernel<T, P>), grid_blocks(utilities.sizes[0], P::rows_per_block),
+                    kBlock, 0, stream.handle, static_cast<const T*>(utilities.data), static_cast<T*>(phi),
                     utilities.sizes[0], players, utilities.strides[0], utilities.strides[1],
                     fits_packs<T, P>(utilities.data, utilities.strides[0], utilities.strides[1]),
-                    Weights<accumulate_t<T>>(players));
+                    ShapleyWeights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());
@@ -382,10 +402,11 @@ void shapley_values_bwd(const Strided<2>& dphi,  // [rows, M]
     using T = std::remove_pointer_t<decltype(type)>;
     with_plan(players, [&](auto plan) {
       using P = decltype(plan);
-      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), num_blocks<P>(dphi.sizes[0]), kBlock, 0, stream.handle,
-                    static_cast<const T*>(dphi.data), static_cast<T*>(dutilities), dphi.sizes[0], players,
-                    dphi.strides[0], dphi.strides[1], fits_packs<T, P>(dutilities, int64_t{1} << players, 1),
-                    Weights<accumulate_t<T>>(players));
+      MMFAST_LAUNCH((shapley_values_bwd_kernel<T, P>), grid_blocks(dphi.sizes[0], P::rows_per_block), kBlock,
+                    0, stream.handle, static_cast<const T*>(dphi.data), static_cast<T*>(dutilities),
+                    dphi.sizes[0], players, dphi.strides[0], dphi.strides[1],
+                    fits_packs<T, P>(dutilities, int64_t{1} << players, 1),
+                    ShapleyWeights<accumulate_t<T>>(players));
     });
   });
   check_cuda(op, cudaGetLastError());

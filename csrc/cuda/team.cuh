@@ -1,30 +1,12 @@
 // Threads that work on one row together, from one lane to a block, and what they find out about it.
 #pragma once
 
-#include "common.cuh"
+#include "warp.cuh"
 
 namespace mmfast {
 namespace {
 
 constexpr int kMaxWarps = 8, kMaxLeaves = 8;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct Sum {
-  template <class V>
-  __device__ V operator()(V x, V y) const {
-    return x + y;
-  }
-};
-
-// The larger, or the one that is no NaN.
-struct Max {
-  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
-  __device__ double operator()(double x, double y) const { return fmax(x, y); }
-};
-
-struct Min {
-  __device__ int operator()(int x, int y) const { return x < y ? x : y; }
-};
 
 // Of a power of two.
 __device__ inline int log2_of(int power) { return __popc(static_cast<unsigned>(power) - 1u); }
@@ -51,9 +33,9 @@ struct Team {
   __device__ int size() const { return warps * threads; }
 
   template <class V, class Operation>
-  __device__ V across_warps(V x, Operation operation, int slot, bool is_writer) const {
+  __device__ V across_warps(V x, Operation operation, int entry, bool is_writer) const {
     if constexpr (is_block) {
-      V* values = reinterpret_cast<V*>(scratch) + slot * kMaxWarps;
+      V* values = reinterpret_cast<V*>(scratch) + entry * kMaxWarps;
       if (is_writer) values[warp] = x;
       __syncthreads();
       x = values[0];
@@ -68,14 +50,11 @@ struct Team {
   // Over all threads, to each of them.
   template <class V, class Operation>
   __device__ V all(V x, Operation operation) const {
-#pragma unroll 1
-    for (int distance = threads / 2; distance > 0; distance /= 2)
-      x = operation(x, __shfl_xor_sync(kAllLanes, x, distance));
-    return across_warps(x, operation, 0, lane == 0);
+    return across_warps(warp_reduce(x, threads, operation), operation, 0, lane == 0);
   }
 
-  // Each of J numbers over all threads; one shuffle a number, nearly, however many lanes there are. A thread
-  // ends with numbers first<J>() .. + left<J>() at x[0]; with more lanes than numbers, group<J>() of them
+  // Each of J values over all threads; one shuffle a value, nearly, however many lanes there are. A thread
+  // ends with values first<J>() .. + left<J>() at x[0]; with more lanes than values, group<J>() of them
   // share one.
   template <int J, class V, class Operation>
   __device__ void scatter(V (&x)[J], Operation operation) const {
@@ -87,13 +66,13 @@ struct Team {
 #pragma unroll
         for (int i = 0; i < half; ++i) {
           const V sent = is_upper ? x[i] : x[half + i], kept = is_upper ? x[half + i] : x[i];
-          x[i] = operation(kept, __shfl_xor_sync(kAllLanes, sent, distance));
+          x[i] = operation(kept, __shfl_xor_sync(kFullMask, sent, distance));
         }
         distance /= 2;
       }
     }
 #pragma unroll 1
-    for (; distance > 0; distance /= 2) x[0] = operation(x[0], __shfl_xor_sync(kAllLanes, x[0], distance));
+    for (; distance > 0; distance /= 2) x[0] = operation(x[0], __shfl_xor_sync(kFullMask, x[0], distance));
     x[0] = across_warps(x[0], operation, first<J>(), (lane & (group<J>() - 1)) == 0);
   }
   // By shifts, since to divide costs as much as all the rest.
@@ -129,7 +108,7 @@ struct Team {
         const bool is_upper = lane & distance;
 #pragma unroll
         for (int i = 0; i < half; ++i) {
-          const V mine = x[i], other = __shfl_xor_sync(kAllLanes, mine, distance);
+          const V mine = x[i], other = __shfl_xor_sync(kFullMask, mine, distance);
           x[i] = is_upper ? other : mine;
           x[half + i] = is_upper ? mine : other;
         }
@@ -142,7 +121,7 @@ struct Team {
   __device__ V sum_parts(V x) const {
 #pragma unroll 1
     for (int distance = threads / 2; distance >= group<J>() && distance > 0; distance /= 2)
-      x += __shfl_xor_sync(kAllLanes, x, distance);
+      x += __shfl_xor_sync(kFullMask, x, distance);
     return x;
   }
 };

@@ -1,4 +1,4 @@
-// PTX that C++ has no name for: asynchronous copies, fragments and matrix units of sm_80 and later. Each
+// PTX that C++ has no name for: asynchronous copies, fragments and tensor cores of sm_80 and later. Each
 // function is one instruction; the tests run the same names as plain C++.
 //
 // Shared memory is addressed by 32 bits, as the instructions take it.
@@ -16,7 +16,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes; past the first cache, which nothing read once has a use for.
+// Copies 16 bytes; past the L1 cache, which nothing read once has a use for.
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target),
                "l"(__cvta_generic_to_global(source))
@@ -66,7 +66,7 @@ __device__ __forceinline__ void mma_m16n8k16(float& d0, float& d1, float& d2, fl
   }
 }
 
-// Two numbers rounded to T in one register, the first in the lower half.
+// Two floats rounded to T in one register, the first in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   uint32_t pair;

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "integers.h"
 #include "registry.h"
 
 uint3 threadIdx, blockIdx;
@@ -186,7 +187,7 @@ bool run_ready(const std::vector<int>& order, const Last& last, bool are_last) {
 
 void run_block() {
   std::memset(shared_bytes, kPoison, std::max(dynamic_bytes, shared_used));
-  shared_used = (dynamic_bytes + 1023) / 1024 * 1024;
+  shared_used = round_up(dynamic_bytes, 1024);
   static_bytes = 0;
   shared_arrays.clear();
   std::memset(barriers, 0, sizeof barriers);
@@ -262,10 +263,10 @@ void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
   const auto found = shared_arrays.find(key);
   if (found != shared_arrays.end()) return const_cast<unsigned char*>(found->second.begin);
   // A gap of poison between arrays.
-  const std::size_t begin = (shared_used + alignment - 1) / alignment * alignment;
-  static_bytes = (static_bytes + alignment - 1) / alignment * alignment + bytes;
+  const std::size_t begin = round_up(shared_used, alignment);
+  static_bytes = round_up(static_bytes, alignment) + bytes;
   // Dynamic memory lies behind the arrays, at a multiple of 1,024.
-  const std::size_t behind = dynamic_bytes == 0 ? static_bytes : (static_bytes + 1023) / 1024 * 1024;
+  const std::size_t behind = dynamic_bytes == 0 ? static_bytes : round_up(static_bytes, 1024);
   if (behind + dynamic_bytes > shared_limit || begin + bytes > kShared)
     fail("more shared memory than the block may have");
   shared_used = begin + bytes + 1;
@@ -362,7 +363,7 @@ const char* cudaGetErrorString(cudaError_t status) {
 }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that persistent blocks loop.
+  // Few SMs, so that persistent blocks loop.
   *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
            : attribute == cudaDevAttrComputeCapabilityMajor ? capability
                                                             : 0;

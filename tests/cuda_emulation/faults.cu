@@ -20,7 +20,7 @@ enum Fault {
   kNotAligned,
 };
 
-// Reverses each of `turns` pieces of kSize numbers within itself and writes every piece's sum behind them.
+// Reverses each of `turns` pieces of kSize elements within itself and writes every piece's sum behind them.
 __global__ void reverse_kernel(const float* x,  // [N]
                                float* out,      // [N]
                                float* sum,      // [1]

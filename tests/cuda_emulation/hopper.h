@@ -18,9 +18,9 @@ inline void named_barrier_sync(int id, int threads) { emulation::barrier(id, thr
 inline void named_barrier_arrive(int id, int threads) { emulation::barrier_arrive(id, threads); }
 
 template <int registers>
-void release_registers() {}
+void warpgroup_reg_dealloc() {}
 template <int registers>
-void claim_registers() {}
+void warpgroup_reg_alloc() {}
 
 void wgmma_fence();
 void wgmma_commit();
@@ -40,9 +40,9 @@ void wgmma_wait() {
   emulation::wgmma_wait(pending);
 }
 template <int n>
-void hold_registers(float (&)[n]) {}
-inline void finish_first(float) {}
-inline uint32_t recomputed(uint32_t value) { return value; }
+void warpgroup_fence_operand(float (&)[n]) {}
+inline void schedule_barrier(float) {}
+inline uint32_t rematerialize(uint32_t value) { return value; }
 
 template <class T, int n>
 struct Wgmma {

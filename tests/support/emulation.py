@@ -45,7 +45,8 @@ def compiler() -> list[str]:
 def _folder(kernels: list[Path]) -> Path:
     """Return where the library of these kernels lies: a new folder for every change."""
     digest = hashlib.sha256(repr((compiler(), FLAGS, CHECKED, kernels)).encode())
-    headers = [*(ROOT / "csrc").glob("*.h"), *(path for folder in SOURCES for path in folder.iterdir())]
+    folders = [ROOT / "csrc", *SOURCES]
+    headers = [path for folder in folders for path in folder.iterdir()]
     for path in sorted(path for path in headers if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return Path(tempfile.gettempdir()) / f"mmfast-cuda-emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
