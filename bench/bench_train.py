@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mmfast import methods
-from mmfast.batches import COALITION
 from mmfast.data import ArrayDataset
+from mmfast.data.batches import COALITION
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel, build_model
 

@@ -13,10 +13,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 from rich.console import Console
 
-from mmfast.methods import METHODS
-from mmfast.plots import plot_comparison
-from mmfast.report import hyphenate, show, show_valuation
-from mmfast.summary import (
+from mmfast.experiments.pictures import plot_comparison
+from mmfast.experiments.summary import (
     diverged_sentence,
     idle_sentence,
     mean_std,
@@ -24,6 +22,8 @@ from mmfast.summary import (
     ranking_sentence,
     summarize,
 )
+from mmfast.experiments.tables import hyphenate, show, show_valuation
+from mmfast.methods import METHODS
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}

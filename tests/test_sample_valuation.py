@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mmfast import methods, ops
-from mmfast.batches import Entries, presence
 from mmfast.data import ArrayDataset
+from mmfast.data.batches import Entries, presence
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.valuation import contributions
 from support.learners import NUM_CLASSES, bind, make_data

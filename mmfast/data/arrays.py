@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmfast.data.channels import is_channels_last, permutation
-from mmfast.names import describe
+from mmfast.errors import describe
 
 LABEL = "label"
 PRESENT_SUFFIX = "__present"

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from mmfast.data.arrays import ENCODE, LABEL, PRESENT_SUFFIX, ArrayDataset
 from mmfast.data.splits import Splits
-from mmfast.names import describe
+from mmfast.errors import describe
 
 _FEW = 4  # samples read from a data set that may take long to read
 _EXPECTED = "dicts {<modality>: array, 'label': int}"

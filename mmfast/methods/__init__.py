@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from mmfast.errors import did_you_mean
 from mmfast.methods.base import Learner, Method, Stage
 from mmfast.methods.di_mml import DIMML
 from mmfast.methods.diagnose_relearn import DiagnoseRelearn
@@ -16,7 +17,6 @@ from mmfast.methods.modality_valuation import ModalityValuation
 from mmfast.methods.multi_loss import MultiLoss
 from mmfast.methods.sample_valuation import SampleValuation
 from mmfast.methods.unimodal import Unimodal
-from mmfast.names import did_you_mean
 
 __all__ = [
     "DIMML",

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.errors import describe
 from mmfast.models import MultimodalModel
-from mmfast.names import describe
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Method:
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
         return asdict(self)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as --set takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(format_value, value))
+    return "none" if value is None else str(value)
 
 
 def check_numbers(method: Method, **ranges: tuple[float, float]) -> None:

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from mmfast.batches import Entries
+from mmfast.data.batches import Entries
+from mmfast.methods._resampling import CopiesLearner
 from mmfast.methods.base import Method, check_numbers
-from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import mean_contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {

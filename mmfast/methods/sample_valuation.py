@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmfast.methods._resampling import CopiesLearner
 from mmfast.methods.base import Method, check_numbers
-from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import mean_contributions
 
 

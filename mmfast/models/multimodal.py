@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.errors import describe
 from mmfast.models._checks import check_features, check_present, check_size, nearest_names
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
-from mmfast.names import describe
 
 # Rows of one head call when coalitions are stacked along the batch: bounds memory, keeps the products large.
 _MAX_ROWS = 16384

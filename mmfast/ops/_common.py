@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mmfast.names import describe
+from mmfast.errors import describe
 from mmfast.ops import _autograd
 
 _LIBRARY = torch.library.Library("mmfast", "FRAGMENT")

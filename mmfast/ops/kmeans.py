@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.names import describe
+from mmfast.errors import describe
 from mmfast.ops._common import (
     DTYPE_CODE,
     check_choice,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.distributed import share_of_batch
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
-from mmfast.processes import share_of_batch
 
 # Numbers held at a time where logits are repeated for coalitions (16 MB in float32).
 _CHUNK = 2**22

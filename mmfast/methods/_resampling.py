@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.batches import Entries, iterate, presence
 from mmfast.data.arrays import PRESENT_SUFFIX
+from mmfast.data.batches import Entries, iterate, presence
+from mmfast.distributed import of_first
 from mmfast.methods.base import Learner
-from mmfast.processes import of_first
 from mmfast.valuation import contributions
 
 

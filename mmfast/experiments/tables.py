@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmfast.files import write_json
-from mmfast.summary import (
+from mmfast.experiments.summary import (
     Summary,
     diverged_sentence,
     idle_sentence,
@@ -20,6 +19,7 @@ from mmfast.summary import (
     neglect_sentence,
     ranking_sentence,
 )
+from mmfast.files import write_json
 
 if TYPE_CHECKING:
     from mmfast.valuation import Valuation

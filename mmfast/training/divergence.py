@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.batches import iterate
 from mmfast.data.arrays import PRESENT_SUFFIX
-from mmfast.optimization import Optimization
+from mmfast.data.batches import iterate
+from mmfast.training.optimization import Optimization
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
 _EVERY = 64
