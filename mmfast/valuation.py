@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast import ops
+from mmfast import coalitions, ops
 from mmfast.data.batches import evaluating, evaluation_batches, presence
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
@@ -60,8 +60,7 @@ class Valuation:
 
     def coalition_name(self, coalition: int) -> str:
         """Return a coalition as its members' names: "audio+image"; the empty one is "none"."""
-        members = [name for m, name in enumerate(self.modalities) if coalition >> m & 1]
-        return "+".join(members) or "none"
+        return coalitions.name(coalition, self.modalities)
 
     def columns(self) -> dict[str, list]:
         """Return the table one row a sample: its index, label, and each modality's contribution."""
@@ -125,15 +124,15 @@ def valuate(
     """
     module = _checked(model, dataset, utility)
     check_samples(model.modalities, model.num_classes, "dataset", dataset)
-    coalitions = torch.arange(2 ** len(model.modalities), device="cpu")
-    sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
+    every = coalitions.all_of(len(model.modalities))  # [S]
+    sizes = coalitions.sizes(len(model.modalities))  # |s|, [S]
     found, labels, shown = [], [], []
-    correct = torch.zeros(len(coalitions), dtype=torch.float64, device="cpu")
+    correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
     with fitting_threads(module, dataset, batch_size), evaluating(module):
         for batch in evaluation_batches(module, dataset, batch_size):
             features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
-            for part in _parts(len(label), len(coalitions) * model.num_classes):
-                logits = model.coalition_logits([h[part] for h in features], coalitions)  # [n, S, C]
+            for part in _parts(len(label), len(every) * model.num_classes):
+                logits = model.coalition_logits([h[part] for h in features], every)  # [n, S, C]
                 right = _utilities(logits, label[part], "correct", backend)  # [n, S]
                 if utility == "correct":
                     values = right
@@ -142,7 +141,8 @@ def valuate(
                 else:
                     values = _utilities(logits, label[part], utility, backend)
                 if present is not None:
-                    values, right = (_among_present(x, present[:, part]) for x in (values, right))
+                    rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
+                    values, right = values.gather(1, rest), right.gather(1, rest)
                 found.append(ops.shapley_values(values, backend=backend).float().cpu())
                 correct += right.double().sum(0).cpu()
             labels.append(label.cpu())
@@ -218,13 +218,13 @@ def batch_contributions(
         # Where sums may be NaN each coalition's logits are looked at.
         if bool(partial.isfinite().all() & bias.isfinite().all()):
             return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
-    coalitions = torch.arange(2 ** len(features), device="cpu")
+    every = coalitions.all_of(len(features))
     values = []
-    for part in _parts(len(labels), len(coalitions) * model.num_classes):
-        logits = model.coalition_logits([h[part] for h in features], coalitions)
+    for part in _parts(len(labels), len(every) * model.num_classes):
+        logits = model.coalition_logits([h[part] for h in features], every)
         utilities = _utilities(logits, labels[part], utility, backend)
         if present is not None:
-            utilities = _among_present(utilities, present[:, part])
+            utilities = utilities.gather(1, coalitions.among_present(present[:, part]))
         values.append(ops.shapley_values(utilities, backend=backend))
     return torch.cat(values) if values else labels.new_zeros(0, len(features), dtype=torch.float32)
 
@@ -248,17 +248,6 @@ def _parts(
     rows = max(1, _CHUNK // numbers)
     for start in range(0, num_samples, rows):
         yield slice(start, start + rows)
-
-
-def _among_present(
-    values: Tensor,  # [N, S]
-    present: Tensor,  # bool [M, N]
-) -> Tensor:  # [N, S]
-    """Return the game among the modalities each sample has: v(S) becomes v(S and present)."""
-    bits = 2 ** torch.arange(len(present), device=present.device)
-    mask = (present * bits[:, None]).sum(0)  # [N]
-    coalitions = torch.arange(values.shape[1], device=values.device)
-    return values.gather(1, mask[:, None] & coalitions)
 
 
 def _checked(model: Predictor, dataset: Any, utility: str) -> nn.Module:

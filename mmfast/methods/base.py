@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.coalitions import alone
 from mmfast.data.batches import evaluating, evaluation_batches, presence
 from mmfast.errors import describe
 from mmfast.models import MultimodalModel
@@ -242,7 +243,7 @@ class Learner(nn.Module):
 
     def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
         """Return the logits of every modality alone, by this learner's `protocol`."""
-        return torch.stack([self.fuse(features, coalition=1 << m) for m in range(len(features))])
+        return torch.stack([self.fuse(features, coalition=alone(m)) for m in range(len(features))])
 
     def coalition_logits(
         self,

@@ -36,7 +36,7 @@ class _ModalityValuationLearner(CopiesLearner):
         gap = float(known.max() - known.min())
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
-        lowest = 1 << int(phi.nan_to_num(nan=torch.inf).argmin())
+        lowest = int(phi.nan_to_num(nan=torch.inf).argmin())
         self.take_copies(train, indices, torch.full_like(indices, lowest))
         return self.figures(phi)
 
