@@ -27,7 +27,6 @@ from mmfast.methods import METHODS
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}
-OWN_HEAD = {"unimodal", "ensemble", "multi-loss", "frozen-unimodal", "di-mml", "mla"}
 
 
 def entry(method, seed=0, accuracy=0.7, alone=TWO, contribution=None, probe=None, epochs=3):
@@ -41,7 +40,7 @@ def entry(method, seed=0, accuracy=0.7, alone=TWO, contribution=None, probe=None
         "method": method,
         "seed": seed,
         "metrics": metrics | {"modality_accuracy": dict(alone), "contribution": contribution},
-        "protocol": "own-head" if method in OWN_HEAD else "masked",
+        "protocol": METHODS[method].learner.protocol,
         "seconds_per_epoch": 0.05,
         "history": history,
         **({"probe": probe} if probe else {}),
