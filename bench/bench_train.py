@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mmfast import methods
-from mmfast.batches import COALITION
+from mmfast.coalitions import members
 from mmfast.data import ArrayDataset
+from mmfast.data.batches import SHOWN
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel, build_model
 
@@ -97,12 +98,12 @@ def _step(method: Method, options: Options) -> Case:
     if isinstance(method, methods.SampleValuation | methods.ModalityValuation):
         coalition = torch.full((BATCH,), 3, device=options.device)
         coalition[:COPIES] = 1 + torch.arange(COPIES, device=options.device) % 2
-        shown = {"shown": torch.stack([coalition & 1, coalition >> 1]).bool()}
-        batch[COALITION] = coalition
+        batch[SHOWN] = members(coalition, 2)
+        shown = {"shown": batch[SHOWN].T.contiguous()}
     if isinstance(method, methods.DIMML):
         learner.start_epoch(method.e0, data)
     twin = _Twin(method, learner)
-    theirs = {key: value for key, value in batch.items() if key != COALITION} | shown
+    theirs = {key: value for key, value in batch.items() if key != SHOWN} | shown
     published_step = twin.step()
     step = _own_loop(learner, batch)
     joint = _own_loop(_learner(methods.Joint(), model, options), batch)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmfast.names import did_you_mean
+from mmfast.errors import did_you_mean
 
 from . import harness, host, report, tune
 

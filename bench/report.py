@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mmfast
-from mmfast import backend, info
+from mmfast import backend
+from mmfast.cli import info
 from mmfast.files import write_json
 
 from .harness import DIRECTION_ORDER, OURS, Figure, Limits, Options, Row, Work, spelled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from mmfast.extras import needs_train
+from mmfast.errors import needs_train
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ __all__ = [
 
 _HOME = {
     "MultimodalModel": "mmfast.models",
-    "Trainer": "mmfast.trainer",
+    "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
     "valuate": "mmfast.valuation",
 }
@@ -32,7 +32,7 @@ _SUBMODULES = ("backend", "data", "methods", "models", "ops")
 if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
     from mmfast.models import MultimodalModel
-    from mmfast.trainer import Trainer
+    from mmfast.training.trainer import Trainer
     from mmfast.valuation import Valuation, valuate
 
 

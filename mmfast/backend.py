@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmfast.names import describe
+from mmfast.errors import describe
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 

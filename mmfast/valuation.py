@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmfast import ops
-from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast import coalitions, ops
+from mmfast.data.batches import evaluating, evaluation_batches, presence
 from mmfast.data.samples import check_samples
-from mmfast.extras import needs_train
-from mmfast.names import describe
-from mmfast.threads import fitting_threads
-
-if TYPE_CHECKING:
-    from mmfast.methods.base import Learner
-    from mmfast.models import MultimodalModel
+from mmfast.data.threads import fitting_threads
+from mmfast.errors import describe, needs_train
+from mmfast.models.predictor import Predictor
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 # Of these, those that ask which class has the largest logit.
@@ -64,8 +60,7 @@ class Valuation:
 
     def coalition_name(self, coalition: int) -> str:
         """Return a coalition as its members' names: "audio+image"; the empty one is "none"."""
-        members = [name for m, name in enumerate(self.modalities) if coalition >> m & 1]
-        return "+".join(members) or "none"
+        return coalitions.name(coalition, self.modalities)
 
     def columns(self) -> dict[str, list]:
         """Return the table one row a sample: its index, label, and each modality's contribution."""
@@ -97,11 +92,11 @@ class Valuation:
         with needs_train("plot"):
             from mmfast.plots import plot_valuation
 
-        plot_valuation(self, Path(path))
+        plot_valuation(self.contributions, self.present, self.modalities, self.utility, Path(path))
 
 
 def valuate(
-    model: MultimodalModel | Learner,
+    model: Predictor,
     dataset: Any,
     *,
     utility: str = "cardinality",
@@ -127,17 +122,17 @@ def valuate(
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
-    _check(model, dataset, utility)
+    module = _checked(model, dataset, utility)
     check_samples(model.modalities, model.num_classes, "dataset", dataset)
-    coalitions = torch.arange(2 ** len(model.modalities), device="cpu")
-    sizes = torch.stack([coalitions >> m & 1 for m in range(len(model.modalities))]).sum(0)  # |s|, [S]
+    every = coalitions.all_of(len(model.modalities))  # [S]
+    sizes = coalitions.sizes(len(model.modalities))  # |s|, [S]
     found, labels, shown = [], [], []
-    correct = torch.zeros(len(coalitions), dtype=torch.float64, device="cpu")
-    with fitting_threads(model, dataset, batch_size), evaluating(model):
-        for batch in evaluation_batches(model, dataset, batch_size):
+    correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
+    with fitting_threads(module, dataset, batch_size), evaluating(module):
+        for batch in evaluation_batches(module, dataset, batch_size):
             features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
-            for part in _parts(len(label), len(coalitions) * model.num_classes):
-                logits = model.coalition_logits([h[part] for h in features], coalitions)  # [n, S, C]
+            for part in _parts(len(label), len(every) * model.num_classes):
+                logits = model.coalition_logits([h[part] for h in features], every)  # [n, S, C]
                 right = _utilities(logits, label[part], "correct", backend)  # [n, S]
                 if utility == "correct":
                     values = right
@@ -146,7 +141,8 @@ def valuate(
                 else:
                     values = _utilities(logits, label[part], utility, backend)
                 if present is not None:
-                    values, right = (_among_present(x, present[:, part]) for x in (values, right))
+                    rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
+                    values, right = values.gather(1, rest), right.gather(1, rest)
                 found.append(ops.shapley_values(values, backend=backend).float().cpu())
                 correct += right.double().sum(0).cpu()
             labels.append(label.cpu())
@@ -163,7 +159,7 @@ def valuate(
 
 
 def contributions(
-    model: MultimodalModel | Learner,
+    model: Predictor,
     dataset: Any,
     *,
     utility: str = "cardinality",
@@ -176,10 +172,10 @@ def contributions(
     Additive heads never form the coalitions' logits. `none_is_worthless` counts the empty coalition, which
     under "correct" is worth 1 where the bias alone is right, as 0.
     """
-    _check(model, dataset, utility)
+    module = _checked(model, dataset, utility)
     found, shown = [], []
-    with fitting_threads(model, dataset, batch_size), evaluating(model):
-        for batch in evaluation_batches(model, dataset, batch_size):
+    with fitting_threads(module, dataset, batch_size), evaluating(module):
+        for batch in evaluation_batches(module, dataset, batch_size):
             features, present = model.encode(batch), presence(batch, model.modalities)
             phi = batch_contributions(
                 model, features, batch["label"], present, utility=utility, backend=backend
@@ -208,7 +204,7 @@ def mean_contributions(
 
 
 def batch_contributions(
-    model: MultimodalModel | Learner,
+    model: Predictor,
     features: Sequence[Tensor],  # M x [N, D]
     labels: Tensor,  # [N]
     present: Tensor | None = None,  # bool [M, N]
@@ -222,13 +218,13 @@ def batch_contributions(
         # Where sums may be NaN each coalition's logits are looked at.
         if bool(partial.isfinite().all() & bias.isfinite().all()):
             return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
-    coalitions = torch.arange(2 ** len(features), device="cpu")
+    every = coalitions.all_of(len(features))
     values = []
-    for part in _parts(len(labels), len(coalitions) * model.num_classes):
-        logits = model.coalition_logits([h[part] for h in features], coalitions)
+    for part in _parts(len(labels), len(every) * model.num_classes):
+        logits = model.coalition_logits([h[part] for h in features], every)
         utilities = _utilities(logits, labels[part], utility, backend)
         if present is not None:
-            utilities = _among_present(utilities, present[:, part])
+            utilities = utilities.gather(1, coalitions.among_present(present[:, part]))
         values.append(ops.shapley_values(utilities, backend=backend))
     return torch.cat(values) if values else labels.new_zeros(0, len(features), dtype=torch.float32)
 
@@ -254,18 +250,8 @@ def _parts(
         yield slice(start, start + rows)
 
 
-def _among_present(
-    values: Tensor,  # [N, S]
-    present: Tensor,  # bool [M, N]
-) -> Tensor:  # [N, S]
-    """Return the game among the modalities each sample has: v(S) becomes v(S and present)."""
-    bits = 2 ** torch.arange(len(present), device=present.device)
-    mask = (present * bits[:, None]).sum(0)  # [N]
-    coalitions = torch.arange(values.shape[1], device=values.device)
-    return values.gather(1, mask[:, None] & coalitions)
-
-
-def _check(model: MultimodalModel | Learner, dataset: Any, utility: str) -> None:
+def _checked(model: Predictor, dataset: Any, utility: str) -> nn.Module:
+    """Return the model, which is a module; raise for what cannot be valuated."""
     if not getattr(model, "head_is_trained", True):
         raise ValueError(
             "model must have a trained fusion head, got one whose method predicts without it: "
@@ -278,3 +264,4 @@ def _check(model: MultimodalModel | Learner, dataset: Any, utility: str) -> None
         raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}{hint}")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("dataset must hold at least one sample, got none")
+    return cast(nn.Module, model)

@@ -34,7 +34,7 @@ from mmfast.bench import (
     report,
 )
 from mmfast.bench.harness import Case, Figure, Limits, Options, Row, Work
-from mmfast.commands import app
+from mmfast.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Options(quick=True)

@@ -19,9 +19,10 @@ pytest.importorskip("typer")
 import typer.main
 from typer.testing import CliRunner
 
-from mmfast import backend, cli, info
-from mmfast.commands import app
-from mmfast.optimization import Optimization
+from mmfast import backend, cli
+from mmfast.cli import info
+from mmfast.cli.commands import app
+from mmfast.training.optimization import Optimization
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--epochs", "2", "--dim", "8", "--accelerator", "cpu"]
@@ -277,7 +278,7 @@ def test_info_needs_only_the_core_package():
         "import sys\n"
         "for name in ('lightning_fabric', 'torchmetrics', 'sklearn', 'matplotlib', 'rich', 'typer'):\n"
         "    sys.modules[name] = None\n"
-        "from mmfast import info\n"
+        "from mmfast.cli import info\n"
         "print(info.text())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "tests")

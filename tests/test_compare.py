@@ -13,13 +13,14 @@ pytest.importorskip("typer")
 import torch
 from typer.testing import CliRunner
 
-from mmfast import compare as compare_module
 from mmfast import data
-from mmfast.commands import app
-from mmfast.compare import Comparison, Run, train_arguments
+from mmfast.cli.commands import app
+from mmfast.experiments import comparison as compare_module
+from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.setup import PlannedRun, Setup, fingerprint
+from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import DIMML, METHODS, MLA, Joint
-from mmfast.optimization import Optimization
-from mmfast.runs import Setup, fingerprint
+from mmfast.training.optimization import Optimization
 
 FAST = ["--epochs", "2", "--dim", "8", "--batch-size", "32", "--accelerator", "cpu"]
 SHORT_HEADS = [
@@ -108,7 +109,7 @@ def test_it_prints_a_line_a_run_the_table_and_where_files_are(done):
 
 
 def test_runs_that_are_there_are_not_repeated(npz, done, monkeypatch):
-    monkeypatch.setattr(compare_module, "run", None)
+    monkeypatch.setattr(compare_module, "make_run", None)
     before = metrics(done[0])
     result = invoke(npz, done[0], "--seeds", "2", *SHORT_HEADS)
     assert "20 of 20 runs: already in" in result.stdout
@@ -269,8 +270,8 @@ def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatc
         seen.update(setup=setup, method=method, seed=seed, out_dir=out_dir, resume=options["resume"])
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.runs.run", look)
-    words = train_arguments(setup, Run(method, 7, 3), tmp_path)
+    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
+    words = train_arguments(setup, PlannedRun(method, 7, 3), tmp_path)
     assert CliRunner().invoke(app, words).exit_code == 2
     assert (seen["method"], seen["seed"], seen["out_dir"], seen["resume"]) == (method, 7, tmp_path, True)
     for name in ("source", "optimization", "dim", "fusion", "accelerator", "devices", "precision", "probe"):

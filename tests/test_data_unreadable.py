@@ -17,14 +17,14 @@ import soundfile
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmfast import checkpoint
-from mmfast.commands import app
-from mmfast.compare import Run, train_arguments
+from mmfast.cli.commands import app
+from mmfast.cli.options import make_setup
 from mmfast.data import Splits, load, load_folder
+from mmfast.experiments.setup import PlannedRun, restore
+from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import Joint
-from mmfast.optimization import Optimization
-from mmfast.options import make_setup
-from mmfast.runs import restore
+from mmfast.training import checkpoint
+from mmfast.training.optimization import Optimization
 
 FAST = ["--epochs", "1", "--dim", "4", "--accelerator", "cpu"]
 
@@ -285,7 +285,7 @@ def test_the_command_of_a_run_passes_the_option_on(tmp_path, skip, monkeypatch):
     setup = make_setup(
         str(fill(tmp_path / "whole")), 0, Optimization(1), "1", dim=4, accelerator="cpu", skip_unreadable=skip
     )
-    words = train_arguments(setup, Run(Joint(), 0, 1), tmp_path / "run")
+    words = train_arguments(setup, PlannedRun(Joint(), 0, 1), tmp_path / "run")
     assert ("--skip-unreadable" in words) == skip
     seen = []
 
@@ -293,6 +293,6 @@ def test_the_command_of_a_run_passes_the_option_on(tmp_path, skip, monkeypatch):
         seen.append(setup.skip_unreadable)
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.runs.run", look)
+    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
     assert mmfast(*words).exit_code == 2
     assert seen == [skip]

@@ -12,8 +12,8 @@ import mmfast
 from conftest import EMULATED, FILES
 from mmfast import backend as _backend
 from mmfast import ops, valuation
-from mmfast.batches import presence
 from mmfast.data import ArrayDataset, sound, standardize
+from mmfast.data.batches import presence
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.reference import kmeans
 from support import every_op

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from typer.testing import CliRunner
 
 import mmfast
-import mmfast.training
+import mmfast.training.loop
 from mmfast import methods
-from mmfast.commands import app
+from mmfast.cli.commands import app
 from mmfast.data import ArrayDataset, synthetic
-from mmfast.divergence import DivergedError, Losses
 from mmfast.models import build_model
+from mmfast.training.divergence import DivergedError, Losses
 from mmfast.valuation import contributions
 
 WILD = {"optimizer": "sgd", "lr": 1e30}
@@ -293,14 +293,14 @@ def make_shared() -> mmfast.MultimodalModel:
 def test_encoders_that_share_a_layer_are_selected_together(name):
     trainer, model = make_trainer(name, accelerator="cpu", max_epochs=8, lr=0.03), make_shared()
     kept = []
-    original = mmfast.training.Selection.load_best
+    original = mmfast.training.loop.Selection.load_best
 
     def load_best(selection, learner):
         kept.append(dict(selection.best))
         original(selection, learner)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmfast.training.Selection, "load_best", load_best)
+        patch.setattr(mmfast.training.loop.Selection, "load_best", load_best)
         trainer.fit(model, SPLITS.train, SPLITS.val)
     (part,) = kept[0]
     assert {"model.encoders.a.", "model.encoders.b."} <= set(part)
@@ -376,11 +376,11 @@ def test_a_comparison_without_a_finite_run_is_none(npz, tmp_path):
 
 
 def test_one_diverging_run_is_left_out_of_the_others(npz, tmp_path, monkeypatch):
-    from mmfast import compare as module
+    from mmfast.experiments import comparison as module
 
     whole = invoke(npz, tmp_path / "whole", "--seeds", "2")
     assert whole.exit_code == 0
-    real = module.run
+    real = module.make_run
 
     def run(setup, method, seed, out_dir, **options):
         if (method.name, seed) in diverging:
@@ -389,7 +389,7 @@ def test_one_diverging_run_is_left_out_of_the_others(npz, tmp_path, monkeypatch)
             )
         return real(setup, method, seed, out_dir, **options)
 
-    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(module, "make_run", run)
     diverging = {("mla", 1)}
     result = invoke(npz, tmp_path / "one", "--seeds", "2")
     assert result.exit_code == 0, result.output

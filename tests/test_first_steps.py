@@ -76,7 +76,7 @@ for call in (valuation.to_parquet, valuation.plot):
 
 
 def test_a_module_of_our_own_that_is_missing_is_no_matter_of_installing():
-    from mmfast.extras import needs_train
+    from mmfast.errors import needs_train
 
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'mmfast\.nothing'"), needs_train("it"):
         import mmfast.nothing  # noqa: F401
@@ -113,7 +113,7 @@ def test_the_command_prints_the_advice_on_one_line_that_runs(tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from mmfast.commands import app
+    from mmfast.cli.commands import app
 
     path = tmp_path / "x.csv"
     path.write_text("\n".join(["label,x", *(f"{i % 2},{i}" for i in range(40))]))
@@ -130,7 +130,7 @@ def test_valuation_of_a_comparison_names_one_of_its_runs(tmp_path, inside):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from mmfast.commands import app
+    from mmfast.cli.commands import app
 
     for run, file in (("joint-seed0", "last.ckpt"), ("mla-seed1", "model.ckpt"), ("notes", "model.ckpt")):
         (tmp_path / "runs" / run).mkdir(parents=True)

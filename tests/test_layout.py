@@ -1,4 +1,4 @@
-"""One op, one stem: every folder names its files alike, and the README's table says which files there are."""
+"""Ops: every folder names its files alike, as the README's table says. Rooms: imports run one way."""
 
 from __future__ import annotations
 
@@ -107,3 +107,81 @@ def test_kernels_import_only_torch_and_triton(path):
 def test_no_op_is_named_where_all_are_built(path):
     text = (ROOT / path).read_text()
     assert [stem for stem in STEMS if stem in text] == []
+
+
+# Rooms of mmfast/, each of which may import those above it: a module that stands alone, or a package.
+ROOMS = (
+    "errors",
+    "files",
+    "coalitions",
+    "distributed",
+    "plots",
+    "backend",
+    "reference",
+    "ops",
+    "models",
+    "data",
+    "valuation",
+    "methods",
+    "training",
+    "experiments",
+    "cli",
+)
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """Return the files of a package by the names they are imported by."""
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """Return the known modules that a file imports: at its top, in functions, or for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by relative names"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module or "" for name in names}
+    return found & known
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, or [] where there is none."""
+    left = {name: set(imported) for name, imported in graph.items()}
+    while bottom := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in bottom:
+            del left[name]
+    trail: list[str] = []
+    name = next(iter(left), "")
+    while name and name not in trail:
+        trail.append(name)
+        name = min(left[name] & left.keys())
+    return trail[trail.index(name) :] if trail else []
+
+
+def test_imports_run_one_way():
+    modules = modules_of(ROOT / "mmfast")
+    # The package itself hands on names of all rooms, and asks for none of them before they are used.
+    known = set(modules) - {"mmfast", "mmfast.__main__"}
+    graph = {name: imports_of(modules[name], known) - {name} for name in known}
+    rooms = {name: name.split(".")[1] for name in known}
+    assert set(rooms.values()) == set(ROOMS), "a room is missing here, or is there no more"
+    wrong = [
+        f"{name} imports {imported}"
+        for name, imports in sorted(graph.items())
+        for imported in sorted(imports)
+        if ROOMS.index(rooms[imported]) > ROOMS.index(rooms[name])
+    ]
+    assert wrong == []
+    assert circle(graph) == []
+
+
+def test_a_circle_of_imports_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) in (["b", "c"], ["c", "b"])
+    assert circle({"a": {"b"}, "b": set()}) == []

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import mmfast
-from mmfast import batches, methods
+from mmfast import methods
+from mmfast.data import batches
 from mmfast.methods import base
 from mmfast.models import build_model
 from support.learners import NUM_CLASSES, bind, make_data

@@ -11,10 +11,11 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 import mmfast
-from mmfast import methods, report, valuation
+from mmfast import methods, valuation
 from mmfast.data import ArrayDataset
-from mmfast.evaluation import evaluate
+from mmfast.experiments import tables
 from mmfast.models import build_model
+from mmfast.training.evaluation import evaluate
 from support.learners import NUM_CLASSES, bind, make_data
 
 
@@ -103,8 +104,8 @@ def test_a_valuation_is_shown_and_written_without_a_modality(tmp_path):
     data, learner = with_gaps(30, m1=torch.zeros(30, dtype=torch.bool)), bind("joint").eval()
     found = mmfast.valuate(learner, data)
     console = Console(file=io.StringIO(), width=100)
-    report.show_valuation(console, found)
+    tables.show_valuation(console, found)
     assert "in no sample" in console.file.getvalue()
-    for name in report.save_valuation(found, tmp_path, {}):
+    for name in tables.save_valuation(found, tmp_path, {}):
         assert (tmp_path / name).stat().st_size > 0
     assert json.loads((tmp_path / "coalitions.json").read_text())["mean_contribution"]["m1"] is None

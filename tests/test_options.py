@@ -6,10 +6,7 @@ import pytest
 
 pytest.importorskip("lightning_fabric")
 
-from mmfast.flags import format_value
-from mmfast.methods import DIMML, METHODS, Joint
-from mmfast.optimization import Optimization
-from mmfast.options import (
+from mmfast.cli.options import (
     make_methods,
     method_and_optimization,
     parse_methods,
@@ -17,6 +14,9 @@ from mmfast.options import (
     parse_value,
     set_given,
 )
+from mmfast.methods import DIMML, METHODS, Joint
+from mmfast.methods.base import format_value
+from mmfast.training.optimization import Optimization
 
 
 def test_all_methods_in_order():

@@ -13,10 +13,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 from rich.console import Console
 
-from mmfast.methods import METHODS
-from mmfast.plots import plot_comparison
-from mmfast.report import hyphenate, show, show_valuation
-from mmfast.summary import (
+from mmfast.experiments.pictures import plot_comparison
+from mmfast.experiments.summary import (
     diverged_sentence,
     idle_sentence,
     mean_std,
@@ -24,10 +22,11 @@ from mmfast.summary import (
     ranking_sentence,
     summarize,
 )
+from mmfast.experiments.tables import hyphenate, show, show_valuation
+from mmfast.methods import METHODS
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}
-OWN_HEAD = {"unimodal", "ensemble", "multi-loss", "frozen-unimodal", "di-mml", "mla"}
 
 
 def entry(method, seed=0, accuracy=0.7, alone=TWO, contribution=None, probe=None, epochs=3):
@@ -41,7 +40,7 @@ def entry(method, seed=0, accuracy=0.7, alone=TWO, contribution=None, probe=None
         "method": method,
         "seed": seed,
         "metrics": metrics | {"modality_accuracy": dict(alone), "contribution": contribution},
-        "protocol": "own-head" if method in OWN_HEAD else "masked",
+        "protocol": METHODS[method].learner.protocol,
         "seconds_per_epoch": 0.05,
         "history": history,
         **({"probe": probe} if probe else {}),

@@ -19,7 +19,7 @@ pytest.importorskip("multiviewstacking")
 
 from typer.testing import CliRunner
 
-from mmfast.commands import app
+from mmfast.cli.commands import app
 
 SETTINGS = ["--dim", "8", "--epochs", "12", "--accelerator", "cpu"]
 

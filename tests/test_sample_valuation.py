@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mmfast import methods, ops
-from mmfast.batches import Entries, presence
 from mmfast.data import ArrayDataset
+from mmfast.data.batches import Entries, presence
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.valuation import contributions
 from support.learners import NUM_CLASSES, bind, make_data
@@ -69,7 +69,7 @@ def test_sample_valuation_trains_on_copies_that_show_one_modality():
 
 def test_a_hidden_modality_gives_its_encoder_no_gradient():
     learner, data = bind("sample-valuation"), make_data()
-    only_first = Entries(data, torch.arange(10), torch.full((10,), 1))
+    only_first = Entries(data, torch.arange(10), torch.tensor([True, False]).expand(10, 2))
     learner(only_first[list(range(10))]).backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in learner.model.encoders["m1"].parameters())
     assert any(p.grad.abs().max() > 0 for p in learner.model.encoders["m0"].parameters())

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import mmfast
 from mmfast.data import ArrayDataset, synthetic
+from mmfast.errors import describe
 from mmfast.models import build_model, encoder_for
-from mmfast.names import describe
 
 SPLITS = synthetic(num_samples=120, num_classes=3, dims={"a": 6, "b": (5, 2)}, seed=0)
 N = len(SPLITS.train)

@@ -24,11 +24,12 @@ from test_divergence import npz
 from test_trainer import SPLITS, Killed, fitted, make_model, make_trainer, without_times
 from typer.testing import CliRunner
 
-from mmfast import checkpoint, files, launchers
-from mmfast.commands import app
+from mmfast import files
+from mmfast.cli.commands import app
+from mmfast.cli.flags import plain_errors
+from mmfast.experiments.results import METRICS, RESULTS
 from mmfast.files import locked, replacing
-from mmfast.flags import plain_errors
-from mmfast.results import METRICS, RESULTS
+from mmfast.training import checkpoint, launchers
 
 __all__ = ["npz"]
 SHORT = ["--epochs", "2", "--dim", "8", "--batch-size", "32", "--accelerator", "cpu", "--seeds", "2"]
@@ -228,7 +229,7 @@ def test_results_without_a_run_block_nothing(npz, tmp_path):
 
 
 def test_a_failed_run_leaves_no_results_behind(npz, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmfast.compare.run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mmfast.experiments.comparison.make_run", lambda *_, **__: 1 / 0)
     result = CliRunner().invoke(app, words(npz, tmp_path, "joint"))
     assert isinstance(result.exception, ZeroDivisionError)
     assert not (tmp_path / RESULTS).exists()

@@ -11,8 +11,8 @@ from test_trainer import SPLITS, make_model, make_trainer
 from torch import nn
 
 import mmfast
-from mmfast import threads
-from mmfast.threads import fitting_threads
+from mmfast.data import threads
+from mmfast.data.threads import fitting_threads
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import checkpoint, methods
+from mmfast import methods
 from mmfast.data import ArrayDataset, synthetic
+from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
-from mmfast.optimization import PUBLISHED
+from mmfast.training import checkpoint
 
 SPLITS = synthetic(num_samples=240, num_classes=3, dims={"a": 6, "b": 6}, unique={"a": 0.3, "b": 0.1}, seed=0)
 QUICK = {"max_epochs": 4, "batch_size": 32}

@@ -11,12 +11,13 @@ from lightning_fabric import Fabric
 
 import mmfast
 from mmfast import methods
-from mmfast.batches import epoch_shard
 from mmfast.data import ArrayDataset
-from mmfast.evaluation import evaluate, probe
+from mmfast.data.batches import epoch_shard
+from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
-from mmfast.optimization import PUBLISHED, Optimization
-from mmfast.selection import Selection
+from mmfast.training.evaluation import evaluate, probe
+from mmfast.training.optimization import Optimization
+from mmfast.training.selection import Selection
 from support.learners import NUM_CLASSES, bind, make_data
 
 
@@ -150,11 +151,11 @@ def test_losses_of_own_heads_count_who_is_there():
 
 
 def test_valuation_reads_the_plain_form_of_augmented_data(monkeypatch):
-    from mmfast.methods import copies
+    from mmfast.methods import _resampling
 
     data = make_data(50)
     data.evaluation = make_data(50, seed=9)
-    plain = copies.contributions
+    plain = _resampling.contributions
     for name in ("sample-valuation", "modality-valuation"):
         seen = []
 
@@ -163,7 +164,7 @@ def test_valuation_reads_the_plain_form_of_augmented_data(monkeypatch):
             seen.append((len(dataset), options, found[0]))
             return found
 
-        monkeypatch.setattr(copies, "contributions", watched)
+        monkeypatch.setattr(_resampling, "contributions", watched)
         learner = bind(methods.make(name, warmup=1, released=True))
         learner.end_epoch(0, data, None)
         size, options, phi = seen[0]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from mmfast import backend
 from mmfast.bench import tune
 from mmfast.bench.harness import Case, Options, Work
-from mmfast.commands import app
+from mmfast.cli.commands import app
 from mmfast.kernels import _tuning as tuning
 from support.every_op import CALLS
 

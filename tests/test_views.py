@@ -15,15 +15,15 @@ import torch
 from typer.testing import CliRunner
 
 from mmfast import data
-from mmfast.commands import app
-from mmfast.compare import Run, train_arguments
+from mmfast.cli.commands import app
+from mmfast.cli.flags import Encoders
 from mmfast.data import Splits, overview
 from mmfast.data.views import KINDS, VIEWS, choose
-from mmfast.flags import Encoders
+from mmfast.experiments.setup import PlannedRun, Setup, restore
+from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import Joint
 from mmfast.models import FrameMean, GRUEncoder, ResNet18, SmallCNN, build_model, encoder_for
 from mmfast.models.build import ENCODERS
-from mmfast.runs import Setup, restore
 
 FAST = ["--epochs", "1", "--dim", "4", "--accelerator", "cpu"]
 N = 90
@@ -273,8 +273,8 @@ def test_a_process_of_its_own_gets_the_same_choice(npz, tmp_path, monkeypatch):
         seen["setup"] = setup
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.runs.run", look)
-    assert CliRunner().invoke(app, train_arguments(setup, Run(Joint(), 0, 1), tmp_path)).exit_code == 2
+    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
+    assert CliRunner().invoke(app, train_arguments(setup, PlannedRun(Joint(), 0, 1), tmp_path)).exit_code == 2
     assert seen["setup"].modalities == names
     assert seen["setup"].encoders == encoders
     assert seen["setup"].splits.shapes == setup.splits.shapes

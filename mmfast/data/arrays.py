@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmfast.coalitions import PRESENT_SUFFIX, present_key
 from mmfast.data.channels import is_channels_last, permutation
-from mmfast.names import describe
+from mmfast.errors import describe
 
 LABEL = "label"
-PRESENT_SUFFIX = "__present"
 _RESERVED = (LABEL, "split", "group", "coalition")
 _RANKS = "[N, D], [N, T, F], [N, C, H, W] or [N, T, C, H, W]"
 # Samples looked at together where a whole-array temporary would double the memory.
@@ -87,7 +87,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         key = index if isinstance(index, slice) else self._as_index(index)
         sample = {name: _take(array, key) for name, array in self.arrays.items()}
         for name, mask in self.present.items():
-            sample[name + PRESENT_SUFFIX] = _take(mask, key)
+            sample[present_key(name)] = _take(mask, key)
         sample[LABEL] = _take(self.labels, key)
         return sample
 

@@ -10,7 +10,7 @@ from mmfast.data.htad import load_htad
 from mmfast.data.npz import load_npz
 from mmfast.data.splits import Splits
 from mmfast.data.views import choose
-from mmfast.names import did_you_mean
+from mmfast.errors import did_you_mean
 
 # Suffixes of files that hold one table or array, and what separates a table's columns.
 _TABLES = {".csv": ",", ".tsv": "\t", ".npy": ""}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfast.data.arrays import PRESENT_SUFFIX
+from mmfast.coalitions import PRESENT_SUFFIX
 from mmfast.data.channels import channels_first
 from mmfast.data.splits import Splits
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmfast.data.arrays import ENCODE, LABEL, PRESENT_SUFFIX, ArrayDataset
+from mmfast.coalitions import present_key
+from mmfast.data.arrays import ENCODE, LABEL, ArrayDataset
 from mmfast.data.splits import Splits
-from mmfast.names import describe
+from mmfast.errors import describe
 
 _FEW = 4  # samples read from a data set that may take long to read
 _EXPECTED = "dicts {<modality>: array, 'label': int}"
@@ -116,7 +117,7 @@ def _check_sample(
             value = torch.as_tensor(sample[key], device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{where} must be an array of numbers, got {describe(sample[key])}") from None
-        if bool(torch.as_tensor(sample.get(key + PRESENT_SUFFIX, True))):
+        if bool(torch.as_tensor(sample.get(present_key(key), True))):
             check_finite(where, value)
         expected = shapes.setdefault(key, list(value.shape))
         if list(value.shape) != expected:

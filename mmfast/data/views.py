@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmfast.data.arrays import ArrayDataset
 from mmfast.data.splits import Splits, describe_shapes
+from mmfast.errors import describe, did_you_mean
 from mmfast.models.build import ENCODERS
-from mmfast.names import describe, did_you_mean
 
 # What a sample is taken as, by the number of its dimensions: [D], [T, F], [C, H, W], [T, C, H, W].
 KINDS = ("vector", "sequence", "image", "video")

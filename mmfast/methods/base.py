@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.coalitions import alone
+from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.errors import describe
 from mmfast.models import MultimodalModel
-from mmfast.names import describe
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Method:
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
         return asdict(self)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as --set takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(format_value, value))
+    return "none" if value is None else str(value)
 
 
 def check_numbers(method: Method, **ranges: tuple[float, float]) -> None:
@@ -235,7 +243,7 @@ class Learner(nn.Module):
 
     def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
         """Return the logits of every modality alone, by this learner's `protocol`."""
-        return torch.stack([self.fuse(features, coalition=1 << m) for m in range(len(features))])
+        return torch.stack([self.fuse(features, coalition=alone(m)) for m in range(len(features))])
 
     def coalition_logits(
         self,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import ops
+from mmfast.distributed import of_first, share_of_batch, world
+from mmfast.methods._frozen_encoders import FrozenEncodersLearner
+from mmfast.methods._late_fusion import own_losses, repeat_for
 from mmfast.methods.base import Method, Stage, check_numbers
-from mmfast.methods.frozen_unimodal import FrozenEncodersLearner
-from mmfast.methods.late_fusion import own_losses, repeat_for
-from mmfast.processes import of_first, share_of_batch, world
 
 
 class _DIMMLLearner(FrozenEncodersLearner):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
+from mmfast.distributed import of_first
 from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.models import MultimodalModel
-from mmfast.processes import of_first
 
 
 def scale_to_unit(

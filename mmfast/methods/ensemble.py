@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mmfast.methods._late_fusion import average_probabilities
 from mmfast.methods.base import Method
-from mmfast.methods.late_fusion import average_probabilities
 from mmfast.methods.unimodal import SeparateLearner
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.batches import presence
+from mmfast.data.batches import presence
+from mmfast.distributed import total
+from mmfast.methods._late_fusion import LateFusionLearner, own_losses
 from mmfast.methods.base import Method, check_numbers
-from mmfast.methods.late_fusion import LateFusionLearner, own_losses
-from mmfast.processes import total
 
 RESETS = ("never", "epoch", "step")
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from mmfast.batches import Entries
+from mmfast.data.batches import Entries
+from mmfast.methods._resampling import CopiesLearner
 from mmfast.methods.base import Method, check_numbers
-from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import mean_contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -36,7 +36,7 @@ class _ModalityValuationLearner(CopiesLearner):
         gap = float(known.max() - known.min())
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
-        lowest = 1 << int(phi.nan_to_num(nan=torch.inf).argmin())
+        lowest = int(phi.nan_to_num(nan=torch.inf).argmin())
         self.take_copies(train, indices, torch.full_like(indices, lowest))
         return self.figures(phi)
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from mmfast.batches import presence
+from mmfast.data.batches import presence
+from mmfast.methods._late_fusion import OwnHeads, own_losses
 from mmfast.methods.base import Learner, Method, check_numbers
-from mmfast.methods.late_fusion import OwnHeads, own_losses
 
 
 class _MultiLossLearner(Learner):

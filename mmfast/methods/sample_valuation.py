@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmfast.methods._resampling import CopiesLearner
 from mmfast.methods.base import Method, check_numbers
-from mmfast.methods.copies import CopiesLearner
 from mmfast.valuation import mean_contributions
 
 
@@ -41,8 +41,7 @@ class _SampleValuationLearner(CopiesLearner):
         counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
         sample, modality = counts.nonzero(as_tuple=True)
         repeats = counts[sample, modality]
-        indices, coalitions = sample.repeat_interleave(repeats), (1 << modality).repeat_interleave(repeats)
-        self.take_copies(train, indices, coalitions)
+        self.take_copies(train, sample.repeat_interleave(repeats), modality.repeat_interleave(repeats))
         return self.figures(mean_contributions(phi, present))
 
 

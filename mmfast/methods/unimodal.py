@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.batches import presence
+from mmfast.data.batches import presence
+from mmfast.methods._late_fusion import LateFusionLearner, OwnHeads, own_losses, separate_scores
 from mmfast.methods.base import Method
-from mmfast.methods.late_fusion import LateFusionLearner, OwnHeads, own_losses, separate_scores
 
 
 class SeparateLearner(LateFusionLearner):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmfast.errors import describe
 from mmfast.models._checks import check_size, nearest_names
 from mmfast.models.encoders import MLP, Encoder, FrameMean, GRUEncoder, SmallCNN, TemporalConv
 from mmfast.models.fusion import FusionHead
 from mmfast.models.multimodal import MultimodalModel
 from mmfast.models.resnet import ResNet18
-from mmfast.names import describe
 
 # Images with both sides at least this long go to ResNet-18.
 LARGE_IMAGE = 96

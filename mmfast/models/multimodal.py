@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.coalitions import PRESENT_SUFFIX, contains, members, num_coalitions, present_key
+from mmfast.errors import describe
 from mmfast.models._checks import check_features, check_present, check_size, nearest_names
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
-from mmfast.names import describe
 
 # Rows of one head call when coalitions are stacked along the batch: bounds memory, keeps the products large.
 _MAX_ROWS = 16384
@@ -140,7 +141,7 @@ class MultimodalModel(nn.Module):
             _check_one_of(coalition, present)
             coalition = self._check_coalition("coalition", coalition)
             if not self.training:
-                skip = tuple(name for m, name in enumerate(self.modalities) if not coalition >> m & 1)
+                skip = tuple(name for m, name in enumerate(self.modalities) if not contains(coalition, m))
         return self.fuse(self._encode(batch, skip=skip), coalition=coalition, present=present)
 
     def fuse(
@@ -165,7 +166,7 @@ class MultimodalModel(nn.Module):
         _check_one_of(coalition, present)
         if coalition is not None:
             coalition = self._check_coalition("coalition", coalition)
-            features = [h if coalition >> m & 1 else _zeroed(h) for m, h in enumerate(features)]
+            features = [h if contains(coalition, m) else _zeroed(h) for m, h in enumerate(features)]
         elif present is not None:
             check_present("present", present, "M, N", (len(self.dims), features[0].shape[0]))
             features = [h.masked_fill(~present[m, :, None], 0.0) for m, h in enumerate(features)]
@@ -242,8 +243,8 @@ class MultimodalModel(nn.Module):
         self, batch: Mapping[str, Tensor], name: str, dim: int, num_samples: int
     ) -> Tensor:  # [N, D_m]
         encoder, x, present = self.encoders[name], batch[name], None
-        if f"{name}__present" in batch:
-            present = check_present(f"{name}__present", batch[f"{name}__present"], "N", (num_samples,))
+        if (key := present_key(name)) in batch:
+            present = check_present(key, batch[key], "N", (num_samples,))
             # NaN, a common filler, would reach weights by a gradient of zero times NaN.
             x = x.masked_fill(~present.view(-1, *[1] * (x.dim() - 1)), 0)
         if isinstance(encoder, Encoder):
@@ -287,8 +288,9 @@ class MultimodalModel(nn.Module):
         if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         index = int(value)
-        if not 0 <= index < 1 << len(self.modalities):
-            raise ValueError(f"{name} must lie in [0, 2^M) = [0, {1 << len(self.modalities)}), got {index}")
+        upper = num_coalitions(len(self.modalities))
+        if not 0 <= index < upper:
+            raise ValueError(f"{name} must lie in [0, 2^M) = [0, {upper}), got {index}")
         return index
 
     def _members(
@@ -296,11 +298,10 @@ class MultimodalModel(nn.Module):
         coalitions: Sequence[int] | Tensor,  # [L]
         device: torch.device,
     ) -> Tensor:  # bool [L, M]
-        num_modalities = len(self.modalities)
         if not isinstance(coalitions, Tensor):
             indices = [self._check_coalition(f"coalitions[{i}]", s) for i, s in enumerate(coalitions)]
-            bits = [[bool(s >> m & 1) for m in range(num_modalities)] for s in indices]
-            return torch.tensor(bits, dtype=torch.bool, device=device).reshape(len(indices), num_modalities)
+            coalitions = torch.tensor(indices, dtype=torch.int64, device=device)
+            return members(coalitions, len(self.modalities))
         if coalitions.is_floating_point() or coalitions.is_complex() or coalitions.dtype == torch.bool:
             raise TypeError(
                 f"coalitions must have an integer dtype, got {str(coalitions.dtype).removeprefix('torch.')}"
@@ -311,8 +312,7 @@ class MultimodalModel(nn.Module):
             low, high = torch.aminmax(coalitions)
             self._check_coalition("coalitions", int(low))
             self._check_coalition("coalitions", int(high))
-        shifts = torch.arange(num_modalities, device=coalitions.device)
-        return (coalitions.long()[:, None] >> shifts & 1).bool().to(device)
+        return members(coalitions, len(self.modalities), device)
 
 
 def _zeroed(
@@ -331,7 +331,7 @@ def _check_modality_name(name: object) -> None:
     """Raise unless `name` can be a key of a batch, of a ModuleDict and of a state dict."""
     if not isinstance(name, str):
         raise TypeError(f"modality names must be str, got {type(name).__name__}")
-    if name in ("", "coalition", "label", "group", "split") or "." in name or name.endswith("__present"):
+    if name in ("", "coalition", "label", "group", "split") or "." in name or name.endswith(PRESENT_SUFFIX):
         raise ValueError(
             "modality names must not be empty, 'label', 'group' or 'split', contain '.' or end in "
             f"'__present', got {name!r}"

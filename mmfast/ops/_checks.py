@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.names import describe
+from mmfast.errors import describe
 from mmfast.ops import _autograd
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.names import describe
+from mmfast.errors import describe
 from mmfast.ops._checks import (
     check_choice,
     check_float,

@@ -19,11 +19,11 @@ def main() -> int | None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
-        from mmfast.commands import app
+        from mmfast.cli.commands import app
 
         return app()
     if sys.argv[1:] == ["info"]:
-        from mmfast import info
+        from mmfast.cli import info
 
         print(info.text())
         return 0

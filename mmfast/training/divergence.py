@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.batches import iterate
-from mmfast.data.arrays import PRESENT_SUFFIX
-from mmfast.optimization import Optimization
+from mmfast.coalitions import present_key
+from mmfast.data.batches import iterate
+from mmfast.training.optimization import Optimization
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
 _EVERY = 64
@@ -95,7 +95,7 @@ def bad_inputs(
         if values.is_floating_point():
             rows = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
             # Of a sample that lacks the modality nothing is read.
-            rows = rows & batch.get(name + PRESENT_SUFFIX, torch.ones_like(rows))
+            rows = rows & batch.get(present_key(name), torch.ones_like(rows))
             if bool(rows.any()):
                 found[name] = [samples[row] for row in rows.nonzero().flatten().tolist()]
     return found

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfast.divergence import DivergedError
+from mmfast.experiments.results import FORMAT, METRICS, RESULTS, Results
+from mmfast.experiments.setup import (
+    PlannedRun,
+    Setup,
+    diverged_entry,
+    fingerprint,
+    machine,
+    make_run,
+    versions,
+)
+from mmfast.experiments.subprocesses import run_apart
 from mmfast.files import locked, plain
-from mmfast.flags import DIVERGED, format_value
-from mmfast.launchers import refuse_launcher
 from mmfast.methods import METHODS, Method
-from mmfast.results import FORMAT, METRICS, PICTURES, RESULTS, Results
-from mmfast.runs import Setup, diverged_entry, fingerprint, machine, run, versions
-from mmfast.trainer import LAST, MODEL, alone_in
-
-# How the command's errors begin.
-_SAYS = "mmfast: "
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run to make: a method with a seed, and the number of epochs it takes."""
-
-    method: Method
-    seed: int
-    epochs: int
+from mmfast.training.divergence import DivergedError
+from mmfast.training.launchers import refuse_launcher
+from mmfast.training.trainer import LAST, MODEL, alone_in
 
 
 @dataclass
@@ -58,7 +51,7 @@ class Comparison:
     def __post_init__(self) -> None:
         self.results = Results(self.out, plain(self._description()))
 
-    def prepare(self, *, overwrite: bool = False) -> list[Run]:
+    def prepare(self, *, overwrite: bool = False) -> list[PlannedRun]:
         """Check everything before any training, take in what `out` holds, and return what is left to make.
 
         Args:
@@ -80,52 +73,40 @@ class Comparison:
         self.results.open()
         # Seeds outermost: a comparison that stops early has all methods of its first seeds.
         runs = [
-            Run(method, seed, epochs[method.name])
+            PlannedRun(method, seed, epochs[method.name])
             for seed in range(self.num_seeds)
             for method in self.methods
         ]
-        return [item for item in runs if not self._done(item)]
+        return [planned for planned in runs if not self._done(planned)]
 
-    def make(self, item: Run, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    def make(
+        self, planned: PlannedRun, on_epoch: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
         """Make a run, or finish it, add its entry to results.json and return it.
 
         A run whose loss is NaN or infinite is one without figures, which says why under "diverged". One that
         another process makes at the time is waited for.
         """
-        folder = self.folder(item)
-        name = f"{item.method.name} with seed {item.seed}"
+        folder = self.folder(planned)
+        name = f"{planned.method.name} with seed {planned.seed}"
         waiting = f"Waiting for another process, which makes {name} in {folder}."
         with locked(self._lock(folder), wait=lambda: self.wait(waiting)):
             self.results.open()
-            if self._done(item):
-                return self.results.find(item.method.name, item.seed) or {}
+            if self._done(planned):
+                return self.results.find(planned.method.name, planned.seed) or {}
             try:
                 if self.setup.devices in (1, "1"):
-                    entry = run(self.setup, item.method, item.seed, folder, on_epoch=on_epoch)
+                    entry = make_run(self.setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
                 else:
-                    entry = self._make_apart(item, folder)
+                    entry = run_apart(self.setup, planned, folder)
             except DivergedError as error:
-                entry = diverged_entry(item.method, item.seed, error)
+                entry = diverged_entry(planned.method, planned.seed, error)
             self.results.add(entry, folder)
         return entry
 
-    def folder(self, item: Run) -> Path:
+    def folder(self, planned: PlannedRun) -> Path:
         """Return where the checkpoints of a run lie."""
-        return self.out / "runs" / f"{item.method.name}-seed{item.seed}"
-
-    def _make_apart(self, item: Run, folder: Path) -> dict[str, Any]:
-        """Make a run on several devices in processes of its own: Fabric launches them once per program."""
-        command = [sys.executable, "-m", "mmfast", *train_arguments(self.setup, item, folder)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            # Of several processes' lines, the one that says what is wrong.
-            said = next((line for line in reversed(lines) if line.startswith(_SAYS)), done.stderr.strip())
-            if done.returncode == DIVERGED:
-                raise DivergedError(said.removeprefix(_SAYS), epoch=-1)
-            kind = ValueError if done.returncode == 2 else RuntimeError
-            raise kind(f"{item.method.name} with seed {item.seed} failed: {said.removeprefix(_SAYS)}")
-        return json.loads((folder / METRICS).read_text())
+        return self.out / "runs" / f"{planned.method.name}-seed{planned.seed}"
 
     def _description(self) -> dict[str, Any]:
         setup, splits = self.setup, self.setup.splits
@@ -153,8 +134,8 @@ class Comparison:
             },
         }
 
-    def _done(self, item: Run) -> bool:
-        entry = self.results.find(item.method.name, item.seed)
+    def _done(self, planned: PlannedRun) -> bool:
+        entry = self.results.find(planned.method.name, planned.seed)
         return entry is not None and (not self.setup.probe or "probe" in entry or "diverged" in entry)
 
     def _clear(self) -> None:
@@ -163,6 +144,8 @@ class Comparison:
         Raises:
             BlockingIOError: another process makes one of the runs.
         """
+        from mmfast.experiments.pictures import PICTURES
+
         runs = []
         for folder in (self.out / "runs").glob("*"):
             name, _, seed = folder.name.rpartition("-seed")
@@ -185,34 +168,6 @@ class Comparison:
     @staticmethod
     def _lock(folder: Path) -> Path:
         return folder.with_name(f".{folder.name}.lock")
-
-
-def train_arguments(setup: Setup, item: Run, folder: Path) -> list[str]:
-    """Return the arguments of `mmfast` that make a run and leave its entry in `folder`/metrics.json."""
-    optimization = setup.optimization
-    arguments = {
-        "data": setup.source,
-        "split-seed": setup.splits.split_seed or 0,
-        "method": item.method.name,
-        "seed": item.seed,
-        "out": folder,
-        "epochs": optimization.max_epochs,
-        **{
-            key.replace("_", "-"): value for key, value in asdict(optimization).items() if key != "max_epochs"
-        },
-        "dim": setup.dim,
-        "fusion": setup.fusion,
-        "accelerator": setup.accelerator,
-        "devices": setup.devices,
-        "precision": setup.precision,
-    }
-    words = ["train", "--resume"]
-    words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable
-    words += [f"--{key}={value}" for key, value in arguments.items()]
-    words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
-    if setup.modalities is not None:
-        words.append(f"--modalities={','.join(setup.modalities)}")
-    return words + [f"--set={key}={format_value(value)}" for key, value in item.method.config().items()]
 
 
 def has_run(folder: Path) -> bool:

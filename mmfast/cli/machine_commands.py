@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmfast.flags import Traceback, make_console, plain_errors
+from mmfast.cli.flags import Traceback, make_console, plain_errors
 
 
 def bench(
@@ -87,6 +87,6 @@ def bench(
 
 def info() -> None:
     """Print versions, the CPU's instruction set, and what each backend offers or why it cannot run."""
-    from mmfast import info
+    from mmfast.cli import info
 
     print(info.text(make_console().width))

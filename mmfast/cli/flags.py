@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,8 +22,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Exit status of a run whose loss is NaN or infinite.
-DIVERGED = 3
 MENDABLE = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
 
 
@@ -65,16 +63,10 @@ def make_console() -> Console:
     return Console(markup=False, highlight=False)
 
 
-def format_value(value: Any) -> str:
-    """Return a value as --set takes it."""
-    if isinstance(value, tuple | list):
-        return ",".join(map(format_value, value))
-    return "none" if value is None else str(value)
-
-
 def method_help() -> str:
     """Return the paragraph of --help that lists the options of all methods with their defaults."""
     from mmfast.methods import METHODS
+    from mmfast.methods.base import format_value
 
     lines = []
     for name, method in METHODS.items():

@@ -10,10 +10,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mmfast import data, methods
+from mmfast.errors import did_you_mean
+from mmfast.experiments.setup import Setup
 from mmfast.methods import METHODS, Method
-from mmfast.names import did_you_mean
-from mmfast.optimization import PUBLISHED, Optimization
-from mmfast.runs import Setup
+from mmfast.methods.presets import PUBLISHED
+from mmfast.training.optimization import Optimization
 
 
 def parse_methods(text: str) -> list[str]:
@@ -188,7 +189,8 @@ def method_and_optimization(
         known = ", ".join(PUBLISHED)
         raise ValueError(f"preset must be one of {known}, got {preset!r}{did_you_mean(preset, PUBLISHED)}")
     else:
-        chosen, base = PUBLISHED[preset]
+        chosen, published = PUBLISHED[preset]
+        base = Optimization(**published)
         if name not in (None, chosen.name):
             raise ValueError(f"method must be {chosen.name} with preset {preset}, got {name!r}")
     return replace(chosen, **parse_settings(assignments, [chosen.name])[chosen.name]), base

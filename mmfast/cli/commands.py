@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from mmfast import machine_commands
-from mmfast.flags import (
-    DIVERGED,
+from mmfast.cli import machine_commands
+from mmfast.cli.flags import (
     Accelerator,
     BatchSize,
     Data,
@@ -43,8 +42,8 @@ from mmfast.flags import (
 )
 
 if TYPE_CHECKING:
-    from mmfast.compare import Comparison, Run
-    from mmfast.runs import Setup
+    from mmfast.experiments.comparison import Comparison
+    from mmfast.experiments.setup import PlannedRun, Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
 
@@ -90,12 +89,14 @@ def compare(
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
     with plain_errors(traceback):
-        from mmfast.compare import RESULTS, Comparison
-        from mmfast.optimization import Optimization
-        from mmfast.options import make_methods, make_setup, set_given
-        from mmfast.plots import plot_comparison
-        from mmfast.report import show
-        from mmfast.summary import summarize
+        from mmfast.cli.options import make_methods, make_setup, set_given
+        from mmfast.experiments.comparison import Comparison
+        from mmfast.experiments.pictures import plot_comparison
+        from mmfast.experiments.results import RESULTS
+        from mmfast.experiments.subprocesses import DIVERGED
+        from mmfast.experiments.summary import summarize
+        from mmfast.experiments.tables import show
+        from mmfast.training.optimization import Optimization
 
         chosen = make_methods(methods, settings or ())
         optimization = set_given(
@@ -161,18 +162,18 @@ def compare(
 
 def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None:
     from mmfast.data import overview
-    from mmfast.overview_report import show_overview
+    from mmfast.experiments.data_tables import show_overview
 
     show_overview(console, overview(setup.splits, setup.model(0), seeds=seeds))
 
 
-def _make_runs(console: Console, comparison: Comparison, left: list[Run], total: int) -> None:
-    from mmfast.progress import RunProgress
+def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun], total: int) -> None:
+    from mmfast.cli.progress import RunProgress
 
     with RunProgress(console, total, len(left)) as progress:
-        for item in left:
-            progress.begin(item)
-            progress.end(item, comparison.make(item, progress.epoch))
+        for planned in left:
+            progress.begin(planned)
+            progress.end(planned, comparison.make(planned, progress.epoch))
 
 
 @app.command(epilog=method_help())
@@ -223,12 +224,14 @@ def train(
     with plain_errors(traceback):
         from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-        from mmfast.compare import METRICS, clear_run, has_run
-        from mmfast.divergence import DivergedError
+        from mmfast.cli.options import make_setup, method_and_optimization, set_given
+        from mmfast.experiments.comparison import clear_run, has_run
+        from mmfast.experiments.results import METRICS
+        from mmfast.experiments.setup import make_run
+        from mmfast.experiments.subprocesses import DIVERGED
+        from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
-        from mmfast.options import make_setup, method_and_optimization, set_given
-        from mmfast.report import show_run
-        from mmfast.runs import run
+        from mmfast.training.divergence import DivergedError
 
         chosen, base = method_and_optimization(method, preset, settings or ())
         if resume and overwrite:
@@ -270,7 +273,7 @@ def train(
         if first:
             _show_data(console, setup)
         try:
-            entry = run(
+            entry = make_run(
                 setup, chosen, seed, out, resume=resume, loggers=kinds, progress=console.is_terminal and first
             )
         except KeyboardInterrupt:
@@ -322,8 +325,8 @@ def valuate(
     """Print what each modality contributes to a trained model, exactly, over all coalitions of modalities."""
     with plain_errors(traceback):
         from mmfast.data.splits import PARTS
-        from mmfast.report import save_valuation, show_valuation
-        from mmfast.runs import restore
+        from mmfast.experiments.setup import restore
+        from mmfast.experiments.tables import save_valuation, show_valuation
         from mmfast.valuation import UTILITIES, valuate
 
         for name, value, known in (("split", split, PARTS), ("utility", utility, UTILITIES)):

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
-from mmfast.data.arrays import LABEL, PRESENT_SUFFIX, ArrayDataset
+from mmfast.coalitions import present_key
+from mmfast.data.arrays import LABEL, ArrayDataset
 
-COALITION = "coalition"  # key of a batch: which modalities each sample shows, [N] int64, bit m for modality m
+# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown goes
+# through its encoder as it is, and loses its features then; what is lacking (`<m>__present`) goes as zeros.
+SHOWN = "coalition"
 
 
 def takes_batches(dataset: Any) -> bool:
@@ -26,13 +29,13 @@ class Entries(Dataset):
     Args:
         base: data set of N samples.
         indices: [E] int64, the sample of each entry.
-        coalitions: [E] int64, the modalities it shows, bit m set for modality m; the others count as absent.
+        shown: bool [E, M], the modalities it shows; the others count as absent.
     """
 
-    def __init__(self, base: Any, indices: Tensor, coalitions: Tensor | None = None) -> None:
+    def __init__(self, base: Any, indices: Tensor, shown: Tensor | None = None) -> None:
         self.base = base
         self.indices = indices  # [E]
-        self.coalitions = coalitions  # [E]
+        self.shown = shown  # bool [E, M]
         self.takes_batches = takes_batches(base)
 
     def __len__(self) -> int:
@@ -41,8 +44,8 @@ class Entries(Dataset):
     def __getitem__(self, entry: Any) -> dict[str, Tensor]:
         key = self.indices[entry]
         sample = dict(self.base[key if key.ndim else int(key)])
-        if self.coalitions is not None:
-            sample[COALITION] = self.coalitions[entry]
+        if self.shown is not None:
+            sample[SHOWN] = self.shown[entry]
         return sample
 
 
@@ -56,11 +59,8 @@ def presence(
     modalities: Sequence[str],  # M names
 ) -> Tensor | None:  # bool [M, N]
     """Return which modalities each sample of a batch shows, or None where all show all."""
-    present = None
-    if COALITION in batch:
-        bits = torch.arange(len(modalities), device=batch[COALITION].device)
-        present = (batch[COALITION] >> bits[:, None] & 1).bool()
-    marked = [name + PRESENT_SUFFIX for name in modalities]
+    present = batch[SHOWN].T.contiguous() if SHOWN in batch else None
+    marked = [present_key(name) for name in modalities]
     if not any(key in batch for key in marked):
         return present
     size = len(batch["label"]) if "label" in batch else len(batch[modalities[0]])

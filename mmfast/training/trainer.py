@@ -14,16 +14,18 @@ from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
-from mmfast import checkpoint, launchers, methods
-from mmfast.checks import check_data, check_fits
-from mmfast.divergence import check_weights
-from mmfast.evaluation import Metrics, evaluate
+from mmfast import methods
+from mmfast.errors import describe, did_you_mean
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
+from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
-from mmfast.names import describe, did_you_mean
-from mmfast.optimization import PUBLISHED, Optimization
-from mmfast.training import Run
+from mmfast.training import checkpoint, launchers
+from mmfast.training.checks import check_data, check_fits
+from mmfast.training.divergence import check_weights
+from mmfast.training.evaluation import Metrics, evaluate
+from mmfast.training.loop import Run
+from mmfast.training.optimization import Optimization
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
@@ -118,11 +120,11 @@ class Trainer:
 
     @classmethod
     def published(cls, preset: str, **options: Any) -> Trainer:
-        """Return a trainer with a paper's settings; `preset` is a key of `mmfast.optimization.PUBLISHED`."""
+        """Return a trainer with a paper's settings; `preset`: a key of `mmfast.methods.presets.PUBLISHED`."""
         if preset not in PUBLISHED:
             raise ValueError(f"preset must be one of {', '.join(PUBLISHED)}, got {preset!r}")
-        method, optimization = PUBLISHED[preset]
-        return cls(method, optimization=optimization, **options)
+        method, settings = PUBLISHED[preset]
+        return cls(method, optimization=Optimization(**settings), **options)
 
     def fit(
         self, model: MultimodalModel, train: Any, val: Any | None = None, *, resume: bool = False

@@ -1,4 +1,4 @@
-"""How parameters are moved: optimizer, schedule, batch and epochs; and the settings the papers publish."""
+"""How parameters are moved: optimizer, schedule, batch and epochs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmfast import methods
-from mmfast.names import describe
+from mmfast.errors import describe
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -62,21 +61,3 @@ class Optimization:
     def make_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the schedule of these settings, stepped once an epoch."""
         return torch.optim.lr_scheduler.StepLR(optimizer, self.lr_step or 10**9, self.lr_gamma)
-
-
-_DI_MML = Optimization(150, 16, optimizer="sgd", lr=1e-3, lr_step=70)
-_DIAGNOSE = Optimization(90, 64, optimizer="sgd", lr=2e-3)
-_MLA = Optimization(100, 64, optimizer="sgd", lr=1e-3, lr_step=70)
-_VALUATION = Optimization(60, 64, optimizer="adam", lr=5e-5, lr_step=30)
-
-# What the papers publish, by method and data set; for large audio-visual data, not for small tables.
-PUBLISHED: dict[str, tuple[methods.Method, Optimization]] = {
-    "sample-valuation/kinetics-sounds": (methods.SampleValuation(), _VALUATION),
-    "modality-valuation/kinetics-sounds": (methods.ModalityValuation(), _VALUATION),
-    "di-mml/crema-d": (methods.DIMML(e0=20, temperature=50, fusion_temperature=1), _DI_MML),
-    "di-mml/ave": (methods.DIMML(e0=20, temperature=10, fusion_temperature=3), _DI_MML),
-    "di-mml/ucf-101": (methods.DIMML(e0=20, temperature=10, fusion_temperature=1), _DI_MML),
-    "di-mml/modelnet40": (methods.DIMML(e0=20, temperature=50, fusion_temperature=3), _DI_MML),
-    "diagnose-relearn/published": (methods.DiagnoseRelearn(), _DIAGNOSE),
-    "mla/published": (methods.MLA(), _MLA),
-}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmfast.batches import Entries, evaluating, evaluation_batches
+from mmfast.data.batches import Entries, evaluating, evaluation_batches
 
 # Operations of a batch's forward pass up to which a second thread gains little: with 6 million, steps took
 # 0.46 ms with one thread and 0.40 with two, with 25 million 1.1 and 0.76; with 1.6 million 0.29 and 0.33.

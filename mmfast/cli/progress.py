@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmfast.compare import Run
+from mmfast.experiments.setup import PlannedRun
 
 
 class RunProgress:
@@ -42,12 +42,12 @@ class RunProgress:
     def __exit__(self, *error: Any) -> None:
         self.bars.stop()
 
-    def begin(self, item: Run) -> None:
+    def begin(self, planned: PlannedRun) -> None:
         """Note that a run begins."""
         self.bars.update(
             self.epochs,
-            description=f"{item.method.title}, seed {item.seed}",
-            total=item.epochs,
+            description=f"{planned.method.title}, seed {planned.seed}",
+            total=planned.epochs,
             completed=0,
         )
 
@@ -55,7 +55,7 @@ class RunProgress:
         """Note that the current run has made an epoch, as `Trainer` calls `on_epoch`."""
         self.bars.advance(self.epochs)
 
-    def end(self, item: Run, entry: dict[str, Any]) -> None:
+    def end(self, planned: PlannedRun, entry: dict[str, Any]) -> None:
         """Note that a run is made; `entry` is what results.json holds of it."""
         self.made += 1
         self.bars.advance(self.runs)
@@ -63,7 +63,7 @@ class RunProgress:
             width = len(str(self.total))
             said = f"diverged, {entry['diverged']}" if "diverged" in entry else _figures(entry)
             self.console.print(
-                f"{self.made:{width}}/{self.total} {item.method.name} seed {item.seed}: {said}",
+                f"{self.made:{width}}/{self.total} {planned.method.name} seed {planned.seed}: {said}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from mmfast.batches import Shard, dataset_indices, epoch_shard, loader
-from mmfast.divergence import DivergedError, Losses, bad_inputs, bad_inputs_of, cause_text, input_text
-from mmfast.evaluation import Metrics, measure
+from mmfast.data.batches import Shard, dataset_indices, epoch_shard, loader
+from mmfast.data.threads import fitting_threads
+from mmfast.distributed import check_agreement, first_of_all, share_buffers, world
 from mmfast.methods.base import Learner, Stage
-from mmfast.optimization import Optimization
-from mmfast.processes import check_agreement, first_of_all, share_buffers, world
-from mmfast.selection import Selection
-from mmfast.threads import fitting_threads
+from mmfast.training.divergence import (
+    DivergedError,
+    Losses,
+    bad_inputs,
+    bad_inputs_of,
+    cause_text,
+    input_text,
+)
+from mmfast.training.evaluation import Metrics, measure
+from mmfast.training.optimization import Optimization
+from mmfast.training.selection import Selection
 
 
 @dataclass

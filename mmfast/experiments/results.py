@@ -14,7 +14,6 @@ from mmfast.methods import METHODS
 FORMAT = 1
 RESULTS = "results.json"
 METRICS = "metrics.json"  # of a single run, in its folder
-PICTURES = ("accuracy.png", "modality_accuracy.png", "contributions.png")
 # Key of a run's file: which data and settings it belongs to.
 _COMPARISON = "comparison"
 # Key of what tells whether the rest is what was written.

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 
 import mmfast
-from mmfast import checkpoint, data, methods, models
-from mmfast.checks import check_data, check_fits
+from mmfast import data, methods, models
 from mmfast.data import Splits
 from mmfast.data.views import choose
-from mmfast.divergence import DivergedError
-from mmfast.evaluation import probe
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
-from mmfast.optimization import Optimization
-from mmfast.trainer import LAST, MODEL, Trainer
+from mmfast.training import checkpoint
+from mmfast.training.checks import check_data, check_fits
+from mmfast.training.divergence import DivergedError
+from mmfast.training.evaluation import probe
+from mmfast.training.optimization import Optimization
+from mmfast.training.trainer import LAST, MODEL, Trainer
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,16 @@ class Setup:
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
 
 
-def run(
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run to make: a method with a seed, and the number of epochs it takes."""
+
+    method: Method
+    seed: int
+    epochs: int
+
+
+def make_run(
     setup: Setup,
     method: Method,
     seed: int,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from mmfast.batches import Entries, evaluating, evaluation_batches
+from mmfast.data.batches import Entries, evaluating, evaluation_batches
 from mmfast.data.samples import check_samples
+from mmfast.errors import describe
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
-from mmfast.names import describe
 
 
 def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool = False) -> None:

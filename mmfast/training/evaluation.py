@@ -14,9 +14,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from mmfast.batches import evaluating, evaluation_batches, presence
+from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.data.threads import fitting_threads
 from mmfast.methods.base import Learner
-from mmfast.threads import fitting_threads
 from mmfast.valuation import batch_contributions
 
 

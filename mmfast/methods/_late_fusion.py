@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.coalitions import members
+from mmfast.distributed import share_of_batch
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
-from mmfast.processes import share_of_batch
 
 # Numbers held at a time where logits are repeated for coalitions (16 MB in float32).
 _CHUNK = 2**22
@@ -54,8 +55,7 @@ class LateFusionLearner(Learner):
         """Return which modalities of [M, N, C] logits are present, from a coalition's index or a mask."""
         if coalition is None:
             return present
-        bits = torch.arange(len(logits), device=logits.device)
-        return (coalition >> bits & 1).bool()[:, None].expand(logits.shape[:2])
+        return members(coalition, len(logits), logits.device)[:, None].expand(logits.shape[:2])
 
     def coalition_logits(self, features, coalitions):
         logits = self.own_logits(features)
@@ -93,8 +93,7 @@ def repeat_for(
     coalitions: Tensor,  # [L] int64
 ) -> tuple[Tensor, Tensor]:  # [M, N L, C], bool [M, N L]
     """Return logits repeated for every coalition, and which modalities each repetition shows."""
-    bits = torch.arange(len(logits), device=logits.device)
-    member = (coalitions.to(logits.device) >> bits[:, None] & 1).bool()  # [M, L]
+    member = members(coalitions, len(logits), logits.device).T.contiguous()  # [M, L]
     repeated = logits[:, :, None].expand(-1, -1, len(coalitions), -1).flatten(1, 2)
     return repeated, member.repeat(1, logits.shape[1])
 

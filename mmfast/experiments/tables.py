@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmfast.files import write_json
-from mmfast.summary import (
+from mmfast import coalitions
+from mmfast.experiments.summary import (
     Summary,
     diverged_sentence,
     idle_sentence,
@@ -20,6 +20,7 @@ from mmfast.summary import (
     neglect_sentence,
     ranking_sentence,
 )
+from mmfast.files import write_json
 
 if TYPE_CHECKING:
     from mmfast.valuation import Valuation
@@ -278,17 +279,17 @@ def show_valuation(console: Console, valuation: Valuation) -> None:
     console.print(table)
     console.print()
     accuracy = valuation.coalition_accuracy.tolist()
-    ranked = sorted(range(len(accuracy)), key=lambda s: (-accuracy[s], s.bit_count(), s))
+    ranked = sorted(range(len(accuracy)), key=lambda s: (-accuracy[s], coalitions.size(s), s))
     best = ranked if len(ranked) <= _SHOWN_COALITIONS else ranked[:10]
-    everyone = len(ranked) - 1
-    shown = [*best, *(s for s in ranked if s not in best and (s == everyone or s.bit_count() == 1))]
-    coalitions = _table()
-    coalitions.add_column("Coalition")
-    coalitions.add_column("Accuracy (%)", justify="right", no_wrap=True)
+    everyone = coalitions.everyone(len(valuation.modalities))
+    shown = [*best, *(s for s in ranked if s not in best and (s == everyone or coalitions.size(s) == 1))]
+    table = _table()
+    table.add_column("Coalition")
+    table.add_column("Accuracy (%)", justify="right", no_wrap=True)
     for s in shown:
         name = "all modalities" if s == everyone else valuation.coalition_name(s)
-        coalitions.add_row(name.replace("+", " + "), _share(accuracy[s]))
-    console.print(coalitions)
+        table.add_row(name.replace("+", " + "), _share(accuracy[s]))
+    console.print(table)
     if len(ranked) > len(shown):
         note = f"The best {len(best)} of {len(ranked):,} coalitions, all modalities, and each alone."
         console.print(Text(note, style="dim"))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.batches import Entries, iterate, presence
-from mmfast.data.arrays import PRESENT_SUFFIX
+from mmfast import coalitions
+from mmfast.coalitions import PRESENT_SUFFIX
+from mmfast.data.batches import Entries, iterate, presence
+from mmfast.distributed import of_first
 from mmfast.methods.base import Learner
-from mmfast.processes import of_first
 from mmfast.valuation import contributions
 
 
@@ -31,22 +32,31 @@ class CopiesLearner(Learner):
         if len(self.indices) == 0:
             return train
         samples = torch.arange(len(train), device="cpu")
-        full = torch.full_like(samples, 2 ** len(self.modalities) - 1)
-        indices = torch.cat([samples, self.indices])
-        return Entries(train, indices, torch.cat([full, self.coalitions]))
+        num_modalities = len(self.modalities)
+        full = torch.full_like(samples, coalitions.everyone(num_modalities))
+        shown = coalitions.members(torch.cat([full, self.coalitions]), num_modalities)
+        return Entries(train, torch.cat([samples, self.indices]), shown)
 
-    def take_copies(self, train: Any, indices: Tensor, coalitions: Tensor) -> None:  # [E], [E] int64
-        """Let the next epoch train on these copies besides all samples; of several processes on the first's.
+    def take_copies(
+        self,
+        train: Any,
+        indices: Tensor,  # [E] int64
+        modalities: Tensor,  # [E] int64
+    ) -> None:
+        """Let the next epoch train on these samples once more, each showing one modality.
+
+        Of several processes all take the first one's.
 
         Copies that would show nothing, because their sample lacks the modality, are dropped.
         """
         if any(key.endswith(PRESENT_SUFFIX) for key in train[0]):
-            entries = Entries(getattr(train, "evaluation", train), indices, coalitions)
+            shown = coalitions.members(coalitions.alone(modalities), len(self.modalities))
+            entries = Entries(getattr(train, "evaluation", train), indices, shown)
             batches = iterate(entries, 4096, torch.device("cpu"))
-            shown = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
-            keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *shown])
-            indices, coalitions = indices[keep], coalitions[keep]
-        self.indices, self.coalitions = of_first((indices, coalitions))
+            visible = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
+            keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *visible])
+            indices, modalities = indices[keep], modalities[keep]
+        self.indices, self.coalitions = of_first((indices, coalitions.alone(modalities)))
 
     def figures(
         self,

@@ -1,9 +1,10 @@
-"""How errors write names that are spelled wrong, and values of any kind."""
+"""The wording of errors: values of any kind, names spelled wrong, packages that are not installed."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _LONGEST = 60
 
@@ -39,3 +40,21 @@ def describe(value: object) -> str:
             return repr(value)
         return f"{kind} of {len(value)}"
     return value.__name__ if isinstance(value, type) else kind
+
+
+@contextlib.contextmanager
+def needs_train(what: str) -> Iterator[None]:
+    """Turn the failed import of another package into an ImportError that says how to install it.
+
+    Args:
+        what: needs the package, as the sentence begins: "mmfast.Trainer".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "mmfast"):
+            raise
+        raise ImportError(
+            f'{what} needs {package}, which is not installed: pip install "mmfast[train]"', name=error.name
+        ) from error

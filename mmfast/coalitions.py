@@ -1,0 +1,90 @@
+"""Subsets of modalities: integers whose bit m is set where modality m is a member, bool masks, and names.
+
+A coalition is an integer where all subsets are listed, as in a table of S = 2^M utilities. Where samples
+differ in what they have, masks say so: `<modality>__present` in a batch, `present`, bool [M, N], in calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+# End of the key of a batch that says which samples have a modality, bool [N].
+PRESENT_SUFFIX = "__present"
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+def present_key(modality: str) -> str:
+    """Return the key of a batch that says which samples have a modality."""
+    return modality + PRESENT_SUFFIX
+
+
+def num_coalitions(num_modalities: int) -> int:
+    """Return S, how many coalitions there are, the empty one among them."""
+    return 1 << num_modalities
+
+
+def everyone(num_modalities: int) -> int:
+    """Return the coalition of all modalities."""
+    return (1 << num_modalities) - 1
+
+
+def alone(modality: IntOrTensor) -> IntOrTensor:
+    """Return the coalition of one modality, by its index m; of a tensor of indices, each one's."""
+    return 1 << modality
+
+
+def contains(coalition: int, modality: int) -> bool:
+    """Whether modality m is a member."""
+    return bool(coalition >> modality & 1)
+
+
+def size(coalition: int) -> int:
+    """Return the number of members."""
+    return coalition.bit_count()
+
+
+def name(coalition: int, modalities: Sequence[str]) -> str:
+    """Return the members' names: "audio+image"; the empty coalition is "none"."""
+    return "+".join(one for m, one in enumerate(modalities) if contains(coalition, m)) or "none"
+
+
+def all_of(num_modalities: int, device: torch.device | str = "cpu") -> Tensor:  # [S] int64
+    """Return all coalitions."""
+    return torch.arange(num_coalitions(num_modalities), device=device)
+
+
+def sizes(num_modalities: int) -> Tensor:  # [S] int64
+    """Return the number of members of each coalition, on the CPU."""
+    return members(all_of(num_modalities), num_modalities).sum(-1)
+
+
+def members(
+    coalitions: int | Tensor,  # [...]
+    num_modalities: int,
+    device: torch.device | None = None,
+) -> Tensor:  # bool [..., M]
+    """Return which modalities are members, on `device`; None: where `coalitions` are."""
+    if isinstance(coalitions, Tensor):
+        coalitions = coalitions.to(device or coalitions.device, torch.int64)[..., None]
+        device = coalitions.device
+    return (coalitions >> torch.arange(num_modalities, device=device) & 1).bool()
+
+
+def of_present(
+    present: Tensor,  # bool [M, N]
+) -> Tensor:  # [N] int64
+    """Return the coalition of the modalities that each sample has."""
+    bits = alone(torch.arange(len(present), device=present.device))
+    return (present * bits[:, None]).sum(0)
+
+
+def among_present(
+    present: Tensor,  # bool [M, N]
+) -> Tensor:  # [N, S] int64
+    """Return what is left of each coalition for each sample: those of its members that the sample has."""
+    return of_present(present)[:, None] & all_of(len(present), present.device)

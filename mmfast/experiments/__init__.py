@@ -1,0 +1,1 @@
+"""Experiments: one run from data to figures, comparisons of methods over seeds, their tables and verdicts."""

@@ -1,0 +1,63 @@
+"""Runs on several devices, each by a command line in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmfast.experiments.results import METRICS
+from mmfast.experiments.setup import PlannedRun, Setup
+from mmfast.methods.base import format_value
+from mmfast.training.divergence import DivergedError
+
+# Exit status of a run whose loss is NaN or infinite.
+DIVERGED = 3
+# How the command's errors begin.
+_SAYS = "mmfast: "
+
+
+def run_apart(setup: Setup, planned: PlannedRun, folder: Path) -> dict[str, Any]:
+    """Make a run on several devices in processes of its own: Fabric launches them once per program."""
+    command = [sys.executable, "-m", "mmfast", *train_arguments(setup, planned, folder)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        # Of several processes' lines, the one that says what is wrong.
+        said = next((line for line in reversed(lines) if line.startswith(_SAYS)), done.stderr.strip())
+        if done.returncode == DIVERGED:
+            raise DivergedError(said.removeprefix(_SAYS), epoch=-1)
+        kind = ValueError if done.returncode == 2 else RuntimeError
+        raise kind(f"{planned.method.name} with seed {planned.seed} failed: {said.removeprefix(_SAYS)}")
+    return json.loads((folder / METRICS).read_text())
+
+
+def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str]:
+    """Return the arguments of `mmfast` that make a run and leave its entry in `folder`/metrics.json."""
+    optimization = setup.optimization
+    arguments = {
+        "data": setup.source,
+        "split-seed": setup.splits.split_seed or 0,
+        "method": planned.method.name,
+        "seed": planned.seed,
+        "out": folder,
+        "epochs": optimization.max_epochs,
+        **{
+            key.replace("_", "-"): value for key, value in asdict(optimization).items() if key != "max_epochs"
+        },
+        "dim": setup.dim,
+        "fusion": setup.fusion,
+        "accelerator": setup.accelerator,
+        "devices": setup.devices,
+        "precision": setup.precision,
+    }
+    words = ["train", "--resume"]
+    words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable
+    words += [f"--{key}={value}" for key, value in arguments.items()]
+    words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
+    if setup.modalities is not None:
+        words.append(f"--modalities={','.join(setup.modalities)}")
+    return words + [f"--set={key}={format_value(value)}" for key, value in planned.method.config().items()]
