@@ -72,7 +72,7 @@ def is_plain_faster(
     op: str,  # stem of the op's files
     x: torch.Tensor,  # [rows, columns]
 ) -> bool:
-    """Return whether "auto" leaves a call to plain torch: few numbers, and as exact.
+    """Return whether "auto" leaves a call to plain torch: few elements, and as exact.
 
     Under torch.compile, which would make one graph below the bound and one above it, nothing is left to it.
     """

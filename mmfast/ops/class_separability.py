@@ -107,7 +107,7 @@ def dimension_accuracy(
     *,
     backend: str = "auto",
 ) -> Tensor:  # [D]
-    """Return, for each dimension alone, the share of samples to which their own class's centroid is nearest.
+    """Return, for each dimension alone, the share of samples to which their true class's centroid is nearest.
 
     Equivalent to, in exact arithmetic:
 

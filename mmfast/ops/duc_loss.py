@@ -61,7 +61,7 @@ class DucDims:
         return self._effective
 
     def _unchanged(self) -> Tensor:  # bool [M, D]
-        """Return the mask; raise where the columns, which were read from it, are no longer its own."""
+        """Return the mask; raise where the columns, which were read from it, no longer follow from it."""
         # A compiled graph takes both as they are when it runs, and has no number of changes to ask for.
         if not torch.compiler.is_compiling() and self._effective._version != self._version:
             raise ValueError("effective of DucDims was changed in place: build DucDims(effective) once more")
@@ -183,7 +183,7 @@ def unidirectional_info_nce(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [] or [N]
-    """Return the InfoNCE loss that draws each query to its own among all keys, with the keys as constants.
+    """Return the InfoNCE loss that draws each query to its positive key among all keys, which are constants.
 
     Equivalent to:
 
@@ -222,8 +222,8 @@ def unidirectional_info_nce(
     is_plain = backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query)
     if is_plain and not is_transformed():
         scores = query @ key.T / temperature
-        own = torch.arange(query.shape[0], device=query.device)
-        return F.cross_entropy(scores, own, reduction=reduction)
+        positives = torch.arange(query.shape[0], device=query.device)
+        return F.cross_entropy(scores, positives, reduction=reduction)
     keys, offset = _gathered([key], group)
     key = keys[0] if keys else key
     if isinstance(temperature, Tensor):

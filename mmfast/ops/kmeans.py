@@ -168,7 +168,7 @@ def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
     largest = 0.0
     for name, value in (("features", features), ("init", init)):
         if isinstance(value, Tensor) and value.numel() > 0:
-            # The extremes tell in one read; a mask of all numbers costs as much as several iterations.
+            # The extremes tell in one read; a mask of all elements costs as much as several iterations.
             low, high = _extremes(value)
             if not (math.isfinite(low) and math.isfinite(high)):
                 num_bad = sum(int((~part.isfinite()).sum()) for part in _parts(value))

@@ -11,12 +11,12 @@ from mmfast.reference.shapley_values import coalition_sizes, shapley_values, sha
 
 def _runner_up(
     logits: Tensor,  # [N, S, C]
-    own: Tensor,  # [N, S, 1] the label of each row
+    target: Tensor,  # [N, S, 1] the label of each row
 ) -> Tensor:  # [N, S, 1]
     """Return the lowest class of the largest logit among the other classes."""
-    runner_up = logits.scatter(-1, own, -torch.inf).argmax(-1, keepdim=True)
+    runner_up = logits.scatter(-1, target, -torch.inf).argmax(-1, keepdim=True)
     # Where all others are -inf, too, class 0 is found; where that is the label, class 1 is meant.
-    return torch.where(runner_up == own, 1, runner_up)
+    return torch.where(runner_up == target, 1, runner_up)
 
 
 def coalition_utilities(
@@ -29,18 +29,18 @@ def coalition_utilities(
     z = logits.to(accumulation_dtype(logits.dtype))
     num_coalitions = z.shape[1]
     labels = labels.long()
-    own = labels[:, None, None].expand(-1, num_coalitions, 1)
+    target = labels[:, None, None].expand(-1, num_coalitions, 1)
     if utility == "correct" or utility == "cardinality":
         values = (z.argmax(-1) == labels[:, None]).to(z.dtype)
         if utility == "cardinality":
             values *= coalition_sizes(num_coalitions, z.device)
     elif utility == "probability":
-        values = z.softmax(-1).gather(-1, own).squeeze(-1)
+        values = z.softmax(-1).gather(-1, target).squeeze(-1)
     elif utility == "log_probability":
-        values = z.log_softmax(-1).gather(-1, own).squeeze(-1)
+        values = z.log_softmax(-1).gather(-1, target).squeeze(-1)
     else:
         # Not what the runner-up's index holds: where all others are -inf that index is the label's.
-        values = z.gather(-1, own).squeeze(-1) - z.scatter(-1, own, -torch.inf).amax(-1)
+        values = z.gather(-1, target).squeeze(-1) - z.scatter(-1, target, -torch.inf).amax(-1)
     return values.to(logits.dtype)
 
 
@@ -53,16 +53,16 @@ def coalition_utilities_bwd(
 ) -> Tensor:  # [N, S, C]
     """Return the gradient of a smooth utility with respect to the logits."""
     z = logits.to(accumulation_dtype(logits.dtype))
-    own = labels.long()[:, None, None].expand(-1, z.shape[1], 1)
+    target = labels.long()[:, None, None].expand(-1, z.shape[1], 1)
     du = dutilities.to(z.dtype)[..., None]
     if utility == "margin":
-        dlogits = torch.zeros_like(z).scatter_add_(-1, _runner_up(z, own), -du)
+        dlogits = torch.zeros_like(z).scatter_add_(-1, _runner_up(z, target), -du)
     else:
         p = z.softmax(-1)
         if utility == "probability":
-            du = du * p.gather(-1, own)
+            du = du * p.gather(-1, target)
         dlogits = -du * p
-    return dlogits.scatter_add_(-1, own, du).to(logits.dtype)
+    return dlogits.scatter_add_(-1, target, du).to(logits.dtype)
 
 
 def coalition_logits(

@@ -18,7 +18,7 @@ def class_moments(
     dtype = accumulation_dtype(features.dtype)
     labels = labels.long()
     count = labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
-    # Millions of numbers are added one after the other: in float32 the last ones would count for nothing.
+    # Millions of elements are added one after the other: in float32 the last ones would count for nothing.
     total = features.new_zeros(num_classes, num_dims, dtype=torch.float64)
     squares = torch.zeros_like(total)
     exponent = _class_exponents(features, labels, num_classes)
@@ -51,7 +51,7 @@ def _class_exponents(
     labels: Tensor,  # [N]
     num_classes: int,
 ) -> Tensor | None:  # int32 [C, D]; None: sums and squares of the features are in float64's range
-    """Return the powers of two by which numbers too large to be squared are divided, 0 for all others."""
+    """Return the powers of two by which elements too large to be squared are divided, 0 for all others."""
     if features.dtype != torch.float64:
         return None
     largest = features.new_zeros(num_classes, features.shape[1])
@@ -143,7 +143,7 @@ def dimension_hits(
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
-    """Return in how many samples the own class's centroid is the nearest, dimension by dimension."""
+    """Return in how many samples the true class's centroid is the nearest, dimension by dimension."""
     low, high = class_intervals(centroids, accumulation_dtype(features.dtype))
     hits = features.new_zeros(features.shape[1], dtype=torch.int64)
     labels = labels.long()
@@ -159,7 +159,7 @@ def dimension_accuracy(
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # [D]
-    """Return the share of samples whose own class's centroid is the nearest, dimension by dimension."""
+    """Return the share of samples whose true class's centroid is the nearest, dimension by dimension."""
     hits = dimension_hits(features, labels, centroids)
     return hits.to(accumulation_dtype(features.dtype)) / len(features)
 

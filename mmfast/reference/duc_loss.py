@@ -95,8 +95,8 @@ def info_nce_fwd(
         log_p = (query[rows] @ key.T).div_(temperature).log_softmax(1)
         torch.neg(log_p.diagonal(offset + rows.start), out=losses[rows])
         if residual is not None:
-            own = key[offset + rows.start : offset + rows.stop]
-            torch.addmm(own, log_p.exp_(), key, beta=-1, out=residual[rows])
+            positive = key[offset + rows.start : offset + rows.stop]
+            torch.addmm(positive, log_p.exp_(), key, beta=-1, out=residual[rows])
     return losses, residual
 
 
