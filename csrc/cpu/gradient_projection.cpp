@@ -27,6 +27,7 @@
 #include <memory>
 #include <vector>
 
+#include "codes.h"
 #include "gemm_tile.h"
 
 namespace mmfast {
@@ -302,13 +303,13 @@ struct Product {
   }
 };
 
-void gradient_projection_update(void* projector,           // [D, D], unit stride within a row
-                                const void* mean_feature,  // [D] contiguous
-                                int64_t D, int64_t stride, double alpha, int64_t dtype, int64_t num_threads) {
+void gradient_projection_update(const Strided<2>& projector,  // [D, D], rows contiguous, written
+                                const void* mean_feature,     // [D] contiguous
+                                double alpha, Dtype dtype, int64_t num_threads) {
   dispatch_dtype("gradient_projection_update", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<T, accumulate_t<T>>) {
-      const Projector<T> p{static_cast<T*>(projector), stride, D};
+      const Projector<T> p{static_cast<T*>(projector.data), projector.strides[0], projector.sizes[0]};
       p.update(static_cast<const T*>(mean_feature), alpha, num_threads);
     } else {
       throw std::invalid_argument("gradient_projection_update: P must be float32 or float64");
@@ -316,16 +317,15 @@ void gradient_projection_update(void* projector,           // [D, D], unit strid
   });
 }
 
-void gradient_projection_product(const void* grad,       // [C, D]
-                                 const void* projector,  // [D, D] in the type of accumulation
-                                 void* out,              // [C, D] contiguous
-                                 int64_t C, int64_t D, int64_t stride_gc, int64_t stride_gd, int64_t stride_p,
-                                 int64_t dtype, int64_t num_threads) {
+void gradient_projection_product(const Strided<2>& grad,       // [C, D]
+                                 const Strided<2>& projector,  // [D, D], rows contiguous, as sums are kept
+                                 void* out,                    // [C, D] contiguous
+                                 Dtype dtype, int64_t num_threads) {
   dispatch_dtype("gradient_projection_product", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Product<T> product{static_cast<const accumulate_t<T>*>(projector), stride_p, D,
-                             static_cast<T*>(out), C};
-    product.multiply(static_cast<const T*>(grad), stride_gc, stride_gd, num_threads);
+    const Product<T> product{static_cast<const accumulate_t<T>*>(projector.data), projector.strides[0],
+                             projector.sizes[0], static_cast<T*>(out), grad.sizes[0]};
+    product.multiply(static_cast<const T*>(grad.data), grad.strides[0], grad.strides[1], num_threads);
   });
 }
 

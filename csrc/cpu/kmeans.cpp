@@ -21,6 +21,7 @@
 #include <limits>
 #include <vector>
 
+#include "codes.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -455,30 +456,35 @@ struct Lloyd {
   }
 };
 
-void kmeans_lloyd(const void* features,  // [N, D], rows `stride` elements apart
-                  const void* start,     // [K, D] in the type of accumulation
-                  void* centroids,       // [K, D]
-                  int64_t* assignments,  // [N]
-                  void* inertia,         // []
-                  int64_t* num_iter,     // []
-                  int64_t num_samples, int64_t num_dims, int64_t num_clusters, int64_t stride,
-                  int64_t max_iter, double tol, int64_t dtype, int64_t num_threads) {
+// What a clustering is: written.
+struct Clustering {
+  void* centroids;       // [K, D] in the type of accumulation
+  int64_t* assignments;  // [N]
+  void* inertia;         // [] in that type
+  int64_t* num_iter;     // []
+};
+
+void kmeans_lloyd(const Strided<2>& features,  // [N, D], rows contiguous
+                  const void* start,           // [K, D] contiguous in the type of accumulation
+                  int64_t num_clusters, const Clustering& out, int64_t max_iter, double tol, Dtype dtype,
+                  int64_t num_threads) {
+  const int64_t num_samples = features.sizes[0], num_dims = features.sizes[1];
   dispatch_dtype("kmeans_lloyd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    Lloyd<T> lloyd(static_cast<const T*>(features), stride, assignments, num_samples, num_dims, num_clusters,
-                   num_threads);
+    Lloyd<T> lloyd(static_cast<const T*>(features.data), features.strides[0], out.assignments, num_samples,
+                   num_dims, num_clusters, num_threads);
     const double threshold = tol * lloyd.centre();
-    const auto for_numbers = [&](auto&& function) {
+    const auto for_coordinates = [&](auto&& function) {
       for (int64_t k = 0; k < num_clusters; ++k) {
         for (int64_t d = 0; d < num_dims; ++d)
           function(k * num_dims + d, lloyd.centroids[k * lloyd.width + d], lloyd.x.offset[d]);
       }
     };
-    for_numbers([&](int64_t i, A& c, A offset) { c = static_cast<const A*>(start)[i] - offset; });
-    *num_iter = lloyd.iterate(max_iter, threshold);
-    *static_cast<A*>(inertia) = static_cast<A>(lloyd.inertia());
-    for_numbers([&](int64_t i, A c, A offset) { static_cast<A*>(centroids)[i] = c + offset; });
+    for_coordinates([&](int64_t i, A& c, A offset) { c = static_cast<const A*>(start)[i] - offset; });
+    *out.num_iter = lloyd.iterate(max_iter, threshold);
+    *static_cast<A*>(out.inertia) = static_cast<A>(lloyd.inertia());
+    for_coordinates([&](int64_t i, A c, A offset) { static_cast<A*>(out.centroids)[i] = c + offset; });
   });
 }
 

@@ -17,7 +17,7 @@ from mmfast.ops._checks import (
     dtype_text,
     shape_text,
 )
-from mmfast.ops._launch import DTYPE_CODE, cast, outside_autocast, with_contiguous_rows
+from mmfast.ops._launch import DTYPE_CODE, cast, outside_autocast, strided, with_contiguous_rows
 from mmfast.ops._registration import define
 from mmfast.reference import gradient_projection as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -147,19 +147,12 @@ _project = differentiable(_ProjectGradient)
 
 
 def _update_cpu(projector: Tensor, mean_feature: Tensor, alpha: float) -> None:
-    num_dims = projector.shape[0]
-    if num_dims == 0:
+    if projector.shape[0] == 0:
         return
     dense = with_contiguous_rows(projector)
     h = cast(mean_feature, projector.dtype).contiguous()
     _backend.extension("cpu").gradient_projection_update(
-        dense.data_ptr(),
-        h.data_ptr(),
-        num_dims,
-        dense.stride(0),
-        alpha,
-        DTYPE_CODE[dense.dtype],
-        torch.get_num_threads(),
+        *strided(dense), h.data_ptr(), alpha, DTYPE_CODE[dense.dtype], torch.get_num_threads()
     )
     if dense is not projector:
         projector.copy_(dense)
@@ -182,12 +175,9 @@ def _project_cpu(grad: Tensor, projector: Tensor) -> Tensor:
     projector = with_contiguous_rows(projector)
     projected = grad.new_empty(*grad.shape)
     _backend.extension("cpu").gradient_projection_product(
-        grad.data_ptr(),
-        projector.data_ptr(),
+        *strided(grad),
+        *strided(projector),
         projected.data_ptr(),
-        *grad.shape,
-        *grad.stride(),
-        projector.stride(0),
         DTYPE_CODE[grad.dtype],
         torch.get_num_threads(),
     )

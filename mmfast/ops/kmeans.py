@@ -22,7 +22,7 @@ from mmfast.ops._checks import (
     check_tensor,
     shape_text,
 )
-from mmfast.ops._launch import DTYPE_CODE, as_int64, outside_autocast, with_contiguous_rows
+from mmfast.ops._launch import DTYPE_CODE, as_int64, outside_autocast, strided, with_contiguous_rows
 from mmfast.ops._registration import define
 from mmfast.reference import kmeans as _reference
 from mmfast.reference._common import accumulation_dtype, row_chunks
@@ -236,15 +236,13 @@ def _lloyd_cpu(
     features = with_contiguous_rows(features)
     start = start.to(centroids.dtype).contiguous()
     _backend.extension("cpu").kmeans_lloyd(
-        features.data_ptr(),
+        *strided(features),
         start.data_ptr(),
+        start.shape[0],
         centroids.data_ptr(),
         assignments.data_ptr(),
         inertia.data_ptr(),
         num_iter.data_ptr(),
-        *features.shape,
-        start.shape[0],
-        features.stride(0),
         max_iter,
         tol,
         DTYPE_CODE[features.dtype],
