@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmfast.errors import did_you_mean
+from mmfast.errors import check_one_of
 
 from . import harness, host, report, tune
 
@@ -105,8 +105,7 @@ def run_host(ops: list[str], *, quick: bool, device: str | None, out: Path, cons
 def _chosen(ops: list[str], known: list[str]) -> list[str]:
     """Return the ops to measure in the order of `known`, all of them where none is named."""
     for op in ops:
-        if op not in known:
-            raise ValueError(f"op must be one of {', '.join(known)}, got {op!r}{did_you_mean(op, known)}")
+        check_one_of("op", op, known, suggest=True)
     return [op for op in known if op in ops] or known
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # End of the key of a batch that says which samples have a modality, bool [N].
 PRESENT_SUFFIX = "__present"
+# Keys of batches and files that are no modality's.
+RESERVED = ("label", "split", "group", "coalition")
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -21,6 +23,11 @@ IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 def present_key(modality: str) -> str:
     """Return the key of a batch that says which samples have a modality."""
     return modality + PRESENT_SUFFIX
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name cannot be a modality's: it would be taken for another key of a batch or state dict."""
+    return name in RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name
 
 
 def num_coalitions(num_modalities: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 _LONGEST = 60
 
@@ -12,10 +12,71 @@ _LONGEST = 60
 def did_you_mean(
     word: str,
     known: Iterable[str],
+    meant: Mapping[str, str] | None = None,
 ) -> str:
-    """Return "; did you mean x or y?" with the nearest known names, or nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.4)
+    """Return "; did you mean x or y?" with the nearest known names, or nothing where none is near.
+
+    Args:
+        word: what was given.
+        known: the names there are.
+        meant: what certain words mean, however they are spelled.
+    """
+    if meant and word in meant:
+        near = [meant[word]]
+    else:
+        near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.4)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def nearest_names(name: object, known: Iterable[str]) -> str:
+    """Return the known names in quotes, those of the nearest spelling first: 'audio', 'image'."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=len(names), cutoff=0.5)
+    return ", ".join(repr(each) for each in [*close, *(each for each in names if each not in close)])
+
+
+def check_one_of(
+    name: str,
+    value: object,
+    choices: Collection[str],
+    *,
+    quoted: bool = False,
+    nearest_first: bool = False,
+    suggest: bool = False,
+) -> None:
+    """Raise ValueError unless `value` is one of `choices`.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        choices: names, or a dict by name.
+        quoted: put the choices in quotes.
+        nearest_first: and those of the nearest spelling first.
+        suggest: end with what was meant, where a choice is near.
+    """
+    if value in choices:
+        return
+    listed = ", ".join(map(repr, choices) if quoted else choices)
+    if nearest_first:
+        listed = nearest_names(value, choices)
+    hint = did_you_mean(str(value), choices) if suggest else ""
+    raise ValueError(f"{name} must be one of {listed}, got {describe(value)}{hint}")
+
+
+def unknown_modalities(name: str, got: str, modalities: Iterable[str]) -> ValueError:
+    """Return the error of an argument that names modalities which are not there."""
+    return ValueError(f"{name} must name modalities among {', '.join(modalities)}, got {got}")
+
+
+def dtype_name(dtype: object) -> str:
+    """Return a dtype of torch or numpy as errors print it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def either(names: Iterable[str]) -> str:
+    """Return names as a sentence lists them: adam, adamw or sgd."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def describe(value: object) -> str:
@@ -28,7 +89,7 @@ def describe(value: object) -> str:
     kind = type(value).__name__
     if shape is not None and dtype is not None and not isinstance(value, type):
         if len(shape):
-            return f"{kind} {list(shape)} of {str(dtype).removeprefix('torch.')}"
+            return f"{kind} {list(shape)} of {dtype_name(dtype)}"
         item = getattr(value, "item", None)
         return repr(item()) if item is not None else kind
     if isinstance(value, str | bytes | int | float | complex | None):

@@ -14,7 +14,7 @@ from mmfast import coalitions, ops
 from mmfast.data.batches import evaluating, evaluation_batches, presence
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
-from mmfast.errors import describe, needs_train
+from mmfast.errors import check_one_of, describe, needs_train
 from mmfast.models.predictor import Predictor
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
@@ -257,8 +257,7 @@ def _checked(model: Predictor, dataset: Any, utility: str) -> nn.Module:
             "model must have a trained fusion head, got one whose method predicts without it: "
             "give the learner, such as trainer.learner"
         )
-    if utility not in UTILITIES:
-        raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {describe(utility)}")
+    check_one_of("utility", utility, UTILITIES)
     if not hasattr(model, "coalition_logits"):
         hint = ": trainer.learner is one after fit or restore" if model is None else ""
         raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}{hint}")

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 @app.command(epilog=method_help())
 def compare(
+    context: typer.Context,
     data: Data = "htad",
     methods: Annotated[
         str, typer.Option(help='"all", or names separated by commas, such as joint,unimodal,di-mml.')
@@ -89,7 +90,7 @@ def compare(
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
     with plain_errors(traceback):
-        from mmfast.cli.options import make_methods, make_setup, set_given
+        from mmfast.cli.options import make_methods, setup_of
         from mmfast.experiments.comparison import Comparison
         from mmfast.experiments.pictures import plot_comparison
         from mmfast.experiments.results import RESULTS
@@ -99,31 +100,7 @@ def compare(
         from mmfast.training.optimization import Optimization
 
         chosen = make_methods(methods, settings or ())
-        optimization = set_given(
-            Optimization(),
-            max_epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            lr_step=lr_step,
-            lr_gamma=lr_gamma,
-        )
-        setup = make_setup(
-            data,
-            split_seed,
-            optimization,
-            devices,
-            modalities=modalities,
-            encoders=encoder,
-            dim=dim,
-            fusion=fusion,
-            accelerator=accelerator,
-            precision=precision,
-            probe=probe,
-            skip_unreadable=skip_unreadable,
-        )
+        setup = setup_of(context.params, Optimization())
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
         comparison = Comparison(
@@ -178,6 +155,7 @@ def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun],
 
 @app.command(epilog=method_help())
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, checkpoints and logs.")],
     data: Data = "htad",
     method: Annotated[
@@ -224,7 +202,7 @@ def train(
     with plain_errors(traceback):
         from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-        from mmfast.cli.options import make_setup, method_and_optimization, set_given
+        from mmfast.cli.options import method_and_optimization, setup_of
         from mmfast.experiments.comparison import clear_run, has_run
         from mmfast.experiments.results import METRICS
         from mmfast.experiments.setup import make_run
@@ -239,31 +217,7 @@ def train(
         first = getattr(rank_zero_only, "rank", 0) == 0
         if has_run(out) and not (resume or overwrite) and first:
             raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
-        optimization = set_given(
-            base,
-            max_epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            lr_step=lr_step,
-            lr_gamma=lr_gamma,
-        )
-        setup = make_setup(
-            data,
-            split_seed,
-            optimization,
-            devices,
-            modalities=modalities,
-            encoders=encoder,
-            dim=dim,
-            fusion=fusion,
-            accelerator=accelerator,
-            precision=precision,
-            probe=probe,
-            skip_unreadable=skip_unreadable,
-        )
+        setup = setup_of(context.params, base)
         setup.check(chosen)
         if overwrite and first:
             # Only now: what is wrong with the command has been found.
@@ -325,13 +279,13 @@ def valuate(
     """Print what each modality contributes to a trained model, exactly, over all coalitions of modalities."""
     with plain_errors(traceback):
         from mmfast.data.splits import PARTS
+        from mmfast.errors import check_one_of
         from mmfast.experiments.setup import restore
         from mmfast.experiments.tables import save_valuation, show_valuation
         from mmfast.valuation import UTILITIES, valuate
 
-        for name, value, known in (("split", split, PARTS), ("utility", utility, UTILITIES)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_one_of("split", split, PARTS)
+        check_one_of("utility", utility, UTILITIES)
         learner, splits, state = restore(
             model, data, accelerator=accelerator, skip_unreadable=skip_unreadable
         )

@@ -13,6 +13,13 @@ import typer
 from rich.console import Console
 
 from mmfast import __version__, backend
+from mmfast.data.views import KINDS
+from mmfast.errors import either
+from mmfast.methods import METHODS
+from mmfast.methods.base import format_value
+from mmfast.models import FUSION_HEADS
+from mmfast.models.build import ENCODERS
+from mmfast.training.optimization import OPTIMIZERS, Optimization
 
 app = typer.Typer(
     help="Train multimodal models that neglect no modality, and show which one a model neglects.",
@@ -65,15 +72,15 @@ def make_console() -> Console:
 
 def method_help() -> str:
     """Return the paragraph of --help that lists the options of all methods with their defaults."""
-    from mmfast.methods import METHODS
-    from mmfast.methods.base import format_value
-
     lines = []
     for name, method in METHODS.items():
         options = ", ".join(f"{field.name}={format_value(field.default)}" for field in fields(method))
         lines.append(f"{name}: {options}" if options else name)
     return "Methods, and what --set changes:\n\n" + "\n\n".join(lines)
 
+
+# What the help says of options that are left out.
+_DEFAULTS = Optimization()
 
 Data = Annotated[
     str, typer.Option(help='"htad" (embedded), FILE.npz or a FOLDER of raw media.', show_default=True)
@@ -96,7 +103,7 @@ Encoders = Annotated[
     typer.Option(
         "--encoder",
         metavar="MODALITY=KIND",
-        help="Take a modality as vector, sequence, image or video, or by mlp, conv, gru, cnn or resnet18; "
+        help=f"Take a modality as {either(KINDS)}, or by {either(ENCODERS)}; "
         "may be given several times. A vector [D] goes as sequence [D, 1]; a sequence [T, F] as vector or "
         "image [1, T, F]; an image [C, H, W] as vector or sequence [W, C H], its columns the steps; a video "
         "[T, C, H, W] as vector, sequence [T, C H W] or image [T C, H, W].",
@@ -106,34 +113,48 @@ Encoders = Annotated[
 SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where the data bring none.")]
 Epochs = Annotated[
     int | None,
-    typer.Option(min=1, help="Epochs of a method's first stage; 50 by default.", show_default=False),
+    typer.Option(
+        min=1,
+        help=f"Epochs of a method's first stage; {_DEFAULTS.max_epochs} by default.",
+        show_default=False,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Samples of a batch, over all devices; 64 by default.", show_default=False),
+    typer.Option(
+        min=1,
+        help=f"Samples of a batch, over all devices; {_DEFAULTS.batch_size} by default.",
+        show_default=False,
+    ),
 ]
 OptimizerName = Annotated[
-    str | None, typer.Option(help="adam, adamw or sgd; adam by default.", show_default=False)
+    str | None,
+    typer.Option(help=f"{either(OPTIMIZERS)}; {_DEFAULTS.optimizer} by default.", show_default=False),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Learning rate; 0.001 by default.", show_default=False)
+    float | None, typer.Option(help=f"Learning rate; {_DEFAULTS.lr} by default.", show_default=False)
 ]
-Momentum = Annotated[float | None, typer.Option(help="Momentum of sgd; 0.9 by default.", show_default=False)]
+Momentum = Annotated[
+    float | None,
+    typer.Option(help=f"Momentum of sgd; {_DEFAULTS.momentum} by default.", show_default=False),
+]
 WeightDecay = Annotated[
-    float | None, typer.Option(help="Weight decay; 0.0001 by default.", show_default=False)
+    float | None, typer.Option(help=f"Weight decay; {_DEFAULTS.weight_decay} by default.", show_default=False)
 ]
 LrStep = Annotated[
     int | None,
     typer.Option(
-        help="Epochs after which the learning rate falls by --lr-gamma; 0, the default, keeps it.",
+        help="Epochs after which the learning rate falls by --lr-gamma; "
+        + ("0, the default, keeps it." if _DEFAULTS.lr_step == 0 else f"{_DEFAULTS.lr_step} by default."),
         show_default=False,
     ),
 ]
 LrGamma = Annotated[
-    float | None, typer.Option(help="Factor of such a step; 0.1 by default.", show_default=False)
+    float | None,
+    typer.Option(help=f"Factor of such a step; {_DEFAULTS.lr_gamma} by default.", show_default=False),
 ]
 Dim = Annotated[int, typer.Option(min=1, help="Feature dimensions D of every encoder.")]
-Fusion = Annotated[str, typer.Option(help="Fusion head: concat, sum, gated, film or attention.")]
+Fusion = Annotated[str, typer.Option(help=f"Fusion head: {either(FUSION_HEADS)}.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(

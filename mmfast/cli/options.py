@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from mmfast import data, methods
-from mmfast.errors import did_you_mean
+from mmfast.errors import check_one_of
 from mmfast.experiments.setup import Setup
 from mmfast.methods import METHODS, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.training.optimization import Optimization
+
+# Options of the command line that have another name than their field of Optimization.
+_OPTIONS = {"max_epochs": "epochs"}
 
 
 def parse_methods(text: str) -> list[str]:
@@ -175,6 +178,25 @@ def set_given(base: Optimization, **settings: Any) -> Optimization:
     return replace(base, **{name: value for name, value in settings.items() if value is not None})
 
 
+def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
+    """Return the setup of a command, its data loaded.
+
+    Args:
+        given: the command's options by the names of its parameters, None where one of `base` was not given.
+        base: settings to use where none is given.
+    """
+    settings = {field.name: given[_OPTIONS.get(field.name, field.name)] for field in fields(Optimization)}
+    rest = ("dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities")
+    return make_setup(
+        given["data"],
+        given["split_seed"],
+        set_given(base, **settings),
+        given["devices"],
+        encoders=given["encoder"],
+        **{name: given[name] for name in rest},
+    )
+
+
 def method_and_optimization(
     name: str | None, preset: str | None, assignments: Iterable[str]
 ) -> tuple[Method, Optimization]:
@@ -185,10 +207,8 @@ def method_and_optimization(
     """
     if preset is None:
         chosen, base = methods.make(name or "joint"), Optimization()
-    elif preset not in PUBLISHED:
-        known = ", ".join(PUBLISHED)
-        raise ValueError(f"preset must be one of {known}, got {preset!r}{did_you_mean(preset, PUBLISHED)}")
     else:
+        check_one_of("preset", preset, PUBLISHED, suggest=True)
         chosen, published = PUBLISHED[preset]
         base = Optimization(**published)
         if name not in (None, chosen.name):

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmfast.coalitions import PRESENT_SUFFIX, present_key
+from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, present_key
 from mmfast.data.channels import is_channels_last, permutation
-from mmfast.errors import describe
+from mmfast.errors import describe, unknown_modalities
 
 LABEL = "label"
-_RESERVED = (LABEL, "split", "group", "coalition")
 _RANKS = "[N, D], [N, T, F], [N, C, H, W] or [N, T, C, H, W]"
 # Samples looked at together where a whole-array temporary would double the memory.
 CHUNK = 4096
@@ -180,9 +179,9 @@ def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(f"modality names must be non-empty strings, got {describe(name)}")
-    if name in _RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name:
+    if is_reserved(name):
         raise ValueError(
-            f"modality name must not be {', '.join(_RESERVED)}, end in {PRESENT_SUFFIX} or hold a dot, "
+            f"modality name must not be {', '.join(RESERVED)}, end in {PRESENT_SUFFIX} or hold a dot, "
             f"got {name!r}"
         )
 
@@ -221,9 +220,7 @@ def _check_present(
 ) -> dict[str, Tensor]:  # [N] each
     unknown = [name for name in present if name not in modalities]
     if unknown:
-        raise ValueError(
-            f"present must name modalities among {', '.join(modalities)}, got {', '.join(unknown)}"
-        )
+        raise unknown_modalities("present", ", ".join(unknown), modalities)
     masks = {}
     for name in modalities:
         if name in present:

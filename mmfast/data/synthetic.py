@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from mmfast.data.splits import Splits, block_split
+from mmfast.errors import unknown_modalities
 
 
 def synthetic(
@@ -102,9 +103,7 @@ def _check(
     for argument, mapping in (("unique", unique), ("noise", noise)):
         unknown = [name for name in mapping if name not in shapes]
         if unknown:
-            raise ValueError(
-                f"{argument} must name modalities among {', '.join(shapes)}, got {', '.join(unknown)}"
-            )
+            raise unknown_modalities(argument, ", ".join(unknown), shapes)
     without = [name for name in shapes if name not in noise]
     if without:
         raise ValueError(f"noise must give every modality a value, got none for {', '.join(without)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmfast.data.arrays import ArrayDataset
 from mmfast.data.splits import Splits, describe_shapes
-from mmfast.errors import describe, did_you_mean
+from mmfast.errors import check_one_of, describe, did_you_mean, unknown_modalities
 from mmfast.models.build import ENCODERS
 
 # What a sample is taken as, by the number of its dimensions: [D], [T, F], [C, H, W], [T, C, H, W].
@@ -95,12 +95,7 @@ def _as_it_is(array: Tensor) -> Tensor:
 
 def _view(name: str, shape: Sequence[int], wanted: str) -> Callable[[Tensor], Tensor]:
     """Return the function that makes of a modality's array what is wanted."""
-    if wanted not in KINDS and wanted not in ENCODERS:
-        known = (*KINDS, *ENCODERS)
-        raise ValueError(
-            f"encoder of {name} must be one of {', '.join(known)}, got {describe(wanted)}"
-            f"{did_you_mean(str(wanted), known)}"
-        )
+    check_one_of(f"encoder of {name}", wanted, (*KINDS, *ENCODERS), suggest=True)
     kinds = (wanted,) if wanted in KINDS else tuple(KINDS[rank - 1] for rank in ENCODERS[wanted])
     kind = kind_of(shape)
     if kind in kinds:
@@ -116,7 +111,4 @@ def _view(name: str, shape: Sequence[int], wanted: str) -> Callable[[Tensor], Te
 
 def _check_known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        raise ValueError(
-            f"{what} must name modalities among {', '.join(known)}, got {describe(name)}"
-            f"{did_you_mean(str(name), known)}"
-        )
+        raise unknown_modalities(what, describe(name) + did_you_mean(str(name), known), known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from mmfast.errors import did_you_mean
+from mmfast.errors import check_one_of, did_you_mean
 from mmfast.methods.base import Learner, Method, Stage
 from mmfast.methods.di_mml import DIMML
 from mmfast.methods.diagnose_relearn import DiagnoseRelearn
@@ -42,10 +42,7 @@ def make(name: str, **options: Any) -> Method:
     Raises:
         ValueError: unknown method or option; the message gives the nearest names.
     """
-    if name not in METHODS:
-        raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, got {name!r}{did_you_mean(name, METHODS)}"
-        )
+    check_one_of("method", name, METHODS, suggest=True)
     known = [field.name for field in fields(METHODS[name])]
     for option in options:
         if option not in known:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmfast import ops
 from mmfast.data.batches import presence
 from mmfast.distributed import total
+from mmfast.errors import check_one_of
 from mmfast.methods._late_fusion import LateFusionLearner, own_losses
 from mmfast.methods.base import Method, check_numbers
 
@@ -126,5 +127,4 @@ class MLA(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, alpha=(math.ulp(0.0), math.inf))
-        if self.reset not in RESETS:
-            raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}")
+        check_one_of("reset", self.reset, RESETS)

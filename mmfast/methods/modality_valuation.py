@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from mmfast.data.batches import Entries
+from mmfast.errors import check_one_of
 from mmfast.methods._resampling import CopiesLearner
 from mmfast.methods.base import Method, check_numbers
 from mmfast.valuation import mean_contributions
@@ -72,5 +73,4 @@ class ModalityValuation(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, alpha=(0, math.inf), fraction=(0, 1), warmup=(0, math.inf))
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        check_one_of("shape", self.shape, SHAPES)

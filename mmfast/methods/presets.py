@@ -11,7 +11,7 @@ from mmfast.methods.mla import MLA
 from mmfast.methods.modality_valuation import ModalityValuation
 from mmfast.methods.sample_valuation import SampleValuation
 
-# Fields of mmfast.training.Optimization; those not named keep their defaults.
+# Fields of mmfast.training.optimization.Optimization; those not named keep their defaults.
 _DI_MML = {"max_epochs": 150, "batch_size": 16, "optimizer": "sgd", "lr": 1e-3, "lr_step": 70}
 _DIAGNOSE = {"max_epochs": 90, "batch_size": 64, "optimizer": "sgd", "lr": 2e-3}
 _MLA = {"max_epochs": 100, "batch_size": 64, "optimizer": "sgd", "lr": 1e-3, "lr_step": 70}

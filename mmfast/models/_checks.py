@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def nearest_names(name: object, known: Iterable[str]) -> str:
-    """Return the known names with the nearest spelling first, as errors print them: 'audio', 'image'."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=len(names), cutoff=0.5)
-    return ", ".join(repr(each) for each in [*close, *(each for each in names if each not in close)])
+from mmfast.errors import dtype_name
 
 
 def check_size(name: str, value: object) -> int:
@@ -38,7 +32,7 @@ def check_present(name: str, value: object, letters: str, sizes: tuple[int, ...]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype != torch.bool:
-        raise TypeError(f"{name} must have dtype bool, got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must have dtype bool, got {dtype_name(value.dtype)}")
     if tuple(value.shape) != sizes:
         raise ValueError(f"{name} must have shape [{letters}] = {list(sizes)}, got {list(value.shape)}")
     return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmfast.errors import describe
-from mmfast.models._checks import check_size, nearest_names
+from mmfast.errors import check_one_of, unknown_modalities
+from mmfast.models._checks import check_size
 from mmfast.models.encoders import MLP, Encoder, FrameMean, GRUEncoder, SmallCNN, TemporalConv
 from mmfast.models.fusion import FusionHead
 from mmfast.models.multimodal import MultimodalModel
@@ -51,20 +51,15 @@ def encoder_for(
         TypeError, ValueError: a shape of another rank or with a size below 1, an unknown `temporal` or
             `encoder`, or one that takes other shapes.
     """
-    if temporal not in TEMPORAL:
-        raise ValueError(
-            f"temporal must be one of {nearest_names(temporal, TEMPORAL)}, got {describe(temporal)}"
-        )
+    check_one_of("temporal", temporal, TEMPORAL, nearest_first=True)
     if not 1 <= len(shape) <= 4:
         raise ValueError(
             f"{name} must have samples [D], [T, F], [C, H, W] or [T, C, H, W], got {list(shape)}"
         )
     sizes = [check_size(f"{name}: size {i} of {list(shape)}", size) for i, size in enumerate(shape)]
-    if encoder is not None and len(sizes) not in ENCODERS.get(encoder, ()):
+    if encoder is not None:
         known = [one for one, ranks in ENCODERS.items() if len(sizes) in ranks]
-        raise ValueError(
-            f"encoder of {name} {list(shape)} must be one of {nearest_names(encoder, known)}, got {encoder!r}"
-        )
+        check_one_of(f"encoder of {name} {list(shape)}", encoder, known, nearest_first=True)
     if len(sizes) == 1:
         return MLP(sizes[0], dim, dropout=dropout)
     if len(sizes) == 2:
@@ -106,7 +101,7 @@ def build_model(
     named = encoders or {}
     unknown = [name for name in named if name not in shapes]
     if unknown:
-        raise ValueError(f"encoders must name modalities among {', '.join(shapes)}, got {', '.join(unknown)}")
+        raise unknown_modalities("encoders", ", ".join(unknown), shapes)
     built = {
         name: encoder_for(shape, dim, name=name, encoder=named.get(name), **options)
         for name, shape in shapes.items()

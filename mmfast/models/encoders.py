@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from mmfast.errors import dtype_name
 from mmfast.models._checks import check_dropout, check_size
 
 
@@ -32,7 +33,7 @@ class Encoder(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
+            raise TypeError(f"{name} must have a floating dtype, got {dtype_name(x.dtype)}")
         if x.dim() == 1 + len(self.sizes) and all(
             size == want if want is not None else size >= 1
             for size, want in zip(x.shape[1:], self.sizes, strict=True)

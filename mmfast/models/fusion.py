@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.models._checks import check_dropout, check_size, nearest_names
+from mmfast.errors import check_one_of
+from mmfast.models._checks import check_dropout, check_size
 
 
 class FusionHead(nn.Module):
@@ -287,6 +288,5 @@ def fusion_head(fusion: str | FusionHead, dims: Sequence[int], num_classes: int)
         return fusion
     if not isinstance(fusion, str):
         raise TypeError(f"fusion must be a str or a FusionHead, got {type(fusion).__name__}")
-    if fusion not in FUSION_HEADS:
-        raise ValueError(f"fusion must be one of {nearest_names(fusion, FUSION_HEADS)}, got {fusion!r}")
+    check_one_of("fusion", fusion, FUSION_HEADS, nearest_first=True)
     return FUSION_HEADS[fusion](dims, num_classes)

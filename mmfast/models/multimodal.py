@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.coalitions import PRESENT_SUFFIX, contains, members, num_coalitions, present_key
-from mmfast.errors import describe
-from mmfast.models._checks import check_features, check_present, check_size, nearest_names
+from mmfast.coalitions import contains, is_reserved, members, num_coalitions, present_key
+from mmfast.errors import check_one_of, dtype_name, nearest_names
+from mmfast.models._checks import check_features, check_present, check_size
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
 
@@ -103,10 +103,7 @@ class MultimodalModel(nn.Module):
         Raises:
             TypeError, ValueError: as `encode`; or `name` is no modality of the model.
         """
-        if name not in self.modalities:
-            raise ValueError(
-                f"name must be one of {nearest_names(name, self.modalities)}, got {describe(name)}"
-            )
+        check_one_of("name", name, self.modalities, nearest_first=True)
         others = tuple(other for other in self.modalities if other != name)
         num_samples = self._check_batch(batch, skip=others)
         return self._encode_one(batch, name, self.dims[self.modalities.index(name)], num_samples)
@@ -303,9 +300,7 @@ class MultimodalModel(nn.Module):
             coalitions = torch.tensor(indices, dtype=torch.int64, device=device)
             return members(coalitions, len(self.modalities))
         if coalitions.is_floating_point() or coalitions.is_complex() or coalitions.dtype == torch.bool:
-            raise TypeError(
-                f"coalitions must have an integer dtype, got {str(coalitions.dtype).removeprefix('torch.')}"
-            )
+            raise TypeError(f"coalitions must have an integer dtype, got {dtype_name(coalitions.dtype)}")
         if coalitions.dim() != 1:
             raise ValueError(f"coalitions must have shape [L], got {list(coalitions.shape)}")
         if coalitions.device.type == "cpu" and coalitions.numel():
@@ -331,7 +326,7 @@ def _check_modality_name(name: object) -> None:
     """Raise unless `name` can be a key of a batch, of a ModuleDict and of a state dict."""
     if not isinstance(name, str):
         raise TypeError(f"modality names must be str, got {type(name).__name__}")
-    if name in ("", "coalition", "label", "group", "split") or "." in name or name.endswith(PRESENT_SUFFIX):
+    if not name or is_reserved(name):
         raise ValueError(
             "modality names must not be empty, 'label', 'group' or 'split', contain '.' or end in "
             f"'__present', got {name!r}"

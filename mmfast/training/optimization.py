@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmfast.errors import describe
+from mmfast.errors import check_one_of, describe
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -38,10 +38,7 @@ class Optimization:
     lr_gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {describe(self.optimizer)}"
-            )
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("max_epochs", "batch_size", "lr", "lr_gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {describe(getattr(self, name))}")

@@ -15,7 +15,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
 from mmfast import methods
-from mmfast.errors import describe, did_you_mean
+from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
@@ -121,8 +121,7 @@ class Trainer:
     @classmethod
     def published(cls, preset: str, **options: Any) -> Trainer:
         """Return a trainer with a paper's settings; `preset`: a key of `mmfast.methods.presets.PUBLISHED`."""
-        if preset not in PUBLISHED:
-            raise ValueError(f"preset must be one of {', '.join(PUBLISHED)}, got {preset!r}")
+        check_one_of("preset", preset, PUBLISHED)
         method, settings = PUBLISHED[preset]
         return cls(method, optimization=Optimization(**settings), **options)
 
@@ -336,9 +335,7 @@ def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization
     known = [field.name for field in fields(Optimization)]
     for name in settings:
         if name not in known:
-            near = (
-                f"; did you mean {_OTHER_NAMES[name]}?" if name in _OTHER_NAMES else did_you_mean(name, known)
-            )
+            near = did_you_mean(name, known, _OTHER_NAMES)
             raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
     return replace(optimization, **settings)
 
