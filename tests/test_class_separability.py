@@ -580,7 +580,7 @@ def test_triton_intervals_are_those_of_the_reference(dtype):
 def test_triton_orders_as_a_stable_sort(num_samples, num_classes, most_blocks, label_dtype, monkeypatch):
     if _backend.why_not("triton") is not None:
         pytest.skip("triton cannot run here")
-    common = importlib.import_module("mmfast.kernels._common")
+    common = importlib.import_module("mmfast.kernels._class_order")
     monkeypatch.setattr(common, "_MOST_OWN_TILES", 1)
     monkeypatch.setattr(common, "_MOST_BLOCKS", most_blocks)
     # Several steps of the scan, too.
@@ -605,7 +605,7 @@ def test_triton_orders_as_a_stable_sort(num_samples, num_classes, most_blocks, l
 
 
 def test_a_table_of_many_classes_stays_small():
-    share = pytest.importorskip("mmfast.kernels._common")._share
+    share = pytest.importorskip("mmfast.kernels._class_order")._share
     for num_samples in (1, 512, 513, 20_000, 10**7, 2**31):
         for num_classes in (1, 10, 1000, 10**6, 10**8):
             num_blocks, tiles = share(num_samples, num_classes)
