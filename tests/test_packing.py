@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import EMULATED, FILES
 from mmfast import ops
 from mmfast.ops import _common, class_separability
+from support.stems import EMULATED, FILES
 
 # The public functions hide the modules they are in.
 shapley_values = sys.modules["mmfast.ops.shapley_values"]
