@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The error's constant per dtype, as in the tests: sixteen roundings, or one of a result in half precision.
-_CONSTANTS = {
-    torch.float64: 16 * 2.0**-53,
-    torch.float32: 16 * 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
+from .accuracy import allowed_error, error_against
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -113,14 +107,8 @@ def assert_close(found: Any, truth: Any, plain: Any) -> None:
         found, truth, plain = (found,), (truth,), (plain,)
     for mine, right, usual in zip(found, truth, plain, strict=True):
         assert mine.shape == right.shape, f"shape {list(mine.shape)}, expected {list(right.shape)}"
-        limit = 2 * _error(usual, right) + _CONSTANTS[mine.dtype]
-        error = _error(mine, right)
+        limit, error = allowed_error(right, usual, mine.dtype), error_against(right, mine)
         assert error <= limit, f"error {error:.1e} against float64, at most {limit:.1e} allowed"
-
-
-def _error(found: Tensor, truth: Tensor) -> float:
-    difference = (found.double() - truth.double()).abs().max()
-    return float(difference / truth.double().abs().max().clamp(min=1.0))
 
 
 def check_against(

@@ -23,7 +23,7 @@ from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
 def _load_rows(
     z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
 ):
-    """Return what the kernels over [N, S, C] need of a block of its N S rows, the label's class apart."""
+    """Return what the kernels over [N, S, C] need of a block of its N S rows, the label's logit apart."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     offs_n = offs_r >> LOG_S
@@ -31,11 +31,12 @@ def _load_rows(
     mask_r = offs_n < N
     mask = mask_r[:, None] & (offs_c < C)[None, :]
     y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_r, other=0).to(tl.int64)
-    is_own = offs_c[None, :] == y[:, None]
+    is_label = offs_c[None, :] == y[:, None]
     rows = z_ptr + offs_n * stride_zn + coalition * stride_zs
     z = tl.load(rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
-    own = tl.load(rows + y * stride_zc, mask=mask_r & (y >= 0) & (y < C), other=0.0).to(ACC)
-    return offs_r, offs_c, coalition, mask_r, mask, y, is_own, tl.where(is_own, float("-inf"), z.to(ACC)), own
+    label = tl.load(rows + y * stride_zc, mask=mask_r & (y >= 0) & (y < C), other=0.0).to(ACC)
+    z = tl.where(is_label, float("-inf"), z.to(ACC))
+    return offs_r, offs_c, coalition, mask_r, mask, y, is_label, z, label
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -55,10 +56,10 @@ def _coalition_utilities_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    offs_r, offs_c, coalition, mask_r, _, y, _, z, own = _load_rows(
+    offs_r, offs_c, coalition, mask_r, _, y, _, z, label = _load_rows(
         z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
     )
-    u = _utility(z, own, offs_c[None, :] < y[:, None], UTILITY)
+    u = _utility(z, label, offs_c[None, :] < y[:, None], UTILITY)
     if UTILITY == _CARDINALITY:
         size = tl.zeros_like(coalition)
         for m in range(LOG_S):
@@ -87,14 +88,14 @@ def _coalition_utilities_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    offs_r, offs_c, coalition, mask_r, mask, _, is_own, z, own = _load_rows(
+    offs_r, offs_c, coalition, mask_r, mask, _, is_label, z, label = _load_rows(
         z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
     )
     du_ptrs = du_ptr + (offs_r >> LOG_S) * stride_dn + coalition * stride_ds
     du = tl.load(du_ptrs, mask=mask_r, other=0.0).to(ACC)
-    dz = _dlogits(z, own, du, offs_c, is_own, UTILITY)
+    dz = _dlogits(z, label, du, offs_c, is_label, UTILITY)
     if UTILITY != _MARGIN:
-        dz += tl.where(is_own, (du - du)[:, None], 0.0)
+        dz += tl.where(is_label, (du - du)[:, None], 0.0)
     tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 

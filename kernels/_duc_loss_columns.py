@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _OPTIONS, _acc, _cdiv, _configuration, _on
+from ._common import _OPTIONS, _acc, _cdiv, _Configurations, _on
 
 
 @triton.jit
 def _fitted(count):
     """Return the elements of a packed row: with a multiple of 16 rows are loaded 16 bytes at a time."""
-    return (count + 15) // 16 * 16
+    return tl.cdiv(count, 16) * 16
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _duc_loss_plan_kernel(
                     (pairs < pair)[:, None] & (offs_d < D)[None, :], stride_em, stride_ed, offs_d[None, :],
                 )  # fmt: skip
                 count += tl.sum(taken.to(tl.int32), 1)
-            start += tl.sum((count + 15) // 16, 0)
+            start += tl.sum(tl.cdiv(count, 16), 0)
     teacher, student = _members(pair, num_others)
     filled = pair * 0
     for first_d in range(0, D, BLOCK_D):
@@ -178,19 +178,19 @@ def _duc_loss_unpack_kernel(
     tl.store(residuals_ptrs, total.to(residuals_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["number", "divisor"])
+@triton.jit(do_not_specialize=["numel", "divisor"])
 def _duc_loss_sum_kernel(
     losses_ptr,  # [P, N]
     loss_ptr,  # []
-    number,  # P N
+    numel,  # P N
     divisor,
     BLOCK: tl.constexpr,
 ):
     """Add up all losses, in an order that is always the same."""
     total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, number, BLOCK):
+    for start in range(0, numel, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        total += tl.load(losses_ptr + offs, mask=offs < number, other=0.0)
+        total += tl.load(losses_ptr + offs, mask=offs < numel, other=0.0)
     loss = tl.sum(total, 0) / tl.cast(divisor, tl.float64)
     tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
 
@@ -226,7 +226,7 @@ def _planned(
         *columns,
         num_dims,
         num_modalities - 1,
-        -(-num_dims // 16),
+        _cdiv(num_dims, 16),
         *effective.stride(),
         TIGHT=is_tight,
         **_PLAN_BLOCKS,
@@ -239,7 +239,7 @@ def _packed(
     features: Sequence[Tensor],  # M of [N, D]
     keys: Sequence[Tensor],  # M of [K, D]
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all columns
-    sizes: Sequence[int],  # M^2 numbers of columns; none: not known on the host
+    sizes: Sequence[int],  # M^2 counts of columns; none: not known on the host
 ) -> tuple[Tensor, Tensor, _Columns | None]:
     """Return the rows of queries and of keys, [N, W] and [K, W] pair after pair, and what is where.
 
@@ -250,12 +250,12 @@ def _packed(
     num_modalities, (num_samples, num_dims), num_keys = len(features), query.shape, key.shape[0]
     num_pairs = 1 if effective is None else num_modalities * (num_modalities - 1)
     # A modality has no columns with itself.
-    num_pieces = sum(-(-size // 16) for size in sizes) if sizes else num_pairs * -(-num_dims // 16)
+    num_pieces = sum(_cdiv(size, 16) for size in sizes) if sizes else num_pairs * _cdiv(num_dims, 16)
     num_columns = 16 * num_pieces
     queries = query.new_empty(num_samples * num_columns)
     packed_keys = key.new_empty(num_keys * num_columns)
     columns = None
-    grid = (-(-max(num_samples, num_keys) // _PACK_BLOCKS["BLOCK_N"]), 2, num_pairs)
+    grid = (_cdiv(max(num_samples, num_keys), _PACK_BLOCKS["BLOCK_N"]), 2, num_pairs)
     with _on(query.device):
         if effective is not None:
             columns = _planned(effective, bool(sizes))
@@ -317,11 +317,8 @@ def _summed(
 
 def _column_configurations() -> list[tuple]:
     """Return what of this file is to compile ahead of time."""
-    configurations = []
-
-    def add(*item) -> None:
-        configurations.append(_configuration(*item))
-
+    configurations = _Configurations()
+    add = configurations.add
     index, size, stride = "*i32:16", "i32", "i64"
     for is_tight in (True, False):
         types = ["*u8:16", index, index, index, size, size, size, stride]

@@ -44,7 +44,7 @@ _HALF: dict[int | str, dict[int, list[_Tile]]] = {
     "gfx": {64: [_Tile(64, 64, 4, 2)], 128: [_Tile(128, 32, 4, 2)]},
 }
 _HALF_WIDE = _Tile(64, 64, 8, 2)
-# The same of float32 where it is not rounded to tf32; off matrix units fewer queries are as good as many.
+# The same of float32 where it is not rounded to tf32; off tensor cores fewer queries are as good as many.
 _FLOAT32 = {64: [_Tile(64, 32, 8, 2), _Tile(16, 32, 4, 2)], 128: [_Tile(32, 32, 8, 2), _Tile(16, 32, 4, 2)]}
 _TF32 = _Tile(64, 32, 8, 2)
 _FLOAT64 = _Tile(32, 16, 4, 2)

@@ -1,15 +1,12 @@
 """Triton kernels of the projector's update, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and of G P.
 
 Update, two launches: blocks of rows make P h and their parts of h^T P h and |h|^2; then every tile of P adds
-up the parts, all in the same order, and takes off its part of u u^T. A product of two numbers does not depend
+up the parts, all in the same order, and takes off its part of u u^T. A product of two factors does not depend
 on their order, so what was symmetric to the last bit stays so, and no half needs the other.
 Product, one launch: a tile of 8 rows of the result goes through the rows of P, which all threads share, and
-merges their sums at its end; in float32 at least, as the updates' digits would be lost in less. No sum is
-shared between blocks: no bit changes from run to run. Many rows of G read P anew for each 8.
-Bytes that must move: 3 D^2 numbers and D^2 + 2 C D. D = 512, C = 6, float32 is 4.2 MB out of the second
-cache, below 1 us on an H100; three launches of a wait for memory or two each: predicted 9 us, 6 of them the
-update. C = 309 takes 162 M operations, 2.7 us at 60 TFLOP/s, but reads P 39 times, 41 MB, out of the second
-cache: predicted 15 us. Measured on an H100: 0.13-0.18 ms up to D = 512, all of it the host's.
+merges their sums at its end, in float32 at least. No sum is shared between blocks: no bit changes from run to
+run. Many rows of G read P anew for each 8.
+Floor: 3 D^2 elements and D^2 + 2 C D. Predicted and measured: bench/results/gradient_projection.md.
 """
 
 from __future__ import annotations
@@ -19,8 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _bits, _cdiv, _configuration, _number, _on, _wide
+from ._common import _ELEMENT, _OPTIONS, _bits, _cdiv, _Configurations, _from_bits, _load_tile, _on, _wide
 from ._tuning import tuned
+
+
+@triton.jit
+def _unit_of(h_ptr, D, stride_h, MOST: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Return a power of two, float64, that brings the largest element near 1, the same in every block."""
+    largest = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, D, BLOCK_D):
+        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        h = tl.load(h_ptr + offs_d * stride_h, mask=offs_d < D, other=0.0).to(ACC)
+        largest = tl.maximum(largest, tl.abs(h))
+    exponent = tl.cast(tl.max(largest, axis=0).to(tl.float64), tl.int64, bitcast=True) >> 52
+    exponent = tl.minimum(tl.maximum(exponent - 1023, -MOST), MOST)
+    return tl.cast((1023 - exponent) << 52, tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -41,31 +51,23 @@ def _projected_feature_kernel(
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < D
     products = tl.zeros((BLOCK_R, BLOCK_D), dtype=ACC)
-    # Features times a power of two, the same in every block, and alpha times its square, which changes
-    # nothing: products of large or small ones stay in range.
-    sizes = tl.zeros((BLOCK_D,), dtype=ACC)
-    for start in range(0, D, BLOCK_D):
-        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        sizes = tl.maximum(
-            sizes, tl.abs(tl.load(h_ptr + offs_d * stride_h, mask=offs_d < D, other=0.0).to(ACC))
-        )
-    exponent = tl.cast(tl.max(sizes, axis=0).to(tl.float64), tl.int64, bitcast=True) >> 52
-    exponent = tl.minimum(tl.maximum(exponent - 1023, -MOST), MOST)
-    wide_unit = tl.cast((1023 - exponent) << 52, tl.float64, bitcast=True)
+    # Features times a power of two, and alpha times its square, which changes nothing: products of large or
+    # small ones stay in range.
+    wide_unit = _unit_of(h_ptr, D, stride_h, MOST, BLOCK_D, ACC)
     unit = wide_unit.to(ACC)
     for start in range(0, D, BLOCK_D):
         offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
         h = tl.load(h_ptr + offs_d * stride_h, mask=mask_d, other=0.0).to(ACC) * unit
-        p_ptrs = p_ptr + offs_r[:, None] * stride_pi + offs_d[None, :] * stride_pj
-        products += tl.load(p_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0) * h[None, :]
+        mask = mask_r[:, None] & mask_d[None, :]
+        products += _load_tile(p_ptr, offs_r, offs_d, mask, stride_pi, stride_pj, ACC) * h[None, :]
     ph = tl.sum(products, axis=1)
     tl.store(ph_ptr + offs_r, ph, mask=mask_r)
     # Squares in float64.
-    own = (tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC) * unit).to(tl.float64)
+    h_r = (tl.load(h_ptr + offs_r * stride_h, mask=mask_r, other=0.0).to(ACC) * unit).to(tl.float64)
     part_ptr = parts_ptr + tl.program_id(0)
-    tl.store(part_ptr, tl.sum(own * ph.to(tl.float64), axis=0))
-    tl.store(part_ptr + tl.num_programs(0), tl.sum(own * own, axis=0))
+    tl.store(part_ptr, tl.sum(h_r * ph.to(tl.float64), axis=0))
+    tl.store(part_ptr + tl.num_programs(0), tl.sum(h_r * h_r, axis=0))
     tl.store(part_ptr + 2 * tl.num_programs(0), wide_unit)
 
 
@@ -95,7 +97,7 @@ def _update_projector_kernel(
     kept = tl.sum(kept_parts, axis=0)
     least = tl.sum(squares, axis=0) * (16 * EPS)
     unit = tl.load(parts_ptr + 2 * num_parts)
-    alpha = _number(alpha_bits, tl.float64) * unit * unit
+    alpha = _from_bits(alpha_bits, tl.float64) * unit * unit
     factor = 1 / tl.sqrt(tl.where(least > alpha, least, alpha) + tl.abs(kept))
     sign = tl.where(kept < 0, -1.0, 1.0).to(ACC)
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -130,10 +132,9 @@ def _project_gradient_kernel(
     for start in range(0, D, BLOCK_K):
         offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < D
-        g_ptrs = g_ptr + offs_c[:, None] * stride_gc + offs_k[None, :] * stride_gd
-        g = tl.load(g_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(ACC)
-        p_ptrs = p_ptr + offs_k[:, None] * stride_pi + offs_d[None, :] * stride_pj
-        p = tl.load(p_ptrs, mask=mask_k[:, None] & mask_d[None, :], other=0.0).to(ACC)
+        mask_g, mask_p = mask_c[:, None] & mask_k[None, :], mask_k[:, None] & mask_d[None, :]
+        g = _load_tile(g_ptr, offs_c, offs_k, mask_g, stride_gc, stride_gd, ACC)
+        p = _load_tile(p_ptr, offs_k, offs_d, mask_p, stride_pi, stride_pj, ACC)
         products += g[:, :, None] * p[None, :, :]
     out = tl.sum(products, axis=1)
     out_ptrs = out_ptr + offs_c[:, None] * D + offs_d[None, :]
@@ -141,7 +142,7 @@ def _project_gradient_kernel(
 
 
 def _update_blocks(size: int, dtype: torch.dtype) -> dict:
-    """Return the tile of P: 4 rows, so that 512 dimensions make a block for each multiprocessor."""
+    """Return the tile of P: 4 rows, so that 512 dimensions make about as many blocks as there are SMs."""
     return {"BLOCK_R": 4, "BLOCK_D": min(triton.next_power_of_2(size), 2048 // dtype.itemsize)}
 
 
@@ -231,11 +232,8 @@ def project_gradient(
 
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
-    configurations = []
-
-    def add(*item) -> None:
-        configurations.append(_configuration(*item))
-
+    configurations = _Configurations()
+    add = configurations.add
     for dtype in (torch.float32, torch.float64):
         acc = _ELEMENT[dtype]
         p = f"*{acc}"

@@ -4,13 +4,11 @@
     certainty  score_m = max_c p_c / T       = 1 / (s T)        t = sum_c e_c (z_c - max z)
     w = softmax_m(score),  fused = sum_m w_m z^m
 
-A block takes some samples with all their modalities, as a tile [samples, modalities, classes]. Where all
-classes fit into it the logits stay in registers from the first sum to the fusion. More classes come tile by
-tile with a running maximum, whose sums move along with it, and a second time, out of the cache, for the
-fusion. Backward makes the sums anew, and the product of dfused and z with them.
-Bytes that must move: (M + 1) N C + M N numbers, backward (2 M + 1) N C. Operations: about 15 a logit, one of
-them an exp. M = 2, N = 100,000, C = 31, float32 is 38 MB, 12.7 us on an H100 at 3.0 TB/s; 93 M operations,
-1.6 us. Predicted 16 us, and 27 us backward. Measured on an H100: 0.10 and 0.47 ms, the host's.
+A block takes some samples with all their modalities. Where all classes fit into its tile the logits stay in
+registers from the first sum to the fusion; else they are read again, from L2, for the fusion. Backward makes
+the sums anew, and the product of dfused and z with them.
+Floor: (M + 1) N C + M N elements, backward (2 M + 1) N C; about 15 operations a logit, one of them an exp.
+Predicted and measured: bench/results/logit_fusion.md.
 """
 
 from __future__ import annotations
@@ -20,90 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _acc, _bits, _cdiv, _configuration, _number, _on, _unit, _wide
+from ._common import _ELEMENT, _acc, _bits, _cdiv, _Configurations, _from_bits, _on, _unit, _wide
+from ._logit_fusion_scores import (
+    _ENTROPY,
+    _accumulate,
+    _load_logits,
+    _load_present,
+    _no_classes,
+    _shifted,
+    _weights,
+)
 from ._tuning import size_class, tuned
-
-# By their places, as in mmfast/ops/logit_fusion.py.
-_ENTROPY = tl.constexpr(0)
-_NO_CLASS = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT: tl.constexpr):
-    """Return which of a block's samples have which modality, [BLOCK_N, BLOCK_M]."""
-    here = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-    if HAS_PRESENT:
-        ptrs = present_ptr + offs_n[:, None] * stride_hn + offs_m[None, :] * stride_hm
-        here &= tl.load(ptrs, mask=here, other=0) != 0
-    return here
-
-
-@triton.jit
-def _load_logits(
-    row_ptrs,  # [BLOCK_N, BLOCK_M]
-    here,  # [BLOCK_N, BLOCK_M]
-    offs_c,  # [BLOCK_C]
-    C,
-    stride_zc,
-    ACC: tl.constexpr,
-):
-    """Return a tile of logits: 0 where a modality is absent, -inf beyond the last class."""
-    is_class = (offs_c < C)[None, None, :]
-    ptrs = row_ptrs[:, :, None] + offs_c.to(tl.int64)[None, None, :] * stride_zc
-    z = tl.load(ptrs, mask=here[:, :, None] & is_class, other=0.0).to(ACC)
-    return tl.where(is_class, z, float("-inf"))
-
-
-@triton.jit
-def _shifted(z, top):
-    # Before the first number the maximum is -inf, and what comes after has nothing to be taken from.
-    return z - tl.where(top == float("-inf"), 0.0, top)[:, :, None]
-
-
-@triton.jit
-def _no_classes(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    """Return the sums and the maximum before the first class, as `_accumulate` takes them."""
-    top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), ACC)
-    zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    return top, zeros, zeros, tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-
-
-@triton.jit
-def _accumulate(
-    z,  # [BLOCK_N, BLOCK_M, BLOCK_C]
-    offs_c,  # [BLOCK_C]
-    top,  # [BLOCK_N, BLOCK_M], as the three that follow: of the classes so far, the maximum,
-    s,  # the sum of e,
-    t,  # that of e (z - max), for the entropy,
-    top_class,  # the lowest class with the maximum, for the certainty
-    SCORE: tl.constexpr,
-):
-    """Return the sums and the maximum with the classes of a tile."""
-    tile_top = tl.max(z, axis=2)
-    if SCORE != _ENTROPY:
-        tile_class = tl.min(tl.where(z == tile_top[:, :, None], offs_c[None, None, :], _NO_CLASS), axis=2)
-        top_class = tl.where(tile_top > top, tile_class, top_class)
-    new_top = tl.maximum(top, tile_top)
-    shift = tl.where(top == float("-inf"), 0.0, top - new_top)
-    scale = tl.exp(shift)
-    x = _shifted(z, new_top)
-    e = tl.exp(x)
-    if SCORE == _ENTROPY:
-        # An excluded class has e = 0 and z - max = -inf, whose product is to be 0.
-        t = scale * (t + s * shift) + tl.sum(tl.where(x == float("-inf"), 0.0, e * x), axis=2)
-    s = scale * s + tl.sum(e, axis=2)
-    return new_top, s, t, top_class
-
-
-@triton.jit
-def _weights(s, t, here, temperature, SCORE: tl.constexpr):
-    """Return the scores and their softmax over the modalities, 0 for those that are absent."""
-    score = t / s - tl.log(s) if SCORE == _ENTROPY else 1 / s / temperature
-    # An absent modality has zeros for logits, and a score that is finite.
-    best = tl.max(tl.where(here, score, float("-inf")), axis=1)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    w = tl.where(here, tl.exp(score - best[:, None]), 0.0)
-    return score, tl.where(here, w / tl.sum(w, axis=1)[:, None], 0.0)
 
 
 @triton.jit
@@ -132,7 +57,7 @@ def _logit_fusion_fwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
-    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many numbers: `_unit`
+    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many elements: `_unit`
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     BLOCK_N: tl.constexpr,
@@ -147,7 +72,7 @@ def _logit_fusion_fwd_kernel(
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
     top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
-    temperature = _number(temperature_bits, ACC)
+    temperature = _from_bits(temperature_bits, ACC)
     if ONE_TILE:
         z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
         top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
@@ -238,7 +163,7 @@ def _logit_fusion_bwd_kernel(
     stride_hm,
     stride_hn,
     SCORE: tl.constexpr,
-    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many numbers: `_unit`
+    UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many elements: `_unit`
     HAS_PRESENT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
     BLOCK_N: tl.constexpr,
@@ -253,7 +178,7 @@ def _logit_fusion_bwd_kernel(
     here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
     row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
     top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
-    temperature = _number(temperature_bits, ACC)
+    temperature = _from_bits(temperature_bits, ACC)
     mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
     dw_ptrs = dw_ptr + offs_m[None, :] * stride_dwm + offs_n[:, None] * stride_dwn
     dw = tl.load(dw_ptrs, mask=mask, other=0.0).to(ACC)
@@ -272,52 +197,22 @@ def _logit_fusion_bwd_kernel(
     dscore = w * (dw - tl.sum(w * dw, axis=1)[:, None]) / temperature
     if ONE_TILE:
         _store_dlogits(
-            z,
-            dfused,
-            w,
-            dscore,
-            score,
-            top,
-            s,
-            top_class,
-            here,
-            dz_ptr,
-            offs_n,
-            offs_m,
-            offs_c,
-            M,
-            N,
-            C,
-            SCORE,
-        )
+            z, dfused, w, dscore, score, top, s, top_class, here,
+            dz_ptr, offs_n, offs_m, offs_c, M, N, C, SCORE,
+        )  # fmt: skip
     else:
         for start in range(0, C, BLOCK_C):
             z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
             dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
             part = start + offs_c
             _store_dlogits(
-                z,
-                dfused,
-                w,
-                dscore,
-                score,
-                top,
-                s,
-                top_class,
-                here,
-                dz_ptr,
-                offs_n,
-                offs_m,
-                part,
-                M,
-                N,
-                C,
-                SCORE,
-            )
+                z, dfused, w, dscore, score, top, s, top_class, here,
+                dz_ptr, offs_n, offs_m, part, M, N, C, SCORE,
+            )  # fmt: skip
 
 
 def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
-    """Return the tile and the number of warps: 8 or, backward, 2 float32 numbers of a tile a thread."""
+    """Return the tile and the number of warps: 8 or, backward, 2 float32 elements of a tile a thread."""
     held = (8 if kernel == "fwd" else 2) * 4 // _wide(dtype).itemsize
     most = 512 * held
     block_m = triton.next_power_of_2(num_modalities)
@@ -430,11 +325,7 @@ def logit_fusion_bwd(
 
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
-    configurations = []
-
-    def add(*item) -> None:
-        configurations.append(_configuration(*item))
-
+    configurations = _Configurations()
     sizes, stride = ["i64", "i32", "i32", "i32"], "i64"
     # Classes and score: all in float32, of half precision and float64 those that need most registers.
     cases = [[(31, 0), (10_000, 1)], [(31, 0), (1000, 1), (10_000, 0), (10_000, 1)]]
@@ -454,8 +345,8 @@ def compile_configurations() -> list[tuple]:
                     "ACC": _acc(dtype),
                 }
                 types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
-                add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
+                configurations.add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
                 constants |= {"stride_dfc": 1, **_blocks(*shape, "bwd")}
                 types = [x, x, x, "*u8", x, *sizes, *[stride] * 7]
-                add(_logit_fusion_bwd_kernel, types, constants)
+                configurations.add(_logit_fusion_bwd_kernel, types, constants)
     return configurations

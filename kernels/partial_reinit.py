@@ -5,10 +5,8 @@ alpha and size, as mmfast/ops/partial_reinit.py lays it out for the CUDA kernel,
 that a list that comes again costs no copy. What alpha = 0 leaves alone has no record.
 A captured graph that finds no plan writes one at each replay: addresses, strengths and sizes of 96 tensors go
 along as arguments of a launch, and the pieces of each are worked out on the device.
-Bytes that must move: theta twice, theta_0 once; a record adds 32 to the 24 KiB of a piece. 100M float32
-numbers are 1.2 GB, 0.40 ms on an H100 at 3.0 TB/s; predicted 0.44 ms. 10,000 tensors of 64: 7.7 MB, 2.6 us,
-but 10,000 blocks that each wait for the memory twice in a row; predicted 8 us. Measured on an H100:
-67M numbers 0.296 ms, as predicted; 10,000 tensors cost the host 35 ms.
+Floor: theta twice, theta_0 once; a record adds 32 bytes to the 24 KiB of a piece. 100M float32 elements are
+1.2 GB, 0.40 ms on an H100 at 3.0 TB/s. Predicted and measured: bench/results/partial_reinit.md.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _acc, _bits, _configuration, _on
+from ._common import _ELEMENT, _OPTIONS, _acc, _bits, _cdiv, _configuration, _on
 
 # Of a tensor, that a record stands for: 64 bytes a thread.
 PIECE_BYTES = 8192
@@ -61,9 +59,9 @@ def _blend(value, value_0, alpha, ACC: tl.constexpr):
     return tl.where(alpha == 1, value_0, mixed.to(value.dtype))
 
 
-# Tensors of one launch: five numbers each of the 4 KiB that all arguments may take.
+# Tensors of one launch: five integers each of the 4 KiB that all arguments may take.
 _TENSORS = 96
-# Set in every number, so that it is an int64 whatever its value: of other types it would be another kernel.
+# Set in every integer, so that it is an int64 whatever its value: of other types it would be another kernel.
 # Addresses, sizes and the bits of an alpha up to 1 are all below.
 _MARK = tl.constexpr(1 << 62)
 _PLAN_BLOCKS = {"BLOCK": 128}
@@ -112,11 +110,11 @@ def write_plan(
         size = theta.numel()
         if alpha != 0 and size:
             words += [theta.data_ptr(), theta_0.data_ptr(), _bits(alpha), size, first]
-            first += triton.cdiv(size, piece)
+            first += _cdiv(size, piece)
     words += [0] * (-len(words) % (5 * _TENSORS))
     marked = [_MARK.value | word for word in words]
     # Blocks that share a tensor of many pieces.
-    grid = (_TENSORS, min(64, max(1, triton.cdiv(len(plan), _PLAN_BLOCKS["BLOCK"]))))
+    grid = (_TENSORS, min(64, max(1, _cdiv(len(plan), _PLAN_BLOCKS["BLOCK"]))))
     with _on(plan.device):
         for start in range(0, len(marked), 5 * _TENSORS):
             _partial_reinit_plan_kernel[grid](

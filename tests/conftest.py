@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,30 +21,18 @@ if not torch.cuda.is_available():
 
 from mmfast import backend as _backend
 from support import emulation
+from support.stems import EMULATED, FILES, has_file, op_of
 
 # The same examples in every run: a failure belongs to the change that brought it.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
-ROOT = Path(__file__).resolve().parent.parent
-# Where an op's file stands for each backend; test_layout.py holds the folders to it.
-FILES = {
-    "reference": "mmfast/reference/{}.py",
-    "cpu": "csrc/cpu/{}.cpp",
-    "triton": "kernels/{}.py",
-    "cuda": "csrc/cuda/{}.cu",
-}
-# The CUDA kernels once more, run on the CPU.
-EMULATED = "cuda-emulated"
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give tests that take `backend` every backend for which the op of their file test_<op>.py has a file."""
+    """Give tests that take `backend` every backend for which the op of their file has a file."""
     if "backend" in metafunc.fixturenames:
-        op = Path(metafunc.module.__file__ or "").stem.removeprefix("test_")
-        names = [name for name, file in FILES.items() if (ROOT / file.format(op)).exists()]
-        if "cuda" in names:
-            names.append(EMULATED)
+        op = op_of(metafunc.module.__file__ or "")
+        names = [name for name in (*FILES, EMULATED) if has_file(op, name)]
         if names:
             metafunc.parametrize("backend", names, indirect=True)
 
@@ -60,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with emulation.emulated() if is_emulated else nullcontext():
         reason = _backend.why_not(name)
         dtype = request.node.callspec.params.get("dtype")
-        op = Path(request.node.module.__file__).stem.removeprefix("test_")
+        op = op_of(request.node.module.__file__)
         if reason is None and dtype is not None and not _backend.supports(name, op, dtype):
             reason = f"its {op} kernel does not take {dtype} here"
         if reason is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import ROOT
 from support import emulation
+from support.stems import ROOT
 
 FAULTS = ["none", "no barrier", "no second barrier", "tail", "not initialised", "shared tail"]
 FAULTS += ["lane missing", "mask without lane", "too much shared", "too much together", "not aligned"]

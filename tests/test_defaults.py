@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import mmfast
-from conftest import EMULATED, FILES
 from mmfast import backend as _backend
 from mmfast import ops, valuation
 from mmfast.data import ArrayDataset, sound, standardize
@@ -17,7 +16,9 @@ from mmfast.data.batches import presence
 from mmfast.methods.sample_valuation import copy_counts
 from mmfast.reference import kmeans
 from support import every_op
+from support.cases import dtype_name
 from support.every_op import CALLS, same
+from support.stems import EMULATED, FILES
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 BACKENDS = pytest.mark.parametrize("backend", [*FILES, EMULATED], indirect=True)
@@ -40,7 +41,7 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
 @pytest.mark.parametrize("default", DEFAULTS)
 @BACKENDS
 @pytest.mark.parametrize(("stem", "make"), CASES)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import FILES, ROOT
 from mmfast import backend as _backend
 from mmfast import ops
 from support import every_op
+from support.cases import dtype_name
 from support.every_op import CALLS, READING, same
+from support.stems import FILES, ROOT
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -88,7 +89,7 @@ def test_without_triton_every_op_runs_on_the_cpu():
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize(("stem", "make"), CASES)
 def test_thirty_runs_on_a_gpu_agree_to_the_bit(stem, make, backend, dtype):

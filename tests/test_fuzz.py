@@ -15,8 +15,8 @@ import fuzzing
 from fuzzing import judge, moved, tensors
 from mmfast import backend as _backend
 from support import emulation
+from support.stems import EMULATED, has_file
 
-EMULATED = "cuda-emulated"
 # Generated calls of each op: seconds in all.
 EXAMPLES = {"cpu": 60, "reference": 30, "triton": 3, EMULATED: 8}
 
@@ -32,15 +32,9 @@ def thread() -> Iterator[None]:
 
 def cases() -> list[tuple[str, str]]:
     """Return every op with every backend that has a file for it."""
-    files = {"cpu": "csrc/cpu/{}.cpp", "triton": "kernels/{}.py", EMULATED: "csrc/cuda/{}.cu"}
-    root = emulation.ROOT
 
     def has_kernel(op: str, backend: str) -> bool:
-        return (
-            backend not in files
-            or op == "invalid"
-            or (root / files[backend].format(fuzzing.stem(op))).exists()
-        )
+        return op == "invalid" or has_file(fuzzing.stem(op), backend)
 
     return [(op, backend) for backend in EXAMPLES for op in fuzzing.CASES if has_kernel(op, backend)]
 

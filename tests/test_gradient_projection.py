@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfast import backend as _backend
 from mmfast import ops
+from support.cases import DTYPES, dtype_name, laws
 from support.numerics import as_plain_float64, assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = laws(30)
 
 
 def projector_after(features, alpha, dtype=torch.float64, backend="auto"):
@@ -93,8 +93,8 @@ def test_by_hand(backend, device):
 
 
 @pytest.mark.parametrize("size", [1, 8, 33])
-@pytest.mark.parametrize("feature_dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("feature_dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_update_close_to_truth(dtype, feature_dtype, size, backend, device):
     features = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(device, feature_dtype)
     actual = projector_after(features, 0.1, dtype, backend)
@@ -102,7 +102,7 @@ def test_update_close_to_truth(dtype, feature_dtype, size, backend, device):
     assert_close_to_truth(actual, formula(features, 0.1, torch.float64), formula(features, 0.1, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_update_of_several_tiles(dtype, backend, device):
     features = torch.randn(2, 530, generator=torch.Generator().manual_seed(0)).to(device)
     projector = torch.eye(530, 600, dtype=dtype, device=device)[:, :530]
@@ -160,7 +160,7 @@ def test_an_alpha_far_below_the_feature_counts(backend, device, alpha, scale):
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 1e-30, 2.938737e-39])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_the_same_directions_for_ever(backend, device, dtype, alpha):
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(3, 24, generator=draw, dtype=dtype)
@@ -250,8 +250,8 @@ def test_removed_direction_does_not_pass(backend, device):
     torch.testing.assert_close(passed[0], orthogonal)
 
 
-@pytest.mark.parametrize("projector_dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("projector_dtype", DTYPES[:2], ids=dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", [(1, 1), (6, 64), (7, 33), (40, 70), (9, 130), (0, 5)], ids=str)
 def test_project_close_to_truth(shape, dtype, projector_dtype, backend, device):
     grad = torch.randn(shape, device=device).to(dtype)

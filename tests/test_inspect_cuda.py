@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT
+from support.stems import ROOT
 
 pytest.importorskip("triton", reason="its cuobjdump reads the machine code")
 

@@ -9,17 +9,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import kmeans as reference
+from support.cases import DTYPES, dtype_name, is_interpreted, laws
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = laws(25)
 
 
 def make(num_samples, num_dims, num_clusters, dtype=torch.float32, spread=1.0, seed=0, device="cpu"):
@@ -78,9 +78,14 @@ def test_number_of_threads_changes_no_bit(shape):
         assert all(map(torch.equal, result, results[0]))
 
 
-@pytest.mark.parametrize("max_iter", [1, 5, 300])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", [(50, 1, 3), (500, 16, 8), (333, 7, 20), (20, 5, 20)], ids=str)
+# To the end with every shape, cut off with one. Triton's tiles have 16 dimensions in float64, 32 in float32.
+@pytest.mark.parametrize(
+    ("shape", "max_iter"),
+    [((50, 1, 3), 300), ((500, 16, 8), 300), ((20, 5, 20), 300)]
+    + [((333, 37, 20), max_iter) for max_iter in (1, 5, 300)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_same_as_scikit_learn_from_the_same_start(shape, dtype, max_iter, backend, device):
     cluster = pytest.importorskip("sklearn.cluster")
     features, _ = make(*shape, dtype, spread=2.0, device=device)
@@ -96,7 +101,7 @@ def test_same_as_scikit_learn_from_the_same_start(shape, dtype, max_iter, backen
     assert np.array_equal(actual.assignments.cpu().numpy(), theirs.labels_)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_finds_separate_clusters(dtype, backend, device):
     features, labels = make(400, 8, 5, dtype, spread=0.1, device=device)
     result = ops.kmeans(features, 5, num_init=3, backend=backend)
@@ -208,9 +213,12 @@ def test_products_are_taken_of_centred_features(backend, device):
 
 @pytest.mark.parametrize("init", ["k-means++", "given"])
 @pytest.mark.parametrize("exponent", [-115, -70, -41, 41, 63, 120])
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=dtype_name)
 def test_features_whose_squares_float32_does_not_hold(dtype, exponent, init, backend, device):
     """A power of two changes nothing but the units."""
+    if is_interpreted(backend) and (dtype == torch.float64 or exponent in (-41, 41)):
+        # Units are chosen before any backend runs: the ends are enough, and float64 holds these squares.
+        pytest.skip("two runs of Lloyd's iterations, each a second and more")
     features, _ = make(60, 3, 4, dtype, spread=0.5, device=device)
     factor = 2.0**exponent
     options = {"num_init": 2, "backend": backend}
@@ -274,6 +282,8 @@ def test_purity_by_the_contingency_matrix(backend, device, pairs):
 )
 def test_inertia_of_scikit_learn(backend, device, num_samples, num_dims, fraction, max_iter, dtype, seed):
     cluster = pytest.importorskip("sklearn.cluster")
+    if is_interpreted(backend):
+        max_iter = min(max_iter, 3)
     num_clusters = 1 + int(fraction * (num_samples - 1))
     features, _ = make(num_samples, num_dims, 3, dtype, spread=2.0, seed=seed, device=device)
     start = features[:num_clusters].clone()

@@ -45,7 +45,7 @@ SHARING = ("class_separability", "kmeans")
 
 
 def files_of(op: str) -> list[Path]:
-    shared = [FOLDER / "_common.py"] if op in SHARING else []
+    shared = [FOLDER / "_class_order.py"] if op in SHARING else []
     return [FOLDER / f"{op}.py", *FOLDER.glob(f"_{op}_*.py"), *shared]
 
 

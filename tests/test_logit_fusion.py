@@ -7,16 +7,16 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfast import ops
 from mmfast.reference import logit_fusion as reference
+from support.cases import DTYPES, HALF, dtype_name, is_interpreted, laws
 from support.numerics import assert_close_to_truth, error_against
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 64, 8), (3, 33, 7), (4, 5, 101), (2, 40, 5000), (2, 0, 5)]
 RULES = {
     "entropy": (ops.entropy_fusion, reference.entropy_fusion),
@@ -25,7 +25,7 @@ RULES = {
         functools.partial(reference.certainty_fusion, temperature=0.3),
     ),
 }
-LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = laws(30)
 
 
 def make(shape, dtype=torch.float64, seed=0, device="cpu"):
@@ -100,7 +100,7 @@ def check_all(backend):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_close_to_truth(rule, shape, dtype, masked, backend, device):
@@ -130,10 +130,10 @@ def test_gradients(rule, masked, backend, device):
     logits, present = make((3, 6, 4), device=device)
     fuse = functools.partial(RULES[rule][0], present=present if masked else None, backend=backend)
     # Triton's interpreter takes 10 ms for a launch.
-    assert torch.autograd.gradcheck(fuse, logits.requires_grad_(), fast_mode=backend == "triton")
+    assert torch.autograd.gradcheck(fuse, logits.requires_grad_(), fast_mode=is_interpreted(backend))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_close_to_truth(rule, dtype, backend, device):
     logits, present = make((3, 33, 7), dtype, device=device)
@@ -143,7 +143,7 @@ def test_gradient_close_to_truth(rule, dtype, backend, device):
     assert_close_to_truth(actual, truth, simple)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("shape", [(2, 5, 1025), (3, 2, 4100), (40, 3, 130)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_many_classes(rule, shape, dtype, backend, device):
@@ -225,7 +225,7 @@ def test_a_low_temperature_picks_the_surest(backend, device):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e-2, 1e-3, 1e-30, 2.938737e-39], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_a_class_is_excluded_at_every_temperature(dtype, temperature, backend, device):
     """Even by a modality whose weight is too small for the dtype; and the weights hear nothing of it."""
     logits = torch.tensor([[[9.0, 0, 0]], [[0, 1, -torch.inf]], [[2, 0, 0]]], dtype=dtype, device=device)
@@ -248,7 +248,7 @@ def test_a_class_is_excluded_at_every_temperature(dtype, temperature, backend, d
     assert torch.equal(gradient[..., :2], torch.autograd.grad(expected, likely, heard)[0][..., :2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_a_logit_just_below_the_largest_is_not_the_largest(dtype, backend, device):
     # Its exponential, about the largest, rounds to 1.
     least = torch.finfo(dtype).eps / 16
@@ -281,7 +281,7 @@ def test_equal_logits_give_the_gradient_to_the_lowest_class(backend, device):
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_large_logits_at_extreme_temperatures(dtype, temperature, backend, device):
     logits, present = make((3, 200, 7), device=device)
     logits = (50 * logits).to(dtype)
@@ -323,7 +323,7 @@ def test_layouts(rule, backend, device):
     torch.testing.assert_close(fuse(strided), fuse(logits), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 @pytest.mark.parametrize("rule", RULES)
 def test_autocast(rule, dtype, backend, device):
     logits, present = make((2, 16, 5), dtype, device=device)

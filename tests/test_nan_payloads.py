@@ -7,6 +7,7 @@ import torch
 
 from mmfast import backend as _backend
 from mmfast import ops
+from support.cases import dtype_name
 
 # The one that torch writes, those of x86 and of NVIDIA's GPUs, and one with the lowest bit alone.
 PAYLOADS = {
@@ -26,7 +27,7 @@ def calls(x):
 
 
 @pytest.mark.parametrize("index", range(4))
-@pytest.mark.parametrize("dtype", PAYLOADS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", PAYLOADS, ids=dtype_name)
 def test_every_nan_stays_one(dtype, index):
     if reason := _backend.why_not("cpu"):
         pytest.skip(reason)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import EMULATED, FILES
 from mmfast import ops
 from mmfast.ops import _launch
 from mmfast.ops._registration import FUNCTIONS
+from support.stems import EMULATED, FILES
 
 MOST = 100
 N, D, C, S = 30, 12, 3, 8

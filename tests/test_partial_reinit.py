@@ -13,16 +13,11 @@ from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops import _partial_reinit_launch as launch
 from mmfast.reference import partial_reinit as reference
+from support.cases import DTYPES, dtype_name
 from support.numerics import assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 SIZES = (0, 1, 15, 16, 64, 1001)
 LAYOUTS = ("contiguous", "transposed", "every-second", "unaligned")
 
@@ -58,8 +53,8 @@ def check_all(backend: str) -> None:
         torch.set_num_threads(num_threads)
         for layout in LAYOUTS:
             sizes = [*SIZES, 100_003]
-            params = [make(size, dtype, layout=layout) for dtype in DTYPES.values() for size in sizes]
-            inits = [make(size, dtype, layout=layout, seed=1) for dtype in DTYPES.values() for size in sizes]
+            params = [make(size, dtype, layout=layout) for dtype in DTYPES for size in sizes]
+            inits = [make(size, dtype, layout=layout, seed=1) for dtype in DTYPES for size in sizes]
             check(backend, params, inits, [index % 5 / 4 for index in range(len(params))])
 
 
@@ -68,7 +63,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.999, 1.0], ids="alpha={}".format)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_dtypes(backend, device, dtype, alpha):
     params = [make(size, dtype, device) for size in SIZES]
     check(backend, params, [make(size, dtype, device, seed=1) for size in SIZES], alpha)
@@ -89,7 +84,7 @@ def test_strides(backend, device, layout, init_layout):
 
 
 def test_one_strength_per_tensor_and_mixed_dtypes(backend, device):
-    dtypes = [dtype for dtype in DTYPES.values() if _backend.supports(backend, "partial_reinit", dtype)]
+    dtypes = [dtype for dtype in DTYPES if _backend.supports(backend, "partial_reinit", dtype)]
     params = [make(50, dtype, device) for dtype in dtypes]
     check(
         backend,
@@ -99,7 +94,7 @@ def test_one_strength_per_tensor_and_mixed_dtypes(backend, device):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_zero_changes_no_bit(backend, device, dtype):
     theta = torch.tensor([float("nan"), -0.0, float("inf"), 1.5] * 20, dtype=dtype, device=device)
     before = theta.clone()
@@ -107,7 +102,7 @@ def test_zero_changes_no_bit(backend, device, dtype):
     assert torch.equal(bits(theta), bits(before))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_one_restores_every_bit(backend, device, dtype):
     theta_0 = torch.tensor([float("nan"), -0.0, float("inf"), 1.5] * 20, dtype=dtype, device=device)
     theta = torch.full_like(theta_0, float("nan"))
@@ -153,7 +148,7 @@ def test_lists_that_come_again(backend, device):
             check(backend, params, [inits[0][: len(params[0])], inits[1]], alpha)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 def test_a_plan_made_while_a_graph_is_captured(backend, device, dtype, monkeypatch):
     """It is written by kernels, from what they have as arguments, and kept while Python runs."""
     plans: list[Tensor] = []

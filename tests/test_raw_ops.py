@@ -11,12 +11,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from conftest import EMULATED, FILES
 from mmfast import backend as _backend
 from mmfast.reference.duc_loss import split_dims
 from support import every_op
+from support.cases import dtype_name
 from support.every_op import CALLS, same
 from support.numerics import CONSTANTS, error_against
+from support.stems import EMULATED, FILES
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 BACKENDS = pytest.mark.parametrize("backend", [*FILES, EMULATED], indirect=True)
@@ -69,13 +70,16 @@ def test_every_raw_op_is_called(monkeypatch):
     assert called == registered
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=dtype_name)
 @BACKENDS
 @pytest.mark.parametrize(("stem", "make"), CASES)
 def test_as_torch_library_wants_them(stem, make, backend, device, dtype, monkeypatch):
+    """Every call in float64, one of each op in half precision."""
     _sizes(monkeypatch)
     for op, (args, kwargs) in _raw_calls(stem, make, backend, device, dtype):
-        torch.library.opcheck(op, args, kwargs)
+        assert not kwargs
+        for call in _calls(op, args) if dtype == torch.float64 else [args]:
+            torch.library.opcheck(op, call)
 
 
 # Calls of raw ops that public ops do not make: arguments by name, made from those of support/every_op.py.
@@ -85,7 +89,12 @@ VARIANTS: dict[str, list[Callable[[dict], dict]]] = {
     "additive_shapley_fwd": [lambda a: {"bias": None}, lambda a: {"bias": a["bias"].double()}],
     "additive_shapley_bwd": [lambda a: {"bias": None}, lambda a: {"bias": a["bias"].double()}],
     "duc_loss_fwd": [
-        lambda a: {"keys": a["features"], "reduction": "none"},
+        # Twice as many keys as queries, whose own are the second half.
+        lambda a: {
+            "keys": [torch.cat([x, x]) for x in a["features"]],
+            "offset": len(a["features"][0]),
+            "reduction": "none",
+        },
         lambda a: dict(zip(("columns", "sizes"), split_dims(a["effective"]), strict=True)),
         lambda a: {"with_residual": False},
     ],

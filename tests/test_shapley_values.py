@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,18 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import shapley_values as reference
+from support.cases import DTYPES, HALF, dtype_name, is_interpreted, laws
 from support.numerics import assert_close_to_truth, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 LAYOUTS = ("contiguous", "transposed", "every-second", "leading-dims", "expanded", "unaligned")
-LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = laws(30)
 
 
 def make(num_rows: int, size: int, dtype=torch.float32, device="cpu", layout: str = "contiguous") -> Tensor:
@@ -59,7 +54,7 @@ def check_backward(backend: str, dphi: Tensor, num_players: int) -> None:
 
 def check_all(backend: str) -> None:
     """Every dtype, layout and number of players, for a process that was started for one instruction set."""
-    for dtype in DTYPES.values():
+    for dtype in DTYPES:
         for num_players in (1, 2, 3, 4, 5, 6, 8, 13):
             for num_rows in (1, 2) if num_players == 13 else (1, 37):
                 for layout in LAYOUTS:
@@ -79,7 +74,7 @@ def test_every_number_of_players(backend, device, num_players):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 16, 37], ids="rows={}".format)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_dtypes_and_sizes(backend, device, dtype, num_rows):
     require_dtype(backend, dtype)
     for num_players in (3, 6):
@@ -87,7 +82,7 @@ def test_dtypes_and_sizes(backend, device, dtype, num_rows):
         check_backward(backend, make(num_rows, num_players, dtype, device), num_players)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 def test_half_precision_is_rounded_once(backend, device, dtype):
     require_dtype(backend, dtype)
     utilities, dphi = make(9, 2**8, dtype, device), make(9, 8, dtype, device)
@@ -192,16 +187,6 @@ def test_gradcheck(backend, device, num_players):
     assert torch.autograd.gradgradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("shape", [(2, 3), (0, 3)], ids=str)
-def test_opcheck(backend, device, shape, dtype):
-    num_rows, num_players = shape
-    utilities = make(num_rows, 2**num_players, dtype, device)
-    dphi = make(num_rows, num_players, dtype, device)
-    torch.library.opcheck(torch.ops.mmfast.shapley_values_fwd.default, (utilities, backend))
-    torch.library.opcheck(torch.ops.mmfast.shapley_values_bwd.default, (dphi, backend))
-
-
 def test_compiles_to_one_graph(backend, device):
     utilities = make(4, 8, device=device)
     expected, got = utilities.clone().requires_grad_(), utilities.clone().requires_grad_()
@@ -290,12 +275,14 @@ def scatter_special(x: Tensor, seed: int) -> Tensor:
 
 # The interpreter computes with numpy, which warns.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("num_players", [1, 2, 3, 4, 5, 7, 9, 13])
 def test_infinities_and_nan_as_in_the_formula(backend, device, num_players, dtype):
     require_dtype(backend, dtype)
-    if num_players == 13 and backend == "triton" and _backend.interpreting():
-        pytest.skip("a minute in Triton's interpreter")
+    if is_interpreted(backend) and (
+        num_players == 13 or (dtype != torch.float32 and num_players in (1, 2, 4, 7))
+    ):
+        pytest.skip("a minute in Triton's interpreter, or the same steps as with 3, 5 and 9 players")
     utilities = scatter_special(make(19, 2**num_players, dtype), num_players)
     # At the empty coalition, too, which kernels take for their origin.
     utilities[-1, 0] = -float("inf")
@@ -316,10 +303,10 @@ def test_infinities_and_nan_as_in_the_formula(backend, device, num_players, dtyp
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("num_players", [1, 2, 3, 4, 5, 7, 9, 13])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
 def test_sums_do_not_overflow_where_values_do_not(backend, device, num_players, dtype):
     require_dtype(backend, dtype)
-    if num_players == 13 and backend == "triton" and _backend.interpreting():
+    if is_interpreted(backend) and num_players == 13:
         pytest.skip("a minute in Triton's interpreter")
     most = torch.finfo(dtype).max
     generator = torch.Generator().manual_seed(num_players)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import EMULATED, FILES
 from mmfast import backend as _backend
 from support import every_op
+from support.cases import dtype_name
 from support.every_op import CALLS
 from support.numerics import assert_close_to_truth
+from support.stems import EMULATED, FILES
 
 CASES = [pytest.param(stem, make, id=make.__name__) for stem, makes in CALLS.items() for make in makes]
 # A fifth of N is what the pairwise losses take; two letters at once where one hides the other.
@@ -36,7 +37,7 @@ def _outcome(
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()))
 @pytest.mark.parametrize("backend", [*FILES, EMULATED], indirect=True)
 @pytest.mark.parametrize(("stem", "make"), CASES)

@@ -18,7 +18,11 @@ TESTS = parts.ROOT / "tests"
 SPARE = 4
 # Tests that reach a GPU and belong to no single op, those that take minutes, and those that no GPU changes.
 FIRST = ("every_op", "raw_ops", "transforms", "defaults", "nan_payloads", "small_sizes", "packing")
-LONG = ("additive_shapley", "class_separability", "duc_loss", "every_op", "raw_ops", "trainer")
+LONG = (
+    *("additive_shapley", "additive_shapley_range", "class_separability", "class_separability_hits"),
+    *("class_separability_range", "duc_loss", "duc_loss_range", "duc_loss_tiles"),
+    *("every_op", "raw_ops", "trainer"),
+)
 LAST = (
     *("compile_triton", "cuda_emulated", "data", "data_files", "data_sources", "encoders", "fuzz"),
     *("gpu_scripts", "human_votes", "inspect_cuda", "interrupt", "labels", "launched_kernels", "layout"),
@@ -89,8 +93,9 @@ def test_steps(python: str) -> list[Step]:
     """Return the test files, those of the ops first, without what shows itself on any machine."""
     command = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures"]
     command += ["--disable-warnings", "-rN", "--rootdir", str(parts.ROOT), "-k", "not emulated"]
-    first = (*stems("triton"), *FIRST)
     names = {path.stem.removeprefix("test_"): path for path in sorted(TESTS.glob("test_*.py"))}
+    ops = [name for stem in stems("triton") for name in names if name == stem or name.startswith(f"{stem}_")]
+    first = (*ops, *FIRST)
     order = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
     return [
         Step(

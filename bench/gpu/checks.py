@@ -20,8 +20,8 @@ import steps
 from mmfast import backend, ops
 from mmfast.reference import duc_loss as duc_reference
 from support import every_op, numerics
+from support.cases import DTYPES, dtype_name
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1500, 20, 1)
 RUNS = 30
 DEVICE = torch.device("cuda")
@@ -97,7 +97,7 @@ def calls(stem: str, backend_name: str) -> Iterator[tuple[str, every_op.Make, to
             if not backend.supports(backend_name, stem, dtype):
                 continue
             for num_samples in SIZES:
-                name = f"{make.__name__} {backend_name} {str(dtype)[6:]} N={num_samples}"
+                name = f"{make.__name__} {backend_name} {dtype_name(dtype)} N={num_samples}"
                 yield name, make, dtype, num_samples
 
 
@@ -147,7 +147,7 @@ def _judge_kmeans(
     mine, right, usual = (torch.tensor(value, dtype=torch.float64) for value in inertia)
     assert math.isfinite(inertia[0]), "centroids are not finite"
     # The results are float32 at least, whatever went in.
-    limit = 2 * numerics.error_against(right, usual) + numerics.CONSTANTS[torch.float32]
+    limit = numerics.allowed_error(right, usual, torch.float32)
     error = numerics.error_against(right, mine)
     assert error <= limit, f"inertia is {error:.1e} off that of float64, at most {limit:.1e} allowed"
     return error
@@ -174,7 +174,7 @@ def check_riskiest(report: Report) -> None:
     for num_samples in (300, 4096):
         for dim in (64, 128, 256, 512):
             for dtype in (torch.bfloat16, torch.float16):
-                title = f"info_nce cuda {str(dtype)[6:]} N={num_samples} d={dim}"
+                title = f"info_nce cuda {dtype_name(dtype)} N={num_samples} d={dim}"
                 report.check(title, functools.partial(_info_nce, num_samples, dim, dtype, report.rehearsal))
 
 

@@ -13,9 +13,8 @@ from fuzzing.judge import check, clean, flushed, gamma, grain, unit, wide
 from fuzzing.softmax import softmax
 from fuzzing.tensors import Made, assert_unchanged, exact, float_dtype, float_dtypes, floats, labels
 from mmfast import ops
+from mmfast.ops.additive_shapley import SMOOTH_UTILITIES, UTILITIES
 
-UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
-SMOOTH = UTILITIES[2:]
 _GRADIENTS = ("normal", "ties", "tiny")
 _LARGEST = np.finfo(np.longdouble).max
 
@@ -197,7 +196,7 @@ def coalition_utilities(draw: Draw, backend: str, small: bool) -> None:
     z, y = exact(logits.tensor), target.tensor.long().numpy()
     truth, bound, slope, slope_error = utilities_of(z, y, utility, u, flush, 0.0)
     check("utilities", values, truth, bound, dtype=dtype)
-    if utility in SMOOTH:
+    if utility in SMOOTH_UTILITIES:
         given = gradients(draw, shape[:2], dtype)
         (dlogits,) = torch.autograd.grad(values, x, given.tensor)
         du = exact(given.tensor)[..., None]
@@ -253,9 +252,9 @@ def additive_shapley(draw: Draw, backend: str, small: bool) -> None:
     truth, bound = values_of(table, error, u)
     amount = np.abs(np.where(np.isfinite(table), table, 0))
     over = np.broadcast_to(_is_crowded(amount, acc), truth.shape)
-    loose = over if utility not in SMOOTH else over | beyond.any(1)[:, None]
+    loose = over if utility not in SMOOTH_UTILITIES else over | beyond.any(1)[:, None]
     check("phi", phi, truth, bound + 2**num_modalities * flush, dtype=dtype, loose=loose)
-    if utility in SMOOTH:
+    if utility in SMOOTH_UTILITIES:
         _check_gradients(draw, phi, x, b, (table, slope, slope_error), beyond, acc)
     else:
         assert not phi.requires_grad, "a step function carries a gradient"

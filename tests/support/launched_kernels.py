@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmfast import backend as _backend
 from mmfast import ops
+from mmfast.bench.harness import dtype_name
 from mmfast.ops import _partial_reinit_launch as reinit_launch
 
 CAPABILITY = 90
@@ -82,7 +83,7 @@ def _shown(argument: object) -> str:
     if not isinstance(argument, Tensor):
         return str(argument)
     aligned = "" if argument.data_ptr() % 16 == 0 else " unaligned"
-    return f"{str(argument.dtype)[6:]}{list(argument.shape)}{aligned}"
+    return f"{dtype_name(argument.dtype)}{list(argument.shape)}{aligned}"
 
 
 def sizes(*ordinary: int) -> Iterator[tuple[int, ...]]:

@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from conftest import FILES, ROOT
 from mmfast import backend as _backend
 from support import every_op
+from support.stems import FILES, ROOT
 
 
 def main() -> None:
