@@ -8,6 +8,7 @@
 //   10,000 tensors of 64      0.21 ms             torch._foreach_lerp_ 6.5 ms
 // These are the kernel alone: for many small tensors the op spends far longer in Python, on checks and on
 // gathering pointers, and is then no faster than the peer.
+#include "codes.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -26,7 +27,7 @@ void interpolate(T* theta, const T* theta_0, int64_t count, double alpha) {
   for (; i < count; ++i) theta[i] = narrow<T>(keep * widen(theta[i]) + pull * widen(theta_0[i]));
 }
 
-void reinit_part(void* theta, const void* theta_0, int64_t begin, int64_t end, double alpha, int64_t dtype) {
+void reinit_part(void* theta, const void* theta_0, int64_t begin, int64_t end, double alpha, Dtype dtype) {
   // Neither of the two ends does arithmetic: NaN and the sign of zero stay as they are.
   if (alpha == 0) return;
   dispatch_dtype("partial_reinit", dtype, [&](auto* type) {
@@ -45,13 +46,13 @@ void partial_reinit(void* const* params,       // [P] addresses of contiguous te
                     const void* const* inits,  // [P]
                     const int64_t* sizes,      // [P] in elements
                     const double* alphas,      // [P] in [0, 1]
-                    const int64_t* dtypes,     // [P] dtype codes
+                    const Dtype* dtypes,       // [P]
                     int64_t num_tensors, int64_t num_threads) {
   int64_t total = 0;
   for (int64_t p = 0; p < num_tensors; ++p) {
     total += sizes[p];
     // Here, because an exception must not leave a parallel region.
-    if (dtypes[p] < 0 || dtypes[p] > 3) dispatch_dtype("partial_reinit", dtypes[p], [](auto*) {});
+    dispatch_dtype("partial_reinit", dtypes[p], [](auto*) {});
   }
   parallel_for(total, 3 * sizeof(float), num_threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
