@@ -290,8 +290,8 @@ def test_blocks_may_share_coalitions_or_not(num_modalities, utility, monkeypatch
     elif backend == "cuda":
         # Where no block shares them, sums of more than a thousand coalitions begin anew.
         num_modalities += 5
-        module = importlib.import_module("mmfast.ops._additive_shapley_launch")
-        name, values = "_CUDA_ENOUGH_THREADS", (1, 50, 2**17)
+        module, name = _backend.extension("cuda"), "additive_shapley_fwd_plan"
+        values = tuple(lambda *_, count=count: count for count in (1, 4, 8))
     else:
         pytest.skip("no coalitions are shared")
     partial_logits, labels, bias = make((num_modalities, 5, 3), device=device)

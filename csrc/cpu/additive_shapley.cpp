@@ -16,6 +16,7 @@
 #include <cmath>
 #include <vector>
 
+#include "codes.h"
 #include "labels.h"
 #include "lanes.h"
 #include "vec_math.h"
@@ -30,8 +31,6 @@ constexpr int kMaxPlayers = 20;
 constexpr int64_t kChunk = 256;
 // Classes of a group: a sum of few groups' sums rounds less than one of C terms.
 constexpr int64_t kGroup = 64;
-
-enum Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
 // A sample is tame if none of its numbers is NaN or above this: then no logit of a coalition, a sum of up to
 // 21 of them, is NaN or +inf. Among them may be -inf.
@@ -538,7 +537,8 @@ struct Shapley {
                        const int64_t last = std::min(N, (chunk + 1) * kChunk);
                        for (int64_t first = chunk * kChunk; first < last; first += L)
                          bwd_block(first, dphi, dpartial_logits, walk);
-                       for (int64_t c = 0; c < C; ++c) dbias[chunk * C + c] = sum_lanes(walk.root[c]);
+                       for (int64_t c = 0; dbias != nullptr && c < C; ++c)
+                         dbias[chunk * C + c] = sum_lanes(walk.root[c]);
                      }
                    });
     });
@@ -646,85 +646,104 @@ struct Table {
   }
 };
 
+template <class T>
+Table<T> make_table(const Strided<3>& logits, const int64_t* labels, Utility utility) {
+  const auto& [N, S, C] = logits.sizes;
+  const auto& [stride_n, stride_s, stride_c] = logits.strides;
+  return {static_cast<const T*>(logits.data), labels, N, S, C, stride_n, stride_s, stride_c, utility};
+}
+
+template <class T>
+Shapley<T> make_shapley(const Strided<3>& partial_logits, const int64_t* labels, const void* bias,
+                        Utility utility) {
+  const auto& [M, N, C] = partial_logits.sizes;
+  const auto& [stride_m, stride_n, stride_c] = partial_logits.strides;
+  return {static_cast<const T*>(partial_logits.data),
+          labels,
+          static_cast<const accumulate_t<T>*>(bias),
+          M,
+          N,
+          C,
+          stride_m,
+          stride_n,
+          stride_c,
+          utility};
+}
+
 // All four refuse labels outside [0, C).
-void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous
-                             void* values,           // [N, S] contiguous
-                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
-                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, N, C, num_threads);
+void coalition_utilities_fwd(const Strided<3>& logits,  // [N, S, C]
+                             const int64_t* labels,     // [N] contiguous
+                             void* values,              // [N, S] contiguous
+                             Utility utility, Dtype dtype, int64_t num_threads) {
+  check_labels(labels, logits.sizes[0], logits.sizes[2], num_threads);
   dispatch_dtype("coalition_utilities_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
-                            static_cast<Utility>(utility)};
-    table.fwd(static_cast<T*>(values), num_threads);
+    make_table<T>(logits, labels, utility).fwd(static_cast<T*>(values), num_threads);
   });
 }
 
-void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
-                             const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous
-                             void* dlogits,          // [N, S, C] contiguous
-                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
-                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, N, C, num_threads);
+void coalition_utilities_bwd(const void* dvalues,       // [N, S] contiguous
+                             const Strided<3>& logits,  // [N, S, C]
+                             const int64_t* labels,     // [N] contiguous
+                             void* dlogits,             // [N, S, C] contiguous
+                             Utility utility, Dtype dtype, int64_t num_threads) {
+  check_labels(labels, logits.sizes[0], logits.sizes[2], num_threads);
   dispatch_dtype("coalition_utilities_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Table<T> table = {static_cast<const T*>(logits), labels, N, S, C, stride_n, stride_s, stride_c,
-                            static_cast<Utility>(utility)};
+    const auto table = make_table<T>(logits, labels, utility);
     table.bwd(static_cast<const T*>(dvalues), static_cast<T*>(dlogits), num_threads);
   });
 }
 
-void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous
-                          const void* bias,            // [C] in the type of accumulation, or null
-                          void* phi,                   // [N, M] contiguous
-                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
-                          int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, N, C, num_threads);
+// Sums over parts of the work, which Python adds up.
+struct Parts {
+  void* sums;     // [count, ...] in the type of accumulation, or null
+  int64_t count;  // of those there is memory for
+};
+
+// The values of a sample are summed in one part.
+int64_t additive_shapley_fwd_plan(int64_t, int64_t, int64_t, Dtype) { return 1; }
+
+struct BackwardPlan {
+  int64_t num_parts;  // of the bias's gradient
+  int64_t is_wide;    // whether the gradient is written in the type of accumulation, whatever the dtype
+};
+
+BackwardPlan additive_shapley_bwd_plan(int64_t, int64_t N, int64_t, Dtype) {
+  return {ceil_div(N, kChunk), false};
+}
+
+void additive_shapley_fwd(const Strided<3>& partial_logits,  // [M, N, C]
+                          const int64_t* labels,             // [N] contiguous
+                          const void* bias,                  // [C] in the type of accumulation, or null
+                          void* phi,                         // [N, M] contiguous
+                          const Parts&,                      // one: there are no sums of parts
+                          Utility utility, Dtype dtype, int64_t num_threads) {
+  check_labels(labels, partial_logits.sizes[1], partial_logits.sizes[2], num_threads);
   dispatch_dtype("additive_shapley_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Shapley<T> shapley = {static_cast<const T*>(partial_logits),
-                                labels,
-                                static_cast<const accumulate_t<T>*>(bias),
-                                M,
-                                N,
-                                C,
-                                stride_m,
-                                stride_n,
-                                stride_c,
-                                static_cast<Utility>(utility)};
-    shapley.fwd(static_cast<T*>(phi), num_threads);
+    make_shapley<T>(partial_logits, labels, bias, utility).fwd(static_cast<T*>(phi), num_threads);
   });
 }
 
-void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
-                          const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous
-                          const void* bias,            // [C] in the type of accumulation, or null
-                          void* dpartial_logits,       // [M, N, C] contiguous
-                          void* dbias,  // [ceil(N / 256), C] sums within chunks of samples, in that type too
-                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
-                          int64_t stride_c, int64_t utility, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, N, C, num_threads);
+void additive_shapley_bwd(const void* dphi,                  // [N, M] contiguous
+                          const Strided<3>& partial_logits,  // [M, N, C]
+                          const int64_t* labels,             // [N] contiguous
+                          const void* bias,                  // [C] in the type of accumulation, or null
+                          void* dpartial_logits,             // [M, N, C] contiguous
+                          const Parts& dbias,                // [num_parts, C] of additive_shapley_bwd_plan
+                          Utility utility, Dtype dtype, int64_t num_threads) {
+  check_labels(labels, partial_logits.sizes[1], partial_logits.sizes[2], num_threads);
   dispatch_dtype("additive_shapley_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Shapley<T> shapley = {static_cast<const T*>(partial_logits),
-                                labels,
-                                static_cast<const accumulate_t<T>*>(bias),
-                                M,
-                                N,
-                                C,
-                                stride_m,
-                                stride_n,
-                                stride_c,
-                                static_cast<Utility>(utility)};
+    const auto shapley = make_shapley<T>(partial_logits, labels, bias, utility);
     shapley.bwd(static_cast<const T*>(dphi), static_cast<T*>(dpartial_logits),
-                static_cast<accumulate_t<T>*>(dbias), num_threads);
+                static_cast<accumulate_t<T>*>(dbias.sums), num_threads);
   });
 }
 
+MMFAST_REGISTER(additive_shapley_fwd_plan)
+MMFAST_REGISTER(additive_shapley_bwd_plan)
 MMFAST_REGISTER(coalition_utilities_fwd)
 MMFAST_REGISTER(coalition_utilities_bwd)
 MMFAST_REGISTER(additive_shapley_fwd)

@@ -20,6 +20,7 @@
 // Without the prefetch of the next block's rows the third takes 8.8 ms: it waits for memory.
 #include <vector>
 
+#include "codes.h"
 #include "lanes.h"
 #include "vec_math.h"
 
@@ -233,45 +234,36 @@ struct Fusion {
 };
 
 template <class T>
-Fusion<T> make(const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C, int64_t stride_m,
-               int64_t stride_n, int64_t stride_c, int64_t score, double temperature) {
-  return {static_cast<const T*>(logits),
-          present,
-          M,
-          N,
-          C,
-          stride_m,
-          stride_n,
-          stride_c,
-          static_cast<Score>(score),
+Fusion<T> make_fusion(const Strided<3>& logits, const uint8_t* present, Score score, double temperature) {
+  const auto& [M, N, C] = logits.sizes;
+  const auto& [stride_m, stride_n, stride_c] = logits.strides;
+  return {static_cast<const T*>(logits.data),       present, M, N, C, stride_m, stride_n, stride_c, score,
           static_cast<accumulate_t<T>>(temperature)};
 }
 
-void logit_fusion_fwd(const void* logits,      // [M, N, C], strides in elements
-                      const uint8_t* present,  // [M, N] contiguous, or null
-                      void* fused,             // [N, C] contiguous
-                      void* weights,           // [M, N] contiguous
-                      int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n, int64_t stride_c,
-                      int64_t score, double temperature, int64_t dtype, int64_t num_threads) {
+void logit_fusion_fwd(const Strided<3>& logits,  // [M, N, C]
+                      const uint8_t* present,    // [M, N] contiguous, or null
+                      void* fused,               // [N, C] contiguous
+                      void* weights,             // [M, N] contiguous
+                      Score score, double temperature, Dtype dtype, int64_t num_threads) {
   dispatch_dtype("logit_fusion_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto fusion = make<T>(logits, present, M, N, C, stride_m, stride_n, stride_c, score, temperature);
+    const auto fusion = make_fusion<T>(logits, present, score, temperature);
     fusion.for_blocks(num_threads, [&](int64_t block, auto* z, auto* w, auto* here) {
       fusion.fwd(block, z, w, here, static_cast<T*>(fused), static_cast<T*>(weights));
     });
   });
 }
 
-void logit_fusion_bwd(const void* dfused,      // [N, C] contiguous
-                      const void* dweights,    // [M, N] contiguous
-                      const void* logits,      // [M, N, C], strides in elements
-                      const uint8_t* present,  // [M, N] contiguous, or null
-                      void* dlogits,           // [M, N, C] contiguous
-                      int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n, int64_t stride_c,
-                      int64_t score, double temperature, int64_t dtype, int64_t num_threads) {
+void logit_fusion_bwd(const void* dfused,        // [N, C] contiguous
+                      const void* dweights,      // [M, N] contiguous
+                      const Strided<3>& logits,  // [M, N, C]
+                      const uint8_t* present,    // [M, N] contiguous, or null
+                      void* dlogits,             // [M, N, C] contiguous
+                      Score score, double temperature, Dtype dtype, int64_t num_threads) {
   dispatch_dtype("logit_fusion_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto fusion = make<T>(logits, present, M, N, C, stride_m, stride_n, stride_c, score, temperature);
+    const auto fusion = make_fusion<T>(logits, present, score, temperature);
     fusion.for_blocks(num_threads, [&](int64_t block, auto* e, auto* w, auto* here) {
       fusion.bwd(block, e, w, here, static_cast<const T*>(dfused), static_cast<const T*>(dweights),
                  static_cast<T*>(dlogits));
