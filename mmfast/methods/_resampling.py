@@ -15,7 +15,7 @@ from mmfast.methods.base import Learner
 from mmfast.valuation import contributions
 
 
-class CopiesLearner(Learner):
+class ResamplingLearner(Learner):
     """A learner whose `end_epoch` chooses the copies that the next epoch trains on besides all samples."""
 
     def build(self) -> None:
@@ -37,7 +37,7 @@ class CopiesLearner(Learner):
         shown = coalitions.members(torch.cat([full, self.coalitions]), num_modalities)
         return Entries(train, torch.cat([samples, self.indices]), shown)
 
-    def take_copies(
+    def add_copies(
         self,
         train: Any,
         indices: Tensor,  # [E] int64
