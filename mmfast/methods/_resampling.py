@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfast import coalitions
 from mmfast.coalitions import PRESENT_SUFFIX
 from mmfast.data.batches import Entries, iterate, presence
-from mmfast.distributed import of_first
+from mmfast.distributed import broadcast_from_first
 from mmfast.methods.base import Learner
 from mmfast.valuation import contributions
 
@@ -56,7 +56,7 @@ class ResamplingLearner(Learner):
             visible = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
             keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *visible])
             indices, modalities = indices[keep], modalities[keep]
-        self.indices, self.coalitions = of_first((indices, coalitions.alone(modalities)))
+        self.indices, self.coalitions = broadcast_from_first((indices, coalitions.alone(modalities)))
 
     def figures(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.distributed import of_first, share_of_batch, world
+from mmfast.distributed import broadcast_from_first, share_of_batch, world
 from mmfast.methods._frozen_encoders import FrozenEncodersLearner
 from mmfast.methods._late_fusion import repeat_for, unimodal_losses
 from mmfast.methods.base import Method, Stage, check_numbers
@@ -57,7 +57,7 @@ class _DIMMLLearner(FrozenEncodersLearner):
             accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
             right[m] += (len(labels) * accuracy.double()).round().long()
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
-        return of_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
+        return broadcast_from_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
 
     def encoder_loss(self, features, labels, present):
         loss = unimodal_losses(self.own_logits(features), labels, present)

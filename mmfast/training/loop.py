@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from mmfast.data.batches import Shard, dataset_indices, epoch_shard, loader
 from mmfast.data.threads import fitting_threads
-from mmfast.distributed import check_agreement, first_of_all, share_buffers, world
+from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
 from mmfast.training.divergence import (
     DivergedError,
@@ -158,7 +158,7 @@ class TrainingLoop:
                 optimizer.step()
         bad = losses.first_bad()
         # All processes stop with the one whose loss was the first.
-        first = first_of_all(len(shard.batches) if bad is None else bad // steps)
+        first = min_over_processes(len(shard.batches) if bad is None else bad // steps)
         if first < len(shard.batches):
             self._diverged(entries, shard, first, stage, epoch)
         share_buffers(learner)
