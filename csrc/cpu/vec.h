@@ -199,6 +199,13 @@ inline Vec<accumulate_t<T>> load_part(const T* source, int64_t count) {
 // Writes the first `count` lanes.
 template <class T>
 inline void store_part(T* target, Vec<accumulate_t<T>> value, int64_t count) {
+#if MMFAST_ISA == 2
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(target, (1u << count) - 1, reinterpret_cast<__m512>(value));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_storeu_pd(target, (1u << count) - 1, reinterpret_cast<__m512d>(value));
+  }
+#endif
   T padded[kLanes<accumulate_t<T>>];
   store(padded, value);
   std::memcpy(target, padded, count * sizeof(T));
