@@ -16,6 +16,8 @@
 #include <memory>
 #include <vector>
 
+#include "codes.h"
+#include "duc_loss_operands.h"
 #include "duc_loss_tile.h"
 
 namespace mmfast {
@@ -29,8 +31,6 @@ constexpr int64_t kMaxTiles = 4;
 constexpr int64_t kBlockBytes = 1 << 19;
 // Waking threads takes longer than so many operations.
 constexpr int64_t kMinOperations = 1 << 19;
-
-enum Reduction { kMean, kSum, kNone };
 
 // The residual's type: its factors, 1 / temperature among them, are still to come, and float16 would not hold
 // it before.
@@ -215,21 +215,22 @@ class DucLoss {
 
 // Writes the loss: the losses [M, N] summed over students, then reduced over samples.
 template <class A>
-void reduce(const A* losses, int64_t num_students, int64_t num_samples, int64_t reduction, A* loss) {
+void reduce(const A* losses, int64_t num_students, int64_t num_samples, Reduction reduction, A* loss) {
   double total = 0;
   for (int64_t i = 0; i < num_samples; ++i) {
     A sum = 0;
     for (int64_t m = 0; m < num_students; ++m) sum += losses[m * num_samples + i];
-    if (reduction == kNone) loss[i] = sum;
+    if (reduction == Reduction::kNone) loss[i] = sum;
     total += sum;
   }
-  if (reduction != kNone) *loss = static_cast<A>(reduction == kMean ? total / num_samples : total);
+  if (reduction == Reduction::kNone) return;
+  *loss = static_cast<A>(reduction == Reduction::kMean ? total / num_samples : total);
 }
 
 template <class T, bool pairs>
 void run_op(const int64_t* views, const uint8_t* effective, void* loss, void* residual,
             int64_t num_modalities, int64_t num_samples, int64_t num_keys, int64_t num_dims,
-            double temperature, int64_t offset, int64_t reduction, int64_t num_threads) {
+            double temperature, int64_t offset, Reduction reduction, int64_t num_threads) {
   using A = accumulate_t<T>;
   DucLoss<T, pairs> op;
   op.num_samples = num_samples, op.num_keys = num_keys, op.num_dims = num_dims, op.offset = offset;
@@ -252,19 +253,16 @@ void run_op(const int64_t* views, const uint8_t* effective, void* loss, void* re
   reduce(op.run(num_threads), num_modalities, num_samples, reduction, static_cast<A*>(loss));
 }
 
-void duc_loss_fwd(const int64_t* views,      // [M, 2, 3]: address and strides of queries [N, D], keys [K, D]
-                  const uint8_t* effective,  // [M, D]; null: the keys teach the queries in all dimensions
-                  void* loss,                // [] or [N]
-                  void* residual,            // [M, N, D], of float16 in float32; null: not wanted
-                  int64_t num_modalities, int64_t num_samples, int64_t num_keys, int64_t num_dims,
-                  double temperature, int64_t offset, int64_t reduction, int64_t dtype, int64_t num_threads) {
+void duc_loss_fwd(const DucOperands& operands, const DucResults& out, double temperature, int64_t offset,
+                  Reduction reduction, Dtype dtype, int64_t num_threads) {
   dispatch_dtype("duc_loss", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* run = &run_op<T, false>;
     if constexpr (std::is_same_v<T, bfloat16> && MMFAST_ISA == 2) {
       if (has_bfloat16_pairs()) run = &run_op<T, true>;
     }
-    run(views, effective, loss, residual, num_modalities, num_samples, num_keys, num_dims, temperature,
+    run(operands.views, static_cast<const uint8_t*>(operands.effective), out.loss, out.residuals,
+        operands.num_modalities, operands.num_samples, operands.num_keys, operands.num_dims, temperature,
         offset, reduction, num_threads);
   });
 }

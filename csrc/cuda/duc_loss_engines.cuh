@@ -2,6 +2,7 @@
 // duc_loss_sm<arch>.cu, which setup.py compiles for that architecture alone, and a row of kEngines.
 #pragma once
 
+#include "codes.h"
 #include "duc_loss.cuh"
 
 namespace mmfast::duc {
@@ -41,7 +42,7 @@ struct Call {
   const View* views;     // [M, 2] on the host
   const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
   int num_sms;
-  bool is_float16, is_float64;
+  Dtype dtype;
   // Where queries and keys are packed to; keys row by row of float32 and float64 alone, and only where those
   // that are there cannot be read as they lie.
   void *queries, *keys, *keys_by_row;
@@ -51,7 +52,7 @@ struct Call {
 
 struct Engine {
   int first_major, last_major;  // of compute capabilities
-  unsigned dtypes;              // 1 << dtype code of mmfast/ops/_common.py, together
+  unsigned dtypes;              // bits of those it takes
   Tiling tiling;                // how half precision is packed; not for float32 and float64
   // Half precision: sweeps the pairs of a bucket below `wide`, packed before. Else packs and sweeps all
   // pairs.
@@ -59,7 +60,9 @@ struct Engine {
 };
 
 constexpr int kLater = 1 << 16;
-constexpr unsigned kFloat32Or64 = 1 << 0 | 1 << 1, kBfloat16OrFloat16 = 1 << 2 | 1 << 3;
+constexpr unsigned bit(Dtype dtype) { return 1u << static_cast<int>(dtype); }
+constexpr unsigned kFloat32Or64 = bit(Dtype::kFloat32) | bit(Dtype::kFloat64),
+                   kBfloat16OrFloat16 = bit(Dtype::kBFloat16) | bit(Dtype::kFloat16);
 
 constexpr Tiling kSm90aTiling{{128, 128, 96, 64, 64}, 4};
 constexpr Tiling kMmaTiling{{64, 64, 32, 64, 64}, 3};

@@ -242,7 +242,7 @@ void launch_mma_wide(const Call& call, const Tiling& tiling) {
 }  // namespace
 
 void launch_mma(const Call& call, int bucket) {
-  if (call.is_float16) return launch_mma_bucket<__half>(call, bucket);
+  if (call.dtype == Dtype::kFloat16) return launch_mma_bucket<__half>(call, bucket);
   launch_mma_bucket<__nv_bfloat16>(call, bucket);
 }
 

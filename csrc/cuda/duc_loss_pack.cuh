@@ -212,8 +212,6 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-enum Reduction { kMean, kSum, kNone };
-
 // The first block reduces the losses, each of the others puts the residuals of 32 rows back, a warp a row.
 // Sums over teachers and samples have a fixed order.
 template <class T>
@@ -222,7 +220,8 @@ __global__ void __launch_bounds__(kFinishBlock)
                       const void* __restrict__ packed,                              // [P, N, W]
                       accumulate_t<T>* __restrict__ loss,                           // [] or [N]
                       residual_t<T>* __restrict__ residuals,                        // [M, N, D]
-                      int num_pairs, int64_t num_queries, int64_t width, bool is_rounded, int reduction) {
+                      int num_pairs, int64_t num_queries, int64_t width, bool is_rounded,
+                      Reduction reduction) {
   using A = accumulate_t<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (blockIdx.x == 0) {
@@ -232,10 +231,10 @@ __global__ void __launch_bounds__(kFinishBlock)
       for (int pair = 0; pair < num_pairs; ++pair) {
         if (columns.count(pair) > 0) sum += losses[pair * num_queries + n];
       }
-      if (reduction == kNone) loss[n] = sum;
+      if (reduction == Reduction::kNone) loss[n] = sum;
       total += sum;
     }
-    if (reduction == kNone) return;
+    if (reduction == Reduction::kNone) return;
     MMFAST_SHARED(double, totals, [kFinishBlock]);
     totals[threadIdx.x] = total;
     for (int half = kFinishBlock / 2; half > 0; half /= 2) {
@@ -243,7 +242,8 @@ __global__ void __launch_bounds__(kFinishBlock)
       if (threadIdx.x < half) totals[threadIdx.x] += totals[threadIdx.x + half];
     }
     if (threadIdx.x == 0) {
-      *loss = static_cast<A>(reduction == kMean ? totals[0] / static_cast<double>(num_queries) : totals[0]);
+      const bool is_mean = reduction == Reduction::kMean;
+      *loss = static_cast<A>(is_mean ? totals[0] / static_cast<double>(num_queries) : totals[0]);
     }
     return;
   }

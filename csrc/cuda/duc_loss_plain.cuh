@@ -312,7 +312,7 @@ double duration(const Call& call) {
 }  // namespace
 
 void launch_plain(const Call& call, int) {
-  if (call.is_float64) return launch_plain<PlainTile<double, 4, 2, 4>>(call);
+  if (call.dtype == Dtype::kFloat64) return launch_plain<PlainTile<double, 4, 2, 4>>(call);
   using Wide = PlainTile<float, 8, 4, 16>;
   using Large = PlainTile<float, 8, 4, 8>;
   using Small = PlainTile<float, 4, 4, 8>;

@@ -288,7 +288,7 @@ void launch(const Call& call, int bucket) {
 }  // namespace
 
 void launch_sm90a(const Call& call, int bucket) {
-  if (call.is_float16) return launch<__half>(call, bucket);
+  if (call.dtype == Dtype::kFloat16) return launch<__half>(call, bucket);
   launch<__nv_bfloat16>(call, bucket);
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._launch import DTYPE_CODE, outside_autocast
+from mmfast.ops._launch import DTYPE_CODE, address, outside_autocast
 from mmfast.ops._registration import define
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -19,15 +19,19 @@ from mmfast.reference.duc_loss import residual_dtype
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _views(
+def _operands(
     features: list[Tensor],  # M of [N, D]
     keys: list[Tensor],  # M of [K, D]
-) -> array:  # int64 [M, 2, 3]
-    """Return the addresses and strides of all matrices, as compiled kernels take them."""
+    effective: Tensor | None,  # bool [M, D]
+) -> tuple[tuple[int, ...], tuple[array, Tensor | None]]:
+    """Return `DucOperands` of csrc/duc_loss_operands.h, and what must live until the call is over."""
     numbers: list[int] = []
     for feature, key in zip(features, keys):
         numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
-    return array("q", numbers)
+    views = array("q", numbers)
+    mask = None if effective is None else effective.contiguous()
+    place = 0 if mask is None else mask.data_ptr()
+    return (views.buffer_info()[0], place, len(features), keys[0].shape[0], *features[0].shape), (views, mask)
 
 
 def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
@@ -46,20 +50,12 @@ def _run_cpu(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query = features[0]
-    num_samples, num_dims = query.shape
-    loss = _loss_fake(query, reduction)
-    residuals = _residuals(features, with_residual)
-    views = _views(features, keys)
-    mask = None if effective is None else effective.contiguous()
+    loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
+    operands, _kept = _operands(features, keys, effective)
     _backend.extension("cpu").duc_loss_fwd(
-        views.buffer_info()[0],
-        0 if mask is None else mask.data_ptr(),
+        *operands,
         loss.data_ptr(),
         residuals.data_ptr() if with_residual else 0,
-        len(features),
-        num_samples,
-        keys[0].shape[0],
-        num_dims,
         temperature,
         offset,
         REDUCTIONS.index(reduction),
@@ -69,85 +65,47 @@ def _run_cpu(
     return loss, residuals
 
 
-def _has_aligned_rows(
-    x: Tensor,  # [N, D]
-) -> bool:
-    """Return whether rows are in one piece each, and begin and end at multiples of 16 bytes."""
-    lengths = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
-    return x.stride(1) == 1 and all(length % 16 == 0 for length in lengths)
-
-
 def _run_cuda(
     features: list[Tensor],  # M of [N, D]
     keys: list[Tensor],  # M of [K, D]
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
-    sizes: list[int],  # M^2 numbers of columns a pair has; none: not known on the host
+    sizes: list[int],  # M^2 counts of columns of a pair; none: not known on the host
     temperature: float,
     offset: int,
     reduction: str,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    query = features[0]
-    (num_samples, num_dims), num_keys = query.shape, keys[0].shape[0]
-    num_pairs = 1 if effective is None else len(features) * (len(features) - 1)
-    num_columns = max(sizes, default=num_dims) if num_pairs else 0
-    loss = _loss_fake(query, reduction)
-    residuals = _residuals(features, with_residual)
-    if num_columns == 0 or num_samples == 0:
+    query, module = features[0], _backend.extension("cuda")
+    loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
+    operands, _kept = _operands(features, keys, effective)
+    known, dtype = array("q", sizes), DTYPE_CODE[query.dtype]
+    operands += (known.buffer_info()[0] if sizes else 0,)
+    plan = module.duc_loss_plan(*operands, with_residual, dtype)
+    if not any(plan):
         # Without dimensions all scores are 0.
+        num_samples, num_keys = query.shape[0], keys[0].shape[0]
         nothing = math.log(num_keys) if effective is None and num_samples else 0.0
         loss.fill_(math.nan if num_samples == 0 and reduction == "mean" else nothing)
         if reduction == "sum":
             loss.mul_(num_samples)
         return loss, residuals.zero_()
-    # In half precision up to 512 columns take a power of two of panels, otherwise any number of panels.
-    wide = query.dtype.itemsize > 2
-    width = -(-num_columns // 64) * 64
-    if not wide and num_columns <= 512:
-        width = max(64, 1 << (num_columns - 1).bit_length())
-    # Where all columns are taken, rows that can be read 16 bytes at a time need no second copy.
-    reads_keys = wide and effective is None and _has_aligned_rows(keys[0])
-    num_copies = 2 if wide and not reads_keys else 1
-    num_rows = -(-num_samples // 128) * 128 + -(-num_keys // 384) * 384 * num_copies
-    packed = query.new_empty(num_pairs * num_rows * width)
-    # Blocks take 128 samples of a pair. Where they are fewer than a large GPU has processors, keys are split.
-    num_splits = max(1, min(8, num_keys // 256, 132 // (num_pairs * -(-num_samples // 128))))
-    # Sums over several teachers are rounded once, residuals in float16 after their factors.
-    is_rounded = (effective is None or len(features) == 2) and residuals.dtype == query.dtype
-    packed_residual = residuals
-    if with_residual and (effective is not None or num_dims % 2):
-        dtype = query.dtype if is_rounded else accumulation_dtype(query.dtype)
-        packed_residual = query.new_empty(num_pairs, num_samples, width, dtype=dtype)
-    losses = loss.new_empty(num_pairs, num_samples)
-    num_partial = num_splits * num_pairs * num_samples * (3 + width * with_residual) if num_splits > 1 else 0
-    partial = loss.new_empty(num_partial)
-    indices = loss.new_empty(num_pairs * (2 * num_dims + 1), dtype=torch.int32)
-    views = _views(features, keys)
-    known = array("q", sizes)
-    mask = None if effective is None else effective.contiguous()
-    _backend.extension("cuda").duc_loss_fwd(
-        views.buffer_info()[0],
-        0 if mask is None else mask.data_ptr(),
-        indices.data_ptr(),
-        packed.data_ptr(),
-        packed_residual.data_ptr() if with_residual else 0,
-        partial.data_ptr(),
-        losses.data_ptr(),
+    num_packed, num_residual_bytes, num_partial, num_losses, num_indices = plan
+    workspace = (
+        query.new_empty(num_packed),
+        query.new_empty(num_residual_bytes, dtype=torch.uint8),
+        loss.new_empty(num_partial),
+        loss.new_empty(num_losses),
+        loss.new_empty(num_indices, dtype=torch.int32),
+    )
+    module.duc_loss_fwd(
+        *operands,
+        *map(address, workspace),
         loss.data_ptr(),
         residuals.data_ptr() if with_residual else 0,
-        len(features),
-        num_samples,
-        num_keys,
-        num_dims,
-        width,
-        known.buffer_info()[0] if sizes else 0,
-        num_splits,
-        reads_keys,
-        is_rounded,
         temperature,
         offset,
         REDUCTIONS.index(reduction),
-        DTYPE_CODE[query.dtype],
+        dtype,
         *_backend.stream_of(query),
     )
     return loss, residuals
