@@ -6,19 +6,19 @@
 
 namespace mmfast {
 
-enum class Dtype : int64_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum Dtype : int64_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};
 
-enum class Reduction : int64_t { kMean, kSum, kNone };
+enum Reduction : int64_t { kMean, kSum, kNone };
 constexpr const char* kReductionNames[] = {"mean", "sum", "none"};
 
 // Of a coalition's logits for the true class.
-enum class Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
+enum Utility : int64_t { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 constexpr const char* kUtilityNames[] = {"cardinality", "correct", "probability", "log_probability",
                                          "margin"};
 
 // By which unimodal logits are fused.
-enum class Score : int64_t { kEntropy, kCertainty };
+enum Score : int64_t { kEntropy, kCertainty };
 constexpr const char* kScoreNames[] = {"entropy", "certainty"};
 
 }  // namespace mmfast

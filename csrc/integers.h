@@ -11,6 +11,8 @@
 #endif
 
 namespace mmfast {
+// Each build for an instruction set has copies of its own: the linker must not take one for all.
+namespace {
 
 // The number of groups of `size` that hold n items, n >= 0.
 template <class N, class Size>
@@ -24,4 +26,5 @@ MMFAST_HOST_DEVICE constexpr std::common_type_t<N, Multiple> round_up(N n, Multi
   return ceil_div(n, multiple) * multiple;
 }
 
+}  // namespace
 }  // namespace mmfast

@@ -1,7 +1,13 @@
 // The weights of Shapley values, computed on the host in float64.
 #pragma once
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 namespace mmfast {
+// Each build for an instruction set has copies of its own: the linker must not take one for all.
+namespace {
 
 constexpr int kMaxPlayers = 20;
 
@@ -24,4 +30,19 @@ struct ShapleyWeights {
   }
 };
 
+[[maybe_unused]] int checked_players(const char* op, int64_t num_players) {
+  if (num_players >= 1 && num_players <= kMaxPlayers) return static_cast<int>(num_players);
+  throw std::invalid_argument(std::string(op) + ": num_players must lie in [1, 20], got " +
+                              std::to_string(num_players));
+}
+
+// The number of players who have so many coalitions.
+[[maybe_unused]] int players_of(const char* op, int64_t num_coalitions) {
+  if (num_coalitions <= 0 || (num_coalitions & (num_coalitions - 1)) != 0)
+    throw std::invalid_argument(std::string(op) + ": S must be a power of two, got " +
+                                std::to_string(num_coalitions));
+  return checked_players(op, __builtin_ctzll(static_cast<unsigned long long>(num_coalitions)));
+}
+
+}  // namespace
 }  // namespace mmfast

@@ -19,6 +19,70 @@ def _load_dphi(dphi_ptrs, m, stride_dm, mask_n, ACC: tl.constexpr):
 
 
 @triton.jit
+def _sum_others(
+    others,  # the coalition of the modalities before the last LAST
+    first,  # how many these are
+    base,  # [BLOCK_N, BLOCK_C], the logits without any modality
+    label_base,  # [BLOCK_N], the label's
+    row_ptrs,
+    label_ptrs,
+    dphi_ptrs,
+    stride_pm,
+    stride_dm,
+    mask_n,
+    mask,
+    mask_label,
+    is_label,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return a coalition's logits, the label's own, its size, and the sums of dphi inside and outside."""
+    z, label = base, label_base
+    size = others * 0
+    inside = tl.zeros((BLOCK_N,), dtype=ACC)
+    outside = tl.zeros((BLOCK_N,), dtype=ACC)
+    for m in range(first):
+        dphi = _load_dphi(dphi_ptrs, m, stride_dm, mask_n, ACC)
+        if ((others >> m) & 1) != 0:
+            part, label_part = _load_part(row_ptrs, label_ptrs, m, stride_pm, mask, mask_label, is_label, ACC)
+            z += part
+            label += label_part
+            size += 1
+            inside += dphi
+        else:
+            outside += dphi
+    return z, label, size, inside, outside
+
+
+@triton.jit
+def _spread_nan(
+    dphi_ptrs,
+    dp_ptrs,
+    M,
+    step,
+    stride_dm,
+    mask_n,
+    mask,
+    is_label,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add to the label's gradients NaN where a dphi is infinite, which `_dlogits` leaves out; return it."""
+    sums = tl.zeros((BLOCK_N,), dtype=ACC)
+    for m in range(M):
+        dphi = _load_dphi(dphi_ptrs, m, stride_dm, mask_n, ACC)
+        sums += dphi - dphi
+    label_sums = tl.where(is_label, sums[:, None], 0.0)
+    if tl.max((sums != 0).to(tl.int32)) != 0:
+        tl.debug_barrier()
+        for m in range(M):
+            offset = tl.cast(m, tl.int64) * step
+            earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
+            tl.store(dp_ptrs + offset, (earlier + label_sums).to(dp_ptrs.dtype.element_ty), mask=mask)
+    return label_sums
+
+
+@triton.jit
 def _add_to_members(
     dz,  # [BLOCK_N, BLOCK_C]
     others,  # the coalition of the modalities before the last LAST
@@ -96,22 +160,10 @@ def _additive_shapley_bwd_kernel(
     dbase = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
 
     for others in range(1 << first):
-        z, label = base, label_base
-        size = others * 0
-        dphi_in = tl.zeros((BLOCK_N,), dtype=ACC)
-        dphi_out = tl.zeros((BLOCK_N,), dtype=ACC)
-        for m in range(first):
-            dphi = _load_dphi(dphi_ptrs, m, stride_dm, mask_n, ACC)
-            if ((others >> m) & 1) != 0:
-                part, label_part = _load_part(
-                    row_ptrs, label_ptrs, m, stride_pm, mask, mask_label, is_label, ACC
-                )
-                z += part
-                label += label_part
-                size += 1
-                dphi_in += dphi
-            else:
-                dphi_out += dphi
+        z, label, size, dphi_in, dphi_out = _sum_others(
+            others, first, base, label_base, row_ptrs, label_ptrs, dphi_ptrs, stride_pm, stride_dm,
+            mask_n, mask, mask_label, is_label, BLOCK_N, ACC,
+        )  # fmt: skip
         dz = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
         for j in tl.static_range(1 << LAST):
             x, label_x = z, label
@@ -149,20 +201,8 @@ def _additive_shapley_bwd_kernel(
     if LAST > 2:
         tl.store(last_ptrs + 2 * step, dpart2.to(element), mask=mask)
     if UTILITY != _MARGIN:
-        # 0, or NaN where a gradient is infinite: what `_dlogits` leaves to its callers. Last, when little is
-        # held in registers.
-        sums = tl.zeros((BLOCK_N,), dtype=ACC)
-        for m in range(M):
-            dphi = _load_dphi(dphi_ptrs, m, stride_dm, mask_n, ACC)
-            sums += dphi - dphi
-        label_sums = tl.where(is_label, sums[:, None], 0.0)
-        dbase += label_sums
-        if tl.max((sums != 0).to(tl.int32)) != 0:
-            tl.debug_barrier()
-            for m in range(M):
-                offset = tl.cast(m, tl.int64) * step
-                earlier = tl.load(dp_ptrs + offset, mask=mask, other=0.0).to(ACC)
-                tl.store(dp_ptrs + offset, (earlier + label_sums).to(element), mask=mask)
+        # Last, when little is held in registers.
+        dbase += _spread_nan(dphi_ptrs, dp_ptrs, M, step, stride_dm, mask_n, mask, is_label, BLOCK_N, ACC)
     if HAS_BIAS:
         dbias = tl.sum(tl.where(mask, dbase, 0.0), axis=0)
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * C + offs_c, dbias, mask=offs_c < C)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _ELEMENT, _OPTIONS, _bits, _cdiv, _Configurations, _from_bits, _load_tile, _on, _wide
+from ._common import _ELEMENT, _OPTIONS, _bits, _cdiv, _Configurations, _from_bits, _on, _wide
 from ._tuning import tuned
 
 
@@ -59,8 +59,8 @@ def _projected_feature_kernel(
         offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
         h = tl.load(h_ptr + offs_d * stride_h, mask=mask_d, other=0.0).to(ACC) * unit
-        mask = mask_r[:, None] & mask_d[None, :]
-        products += _load_tile(p_ptr, offs_r, offs_d, mask, stride_pi, stride_pj, ACC) * h[None, :]
+        p_ptrs = p_ptr + offs_r[:, None] * stride_pi + offs_d[None, :] * stride_pj
+        products += tl.load(p_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0) * h[None, :]
     ph = tl.sum(products, axis=1)
     tl.store(ph_ptr + offs_r, ph, mask=mask_r)
     # Squares in float64.
@@ -132,9 +132,10 @@ def _project_gradient_kernel(
     for start in range(0, D, BLOCK_K):
         offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < D
-        mask_g, mask_p = mask_c[:, None] & mask_k[None, :], mask_k[:, None] & mask_d[None, :]
-        g = _load_tile(g_ptr, offs_c, offs_k, mask_g, stride_gc, stride_gd, ACC)
-        p = _load_tile(p_ptr, offs_k, offs_d, mask_p, stride_pi, stride_pj, ACC)
+        g_ptrs = g_ptr + offs_c[:, None] * stride_gc + offs_k[None, :] * stride_gd
+        g = tl.load(g_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(ACC)
+        p_ptrs = p_ptr + offs_k[:, None] * stride_pi + offs_d[None, :] * stride_pj
+        p = tl.load(p_ptrs, mask=mask_k[:, None] & mask_d[None, :], other=0.0).to(ACC)
         products += g[:, :, None] * p[None, :, :]
     out = tl.sum(products, axis=1)
     out_ptrs = out_ptr + offs_c[:, None] * D + offs_d[None, :]

@@ -15,7 +15,7 @@ def world() -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def total(
+def sum_over_processes(
     values: Tensor,  # any shape
 ) -> Tensor:  # same shape
     """Return the sum of a tensor over all processes; nothing flows back through it."""
@@ -34,11 +34,11 @@ def share_of_batch(
     over processes to the mean over the present samples of the whole batch. Where none is, the loss is 0.
     """
     samples = torch.full_like(present[..., 0], present.shape[-1], dtype=torch.float32)
-    found, samples = total(torch.stack([present.sum(-1).float(), samples]))
+    found, samples = sum_over_processes(torch.stack([present.sum(-1).float(), samples]))
     return found.clamp(min=1) / samples
 
 
-def first_of_all(number: int) -> int:
+def min_over_processes(number: int) -> int:
     """Return the least number of all processes."""
     if world() is None:
         return number
@@ -63,7 +63,7 @@ def _gathered(number: int) -> list[int]:
     return found
 
 
-def of_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """Return the first process's value, plain or a tensor on the CPU, in every process.
 
     What a method decides from features, which differ in their last bits from process to process, is decided

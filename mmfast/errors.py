@@ -82,7 +82,7 @@ def either(names: Iterable[str]) -> str:
 def describe(value: object) -> str:
     """Return a value as errors print it: a short one itself, of any other its type and size.
 
-    Numbers of a tensor or an array would bury the sentence, so its shape and dtype stand for it:
+    The elements of a tensor or an array would bury the sentence, so its shape and dtype stand for it:
     `Tensor [64, 3] of float32`, `ndarray [5] of <U4`, `tuple of 2`.
     """
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)

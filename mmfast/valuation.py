@@ -20,9 +20,9 @@ from mmfast.models.predictor import Predictor
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 # Of these, those that ask which class has the largest logit.
 _COUNTING = ("cardinality", "correct")
-# Logits of all coalitions are held for as many samples at a time as fit in this many numbers (64 MB in
+# Logits of all coalitions are held for as many samples at a time as fit in this many elements (64 MB in
 # float32).
-_CHUNK = 2**24
+_MAX_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -242,10 +242,10 @@ def _utilities(
 
 def _parts(
     num_samples: int,
-    numbers: int,  # held per sample
+    elements: int,  # held per sample
 ) -> Iterator[slice]:
     """Yield slices of the samples that keep what is held at a time bounded."""
-    rows = max(1, _CHUNK // numbers)
+    rows = max(1, _MAX_ELEMENTS // elements)
     for start in range(0, num_samples, rows):
         yield slice(start, start + rows)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmfast import backend as _backend
 from mmfast import ops
-from support.cases import DTYPES, dtype_name, laws
+from support.cases import DTYPES, dtype_name, is_interpreted, laws
 from support.numerics import as_plain_float64, assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -153,7 +153,7 @@ def closed_form(features, alpha):
 def test_an_alpha_far_below_the_feature_counts(backend, device, alpha, scale):
     """512 dimensions, features of squared length 256 or 2304: alpha is less than D eps |h|^2."""
     draw = torch.Generator().manual_seed(0)
-    features = scale * torch.randn(6 if backend == "triton" else 40, 512, generator=draw).relu()
+    features = scale * torch.randn(2 if is_interpreted(backend) else 40, 512, generator=draw).relu()
     actual = projector_after(features.to(device), alpha, torch.float32, backend)
     assert float((actual.cpu() - closed_form(features, alpha)).abs().max()) < 2e-5
     assert torch.linalg.eigvalsh(actual.double()).min() > -1e-6
@@ -164,7 +164,9 @@ def test_an_alpha_far_below_the_feature_counts(backend, device, alpha, scale):
 def test_the_same_directions_for_ever(backend, device, dtype, alpha):
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(3, 24, generator=draw, dtype=dtype)
-    features = features[torch.randint(3, (30 if backend == "triton" else 1000,), generator=draw)].to(device)
+    features = features[torch.randint(3, (12 if is_interpreted(backend) else 1000,), generator=draw)].to(
+        device
+    )
     actual = projector_after(features, alpha, dtype, backend)
     expected = closed_form(features, alpha).to(device)
     # Of 3 directions; each update rounds.
@@ -336,7 +338,7 @@ def test_thousands_of_updates_leave_a_projector(backend, device, size, scale):
     draw = torch.Generator().manual_seed(0)
     projector = torch.eye(size, device=device)
     # Triton's interpreter takes 20 to 200 ms for an update.
-    for step in range(20 if backend == "triton" else 1000):
+    for step in range(6 if is_interpreted(backend) else 1000):
         h = scale * torch.randn(size, generator=draw).to(device).relu()
         ops.update_projector_(projector, h, alpha=0.1 ** (1 + step % 50 / 50), backend=backend)
     eigenvalues = torch.linalg.eigvalsh(projector.double())

@@ -42,7 +42,7 @@ def test_separate_training_equals_training_each_alone():
 
 def test_unimodal_answers_by_the_best_modality_present():
     learner, data = bind("unimodal"), make_data(6)
-    learner.note_own_accuracy({"m0": 0.4, "m1": 0.9})
+    learner.note_unimodal_accuracy({"m0": 0.4, "m1": 0.9})
     features = learner.encode(data[:])
     own = learner.own_logits(features)
     torch.testing.assert_close(learner.fuse(features), own[1])

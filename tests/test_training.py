@@ -17,7 +17,7 @@ from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
 from mmfast.training.evaluation import evaluate, probe
 from mmfast.training.optimization import Optimization
-from mmfast.training.selection import Selection
+from mmfast.training.selection import BestWeights
 from support.learners import NUM_CLASSES, bind, make_data
 
 
@@ -205,15 +205,15 @@ def test_diagnosis_restores_running_statistics_when_told():
 
 
 def test_selection_keeps_the_earliest_of_equal_scores():
-    learner, selection = bind("joint"), Selection()
+    learner, selection = bind("joint"), BestWeights()
     weight = learner.model.head.linear.weight
     for epoch, accuracy in enumerate([0.4, 0.6, 0.6, 0.5]):
         with torch.no_grad():
             weight.fill_(epoch)
         selection.update(learner, accuracy, [0.1, 0.1], epoch)
-    selection.load_best(learner)
+    selection.restore(learner)
     assert weight.unique().tolist() == [1.0]
-    assert selection.best[("",)]["epoch"] == 1
+    assert selection.parts[("",)]["epoch"] == 1
 
 
 def test_a_probe_learns_from_the_training_part_only():

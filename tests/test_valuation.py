@@ -93,7 +93,7 @@ def test_many_modalities_are_exact(num_modalities):
 def test_chunks_change_nothing(monkeypatch):
     model, data = make(4, "gated")
     whole = mmfast.valuate(model, data)
-    monkeypatch.setattr(valuation, "_CHUNK", 3 * 16 * NUM_CLASSES)
+    monkeypatch.setattr(valuation, "_MAX_ELEMENTS", 3 * 16 * NUM_CLASSES)
     parts = mmfast.valuate(model, data, batch_size=7)
     torch.testing.assert_close(parts.contributions, whole.contributions)
     torch.testing.assert_close(parts.coalition_accuracy, whole.coalition_accuracy)
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_samples(monkeypatch):
         return logits
 
     monkeypatch.setattr(type(model), "coalition_logits", watched)
-    monkeypatch.setattr(valuation, "_CHUNK", 1024)
+    monkeypatch.setattr(valuation, "_MAX_ELEMENTS", 1024)
     mmfast.valuate(model, data)
     assert max(sizes) <= 1024
     assert len(sizes) > 40

@@ -6,6 +6,7 @@
 // kPanel x 2 sums fill the registers: 24 of 32 with AVX-512, 12 of 16 below.
 #pragma once
 
+#include "integers.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -19,10 +20,8 @@ constexpr int kPanel = 6;
 // Fewer rows than a panel are done in steps of this many.
 constexpr int kPanelPart = kPanel / 3;
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // sums[r][v] += sum over s < steps of a[r * row_stride + s * step_stride] * (vector v at b + s * b_stride).
-// With `pairs` the numbers of a and b are two bfloat16 each, whose products are both added, at twice the
+// With `pairs` the elements of a and b are two bfloat16 each, whose products are both added, at twice the
 // rate.
 template <int row_stride, int step_stride, bool pairs, class A, int rows, int nv>
 inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int64_t steps,
@@ -37,7 +36,7 @@ inline void multiply_tile(Vec<A> (&sums)[rows][nv], const A* a, const A* b, int6
       if constexpr (pairs) {
 #if MMFAST_ISA == 2
         const __m512 factors = _mm512_set1_ps(*factor);
-        // As text, since no build is for processors with AVX512-BF16 alone.
+        // As text, since no build is for CPUs with AVX512-BF16 alone.
 #pragma GCC unroll 2
         for (int v = 0; v < nv; ++v) {
           // Through a variable of its own: an array's element would stay in memory.

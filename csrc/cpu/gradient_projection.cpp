@@ -1,25 +1,13 @@
 // The projector without the direction u, P <- P - u u^T with u = P h / sqrt(a + h^T P h), and G P. The
 // divisor and the sign as mmfast/reference/gradient_projection.py explains them.
 //
-// The update reads P for P h, then reads and writes it: 3 D^2 numbers. One parallel region does both, a
-// barrier between, so that a thread's rows stay in its second cache, and the difference begins with the rows
-// read last. P is symmetric, but neither half is left out: mirroring one takes a transposition of registers
-// in place of a read. The product is 2 C D^2 operations on rows of G packed in panels.
+// The update reads P for P h, then reads and writes it. One parallel region does both, a barrier between, so
+// that a thread's rows stay in its core's L2 cache, and the difference begins with the rows read last. P is
+// symmetric, but neither half is left out: mirroring one takes a transposition of registers in place of a
+// read. The product takes rows of G packed in panels (gemm_tile.h).
 //
-// Floors at D = 512, C = 6, float32, one core: 3 MiB of the second cache at 100 GB/s, 31 us; 3.1 million
-// operations at 117 GFLOP/s, 27 us. Predicted: those, and half with two cores. Measured on the 2 cores of an
-// AMD EPYC with AVX-512, nothing else running, interleaved, medians of 280 in us, eager by MKL:
-//                                update          product
-//   threads                      1     2         1     2
-//   kernel                      33    18        30    19
-//   eager, P h once             77    71        78    72
-//   eager, P h thrice          135   147
-// Product alone at C = 31: 155 and 85 against 207 and 160; at C = 309 on two threads 1,002 against 1,054.
-// Both calls from Python at C = 6, each time after others have filled the caches: 124 and 142 against 154 and
-// 165 with P h once, 214 and 228 as published. What a call does in Python takes 14 us when nothing else runs
-// between, and about 35 then: it, not the kernel, keeps the whole below twice of eager. Tried and slower:
-// squares of P with their mirror images, both transposed (about 100), rows of P copied into one block for
-// fewer than 8 panels (C = 31: 180, LOADED machine); of no effect: rows of P prefetched.
+// Floors: 3 D^2 elements over the bandwidth of the cache P fits into; 2 C D^2 operations over the rate of
+// FMA. Measured: bench/results/gradient_projection.md.
 #include <omp.h>
 
 #include <cmath>
@@ -33,29 +21,14 @@
 namespace mmfast {
 namespace {
 
-// Waking a thread takes longer than so many bytes of P from the second cache.
+// Waking a thread takes longer than so many bytes of P from the L2 cache.
 constexpr int64_t kMinBytes = 1 << 17;
-// What a product takes as long for as for a byte read, by which parallel_for counts.
+// Operations of a product that take as long as to read a byte, by which parallel_for counts.
 constexpr int64_t kOperationsPerByte = 8;
 // Panels of a gradient from which on a copy of the columns they meet pays.
 constexpr int64_t kMinPanels = 8;
 // Steps summed in one go; a second sum adds them up.
 constexpr int64_t kSlice = 256;
-
-// The first `count` numbers, 0 in the lanes behind them.
-template <class A>
-inline Vec<A> load_part(const A* source, int64_t count) {
-  A padded[kLanes<A>] = {};
-  std::memcpy(padded, source, count * sizeof(A));
-  return load(padded);
-}
-
-template <class A>
-inline void store_part(A* target, Vec<A> value, int64_t count) {
-  A padded[kLanes<A>];
-  store(padded, value);
-  std::memcpy(target, padded, count * sizeof(A));
-}
 
 template <class A>
 struct Projector {
@@ -70,6 +43,21 @@ struct Projector {
     int64_t i = end;
     for (; i - kRows >= begin; i -= kRows) function(i - kRows, std::integral_constant<int, kRows>{});
     for (; i > begin; --i) function(i - 1, std::integral_constant<int, 1>{});
+  }
+
+  // Writes the sums over the lanes of the first `count` of kRows vectors.
+  static void store_row_sums(V (&sums)[kRows], int64_t count, A* target) {
+    // Pairs of vectors become one that holds sums of both, until lane l belongs to row l % kRows.
+#pragma GCC unroll 2
+    for (int n = kRows / 2; n > 0; n /= 2) {
+#pragma GCC unroll 2
+      for (int r = 0; r < n; ++r)
+        sums[r] = zip<false>(sums[r], sums[r + n]) + zip<true>(sums[r], sums[r + n]);
+    }
+    A parts[L];
+    store(parts, sums[0]);
+    for (int l = kRows; l < L; ++l) parts[l % kRows] += parts[l];
+    for (int r = 0; r < count; ++r) target[r] = parts[r];
   }
 
   // ph[i] = (row i of P) . h for begin <= i < end, h followed by zeros up to a whole vector.
@@ -89,43 +77,33 @@ struct Projector {
         const V x = load(h + j);
         for (int r = 0; r < kRows; ++r) sums[r] += load_part(rows[r] + j, D - j) * x;
       }
-      // Pairs of vectors become one that holds sums of both, until lane l belongs to row l % kRows.
-#pragma GCC unroll 2
-      for (int n = kRows / 2; n > 0; n /= 2) {
-#pragma GCC unroll 2
-        for (int r = 0; r < n; ++r)
-          sums[r] = zip<false>(sums[r], sums[r + n]) + zip<true>(sums[r], sums[r + n]);
-      }
-      A parts[L];
-      store(parts, sums[0]);
-      for (int l = kRows; l < L; ++l) parts[l % kRows] += parts[l];
-      for (int r = 0; r < kRows && i + r < end; ++r) ph[i + r] = parts[r];
+      store_row_sums(sums, std::min<int64_t>(kRows, end - i), ph + i);
     }
   }
 
   // P -= s u u^T in rows [begin, end), s = 1 or -1. Each element is one product and one difference, in
   // whatever vector it falls, so mirrored elements that were equal stay equal to the last bit.
   void subtract(int64_t begin, int64_t end, A sign, const A* u) const {
-    // What was read last is still in the first cache.
+    // What was read last is still in the L1 cache.
     for_rows_backwards(begin, end, [&](int64_t i, auto rows) {
       constexpr int num_rows = decltype(rows)::value;
-      V own[num_rows];
+      V factors[num_rows];
 #pragma GCC unroll 4
-      for (int r = 0; r < num_rows; ++r) own[r] = V{} + u[i + r] * sign;
+      for (int r = 0; r < num_rows; ++r) factors[r] = V{} + u[i + r] * sign;
       int64_t j = 0;
       for (; j + L <= D; j += L) {
         const V x = load(u + j);
 #pragma GCC unroll 4
         for (int r = 0; r < num_rows; ++r) {
           A* target = data + (i + r) * stride + j;
-          store(target, load(target) - own[r] * x);
+          store(target, load(target) - factors[r] * x);
         }
       }
       if (j < D) {
         const V x = load(u + j);
         for (int r = 0; r < num_rows; ++r) {
           A* target = data + (i + r) * stride + j;
-          store_part(target, load_part(target, D - j) - own[r] * x, D - j);
+          store_part(target, load_part(target, D - j) - factors[r] * x, D - j);
         }
       }
     });
@@ -186,7 +164,7 @@ struct Projector {
     std::copy_n(mean_feature, D, h);
     const double unit = scale(h, padded);
     alpha *= unit * unit;
-    // A thread's rows stay in its second cache from the product to the difference.
+    // A thread's rows stay in its core's L2 cache from the product to the difference.
     const auto part = [&](int64_t t, int64_t n, auto&& wait) __attribute__((noinline)) {
       const int64_t begin = D * t / n, end = D * (t + 1) / n;
       A* const u = ph + (1 + t) * pitch;
@@ -239,10 +217,11 @@ struct Product {
 #pragma GCC unroll 4
         for (int v = 0; v < nv; ++v) store(target + v * L, total[r][v]);
       } else {
-        T padded[W];
 #pragma GCC unroll 4
-        for (int v = 0; v < nv; ++v) store(padded + v * L, total[r][v]);
-        std::memcpy(target, padded, count * sizeof(T));
+        for (int v = 0; v < nv; ++v) {
+          const int64_t rest = count - v * L;
+          if (rest > 0) store_part(target + v * L, total[r][v], std::min<int64_t>(L, rest));
+        }
       }
     }
   }
@@ -251,7 +230,7 @@ struct Product {
   template <int nv>
   void run(const A* panels, int64_t num_threads) const {
     constexpr int W = nv * L;
-    const int64_t num_panels = (C + kPanel - 1) / kPanel, num_tiles = (D + W - 1) / W;
+    const int64_t num_panels = ceil_div(C, kPanel), num_tiles = ceil_div(D, W);
     const int64_t operations = 2 * C * D * W / num_panels;
     parallel_for(num_panels * num_tiles, operations / kOperationsPerByte, num_threads,
                  [&](int64_t begin, int64_t end) {
@@ -289,7 +268,7 @@ struct Product {
   }
 
   void multiply(const T* grad, int64_t stride_row, int64_t stride_column, int64_t num_threads) const {
-    const int64_t num_panels = (C + kPanel - 1) / kPanel;
+    const int64_t num_panels = ceil_div(C, kPanel);
     std::vector<A> panels(num_panels * kPanel * D);
     for (int64_t i = 0; i < C; ++i) {
       A* target = panels.data() + i / kPanel * kPanel * D + i % kPanel;

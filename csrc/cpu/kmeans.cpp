@@ -1,190 +1,29 @@
 // Lloyd's iterations: every sample to its nearest centroid, every centroid to the mean of its samples; and
 // the purity of a clustering.
 //
-// An iteration reads the samples once, in place: those of a tile, three vectors of them, are centred, widened
-// and transposed in registers, so that SIMD lanes are samples; |c|^2 / 2 - x.c for up to eight centroids at a
-// time stays in registers and so does the argmin, which needs no reduction over lanes and no padding of the
-// clusters; then the rows, still in the cache, are added to their clusters.
-// Sums are float32 over 512 samples and float64 over all, merged in an order that depends on the sizes alone:
-// the number of threads changes no bit.
+// An iteration reads the samples once, in place. Those of a tile are centred, widened and transposed in
+// registers; |c|^2 / 2 - x.c for up to eight centroids at a time stays in registers (kmeans_tile.h); then the
+// rows, still in the cache, are added to their clusters. Sums are float32 over 512 samples and float64 over
+// all, merged in an order that depends on the sizes alone: the number of threads changes no bit.
 //
-// An iteration must read N D numbers and do 2 N D K operations. At N = 20,000, D = 64, float32 that is 5 MB,
-// 0.26 ms at 20 GB/s, and 164 Mflop at K = 64, 1.4 ms at the 118 GFLOP/s of one 512-bit FMA a cycle; for one
-// core of a 2-core AMD EPYC with AVX-512 this predicts 0.5 ms an iteration at K = 10 and 1.6 ms at K = 64.
-// Measured on both cores, nothing else running, from the same start and with purity (bench/results), D = 512:
-//   K = 6, N = 50,000      70.4 ms, 8 iterations      scikit-learn 2.13 times that
-//   K = 64, N = 50,000     283 ms, 10 iterations      scikit-learn 1.28 times that
-// The latter is 116 GFLOP/s with all passes, where torch.mm had 179 in that run and scikit-learn's product
-// 91: at that rate, without any other pass, the ratio would be 1.97. Tried and left: a centred copy of the
-// samples (one iteration at D = 512: 48 ms with it, 42 ms without); centroids broadcast as Vec{} + c, which
-// compiles to an addition and a shuffle beside every third FMA.
+// Floor of an iteration: N D elements over the bandwidth of memory, or 2 N D K operations over the rate of
+// FMA. Measured: bench/results/kmeans.md.
 #include <limits>
 #include <vector>
 
 #include "codes.h"
-#include "vec.h"
+#include "integers.h"
+#include "kmeans_tile.h"
 
 namespace mmfast {
 namespace {
 
-// Samples summed in the type of the data before they go into float64.
+// Samples summed in the type of accumulation before they go into float64.
 constexpr int64_t kChunk = 512;
 // Parts of the samples with float64 sums of their own: at most this many, and fewer where sums are large.
 constexpr int64_t kMaxParts = 64, kMinParts = 8, kMaxSums = 1 << 23;
-// Vectors of samples, and centroids, whose products are in registers at once.
-constexpr int kSampleVectors = 3;
-constexpr int kCentroids = MMFAST_ISA == 2 ? 8 : 4;
-// Dimensions of a tile that are transposed at once: 24 KB with AVX-512, so that they stay in the L1 cache.
-constexpr int64_t kDepth = 128;
 // Rows of centroids and sums are padded with zeros to a multiple of this, a vector of any instruction set.
 constexpr int64_t kPadding = 16;
-
-template <class A>
-using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-
-// Each round turns the bits of (vector, lane) by one place; after log2(L) rounds they have changed places.
-template <int rounds, class V, int L = sizeof(V) / sizeof(std::declval<V>()[0])>
-inline void transpose(V* x) {
-  if constexpr (rounds > 1) {
-    V turned[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      turned[2 * i] = zip<false>(x[i], x[i + L / 2]);
-      turned[2 * i + 1] = zip<true>(x[i], x[i + L / 2]);
-    }
-    transpose<rounds / 2>(turned);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) x[i] = turned[i];
-  }
-}
-
-// The features less their mean over all samples, in the type of accumulation.
-template <class T>
-struct Centred {
-  using A = accumulate_t<T>;
-  static constexpr int L = kLanes<A>;
-  const T* features;  // [N, D], rows `stride` elements apart
-  int64_t stride, num_dims;
-  std::vector<A> offset;  // [width]
-
-  const T* row(int64_t i) const { return features + i * stride; }
-  // L dimensions from d on; those past the last are zero.
-  Vec<A> at(const T* row, int64_t d) const {
-    if (d + L <= num_dims) return load(row + d) - load(offset.data() + d);
-    T numbers[L] = {};
-    if (d < num_dims) std::memcpy(numbers, row + d, (num_dims - d) * sizeof(T));
-    return load(numbers) - load(offset.data() + d);
-  }
-  A squared_distance(int64_t i, const A* centroid) const {
-    Vec<A> sum = {};
-    for (int64_t d = 0; d < num_dims; d += L) {
-      const Vec<A> difference = at(row(i), d) - load(centroid + d);
-      sum += difference * difference;
-    }
-    A total = 0;
-    for (int lane = 0; lane < L; ++lane) total += sum[lane];
-    return total;
-  }
-};
-
-// A tile's samples in lanes, with their scores |c|^2 / 2 - x.c and the nearest centroid so far.
-template <class T>
-struct Tile {
-  using A = accumulate_t<T>;
-  static constexpr int L = kLanes<A>, samples = kSampleVectors * L;
-  std::vector<A> columns;  // [kDepth, samples]
-  std::vector<A> scores;   // [K, samples], of the dimensions before
-  Vec<A> lowest[kSampleVectors];
-  Vec<Index<A>> nearest[kSampleVectors];
-
-  explicit Tile(int64_t num_clusters) : columns(kDepth * samples), scores(num_clusters * samples) {}
-
-  // Of fewer samples than a tile's the last one is repeated.
-  __attribute__((noinline)) void load_columns(const Centred<T>& x, int64_t begin, int64_t count,
-                                              int64_t first_dim, int64_t end_dim) {
-    for (int v = 0; v < kSampleVectors; ++v) {
-      for (int64_t d = first_dim; d < end_dim; d += L) {
-        Vec<A> rows[L];
-        const auto row = [&](int i) { return x.row(begin + std::min<int64_t>(v * L + i, count - 1)); };
-        if (d + L <= x.num_dims) {
-          const Vec<A> offset = load(x.offset.data() + d);
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) {
-            // The next tile's, into L2 alone: L1 has too few outstanding misses, and holds this tile.
-            __builtin_prefetch(row(i) + samples * x.stride + d, 0, 2);
-            rows[i] = load(row(i) + d) - offset;
-          }
-        } else {
-          for (int i = 0; i < L; ++i) rows[i] = x.at(row(i), d);
-        }
-        transpose<L>(rows);
-        A* target = columns.data() + (d - first_dim) * samples + v * L;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(target + i * samples, rows[i]);
-      }
-    }
-  }
-
-  void start() {
-    for (int v = 0; v < kSampleVectors; ++v) {
-      lowest[v] = Vec<A>{} + std::numeric_limits<A>::infinity();
-      nearest[v] = Vec<Index<A>>{};
-    }
-  }
-
-  // Adds `depth` dimensions to the scores of n centroids from number `first` on, and after the last dimension
-  // compares; of equal distances the lowest stays. Not inlined: the registers are all taken.
-  template <int n>
-  __attribute__((noinline)) void compare(const A* centroids,  // [depth, n]
-                                         const A* half_norms, int64_t first, int64_t depth, bool is_first,
-                                         bool is_last) {
-    Vec<A> s[n][kSampleVectors];
-    A* kept = scores.data() + first * samples;
-    if (is_first) {
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) s[k][0] = s[k][1] = s[k][2] = Vec<A>{} + half_norms[first + k];
-    } else {
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) {
-#pragma GCC unroll 3
-        for (int v = 0; v < kSampleVectors; ++v) s[k][v] = load(kept + (k * kSampleVectors + v) * L);
-      }
-    }
-    const A* x = columns.data();
-    for (int64_t d = 0; d < depth; ++d, x += samples, centroids += n) {
-      const Vec<A> x0 = load(x), x1 = load(x + L), x2 = load(x + 2 * L);
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) {
-        const A c = centroids[k];
-        s[k][0] -= x0 * c, s[k][1] -= x1 * c, s[k][2] -= x2 * c;
-      }
-    }
-    if (!is_last) {
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) {
-#pragma GCC unroll 3
-        for (int v = 0; v < kSampleVectors; ++v) store(kept + (k * kSampleVectors + v) * L, s[k][v]);
-      }
-      return;
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) {
-      const Vec<Index<A>> number = Vec<Index<A>>{} + static_cast<Index<A>>(first + k);
-#pragma GCC unroll 3
-      for (int v = 0; v < kSampleVectors; ++v) {
-        const auto closer = s[k][v] < lowest[v];
-        lowest[v] = closer ? s[k][v] : lowest[v];
-        nearest[v] = closer ? number : nearest[v];
-      }
-    }
-  }
-
-  template <int n = kCentroids, class... Arguments>
-  void compare_some(int64_t count, const Arguments&... arguments) {
-    if (count == n) return compare<n>(arguments...);
-    if constexpr (n > 1) compare_some<n - 1>(count, arguments...);
-  }
-};
 
 template <class T>
 struct Lloyd {
@@ -206,9 +45,9 @@ struct Lloyd {
         num_dims(num_dims),
         num_clusters(num_clusters),
         num_threads(num_threads),
-        width((num_dims + kPadding - 1) / kPadding * kPadding),
+        width(round_up(num_dims, kPadding)),
         num_parts(std::min(
-            (num_samples + kChunk - 1) / kChunk,
+            ceil_div(num_samples, kChunk),
             std::clamp(kMaxSums / std::max<int64_t>(1, num_clusters * width), kMinParts, kMaxParts))),
         x{features, stride, num_dims, std::vector<A>(width)},
         assignments(assignments),
@@ -234,7 +73,7 @@ struct Lloyd {
   // Finds the mean of the samples; returns the mean over dimensions of their variance. One read: a chunk's
   // deviations from its own mean are summed while it is in the cache, and chunks merge as Chan et al. do.
   double centre() {
-    std::vector<double> means(num_parts * width), numbers(num_parts);
+    std::vector<double> means(num_parts * width), sizes(num_parts);
     std::fill(squares.begin(), squares.end(), 0.0);
     for_parts([&](int64_t part, int64_t begin, int64_t end) {
       Centred<T> chunk{x.features, x.stride, num_dims, std::vector<A>(width)};
@@ -250,44 +89,52 @@ struct Lloyd {
         }
         double square = 0;
         for (int64_t i = first; i < last; ++i) square += chunk.squared_distance(i, zero.data());
-        merge(means.data() + part * width, squares[part], numbers[part], sum.data(), square, last - first);
+        merge(means.data() + part * width, squares[part], sizes[part], sum.data(), square, last - first);
       }
     });
     for (int64_t part = 1; part < num_parts; ++part)
-      merge(means.data(), squares[0], numbers[0], means.data() + part * width, squares[part], numbers[part]);
+      merge(means.data(), squares[0], sizes[0], means.data() + part * width, squares[part], sizes[part]);
     for (int64_t d = 0; d < num_dims; ++d) x.offset[d] = static_cast<A>(means[d]);
     return squares[0] / num_samples / num_dims;
   }
 
-  // Merges mean, summed squared deviation and number of other samples into those of some.
-  void merge(double* mean, double& square, double& number, const double* other_mean, double other_square,
-             double other_number) const {
-    const double share = other_number / (number + other_number);
+  // Merges mean, summed squared deviation and count of other samples into those of some.
+  void merge(double* mean, double& square, double& size, const double* other_mean, double other_square,
+             double other_size) const {
+    const double share = other_size / (size + other_size);
     double gap = 0;
     for (int64_t d = 0; d < num_dims; ++d) {
       const double difference = other_mean[d] - mean[d];
       gap += difference * difference;
       mean[d] += share * difference;
     }
-    square += other_square + gap * number * share;
-    number += other_number;
+    square += other_square + gap * size * share;
+    size += other_size;
   }
 
   // By whole vectors, so that half precision is widened quickly; `sum` is [width].
   void add(const T* row, double* sum) const {
     constexpr int L = kLanes<A>;
     for (int64_t d = 0; d < num_dims; d += L) {
-      A numbers[L];
-      store(numbers, x.at(row, d));
-      for (int i = 0; i < L; ++i) sum[d + i] += numbers[i];
+      A elements[L];
+      store(elements, x.at(row, d));
+      for (int i = 0; i < L; ++i) sum[d + i] += elements[i];
     }
   }
 
-  void pack() {
-    const int64_t num_groups = (num_clusters + kCentroids - 1) / kCentroids;
+  // Calls function(first, n) for groups of n centroids from number `first` on.
+  template <class Function>
+  void for_centroid_groups(Function&& function) const {
+    const int64_t num_groups = ceil_div(num_clusters, kCentroids);
     for (int64_t group = 0; group < num_groups; ++group) {
       const int64_t first = num_clusters * group / num_groups;
-      const int64_t n = num_clusters * (group + 1) / num_groups - first;
+      function(first, num_clusters * (group + 1) / num_groups - first);
+    }
+  }
+
+  // Copies the centroids for Tile::compare.
+  void pack() {
+    for_centroid_groups([&](int64_t first, int64_t n) {
       for (int64_t k = 0; k < n; ++k) {
         const A* row = centroids.data() + (first + k) * width;
         A* target = packed.data() + first * num_dims + k;
@@ -298,26 +145,27 @@ struct Lloyd {
         }
         half_norms[first + k] = static_cast<A>(square / 2);
       }
-    }
+    });
   }
 
-  // Assigns `count` samples from `begin` on, at most a tile, and adds them to `sums` [K, width] if there are
-  // any; returns whether an assignment changed.
-  bool assign_tile(Tile<T>& tile, int64_t begin, int64_t count, A* sums, int64_t* members) {
-    constexpr int samples = Tile<T>::samples;
-    const int64_t num_groups = (num_clusters + kCentroids - 1) / kCentroids;
+  // Leaves the nearest centroids of `count` samples from `begin` on, at most a tile, in tile.nearest.
+  void find_nearest(Tile<T>& tile, int64_t begin, int64_t count) const {
     tile.start();
     for (int64_t d = 0; d == 0 || d < num_dims; d += kDepth) {
       const int64_t end = std::min(d + kDepth, num_dims);
       tile.load_columns(x, begin, count, d, end);
-      for (int64_t group = 0; group < num_groups; ++group) {
-        const int64_t first = num_clusters * group / num_groups;
-        const int64_t n = num_clusters * (group + 1) / num_groups - first;
+      for_centroid_groups([&](int64_t first, int64_t n) {
         tile.compare_some(n, packed.data() + first * num_dims + d * n, half_norms.data(), first, end - d,
                           d == 0, end == num_dims);
-      }
+      });
     }
-    Index<A> nearest[samples];
+  }
+
+  // Assigns the samples of a tile and adds them to `sums` [K, width] if there are any; returns whether an
+  // assignment changed.
+  bool assign_tile(Tile<T>& tile, int64_t begin, int64_t count, A* sums, int64_t* members) {
+    find_nearest(tile, begin, count);
+    Int<A> nearest[Tile<T>::samples];
     std::memcpy(nearest, tile.nearest, sizeof nearest);
     int64_t differences = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -340,34 +188,39 @@ struct Lloyd {
   // squared distances to the centroids. Returns whether an assignment changed.
   bool assign(bool accumulate) {
     pack();
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      const int64_t size = num_clusters * width;
-      double* total = totals.data() + part * size;
-      int64_t* count = counts.data() + part * num_clusters;
-      std::fill(total, total + size, 0.0);
-      std::fill(count, count + num_clusters, 0);
-      Tile<T> tile(num_clusters);
-      std::vector<A> sums(accumulate ? size : 0);
-      changed[part] = false;
-      squares[part] = 0;
-      for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-        const int64_t chunk_end = std::min(chunk + kChunk, end);
-        for (int64_t i = chunk; i < chunk_end; i += Tile<T>::samples) {
-          if (is_interrupted(Tile<T>::samples * num_dims * num_clusters)) return;
-          changed[part] |= assign_tile(tile, i, std::min<int64_t>(Tile<T>::samples, chunk_end - i),
-                                       accumulate ? sums.data() : nullptr, count);
-        }
-        if (!accumulate) {
-          add_distances(part, chunk, chunk_end);
-          continue;
-        }
-        for (int64_t j = 0; j < size; ++j) total[j] += sums[j];
-        std::fill(sums.begin(), sums.end(), A{0});
+    for_parts([&](int64_t part, int64_t begin, int64_t end) { assign_part(part, begin, end, accumulate); });
+    if (accumulate) merge_parts();
+    return std::any_of(changed.begin(), changed.end(), [](char is_changed) { return is_changed; });
+  }
+
+  void assign_part(int64_t part, int64_t begin, int64_t end, bool accumulate) {
+    const int64_t size = num_clusters * width;
+    double* total = totals.data() + part * size;
+    int64_t* count = counts.data() + part * num_clusters;
+    std::fill(total, total + size, 0.0);
+    std::fill(count, count + num_clusters, 0);
+    Tile<T> tile(num_clusters);
+    std::vector<A> sums(accumulate ? size : 0);
+    changed[part] = false;
+    squares[part] = 0;
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int64_t chunk_end = std::min(chunk + kChunk, end);
+      for (int64_t i = chunk; i < chunk_end; i += Tile<T>::samples) {
+        if (is_interrupted(Tile<T>::samples * num_dims * num_clusters)) return;
+        changed[part] |= assign_tile(tile, i, std::min<int64_t>(Tile<T>::samples, chunk_end - i),
+                                     accumulate ? sums.data() : nullptr, count);
       }
-    });
-    bool any_changed = false;
-    for (int64_t part = 0; part < num_parts; ++part) any_changed |= changed[part];
-    if (!accumulate) return any_changed;
+      if (!accumulate) {
+        add_distances(part, chunk, chunk_end);
+        continue;
+      }
+      for (int64_t j = 0; j < size; ++j) total[j] += sums[j];
+      std::fill(sums.begin(), sums.end(), A{0});
+    }
+  }
+
+  // Adds all parts' sums and sizes to those of the first; a thread takes some of the clusters.
+  void merge_parts() {
     parallel_for(num_clusters, num_parts * width * sizeof(double), num_threads,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t part = 1; part < num_parts; ++part) {
@@ -376,7 +229,6 @@ struct Lloyd {
                      for (int64_t k = begin; k < end; ++k) counts[k] += counts[part * num_clusters + k];
                    }
                  });
-    return any_changed;
   }
 
   // Moves the samples farthest from their centroids, one each, to the clusters without samples.
@@ -396,9 +248,9 @@ struct Lloyd {
       const int64_t from = assignments[far[n]];
       --counts[from], ++counts[empty[n]];
       for (int64_t d = 0; d < num_dims; ++d) {
-        const A number = widen(row[d]) - x.offset[d];
-        totals[from * width + d] -= number;
-        totals[empty[n] * width + d] += number;
+        const A element = widen(row[d]) - x.offset[d];
+        totals[from * width + d] -= element;
+        totals[empty[n] * width + d] += element;
       }
     }
   }

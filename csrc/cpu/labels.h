@@ -1,5 +1,5 @@
-// The check of labels before a kernel takes them for indices: here it costs one read of them, where two calls
-// of torch and two numbers handed to Python take 2 microseconds a call.
+// The check of labels before a kernel takes them for indices. Here it costs one read of them; by torch it
+// would be two calls and two numbers handed to Python, 2 microseconds.
 #pragma once
 
 #include <cstdint>

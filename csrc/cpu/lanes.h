@@ -1,5 +1,5 @@
-// Blocks of rows turned on their side: row l of kLanes rows becomes lane l of one vector per number, so that
-// sums and maxima within a row are plain vector operations whatever its length.
+// Blocks of kLanes rows, transposed: row l becomes lane l of one vector per column, so that sums and maxima
+// within a row are plain vector operations whatever its length.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +7,8 @@
 namespace mmfast {
 inline namespace MMFAST_ISA_NAMESPACE {
 
-// Transposes a square of vectors: every stage interleaves its two halves. Inlined, as the vectors stay in
-// registers then.
+// Transposes a square of vectors in registers: every stage interleaves its two halves. Inlined, or the
+// vectors would go through memory.
 template <class V>
 __attribute__((always_inline)) inline void transpose(V* x) {
   constexpr int L = sizeof(V) / sizeof(x[0][0]);
@@ -25,9 +25,9 @@ __attribute__((always_inline)) inline void transpose(V* x) {
   }
 }
 
-// Reads L rows of `count` numbers `stride` apart into lanes[0] .. lanes[count - 1]. What lies between a row's
-// end and `end`, the end of the memory that may be read, is read and left out. The rows `ahead` numbers
-// further are fetched into the cache: no hardware prefetcher follows as many rows as there are lanes.
+// Reads L rows of `count` elements `stride` apart into lanes[0] .. lanes[count - 1]. What lies between a
+// row's end and `end`, the end of the memory that may be read, is read and left out. The rows `ahead`
+// elements further are prefetched: no hardware prefetcher follows as many rows as there are lanes.
 template <class T>
 void load_lanes(const T* const* rows,  // [L]
                 int64_t stride, int64_t count, const T* end, int64_t ahead,
@@ -46,9 +46,7 @@ void load_lanes(const T* const* rows,  // [L]
     for (int l = 0; l < L; ++l) {
       __builtin_prefetch(rows[l] + c + ahead);
       if (__builtin_expect(end - rows[l] < L, 0)) {
-        T padded[L] = {};
-        std::memcpy(padded, rows[l], count * sizeof(T));
-        x[l] = load(padded);
+        x[l] = load_part(rows[l], count);
       } else {
         x[l] = load(rows[l] + c);
       }
@@ -65,7 +63,7 @@ void load_lanes(const T* const* rows,  // [L]
   }
 }
 
-// Writes the first `num_rows` lanes back as rows of `count` numbers, one behind the other.
+// Writes the first `num_rows` lanes back as rows of `count` elements, one behind the other.
 template <class T>
 void store_lanes(const Vec<accumulate_t<T>>* lanes,  // [count]
                  int64_t count, int num_rows,
@@ -93,6 +91,14 @@ void store_lanes(const Vec<accumulate_t<T>>* lanes,  // [count]
       for (int l = 0; l < num_rows; ++l) store(rows + l * count + c, x[l]);
     }
   }
+}
+
+// Calls function(begin, end) for groups of at most 64 of `count` elements: a sum of few groups' sums rounds
+// less than one of as many terms.
+template <class Function>
+inline void for_groups(int64_t count, Function&& function) {
+  constexpr int64_t kGroup = 64;
+  for (int64_t begin = 0; begin < count; begin += kGroup) function(begin, std::min(begin + kGroup, count));
 }
 
 }  // namespace MMFAST_ISA_NAMESPACE

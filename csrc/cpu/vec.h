@@ -1,12 +1,9 @@
-// What the CPU ops share: vectors as wide as the instruction set, half-precision numbers, and the split of
-// work over threads. Everything lies in a namespace of the instruction set, so builds for several of them can
-// be linked together.
+// What the CPU ops share: SIMD vectors as wide as the instruction set, half-precision types, dispatch on
+// dtype. Everything lies in a namespace of the instruction set, so builds for several of them can be linked
+// together.
 #pragma once
 
-#include <time.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -21,6 +18,7 @@
 #endif
 
 #include "registry.h"
+#include "threads.h"
 
 namespace mmfast {
 inline namespace MMFAST_ISA_NAMESPACE {
@@ -54,6 +52,16 @@ struct VecOf {
 // A vector of the instruction set's full width: arithmetic by operators, lanes by [].
 template <class T>
 using Vec = typename VecOf<T>::type;
+
+// The signed integer as wide as T: what comparisons of vectors of T yield, and lanes count in.
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+// Neither NaN nor infinite, of a number or lane by lane. (std::isfinite is not for vectors.)
+template <class V>
+inline auto is_finite(V x) {
+  return x - x == V{};
+}
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -116,7 +124,7 @@ inline T narrow(accumulate_t<T> x) {
   }
 }
 
-// The next kLanes<accumulate_t<T>> numbers, in the type of accumulation.
+// The next kLanes<accumulate_t<T>> elements, in the type of accumulation.
 template <class T>
 inline Vec<accumulate_t<T>> load(const T* source) {
   using A = accumulate_t<T>;
@@ -172,14 +180,45 @@ inline void store(T* target, Vec<accumulate_t<T>> value) {
   }
 }
 
+// The first `count` elements of a vector, at most its lanes; 0 in the lanes behind them.
+template <class T>
+inline Vec<accumulate_t<T>> load_part(const T* source, int64_t count) {
+#if MMFAST_ISA == 2
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_ps((1u << count) - 1, source));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_pd((1u << count) - 1, source));
+  }
+#endif
+  T padded[kLanes<accumulate_t<T>>] = {};
+  std::memcpy(padded, source, count * sizeof(T));
+  return load(padded);
+}
+
+// Writes the first `count` lanes.
+template <class T>
+inline void store_part(T* target, Vec<accumulate_t<T>> value, int64_t count) {
+#if MMFAST_ISA == 2
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(target, (1u << count) - 1, reinterpret_cast<__m512>(value));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_storeu_pd(target, (1u << count) - 1, reinterpret_cast<__m512d>(value));
+  }
+#endif
+  T padded[kLanes<accumulate_t<T>>];
+  store(padded, value);
+  std::memcpy(target, padded, count * sizeof(T));
+}
+
 // Lane i of the result is lane index[i] of a followed by b.
 template <int... index, class V>
 inline V shuffle(V a, V b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, index...);
 #else
-  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  return __builtin_shuffle(a, b, typename VecOf<Index, sizeof...(index)>::type{index...});
+  return __builtin_shuffle(
+      a, b, typename VecOf<Int<std::decay_t<decltype(a[0])>>, sizeof...(index)>::type{index...});
 #endif
 }
 
@@ -223,91 +262,6 @@ void dispatch_dtype(const char* op, Code dtype, Function&& function) {
       throw std::invalid_argument(std::string(op) + ": unknown dtype code " +
                                   std::to_string(static_cast<int64_t>(dtype)));
   }
-}
-
-// What the threads of a call share that may take longer than its user wants to wait. Whoever has one calls
-// finish() once its threads are done.
-struct Watch {
-  std::atomic<bool> is_over{false};
-  void finish() const {
-    if (is_over.load(std::memory_order_relaxed)) throw Interrupted{};
-  }
-};
-
-// A thread's part in it. Only the one that made the call may ask.
-struct Watcher {
-  Watch* watch;
-  bool asks;
-  int64_t operations, asked;  // done since the clock was read; when the answer was no, in ns
-};
-// In the block that every thread has from its start: a nanosecond to reach.
-inline thread_local Watcher watcher __attribute__((tls_model("initial-exec"))) = {};
-
-// Makes a thread work for a watch while this lives.
-class Watching {
- public:
-  Watching(Watch& watch, bool asks) : before_(watcher) { watcher.watch = &watch, watcher.asks = asks; }
-  ~Watching() { watcher.watch = before_.watch, watcher.asks = before_.asks; }
-  Watching(const Watching&) = delete;
-  Watching& operator=(const Watching&) = delete;
-
- private:
-  const Watcher before_;
-};
-
-// Whether the work is to end; `operations`, more or less, were done since the last time this was asked. A
-// call that takes longer than a second asks this at least every few milliseconds of it, and does no more once
-// it is true.
-inline bool is_interrupted(int64_t operations) {
-  constexpr int64_t kOperations = 1 << 20, kPeriod = 100'000'000;
-  watcher.operations += operations;
-  if (watcher.operations < kOperations) return false;
-  watcher.operations = 0;
-  if (watcher.watch == nullptr) return false;
-  if (watcher.asks) {
-#ifdef CLOCK_MONOTONIC_COARSE
-    constexpr clockid_t clock = CLOCK_MONOTONIC_COARSE;
-#else
-    constexpr clockid_t clock = CLOCK_MONOTONIC;
-#endif
-    timespec time;
-    clock_gettime(clock, &time);
-    const int64_t now = time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
-    if (now - watcher.asked > kPeriod) {
-      watcher.asked = now;
-      if (ask_interrupted != nullptr && ask_interrupted()) watcher.watch->is_over = true;
-    }
-  }
-  const bool is_over = watcher.watch->is_over.load(std::memory_order_relaxed);
-  // Whoever asks on the way out hears it at once.
-  if (is_over) watcher.operations = kOperations;
-  return is_over;
-}
-
-// Calls function(begin, end) for parts of [0, num_items) of equal size, one per thread; fewer threads where a
-// thread would get less than 64 KB or so to read, since waking one costs a few microseconds.
-template <class Function>
-void parallel_for(int64_t num_items, int64_t bytes_per_item, int64_t num_threads, Function&& function) {
-  constexpr int64_t kMinBytes = 1 << 16;
-  const int64_t useful = std::max<int64_t>(1, num_items * bytes_per_item / kMinBytes);
-  const int64_t threads = std::max<int64_t>(1, std::min({num_threads, useful, num_items}));
-  // One copy of the kernel, called from both places.
-  const auto part = [&](int64_t t) __attribute__((noinline)) {
-    function(num_items * t / threads, num_items * (t + 1) / threads);
-  };
-  Watch watch;
-  const Watcher* const caller = &watcher;
-  const auto watched_part = [&](int64_t t) {
-    const Watching watching(watch, &watcher == caller);
-    part(t);
-  };
-  if (threads == 1) {
-    watched_part(0);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; ++t) watched_part(t);
-  }
-  watch.finish();
 }
 
 }  // namespace MMFAST_ISA_NAMESPACE

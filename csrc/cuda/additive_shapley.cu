@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(P::max_threads, P::min_blocks) additive_shaple
 
 // Calls function(Plan) with the plan for T, M and C.
 template <class T, bool is_backward, class Function>
-void with_plan(int64_t M, int64_t C, int64_t utility, Function&& function) {
+void with_plan(int64_t M, int64_t C, Utility utility, Function&& function) {
   const auto with_utility = [&](auto is_softmax) {
     if (C > kWarp * kClassesPerThread<T>) return function(Plan<T, 2, is_softmax, true, is_backward>{});
     // Eight coalitions in float64 do not fit into registers.
@@ -230,19 +230,18 @@ Geometry make_geometry(const Problem<typename P::T>& problem) {
 }
 
 void check_problem(const char* op, int64_t M, int64_t C) {
-  if (M < 1 || M > kMaxPlayers) {
-    throw std::invalid_argument(std::string(op) + ": M must lie in [1, 20], got " + std::to_string(M));
-  }
+  checked_players(op, M);
   if (C > std::numeric_limits<int>::max() / 2) {
     throw std::invalid_argument(std::string(op) + ": too many classes, " + std::to_string(C));
   }
 }
 
 template <class T>
-Problem<T> make_problem(const void* partial_logits, const int64_t* labels, const void* bias, int64_t N,
-                        int64_t stride_m, int64_t stride_n, int64_t stride_c, int64_t M, int64_t C,
-                        int64_t utility, bool is_packed, Format format) {
-  return {static_cast<const T*>(partial_logits),
+Problem<T> make_problem(const Strided<3>& partial_logits, const int64_t* labels, const void* bias,
+                        Utility utility, bool is_packed, Format format) {
+  const auto& [M, N, C] = partial_logits.sizes;
+  const auto& [stride_m, stride_n, stride_c] = partial_logits.strides;
+  return {static_cast<const T*>(partial_logits.data),
           labels,
           static_cast<const accumulate_t<T>*>(bias),
           N,
@@ -257,88 +256,122 @@ Problem<T> make_problem(const void* partial_logits, const int64_t* labels, const
           format};
 }
 
-void additive_shapley_fwd(const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous, in [0, C)
-                          const void* bias,            // [C] contiguous in the type of accumulation, or null
-                          void* phi,                   // [N, M] contiguous
-                          void* parts,                 // [splits, N, M] in that type, to be summed, or null
-                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
-                          int64_t stride_c, int64_t utility, int64_t dtype,
-                          int64_t splits,  // a power of two, at most 2^(M-3); 1 if `parts` is null
-                          int64_t device, void* stream) {
+template <class T>
+bool is_packed(const Strided<3>& partial_logits) {
+  const auto& [stride_m, stride_n, stride_c] = partial_logits.strides;
+  return fits_packs<T, kClassesPerThread<T>>(partial_logits.data, partial_logits.sizes[2], stride_c) &&
+         stride_m % kClassesPerThread<T> == 0 && stride_n % kClassesPerThread<T> == 0;
+}
+
+// Sums over parts of the work, which Python adds up.
+struct Parts {
+  void* sums;     // [count, ...] in the type of accumulation, or null
+  int64_t count;  // of those there is memory for; 1 if `sums` is null
+};
+
+// Threads that fill the largest GPU; with fewer, blocks share the coalitions of a sample, 64 to a block at
+// least.
+constexpr int64_t kEnoughThreads = int64_t{1} << 17;
+
+// In how many parts the values of a sample are summed: a power of two.
+int64_t additive_shapley_fwd_plan(int64_t M, int64_t N, int64_t C, Dtype) {
+  const int64_t num_threads = N * std::min<int64_t>(128, ceil_div(C, 4));
+  int64_t splits = 1;
+  while (64 * splits < int64_t{1} << M && splits * num_threads < kEnoughThreads) splits *= 2;
+  return splits;
+}
+
+struct BackwardPlan {
+  int64_t num_parts;  // of the bias's gradient
+  int64_t is_wide;    // whether the gradient is written in the type of accumulation, whatever the dtype
+};
+
+BackwardPlan additive_shapley_bwd_plan(int64_t, int64_t N, int64_t C, Dtype dtype) {
+  constexpr int64_t most_parts = 1024;
+  // Of more classes than the lanes of a warp hold, gradients are added up in memory.
+  const bool is_half = dtype == kBFloat16 || dtype == kFloat16;
+  return {std::min(N, most_parts),
+          C > kWarp * (is_half ? kClassesPerThread<Half16> : kClassesPerThread<float>)};
+}
+
+void additive_shapley_fwd(const Strided<3>& partial_logits,  // [M, N, C]
+                          const int64_t* labels,             // [N] contiguous, in [0, C)
+                          const void* bias,    // [C] contiguous in the type of accumulation, or null
+                          void* phi,           // [N, M] contiguous
+                          const Parts& parts,  // [splits, N, M] of additive_shapley_fwd_plan
+                          Utility utility, Dtype dtype, Stream stream) {
   constexpr const char* op = "additive_shapley_fwd";
+  const auto& [M, N, C] = partial_logits.sizes;
   check_problem(op, M, C);
   if (N == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
+  const DeviceGuard guard(op, stream.device);
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    const bool is_packed = fits_packs<T, kClassesPerThread<T>>(partial_logits, C, stride_c) &&
-                           stride_m % kClassesPerThread<T> == 0 && stride_n % kClassesPerThread<T> == 0;
-    const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n, stride_c,
-                                               M, C, utility, is_packed, format);
-    with_plan<T, false>(M, C, utility, [&](auto plan) {
+    const Problem<T> problem =
+        make_problem<T>(partial_logits, labels, bias, utility, is_packed<T>(partial_logits), format);
+    with_plan<T, false>(problem.M, problem.C, utility, [&](auto plan) {
       using P = decltype(plan);
       const Geometry geometry = make_geometry<P>(problem);
       int64_t blocks = geometry.num_groups;
       if (!P::is_block && geometry.shared == 0) {
         // As many as run at once: where reading is all the work, to start a block for every group costs time.
-        const int64_t num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
+        const int64_t num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, stream.device);
         blocks = std::min(blocks, num_sms * P::min_blocks);
       }
-      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
-      MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream, problem,
-                    static_cast<T*>(phi), static_cast<A*>(parts),
+      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(parts.count));
+      MMFAST_LAUNCH((additive_shapley_fwd_kernel<P>), grid, geometry.block, geometry.shared, stream.handle,
+                    problem, static_cast<T*>(phi), static_cast<A*>(parts.sums),
                     ShapleyWeights<A>(problem.M, utility == kCardinality));
     });
   });
   check_cuda(op, cudaGetLastError());
 }
 
-void additive_shapley_bwd(const void* dphi,            // [N, M] contiguous
-                          const void* partial_logits,  // [M, N, C], strides in elements
-                          const int64_t* labels,       // [N] contiguous, in [0, C)
-                          const void* bias,            // [C] contiguous in the type of accumulation, or null
-                          void* dpartial_logits,       // [M, N, C] contiguous; in that type if C > 128
-                          void* dbias,                 // [rows, C] in that type, to be summed, or null
-                          int64_t M, int64_t N, int64_t C, int64_t stride_m, int64_t stride_n,
-                          int64_t stride_c, int64_t utility, int64_t dtype,
-                          int64_t rows,  // at least 1
-                          int64_t device, void* stream) {
+void additive_shapley_bwd(const void* dphi,                  // [N, M] contiguous
+                          const Strided<3>& partial_logits,  // [M, N, C]
+                          const int64_t* labels,             // [N] contiguous, in [0, C)
+                          const void* bias,       // [C] contiguous in the type of accumulation, or null
+                          void* dpartial_logits,  // [M, N, C] contiguous; in that type if is_wide
+                          const Parts& dbias,     // [num_parts, C] of additive_shapley_bwd_plan
+                          Utility utility, Dtype dtype, Stream stream) {
   constexpr const char* op = "additive_shapley_bwd";
+  const auto& [M, N, C] = partial_logits.sizes;
   check_problem(op, M, C);
   if (N * C == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
+  const DeviceGuard guard(op, stream.device);
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    with_plan<T, true>(M, C, utility, [&](auto plan) {
+    const int64_t num_classes = partial_logits.sizes[2];
+    with_plan<T, true>(partial_logits.sizes[0], num_classes, utility, [&](auto plan) {
       using P = decltype(plan);
       using Out = typename Gradients<P>::Out;
-      const bool is_packed = fits_packs<T, kClassesPerThread<T>>(partial_logits, C, stride_c) &&
-                             stride_m % kClassesPerThread<T> == 0 && stride_n % kClassesPerThread<T> == 0 &&
-                             fits_packs<Out, kClassesPerThread<T>>(dpartial_logits, C, 1) &&
-                             fits_packs<A, kClassesPerThread<T>>(dbias, C, 1);
-      const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, N, stride_m, stride_n,
-                                                 stride_c, M, C, utility, is_packed, format);
+      const bool are_packed = is_packed<T>(partial_logits) &&
+                              fits_packs<Out, kClassesPerThread<T>>(dpartial_logits, num_classes, 1) &&
+                              fits_packs<A, kClassesPerThread<T>>(dbias.sums, num_classes, 1);
+      const Problem<T> problem = make_problem<T>(partial_logits, labels, bias, utility, are_packed, format);
       const Geometry geometry = make_geometry<P>(problem);
-      const int64_t most = dbias == nullptr ? int64_t{1} << 30 : rows;
-      const int64_t grid = geometry.num_groups < most ? geometry.num_groups : most;
-      if (dbias != nullptr && grid < rows) {
-        check_cuda(op, cudaMemsetAsync(static_cast<A*>(dbias) + grid * C, 0, (rows - grid) * C * sizeof(A),
-                                       static_cast<cudaStream_t>(stream)));
+      const int64_t most = dbias.sums == nullptr ? int64_t{1} << 30 : dbias.count;
+      const int64_t grid = std::min(geometry.num_groups, most);
+      if (dbias.sums != nullptr && grid < dbias.count) {
+        check_cuda(op, cudaMemsetAsync(static_cast<A*>(dbias.sums) + grid * num_classes, 0,
+                                       (dbias.count - grid) * num_classes * sizeof(A),
+                                       static_cast<cudaStream_t>(stream.handle)));
       }
       const auto kernel = &additive_shapley_bwd_kernel<P>;
       // Its own arrays and the largest columns are more together than a block has without asking.
       allow_shared_memory(op, kernel, kShared);
-      MMFAST_LAUNCH((kernel), static_cast<unsigned>(grid), geometry.block, geometry.shared, stream,
+      MMFAST_LAUNCH((kernel), static_cast<unsigned>(grid), geometry.block, geometry.shared, stream.handle,
                     static_cast<const T*>(dphi), problem, static_cast<Out*>(dpartial_logits),
-                    static_cast<A*>(dbias), ShapleyWeights<A>(problem.M));
+                    static_cast<A*>(dbias.sums), ShapleyWeights<A>(problem.M));
     });
   });
   check_cuda(op, cudaGetLastError());
 }
 
+MMFAST_REGISTER(additive_shapley_fwd_plan)
+MMFAST_REGISTER(additive_shapley_bwd_plan)
 MMFAST_REGISTER(additive_shapley_fwd)
 MMFAST_REGISTER(additive_shapley_bwd)
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "codes.h"
 #include "shapley.cuh"
 #include "team.cuh"
 
@@ -13,8 +14,6 @@ namespace {
 template <class T>
 constexpr int kClassesPerThread = sizeof(T) == 2 ? 8 : 4;
 constexpr int kNoClass = std::numeric_limits<int>::max();
-
-enum Utility : int { kCardinality, kCorrect, kProbability, kLogProbability, kMargin };
 
 // A bfloat16 or a float16: which, a kernel is told when it runs. To widen both is cheap, and half as many
 // kernels need be compiled.
@@ -56,7 +55,7 @@ struct Format {
 
 // As dispatch_dtype, calling function(pointer to storage, format).
 template <class Function>
-void dispatch_storage(const char* op, int64_t dtype, Function&& function) {
+void dispatch_storage(const char* op, Dtype dtype, Function&& function) {
   dispatch_dtype(op, dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) == sizeof(Half16)) {

@@ -120,13 +120,14 @@ __global__ void __launch_bounds__(kRowsBlock, 2)
 }
 
 template <class T>
-Table<T> make_table(const void* logits, const int64_t* labels, int64_t N, int64_t S, int64_t C,
-                    int64_t stride_n, int64_t stride_s, int64_t stride_c, int64_t utility, const void* output,
+Table<T> make_table(const Strided<3>& logits, const int64_t* labels, Utility utility, const void* output,
                     Format format) {
-  const bool is_packed = fits_packs<T, kClassesPerThread<T>>(logits, C, stride_c) &&
+  const auto& [N, S, C] = logits.sizes;
+  const auto& [stride_n, stride_s, stride_c] = logits.strides;
+  const bool is_packed = fits_packs<T, kClassesPerThread<T>>(logits.data, C, stride_c) &&
                          stride_n % kClassesPerThread<T> == 0 && stride_s % kClassesPerThread<T> == 0 &&
                          (output == nullptr || fits_packs<T, kClassesPerThread<T>>(output, C, 1));
-  return {static_cast<const T*>(logits),
+  return {static_cast<const T*>(logits.data),
           labels,
           N * S,
           static_cast<int>(S),
@@ -145,38 +146,34 @@ unsigned num_row_blocks(const Table<T>& table) {
   return grid_blocks(table.num_rows, kRowsBlock / table.threads);
 }
 
-void coalition_utilities_fwd(const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous, in [0, C)
-                             void* values,           // [N, S] contiguous
-                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
-                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t device, void* stream) {
+void coalition_utilities_fwd(const Strided<3>& logits,  // [N, S, C]
+                             const int64_t* labels,     // [N] contiguous, in [0, C)
+                             void* values,              // [N, S] contiguous
+                             Utility utility, Dtype dtype, Stream stream) {
   constexpr const char* op = "coalition_utilities_fwd";
-  if (N * S == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
+  if (logits.sizes[0] * logits.sizes[1] == 0) return;
+  const DeviceGuard guard(op, stream.device);
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto table =
-        make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, nullptr, format);
-    MMFAST_LAUNCH((coalition_utilities_fwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream, table,
-                  static_cast<T*>(values));
+    const auto table = make_table<T>(logits, labels, utility, nullptr, format);
+    MMFAST_LAUNCH((coalition_utilities_fwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream.handle,
+                  table, static_cast<T*>(values));
   });
   check_cuda(op, cudaGetLastError());
 }
 
-void coalition_utilities_bwd(const void* dvalues,    // [N, S] contiguous
-                             const void* logits,     // [N, S, C], strides in elements
-                             const int64_t* labels,  // [N] contiguous, in [0, C)
-                             void* dlogits,          // [N, S, C] contiguous
-                             int64_t N, int64_t S, int64_t C, int64_t stride_n, int64_t stride_s,
-                             int64_t stride_c, int64_t utility, int64_t dtype, int64_t device, void* stream) {
+void coalition_utilities_bwd(const void* dvalues,       // [N, S] contiguous
+                             const Strided<3>& logits,  // [N, S, C]
+                             const int64_t* labels,     // [N] contiguous, in [0, C)
+                             void* dlogits,             // [N, S, C] contiguous
+                             Utility utility, Dtype dtype, Stream stream) {
   constexpr const char* op = "coalition_utilities_bwd";
-  if (N * S == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
+  if (logits.sizes[0] * logits.sizes[1] == 0) return;
+  const DeviceGuard guard(op, stream.device);
   dispatch_storage(op, dtype, [&](auto* type, Format format) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto table =
-        make_table<T>(logits, labels, N, S, C, stride_n, stride_s, stride_c, utility, dlogits, format);
-    MMFAST_LAUNCH((coalition_utilities_bwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream,
+    const auto table = make_table<T>(logits, labels, utility, dlogits, format);
+    MMFAST_LAUNCH((coalition_utilities_bwd_kernel<T>), num_row_blocks(table), kRowsBlock, 0, stream.handle,
                   static_cast<const T*>(dvalues), table, static_cast<T*>(dlogits));
   });
   check_cuda(op, cudaGetLastError());

@@ -356,20 +356,6 @@ bool fits_packs(const void* address, int64_t stride_row, int64_t stride) {
   return stride == 1 && stride_row % P::vector == 0 && is_aligned_for_packs<T, P::vector>(address);
 }
 
-int checked_players(const char* op, int64_t num_players) {
-  if (num_players >= 1 && num_players <= kMaxPlayers) return static_cast<int>(num_players);
-  throw std::invalid_argument(std::string(op) + ": num_players must lie in [1, 20], got " +
-                              std::to_string(num_players));
-}
-
-// The number of players who have so many coalitions.
-int players_of(const char* op, int64_t num_coalitions) {
-  if (num_coalitions <= 0 || (num_coalitions & (num_coalitions - 1)) != 0)
-    throw std::invalid_argument(std::string(op) + ": S must be a power of two, got " +
-                                std::to_string(num_coalitions));
-  return checked_players(op, __builtin_ctzll(static_cast<unsigned long long>(num_coalitions)));
-}
-
 void shapley_values_fwd(const Strided<2>& utilities,  // [rows, S]
                         void* phi,                    // [rows, M] contiguous
                         Dtype dtype, Stream stream) {

@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MENDABLE = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +52,7 @@ def plain_errors(traceback: bool) -> Iterator[None]:
     """Print what the user can mend as one sentence, or a list below one, and leave with code 2."""
     try:
         yield
-    except MENDABLE as error:
+    except USER_ERRORS as error:
         if traceback:
             raise
         # One sentence, and what it lists in indented lines.

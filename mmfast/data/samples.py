@@ -73,7 +73,7 @@ def check_finite(
     name: str,
     value: Tensor,  # any shape
 ) -> None:
-    """Raise ValueError for NaN or infinite numbers, with their count."""
+    """Raise ValueError for NaN or infinite elements, with their count."""
     bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
     if bad:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values")

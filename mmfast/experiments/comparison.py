@@ -20,7 +20,7 @@ from mmfast.experiments.setup import (
     make_run,
     versions,
 )
-from mmfast.experiments.subprocesses import run_apart
+from mmfast.experiments.subprocesses import run_in_subprocess
 from mmfast.files import locked, plain
 from mmfast.methods import METHODS, Method
 from mmfast.training.divergence import DivergedError
@@ -98,7 +98,7 @@ class Comparison:
                 if self.setup.devices in (1, "1"):
                     entry = make_run(self.setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
                 else:
-                    entry = run_apart(self.setup, planned, folder)
+                    entry = run_in_subprocess(self.setup, planned, folder)
             except DivergedError as error:
                 entry = diverged_entry(planned.method, planned.seed, error)
             self.results.add(entry, folder)

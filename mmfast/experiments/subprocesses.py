@@ -20,7 +20,7 @@ DIVERGED = 3
 _SAYS = "mmfast: "
 
 
-def run_apart(setup: Setup, planned: PlannedRun, folder: Path) -> dict[str, Any]:
+def run_in_subprocess(setup: Setup, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     """Make a run on several devices in processes of its own: Fabric launches them once per program."""
     command = [sys.executable, "-m", "mmfast", *train_arguments(setup, planned, folder)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,22 +1,27 @@
-"""Two stages: encoders with heads of their own, then the fusion head over the frozen encoders."""
+"""Two stages: encoders with unimodal heads, then the fusion head over the frozen encoders."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import LateFusionLearner, OwnHeads, average_probabilities, own_losses
+from mmfast.methods._late_fusion import (
+    LateFusionLearner,
+    UnimodalHeads,
+    average_probabilities,
+    unimodal_losses,
+)
 from mmfast.methods.base import Stage
 
 
 class FrozenEncodersLearner(LateFusionLearner):
-    """A learner of two stages: the encoders with own heads first, then the fusion head over frozen encoders.
+    """A learner of two stages: encoders with unimodal heads first, then the fusion head over frozen encoders.
 
-    In the first stage, whose fusion head knows nothing yet, it predicts by the average of the own heads.
+    In the first stage, whose fusion head knows nothing yet, it predicts by the average of the unimodal heads.
     """
 
     def build(self) -> None:
-        self.own_heads = OwnHeads(self.model)
+        self.own_heads = UnimodalHeads(self.model)
 
     @property
     def in_head_stage(self) -> bool:
@@ -48,7 +53,7 @@ class FrozenEncodersLearner(LateFusionLearner):
 
     def encoder_loss(self, features, labels, present):
         """Return the loss of the first stage."""
-        return own_losses(self.own_logits(features), labels, present)
+        return unimodal_losses(self.own_logits(features), labels, present)
 
     def own_logits(self, features):
         return self.own_heads(features)

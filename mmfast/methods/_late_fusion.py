@@ -1,4 +1,4 @@
-"""Heads of a modality's own, their losses, and predictions combined from them."""
+"""Late fusion: a head for every modality, their unimodal losses, and predictions combined from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mmfast.distributed import share_of_batch
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 
-# Numbers held at a time where logits are repeated for coalitions (16 MB in float32).
-_CHUNK = 2**22
+# Elements held at a time where logits are repeated for coalitions (16 MB in float32).
+_MAX_ELEMENTS = 2**22
 
 
-class OwnHeads(nn.ModuleList):
-    """One linear classifier per modality on its own features: g_m of the papers."""
+class UnimodalHeads(nn.ModuleList):
+    """One linear classifier per modality on its features alone: g_m of the papers."""
 
     def __init__(self, model: MultimodalModel) -> None:
         super().__init__(nn.Linear(dim, model.num_classes) for dim in model.dims)
@@ -29,7 +29,7 @@ class OwnHeads(nn.ModuleList):
 
 
 class LateFusionLearner(Learner):
-    """A learner that predicts by combining the logits of every modality's own head."""
+    """A learner that predicts by combining the unimodal logits of every modality's head."""
 
     protocol = "own-head"
 
@@ -60,7 +60,7 @@ class LateFusionLearner(Learner):
     def coalition_logits(self, features, coalitions):
         logits = self.own_logits(features)
         # Every coalition repeats the logits of all modalities; so many at a time that memory stays bounded.
-        parts = coalitions.split(max(1, _CHUNK // max(1, logits.numel())))
+        parts = coalitions.split(max(1, _MAX_ELEMENTS // max(1, logits.numel())))
         return torch.cat([self.under(logits, features, part) for part in parts], dim=1)
 
     def under(
@@ -75,15 +75,15 @@ class LateFusionLearner(Learner):
 
 
 def separate_scores(
-    modalities: Sequence[str], own_accuracy: Sequence[float | None]
+    modalities: Sequence[str], unimodal_accuracy: Sequence[float | None]
 ) -> dict[tuple[str, ...], float]:
-    """Return scores that let each modality's encoder and own head keep the best epoch of their own.
+    """Return scores that let each modality's encoder and unimodal head keep their best epoch.
 
     A modality that could not be measured has none, and keeps its last epoch.
     """
     return {
         (f"model.encoders.{name}.", f"own_heads.{m}."): score
-        for m, (name, score) in enumerate(zip(modalities, own_accuracy, strict=True))
+        for m, (name, score) in enumerate(zip(modalities, unimodal_accuracy, strict=True))
         if score is not None
     }
 
@@ -111,7 +111,7 @@ def average_probabilities(
     return mean.masked_fill(count == 0, -math.log(logits.shape[-1]))
 
 
-def own_losses(
+def unimodal_losses(
     logits: Tensor,  # [M, N, C]
     labels: Tensor,  # [N]
     present: Tensor | None = None,  # bool [M, N]

@@ -10,12 +10,12 @@ from torch import Tensor
 from mmfast import coalitions
 from mmfast.coalitions import PRESENT_SUFFIX
 from mmfast.data.batches import Entries, iterate, presence
-from mmfast.distributed import of_first
+from mmfast.distributed import broadcast_from_first
 from mmfast.methods.base import Learner
 from mmfast.valuation import contributions
 
 
-class CopiesLearner(Learner):
+class ResamplingLearner(Learner):
     """A learner whose `end_epoch` chooses the copies that the next epoch trains on besides all samples."""
 
     def build(self) -> None:
@@ -37,7 +37,7 @@ class CopiesLearner(Learner):
         shown = coalitions.members(torch.cat([full, self.coalitions]), num_modalities)
         return Entries(train, torch.cat([samples, self.indices]), shown)
 
-    def take_copies(
+    def add_copies(
         self,
         train: Any,
         indices: Tensor,  # [E] int64
@@ -56,7 +56,7 @@ class CopiesLearner(Learner):
             visible = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
             keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *visible])
             indices, modalities = indices[keep], modalities[keep]
-        self.indices, self.coalitions = of_first((indices, coalitions.alone(modalities)))
+        self.indices, self.coalitions = broadcast_from_first((indices, coalitions.alone(modalities)))
 
     def figures(
         self,

@@ -17,8 +17,8 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
             learner.end_epoch(epoch, train, val)
             if learner.optimizer_reset_due():
                 optimizer.state.clear()
-        learner.note_own_accuracy(accuracy_alone)        # {<modality>: on `val`}, which Unimodal answers by
-    learner.release()
+        learner.note_unimodal_accuracy(accuracy_alone)   # {<modality>: on `val`}, which Unimodal answers by
+    learner.unfreeze()
     logits = learner.eval().predict(batch)
 """
 
@@ -134,20 +134,20 @@ class Learner(nn.Module):
     def start_stage(self, stage: Stage) -> None:
         """Enter a stage: set which parameters train, and training mode."""
         self.stage = stage
-        self.release()
+        self.unfreeze()
         for module in self.frozen():
             module.requires_grad_(False)
         self.model.head_is_trained = self.model.head not in self.frozen()
         self.train()
 
-    def release(self) -> None:
-        """Give back what stages froze, when training is over."""
+    def unfreeze(self) -> None:
+        """Let what stages froze train again, when training is over; what the user froze stays so."""
         for p, wanted in zip(self.parameters(), self._wanted, strict=True):
             p.requires_grad_(wanted)
 
     def abandon(self) -> None:
         """Give back all but the weights' values, when training has ended before its end."""
-        self.release()
+        self.unfreeze()
         self.zero_grad(set_to_none=True)
         self.model.head_is_trained = self._head_was_trained
         # A precision such as bf16-true has changed it.
@@ -180,12 +180,22 @@ class Learner(nn.Module):
         """Do what the method does between epochs; return figures for the log."""
         return {}
 
-    def note_own_accuracy(self, own_accuracy: Mapping[str, float | None]) -> bool:
+    def note_unimodal_accuracy(self, unimodal_accuracy: Mapping[str, float | None]) -> bool:
         """Take every modality's accuracy alone; return whether predictions are others for it.
 
         It is measured on validation data after each epoch and stage, None where no sample has the modality.
         """
         return False
+
+    # The names of these two before, for loops that call them.
+
+    def release(self) -> None:
+        """Do as `unfreeze`."""
+        self.unfreeze()
+
+    def note_own_accuracy(self, unimodal_accuracy: Mapping[str, float | None]) -> bool:
+        """Do as `note_unimodal_accuracy`."""
+        return self.note_unimodal_accuracy(unimodal_accuracy)
 
     def optimizer_reset_due(self) -> bool:
         """Whether the trainer must drop the optimizer's state before the next epoch."""
@@ -242,7 +252,7 @@ class Learner(nn.Module):
                     yield m, h[keep].float(), batch["label"][keep]
 
     def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
-        """Return the logits of every modality alone, by this learner's `protocol`."""
+        """Return the unimodal logits, those of every modality alone, by this learner's `protocol`."""
         return torch.stack([self.fuse(features, coalition=alone(m)) for m in range(len(features))])
 
     def coalition_logits(
@@ -258,7 +268,7 @@ class Learner(nn.Module):
         return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
 
     def selection_scores(
-        self, accuracy: float, own_accuracy: Sequence[float | None]
+        self, accuracy: float, unimodal_accuracy: Sequence[float | None]
     ) -> dict[tuple[str, ...], float]:
         """Return what model selection maximises: one score for all, or one per separately selected part.
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.distributed import of_first, share_of_batch, world
+from mmfast.distributed import broadcast_from_first, share_of_batch, world
 from mmfast.methods._frozen_encoders import FrozenEncodersLearner
-from mmfast.methods._late_fusion import own_losses, repeat_for
+from mmfast.methods._late_fusion import repeat_for, unimodal_losses
 from mmfast.methods.base import Method, Stage, check_numbers
 
 
@@ -57,12 +57,12 @@ class _DIMMLLearner(FrozenEncodersLearner):
             accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
             right[m] += (len(labels) * accuracy.double()).round().long()
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
-        return of_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
+        return broadcast_from_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
 
     def encoder_loss(self, features, labels, present):
-        loss = own_losses(self.own_logits(features), labels, present)
+        loss = unimodal_losses(self.own_logits(features), labels, present)
         shared = torch.stack([self.shared_head(h) for h in features])
-        loss = loss + self.method.lam * own_losses(shared, labels, present)
+        loss = loss + self.method.lam * unimodal_losses(shared, labels, present)
         if self._dims is not None:
             loss = loss + self._duc_loss(features, present)
         return loss
@@ -80,26 +80,26 @@ class _DIMMLLearner(FrozenEncodersLearner):
     def fuse(self, features, *, coalition=None, present=None):
         if not self.in_head_stage:
             return super().fuse(features, coalition=coalition, present=present)
-        own = self.own_logits(features)
-        present = self.mask_of(own, coalition, present)
-        return self._with_fused(own, self.model.fuse(features, present=present), present)
+        unimodal = self.own_logits(features)
+        present = self.mask_of(unimodal, coalition, present)
+        return self._with_fused(unimodal, self.model.fuse(features, present=present), present)
 
     def under(self, logits, features, coalitions):
         if not self.in_head_stage:
             return super().under(logits, features, coalitions)
         fused = self.model.coalition_logits(features, coalitions)  # [N, L, C]
-        own, member = repeat_for(logits, coalitions)
-        return self._with_fused(own, fused.flatten(0, 1), member).unflatten(0, fused.shape[:2])
+        unimodal, member = repeat_for(logits, coalitions)
+        return self._with_fused(unimodal, fused.flatten(0, 1), member).unflatten(0, fused.shape[:2])
 
-    def _with_fused(self, own, fused, present):
-        """Return the certainty-weighted sum of the own heads' logits [M, N, C] and the fused ones [N, C]."""
-        logits = torch.cat([own.to(fused.dtype), fused[None]])
+    def _with_fused(self, unimodal, fused, present):
+        """Return the certainty-weighted sum of the unimodal logits [M, N, C] and the fused ones [N, C]."""
+        logits = torch.cat([unimodal.to(fused.dtype), fused[None]])
         if present is not None:
             present = torch.cat([present, torch.ones_like(present[:1])])
         return ops.certainty_fusion(logits, temperature=self.method.fusion_temperature, present=present)[0]
 
-    def selection_scores(self, accuracy, own_accuracy):
-        known = [score for score in own_accuracy if score is not None]
+    def selection_scores(self, accuracy, unimodal_accuracy):
+        known = [score for score in unimodal_accuracy if score is not None]
         return {("",): accuracy if self.in_head_stage else sum(known) / max(1, len(known))}
 
 
@@ -108,8 +108,8 @@ class DIMML(Method):
     """Train encoders apart, joined by a shared head and the dimension-decoupled contrastive loss; then fuse.
 
     First stage, D equal for all encoders: sum_m CE(g_m(h^m)) + lam sum_m CE(psi(h^m)) + [epoch >= e0] L_DUC.
-    Second stage: encoders and own heads frozen, psi dropped, the fusion head trained. Inference: own and
-    fused logits weighted by softmax of their certainties over `fusion_temperature`.
+    Second stage: encoders and unimodal heads frozen, psi dropped, the fusion head trained. Inference:
+    unimodal and fused logits weighted by softmax of their certainties over `fusion_temperature`.
 
     Attributes:
         lam: lambda, weight of the shared head's losses.

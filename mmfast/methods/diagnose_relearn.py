@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.distributed import of_first
+from mmfast.distributed import broadcast_from_first
 from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.models import MultimodalModel
 
@@ -43,7 +43,7 @@ class _DiagnoseRelearnLearner(Learner):
         gaps = [
             abs(of_train - of_val) for of_train, of_val in zip(purity["train"], purity["val"], strict=True)
         ]
-        for name, gap in zip(self.modalities, of_first(gaps), strict=True):
+        for name, gap in zip(self.modalities, broadcast_from_first(gaps), strict=True):
             alpha = math.tanh(self.method.lam * gap)
             self._relearn(f"encoders.{name}.", alpha)
             figures |= {f"gap_{name}": gap, f"alpha_{name}": alpha}

@@ -26,10 +26,10 @@ class _FrozenUnimodalLearner(FrozenEncodersLearner):
             return self.model.coalition_logits(features, coalitions)
         return super().coalition_logits(features, coalitions)
 
-    def selection_scores(self, accuracy, own_accuracy):
+    def selection_scores(self, accuracy, unimodal_accuracy):
         if self.in_head_stage:
-            return super().selection_scores(accuracy, own_accuracy)
-        return separate_scores(self.modalities, own_accuracy)
+            return super().selection_scores(accuracy, unimodal_accuracy)
+        return separate_scores(self.modalities, unimodal_accuracy)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mmfast import ops
 from mmfast.data.batches import presence
-from mmfast.distributed import total
+from mmfast.distributed import sum_over_processes
 from mmfast.errors import check_one_of
-from mmfast.methods._late_fusion import LateFusionLearner, own_losses
+from mmfast.methods._late_fusion import LateFusionLearner, unimodal_losses
 from mmfast.methods.base import Method, check_numbers
 
 RESETS = ("never", "epoch", "step")
@@ -63,14 +63,14 @@ class _MLALearner(LateFusionLearner):
         present = presence(batch, self.modalities)
         present = None if present is None else present[step : step + 1]
         self._remember_mean(h.detach(), present)
-        return own_losses(self.shared_head(h)[None], batch["label"], present)
+        return unimodal_losses(self.shared_head(h)[None], batch["label"], present)
 
     @torch.no_grad()
     def _remember_mean(self, h, present) -> None:
         h = h.float()
         keep = torch.ones_like(h[:, 0]) if present is None else present[0].float()
         # The sum of the features and their number, [D + 1], in one message.
-        found = total(torch.cat([keep @ h, keep.sum()[None]]))
+        found = sum_over_processes(torch.cat([keep @ h, keep.sum()[None]]))
         self.current.copy_(found[:-1] / found[-1].clamp(min=1))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from mmfast.data.batches import Entries
 from mmfast.errors import check_one_of
-from mmfast.methods._resampling import CopiesLearner
+from mmfast.methods._resampling import ResamplingLearner
 from mmfast.methods.base import Method, check_numbers
 from mmfast.valuation import mean_contributions
 
@@ -22,7 +22,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-class _ModalityValuationLearner(CopiesLearner):
+class _ModalityValuationLearner(ResamplingLearner):
     def end_epoch(self, epoch, train, val):
         method = self.method
         if epoch + 1 < method.warmup:
@@ -38,7 +38,7 @@ class _ModalityValuationLearner(CopiesLearner):
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
         lowest = int(phi.nan_to_num(nan=torch.inf).argmin())
-        self.take_copies(train, indices, torch.full_like(indices, lowest))
+        self.add_copies(train, indices, torch.full_like(indices, lowest))
         return self.figures(phi)
 
 

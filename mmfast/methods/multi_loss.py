@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import OwnHeads, own_losses
+from mmfast.methods._late_fusion import UnimodalHeads, unimodal_losses
 from mmfast.methods.base import Learner, Method, check_numbers
 
 
@@ -17,7 +17,7 @@ class _MultiLossLearner(Learner):
     protocol = "own-head"
 
     def build(self) -> None:
-        self.own_heads = OwnHeads(self.model)
+        self.own_heads = UnimodalHeads(self.model)
 
     def own_logits(self, features):
         return self.own_heads(features)
@@ -25,7 +25,7 @@ class _MultiLossLearner(Learner):
     def forward(self, batch, step=0):
         features, present = self.encode(batch), presence(batch, self.modalities)
         fused = F.cross_entropy(self.model.fuse(features, present=present).float(), batch["label"])
-        return fused + self.method.lam * own_losses(self.own_logits(features), batch["label"], present)
+        return fused + self.method.lam * unimodal_losses(self.own_logits(features), batch["label"], present)
 
 
 @dataclass(frozen=True)

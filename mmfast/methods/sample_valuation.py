@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.methods._resampling import CopiesLearner
+from mmfast.methods._resampling import ResamplingLearner
 from mmfast.methods.base import Method, check_numbers
 from mmfast.valuation import mean_contributions
 
@@ -33,7 +33,7 @@ def copy_counts(
     return (whole + (draws < chance)).long()
 
 
-class _SampleValuationLearner(CopiesLearner):
+class _SampleValuationLearner(ResamplingLearner):
     def end_epoch(self, epoch, train, val):
         if epoch + 1 < self.method.warmup:
             return {}
@@ -41,7 +41,7 @@ class _SampleValuationLearner(CopiesLearner):
         counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
         sample, modality = counts.nonzero(as_tuple=True)
         repeats = counts[sample, modality]
-        self.take_copies(train, sample.repeat_interleave(repeats), modality.repeat_interleave(repeats))
+        self.add_copies(train, sample.repeat_interleave(repeats), modality.repeat_interleave(repeats))
         return self.figures(mean_contributions(phi, present))
 
 

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import LateFusionLearner, OwnHeads, own_losses, separate_scores
+from mmfast.methods._late_fusion import LateFusionLearner, UnimodalHeads, separate_scores, unimodal_losses
 from mmfast.methods.base import Method
 
 
 class SeparateLearner(LateFusionLearner):
-    """Encoders with own heads, side by side: they share no parameter, so each trains as if alone."""
+    """Encoders with unimodal heads, side by side: they share no parameter, so each trains as if alone."""
 
     def build(self) -> None:
-        self.own_heads = OwnHeads(self.model)
+        self.own_heads = UnimodalHeads(self.model)
 
     def frozen(self):
         return (self.model.head,)
 
     def forward(self, batch, step=0):
         logits = self.own_logits(self.encode(batch))
-        return own_losses(logits, batch["label"], presence(batch, self.modalities))
+        return unimodal_losses(logits, batch["label"], presence(batch, self.modalities))
 
     def own_logits(self, features):
         return self.own_heads(features)
 
-    def selection_scores(self, accuracy, own_accuracy):
-        return separate_scores(self.modalities, own_accuracy)
+    def selection_scores(self, accuracy, unimodal_accuracy):
+        return separate_scores(self.modalities, unimodal_accuracy)
 
 
 class _UnimodalLearner(SeparateLearner):
@@ -41,9 +41,9 @@ class _UnimodalLearner(SeparateLearner):
         # Accuracy on validation data, or on training data without any; the best modality present answers.
         self.register_buffer("score", torch.zeros(len(self.modalities)))
 
-    def note_own_accuracy(self, own_accuracy):
+    def note_unimodal_accuracy(self, unimodal_accuracy):
         # A modality that no sample has comes after all others.
-        known = [own_accuracy[name] for name in self.modalities]
+        known = [unimodal_accuracy[name] for name in self.modalities]
         score = torch.tensor(
             [-1.0 if value is None else value for value in known], dtype=self.score.dtype, device="cpu"
         )

@@ -9,44 +9,34 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._checks import check_label_range
-from mmfast.ops._launch import DTYPE_CODE, as_int64, cast
+from mmfast.ops._launch import DTYPE_CODE, address, as_int64, cast, strided
 from mmfast.ops._registration import define
 from mmfast.reference import additive_shapley as _reference
 from mmfast.reference._common import accumulation_dtype, row_chunks
 
 UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
-# As in csrc/cpu/additive_shapley.cpp, which knows the utilities by their places, too.
-_SAMPLES_PER_CHUNK = 256
 
 
 def _run(
-    chosen: str,  # "cpu" or "cuda"
+    backend: str,  # "cpu" or "cuda"
     entry: str,  # "coalition_utilities_fwd" and the like
     gradients: tuple[Tensor, ...],  # of backward: that of the result
     logits: Tensor,  # [N, S, C] or [M, N, C]
     labels: Tensor,  # [N]
-    others: tuple[Tensor | None, ...],  # the bias in the dtype of accumulation, contiguous outputs
+    addresses: tuple[int, ...],  # of the bias, of contiguous outputs, and how many parts of sums there are
     utility: str,
-    *parts: int,  # of additive_shapley in CUDA: the first size of the last output
 ) -> None:
-    if gradients:
-        gradients = tuple([cast(gradient, logits.dtype).contiguous() for gradient in gradients])
-    tensors = (*gradients, logits, as_int64(labels), *others)
-    getattr(_backend.extension(chosen), entry)(
-        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
-        *logits.shape,
-        *logits.stride(),
+    gradients = tuple([cast(gradient, logits.dtype).contiguous() for gradient in gradients])
+    labels = as_int64(labels)
+    getattr(_backend.extension(backend), entry)(
+        *[gradient.data_ptr() for gradient in gradients],
+        *strided(logits),
+        labels.data_ptr(),
+        *addresses,
         UTILITIES.index(utility),
         DTYPE_CODE[logits.dtype],
-        *parts,
-        *_backend.where(chosen, logits),
+        *_backend.where(backend, logits),
     )
-
-
-# Rows of sums over samples that the bias's gradient is added up from.
-_CUDA_ROWS = 1024
-# Threads that fill the largest GPU; with fewer, blocks share the coalitions of a sample.
-_CUDA_ENOUGH_THREADS = 2**17
 
 
 def _wide_operands(
@@ -71,7 +61,7 @@ def _triton_refuses(*args: Tensor | str | None) -> str | None:
 def _utilities_fwd_compiled(backend: str, logits: Tensor, labels: Tensor, utility: str) -> Tensor:
     values = logits.new_empty(logits.shape[0], logits.shape[1])
     if values.numel() > 0:
-        _run(backend, "coalition_utilities_fwd", (), logits, labels, (values,), utility)
+        _run(backend, "coalition_utilities_fwd", (), logits, labels, (values.data_ptr(),), utility)
     return values
 
 
@@ -102,7 +92,15 @@ def _utilities_bwd_compiled(backend: str) -> Callable:
     def run(dutilities: Tensor, logits: Tensor, labels: Tensor, utility: str) -> Tensor:
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         if dlogits.numel() > 0:
-            _run(backend, "coalition_utilities_bwd", (dutilities,), logits, labels, (dlogits,), utility)
+            _run(
+                backend,
+                "coalition_utilities_bwd",
+                (dutilities,),
+                logits,
+                labels,
+                (dlogits.data_ptr(),),
+                utility,
+            )
         return dlogits
 
     return run
@@ -122,12 +120,34 @@ def _utilities_bwd_reference(dutilities: Tensor, logits: Tensor, labels: Tensor,
     return dlogits
 
 
-def _fwd_cpu(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
+def _fwd_compiled(
+    backend: str,  # "cpu" or "cuda"
+    partial_logits: Tensor,  # [M, N, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    utility: str,
+) -> Tensor:  # [N, M]
     operand, wide_bias = _wide_operands(partial_logits, bias)
     phi = operand.new_empty(operand.shape[1], operand.shape[0])
-    if phi.numel() > 0:
-        _run("cpu", "additive_shapley_fwd", (), operand, labels, (wide_bias, phi), utility)
-    return cast(phi, partial_logits.dtype)
+    if phi.numel() == 0:
+        return phi.to(partial_logits.dtype)
+    plan = _backend.extension(backend).additive_shapley_fwd_plan
+    num_parts = plan(*operand.shape, DTYPE_CODE[operand.dtype])
+    parts = None
+    if num_parts > 1:
+        parts = phi.new_empty(num_parts, *phi.shape, dtype=accumulation_dtype(phi.dtype))
+    addresses = (address(wide_bias), phi.data_ptr(), address(parts), num_parts)
+    _run(backend, "additive_shapley_fwd", (), operand, labels, addresses, utility)
+    return cast(phi if parts is None else parts.sum(0), partial_logits.dtype)
+
+
+def _fwd_cpu(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
+    return _fwd_compiled("cpu", partial_logits, labels, bias, utility)
+
+
+def _fwd_cuda(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
+    check_label_range("labels", labels, partial_logits.shape[-1])
+    return _fwd_compiled("cuda", partial_logits, labels, bias, utility)
 
 
 def _fwd_triton(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
@@ -181,70 +201,31 @@ def _bwd_reference(
     return dpartial_logits, torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
 
 
-def _bwd_cpu(
-    dphi: Tensor,  # [N, M]
-    partial_logits: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    bias: Tensor | None,  # [C]
-    utility: str,
-) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
-    operand, wide_bias = _wide_operands(partial_logits, bias)
-    gradient = torch.empty_like(operand, memory_format=torch.contiguous_format)
-    # The kernel sums the bias's gradient within chunks of samples, one row each.
-    num_chunks = -(-operand.shape[1] // _SAMPLES_PER_CHUNK)
-    chunks = operand.new_empty(num_chunks, operand.shape[2], dtype=accumulation_dtype(operand.dtype))
-    if operand.numel() > 0:
-        others = (wide_bias, gradient, chunks)
-        _run("cpu", "additive_shapley_bwd", (dphi,), operand, labels, others, utility)
-    dbias = partial_logits.new_empty(0) if bias is None else cast(chunks.sum(0), bias.dtype)
-    return cast(gradient, partial_logits.dtype), dbias
+def _bwd_compiled(backend: str) -> Callable:
+    def run(
+        dphi: Tensor,  # [N, M]
+        partial_logits: Tensor,  # [M, N, C]
+        labels: Tensor,  # [N]
+        bias: Tensor | None,  # [C]
+        utility: str,
+    ) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
+        operand, wide_bias = _wide_operands(partial_logits, bias)
+        dtype = accumulation_dtype(operand.dtype)
+        plan = _backend.extension(backend).additive_shapley_bwd_plan
+        num_parts, is_wide = plan(*operand.shape, DTYPE_CODE[operand.dtype])
+        gradient_dtype = dtype if is_wide else operand.dtype
+        gradient = torch.empty(operand.shape, dtype=gradient_dtype, device=operand.device)
+        # The kernel sums the bias's gradient over groups of samples, one row each.
+        parts = None if bias is None else operand.new_empty(num_parts, operand.shape[2], dtype=dtype)
+        if operand.numel() > 0:
+            addresses = (address(wide_bias), gradient.data_ptr(), address(parts), num_parts)
+            _run(backend, "additive_shapley_bwd", (dphi,), operand, labels, addresses, utility)
+        gradient = cast(gradient, partial_logits.dtype)
+        if bias is None or parts is None:
+            return gradient, partial_logits.new_empty(0)
+        return gradient, cast(parts.sum(0), bias.dtype)
 
-
-def _fwd_cuda(
-    partial_logits: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    bias: Tensor | None,  # [C]
-    utility: str,
-) -> Tensor:  # [N, M]
-    check_label_range("labels", labels, partial_logits.shape[-1])
-    operand, wide_bias = _wide_operands(partial_logits, bias)
-    num_modalities, num_samples, num_classes = operand.shape
-    threads = num_samples * min(128, -(-num_classes // 4))
-    splits = 1
-    while 64 * splits < 2**num_modalities and splits * threads < _CUDA_ENOUGH_THREADS:
-        splits *= 2
-    phi = operand.new_empty(num_samples, num_modalities)
-    parts = None
-    if splits > 1:
-        parts = phi.new_empty(splits, *phi.shape, dtype=accumulation_dtype(phi.dtype))
-    if phi.numel() > 0:
-        others = (wide_bias, phi, parts)
-        _run("cuda", "additive_shapley_fwd", (), operand, labels, others, utility, splits)
-    return (phi if parts is None else parts.sum(0)).to(partial_logits.dtype)
-
-
-def _bwd_cuda(
-    dphi: Tensor,  # [N, M]
-    partial_logits: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    bias: Tensor | None,  # [C]
-    utility: str,
-) -> tuple[Tensor, Tensor]:  # [M, N, C], [C] or [0] where there is no bias
-    operand, wide_bias = _wide_operands(partial_logits, bias)
-    _, num_samples, num_classes = operand.shape
-    dtype = accumulation_dtype(operand.dtype)
-    # Of more classes than the lanes of a warp hold, the kernel adds up the gradients in memory.
-    is_held = num_classes <= (256 if operand.element_size() == 2 else 128)
-    gradient = torch.empty(operand.shape, dtype=operand.dtype if is_held else dtype, device=operand.device)
-    rows = min(num_samples, _CUDA_ROWS)
-    sums = None if bias is None else operand.new_empty(rows, num_classes, dtype=dtype)
-    if operand.numel() > 0:
-        others = (wide_bias, gradient, sums)
-        _run("cuda", "additive_shapley_bwd", (dphi,), operand, labels, others, utility, rows)
-    gradient = gradient.to(partial_logits.dtype)
-    if bias is None or sums is None:
-        return gradient, partial_logits.new_empty(0)
-    return gradient, sums.sum(0).to(bias.dtype)
+    return run
 
 
 def _utilities_fwd_fake(logits, labels, utility, backend):
@@ -306,8 +287,8 @@ bwd_op = define(
     " str backend) -> (Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    cpu=_bwd_cpu,
-    cuda=_bwd_cuda,
+    cpu=_bwd_compiled("cpu"),
+    cuda=_bwd_compiled("cuda"),
     triton=_bwd_triton,
     refuses=_REFUSES,
     by="partial_logits",

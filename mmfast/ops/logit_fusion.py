@@ -18,7 +18,7 @@ from mmfast.ops._checks import (
     check_shape,
     shape_text,
 )
-from mmfast.ops._launch import DTYPE_CODE, cast
+from mmfast.ops._launch import DTYPE_CODE, address, cast, strided
 from mmfast.ops._registration import define
 from mmfast.reference import logit_fusion as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -226,11 +226,9 @@ def _run_cpu(
     mask = None if present is None else present.contiguous()
     getattr(_backend.extension("cpu"), entry)(
         *[gradient.data_ptr() for gradient in gradients],
-        logits.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        *strided(logits),
+        address(mask),
         *[output.data_ptr() for output in outputs],
-        *logits.shape,
-        *logits.stride(),
         SCORES.index(score),
         temperature,
         DTYPE_CODE[logits.dtype],

@@ -1,4 +1,4 @@
-"""The end of a run whose numbers are no longer finite: noticed without waiting for a GPU, and explained."""
+"""The end of a run whose loss is NaN or infinite: noticed without waiting for a GPU, and explained."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def bad_inputs(
     samples: Sequence[int],  # the N indices in the data set
     names: Sequence[str],
 ) -> dict[str, list[int]]:
-    """Return, by modality, the samples of a batch that hold NaN or infinite numbers."""
+    """Return, by modality, the samples of a batch that hold NaN or infinite elements."""
     found = {}
     for name in names:
         values = torch.as_tensor(batch[name])
@@ -102,7 +102,7 @@ def bad_inputs(
 
 
 def bad_inputs_of(dataset: Any, names: Sequence[str]) -> dict[str, list[int]]:
-    """Return, by modality, the samples of a data set that hold NaN or infinite numbers."""
+    """Return, by modality, the samples of a data set that hold NaN or infinite elements."""
     found: dict[str, list[int]] = {}
     plain, size = getattr(dataset, "evaluation", dataset), 256
     for number, batch in enumerate(iterate(plain, size, torch.device("cpu"))):
@@ -113,7 +113,7 @@ def bad_inputs_of(dataset: Any, names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def input_text(part: str, bad: Mapping[str, Sequence[int]]) -> str:
-    """Return the sentence about samples whose numbers are not finite."""
+    """Return the sentence about samples that hold NaN or infinite elements."""
     each = []
     for name, samples in bad.items():
         shown = ", ".join(map(str, samples[:_SHOWN]))

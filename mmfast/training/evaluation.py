@@ -68,10 +68,10 @@ def measure(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int =
             num_nan += logits.isnan().any(1).sum()
             loss.update(F.cross_entropy(logits, labels), len(labels))
             phi = batch_contributions(learner, features, labels, present)
-            for m, own in enumerate(learner.own_logits(features)):
+            for m, unimodal in enumerate(learner.own_logits(features)):
                 keep = slice(None) if present is None else present[m]
                 if len(labels[keep]):
-                    alone[m].update(_predicted(own[keep].float(), labels[keep]), labels[keep])
+                    alone[m].update(_predicted(unimodal[keep].float(), labels[keep]), labels[keep])
                     contribution[m].update(phi[keep, m])
                 counts[m] += len(labels[keep])
     whole = {name: float(value) for name, value in fused.compute().items()}

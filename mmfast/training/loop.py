@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from mmfast.data.batches import Shard, dataset_indices, epoch_shard, loader
 from mmfast.data.threads import fitting_threads
-from mmfast.distributed import check_agreement, first_of_all, share_buffers, world
+from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
 from mmfast.training.divergence import (
     DivergedError,
@@ -24,11 +24,11 @@ from mmfast.training.divergence import (
 )
 from mmfast.training.evaluation import Metrics, measure
 from mmfast.training.optimization import Optimization
-from mmfast.training.selection import Selection
+from mmfast.training.selection import BestWeights
 
 
 @dataclass
-class Run:
+class TrainingLoop:
     """One run: what is trained, on what, and what is told of it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Run:
     on_state: Callable[[dict[str, Any]], None]
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def go(self, state: dict[str, Any] | None) -> None:
+    def run(self, state: dict[str, Any] | None) -> None:
         """Train all stages, from the beginning or from what `on_state` was given.
 
         Raises:
@@ -69,12 +69,12 @@ class Run:
                 learner.load_extra_state(state["extra"])
             optimizer = self.optimization.make_optimizer(learner.trainable_parameters())
             scheduler = self.optimization.make_scheduler(optimizer)
-            selection = Selection()
+            best = BestWeights()
             if state:
                 optimizer.load_state_dict(state["optimizer"])
                 self.fabric.strategy.precision.load_state_dict(state["precision"])
                 scheduler.load_state_dict(state["scheduler"])
-                selection = Selection(state["best"])
+                best = BestWeights(state["best"])
             module, optimizer = self.fabric.setup(learner, optimizer)
             for epoch in range(first_epoch, stage.epochs):
                 entry: dict[str, Any] = {"stage": stage.name, "epoch": epoch}
@@ -83,9 +83,9 @@ class Run:
                 scheduler.step()
                 if self.val is not None:
                     entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
-                    own = entry["val"]["modality_accuracy"]
+                    unimodal = entry["val"]["modality_accuracy"]
                     if epoch >= stage.first_selectable:
-                        selection.update(learner, entry["val"]["accuracy"], list(own.values()), epoch)
+                        best.update(learner, entry["val"]["accuracy"], list(unimodal.values()), epoch)
                 self._end_epoch(optimizer, epoch, entry)
                 self.history.append(entry)
                 self.on_epoch(entry)
@@ -98,16 +98,16 @@ class Run:
                         "optimizer": optimizer.state_dict(),
                         "scheduler": scheduler.state_dict(),
                         "precision": self.fabric.strategy.precision.state_dict(),
-                        "best": selection.best,
+                        "best": best.parts,
                     }
                 )
-            selection.load_best(learner)
+            best.restore(learner)
             part, data = ("train", self.train) if self.val is None else ("val", self.val)
             self._measure(data, part, stage, stage.epochs - 1)
             state, first_epoch = None, 0
 
     def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
-        """Return the learner's figures by the predictions it makes when it knows its modalities' own.
+        """Return the learner's figures by the predictions it makes when it knows those of each modality.
 
         Raises:
             DivergedError: predictions are NaN, as after a last step that no loss has seen.
@@ -119,7 +119,7 @@ class Run:
             self._raise(
                 bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} sample{'s' * (num_nan > 1)}"
             )
-        if self.learner.note_own_accuracy(found.modality_accuracy):
+        if self.learner.note_unimodal_accuracy(found.modality_accuracy):
             found, _ = measure(self.learner, dataset, self.fabric)
         return found
 
@@ -158,7 +158,7 @@ class Run:
                 optimizer.step()
         bad = losses.first_bad()
         # All processes stop with the one whose loss was the first.
-        first = first_of_all(len(shard.batches) if bad is None else bad // steps)
+        first = min_over_processes(len(shard.batches) if bad is None else bad // steps)
         if first < len(shard.batches):
             self._diverged(entries, shard, first, stage, epoch)
         share_buffers(learner)

@@ -1,4 +1,4 @@
-"""Model selection on validation data."""
+"""Model selection on validation data: the best weights so far."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from mmfast.methods.base import Learner
 
 
-class Selection:
+class BestWeights:
     """The best weights so far, whole or part by part where the learner selects its parts separately.
 
     Attributes:
-        best: by the prefixes of a part's entries in the state dict, its {"score", "epoch", "weights"} at the
+        parts: by the prefixes of a part's entries in the state dict, its {"score", "epoch", "weights"} at the
             earliest epoch of the highest score.
     """
 
-    def __init__(self, best: dict[tuple[str, ...], dict[str, Any]] | None = None) -> None:
-        self.best = best or {}
+    def __init__(self, parts: dict[tuple[str, ...], dict[str, Any]] | None = None) -> None:
+        self.parts = parts or {}
 
     def update(
-        self, learner: Learner, accuracy: float, own_accuracy: Sequence[float | None], epoch: int
+        self, learner: Learner, accuracy: float, unimodal_accuracy: Sequence[float | None], epoch: int
     ) -> None:
         """Keep the weights of parts that score above their best."""
-        for part, score in _apart(learner, learner.selection_scores(accuracy, own_accuracy)).items():
-            if part in self.best and score <= self.best[part]["score"]:
+        for part, score in _apart(learner, learner.selection_scores(accuracy, unimodal_accuracy)).items():
+            if part in self.parts and score <= self.parts[part]["score"]:
                 continue
             weights = {
                 key: value.detach().clone()
                 for key, value in learner.state_dict().items()
                 if key.startswith(part)
             }
-            self.best[part] = {"score": score, "epoch": epoch, "weights": weights}
+            self.parts[part] = {"score": score, "epoch": epoch, "weights": weights}
 
-    def load_best(self, learner: Learner) -> None:
+    def restore(self, learner: Learner) -> None:
         """Put the best weights back; without any, the learner stays as it is."""
-        for kept in self.best.values():
+        for kept in self.parts.values():
             learner.load_state_dict(kept["weights"], strict=False)
 
 

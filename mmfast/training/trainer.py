@@ -24,7 +24,7 @@ from mmfast.training import checkpoint, launchers
 from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import Metrics, evaluate
-from mmfast.training.loop import Run
+from mmfast.training.loop import TrainingLoop
 from mmfast.training.optimization import Optimization
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch
@@ -174,7 +174,7 @@ class Trainer:
                 # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
                 learner.abandon()
                 raise
-        learner.release()
+        learner.unfreeze()
         learner.zero_grad(set_to_none=True)
         learner.eval()
         self.learner = learner
@@ -190,7 +190,7 @@ class Trainer:
                 advance(1)
 
             advance(len(self.history))
-            Run(
+            TrainingLoop(
                 learner,
                 train,
                 val,
@@ -200,7 +200,7 @@ class Trainer:
                 on_epoch=record,
                 on_state=lambda state: self._save(LAST, self._description() | state),
                 history=self.history,
-            ).go(state)
+            ).run(state)
 
     def test(self, model: MultimodalModel, test: Any) -> Metrics:
         """Return accuracy, macro-F1, every modality alone and its Shapley contribution on `test`.
@@ -226,7 +226,7 @@ class Trainer:
         except RuntimeError as error:
             learner.abandon()
             raise ValueError(f"the checkpoint does not fit the model: {error}") from error
-        learner.release()
+        learner.unfreeze()
         learner.to(self.fabric.device)
         learner.eval()
         self.learner, self.history = learner, state["history"]

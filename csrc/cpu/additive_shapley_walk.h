@@ -1,0 +1,185 @@
+// The coalitions of a block of samples, one in each SIMD lane, walked depth first, modality 0 decided first.
+//
+// A level's logits are those of the level above, or those plus one partial, so that a coalition costs one
+// addition a class as in Gray-code order. Nothing is ever subtracted: no rounding accumulates, every z_s is
+// the sum in order of m, to the last bit, and -inf survives. The last levels, the leaves, are up to eight
+// sums in registers. Going up again, utilities fold into Shapley values, and gradients add up.
+#pragma once
+
+#include <vector>
+
+#include "additive_shapley_utilities.h"
+#include "shapley_weights.h"
+
+namespace mmfast {
+namespace {
+
+// Utilities weighted and summed below a node of the walk: phi_m = halves[m] - shared at its dbase.
+template <class A>
+struct Sums {
+  Vec<A> total, shared, halves[kMaxPlayers];
+};
+
+// One block of samples. K is the number of modalities decided in registers.
+template <class A, int K>
+struct Walk {
+  using V = Vec<A>;
+  static constexpr int J = 1 << K;
+
+  int M, depth;
+  int64_t C;
+  ShapleyWeights<A> weights;
+  std::vector<V> base, partials, levels, dpartials, dlevels, dbase, exponentials;
+  V label_base, label_partials[kMaxPlayers], dlabel_partials[kMaxPlayers], dphi[kMaxPlayers], dphi_sum,
+      origin = {};
+  Vec<Int<A>> has_unbounded_dphi;  // backward: lanes whose dphi are infinite or may overflow in sums
+  bool any_unbounded_dphi;
+  Leaves<A, K> leaves;
+  V* formula_values = nullptr;  // [M] where `add_by_formula` adds, if it is to
+
+  Walk(int M, int64_t C, Utility utility, bool is_backward)
+      : M(M),
+        depth(M - K),
+        C(C),
+        weights(M, utility == kCardinality),
+        base(C),
+        partials(M * C),
+        levels(depth * C) {
+    if (is_backward) {
+      dpartials.resize(M * C), dlevels.resize(depth * C), dbase.resize(C);
+      if (utility != kMargin) exponentials.resize(C * J);
+    }
+    leaves = Leaves<A, K>{partials.data() + depth * C, label_partials + depth, C, utility, {}, true};
+  }
+
+  void descend(int level, const V* z, V* next) const {
+    const V* partial = partials.data() + level * C;
+    for (int64_t c = 0; c < C; ++c) next[c] = z[c] + partial[c];
+  }
+
+  // `coalition`, of `size` modalities, is what is decided so far.
+  void fwd(int level, const V* z, V z_label, unsigned coalition, int size, Sums<A>& out) {
+    if (level == depth) {
+      V u[J];
+      leaves.utilities(z, z_label, u);
+      if (__builtin_expect(formula_values != nullptr, 0)) {
+        // A copy, for what a function is given the address of does not stay in registers.
+        V given[J];
+        std::copy_n(u, J, given);
+        add_by_formula(coalition, given);
+      }
+      if (leaves.utility >= kProbability) {
+        // A number added to all utilities changes no value: less the mean of the first ones, sums stay small.
+        if (size == 0) {
+          V sum = u[0];
+          for (int j = 1; j < J; ++j) sum += u[j];
+          origin = sum - sum == 0 ? sum * (A(1) / J) : V{};
+        }
+        MMFAST_UNROLL
+        for (int j = 0; j < J; ++j) u[j] -= origin;
+      }
+      out.shared = V{};
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const int players = size + __builtin_popcount(j);
+        out.shared += weights.b[players] * u[j];
+        u[j] *= weights.a[players];
+      }
+      Leaves<A, K>::fold(u, out.halves + depth);
+      out.total = u[0];
+      return;
+    }
+    if (is_interrupted(2 * J * C)) return;
+    fwd(level + 1, z, z_label, coalition, size, out);
+    V* next = levels.data() + level * C;
+    descend(level, z, next);
+    Sums<A> with;
+    fwd(level + 1, next, z_label + label_partials[level], coalition | 1u << level, size + 1, with);
+    out.total += with.total;
+    out.shared += with.shared;
+    out.halves[level] = with.total;
+    for (int m = level + 1; m < M; ++m) out.halves[m] += with.halves[m];
+  }
+
+  // Adds to `formula_values` half of what a leaf's coalitions are worth to each modality, by the formula
+  // itself: right for infinite utilities and for sums that overflow though values do not.
+  __attribute__((noinline, cold)) void add_by_formula(unsigned coalition, const V* u) const {
+    for (unsigned j = 0; j < J; ++j) {
+      const unsigned s = coalition | j << depth;
+      const int players = __builtin_popcount(s);
+      for (int m = 0; m < M; ++m)
+        formula_values[m] +=
+            s >> m & 1 ? weights.b[players - 1] * (A(0.5) * u[j]) : -weights.b[players] * (A(0.5) * u[j]);
+    }
+  }
+
+  // The values of a block, in sums.halves. Never inlined: one copy of the walk, which is in the two places
+  // that call this, would be slower by a tenth.
+  __attribute__((noinline)) void fwd(Sums<A>& sums) {
+    fwd(0, base.data(), label_base, 0, 0, sums);
+    for (int m = 0; m < M; ++m) sums.halves[m] -= sums.shared;
+  }
+
+  // The same once more, those that are infinite or NaN by the formula.
+  void fwd_by_formula(Sums<A>& sums) {
+    V values[kMaxPlayers] = {};
+    formula_values = values;
+    fwd(sums);
+    formula_values = nullptr;
+    for (int m = 0; m < M; ++m) {
+      auto& value = sums.halves[m];
+      value = value - value == 0 ? value : 2 * values[m];
+    }
+  }
+
+  // The gradients du of a leaf's utilities by the formula itself, in lanes of unbounded dphi.
+  __attribute__((noinline, cold)) void utility_gradients_by_formula(unsigned coalition, V* du) const {
+    for (unsigned j = 0; j < J; ++j) {
+      const unsigned s = coalition | j << depth;
+      const int players = __builtin_popcount(s);
+      V sum = {};
+      for (int m = 0; m < M; ++m)
+        sum += s >> m & 1 ? weights.b[players - 1] * dphi[m] : -weights.b[players] * dphi[m];
+      du[j] = has_unbounded_dphi ? sum : du[j];
+    }
+  }
+
+  // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
+  void bwd(int level, const V* z, V z_label, unsigned coalition, int size, V dphi_here, V* dz, V& dz_label) {
+    if (level == depth) {
+      V du[J];
+      Leaves<A, K>::subset_sums(dphi_here, dphi + depth, 1, du);
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) {
+        const int players = size + __builtin_popcount(j);
+        du[j] = weights.a[players] * du[j] - weights.b[players] * dphi_sum;
+      }
+      if (__builtin_expect(any_unbounded_dphi, 0)) {
+        V du_copy[J];
+        std::copy_n(du, J, du_copy);
+        utility_gradients_by_formula(coalition, du_copy);
+        std::copy_n(du_copy, J, du);
+      }
+      leaves.gradients(z, z_label, du, exponentials.data(), dz, &dz_label, dpartials.data() + depth * C,
+                       dlabel_partials + depth);
+      return;
+    }
+    if (is_interrupted(4 * J * C)) return;
+    bwd(level + 1, z, z_label, coalition, size, dphi_here, dz, dz_label);
+    V *next = levels.data() + level * C, *dnext = dlevels.data() + level * C;
+    V dnext_label = {};
+    descend(level, z, next);
+    std::fill_n(dnext, C, V{});
+    bwd(level + 1, next, z_label + label_partials[level], coalition | 1u << level, size + 1,
+        dphi_here + dphi[level], dnext, dnext_label);
+    for (int64_t c = 0; c < C; ++c) {
+      dpartials[level * C + c] += dnext[c];
+      dz[c] += dnext[c];
+    }
+    dlabel_partials[level] += dnext_label;
+    dz_label += dnext_label;
+  }
+};
+
+}  // namespace
+}  // namespace mmfast
