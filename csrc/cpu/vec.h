@@ -17,6 +17,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "codes.h"
 #include "registry.h"
 #include "threads.h"
 
@@ -246,17 +247,17 @@ inline V zip(V a, V b) {
   return zip<upper>(a, b, lanes_of<V>{});
 }
 
-// Calls function(pointer to T) for the type behind a dtype code.
-template <class Code, class Function>
-void dispatch_dtype(const char* op, Code dtype, Function&& function) {
-  switch (static_cast<int64_t>(dtype)) {
-    case 0:
+// Calls function(pointer to T) for the type behind a dtype.
+template <class Function>
+void dispatch_dtype(const char* op, Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::kFloat32:
       return function(static_cast<float*>(nullptr));
-    case 1:
+    case Dtype::kFloat64:
       return function(static_cast<double*>(nullptr));
-    case 2:
+    case Dtype::kBFloat16:
       return function(static_cast<bfloat16*>(nullptr));
-    case 3:
+    case Dtype::kFloat16:
       return function(static_cast<float16*>(nullptr));
     default:
       throw std::invalid_argument(std::string(op) + ": unknown dtype code " +

@@ -22,6 +22,7 @@
 #include <string>
 #include <type_traits>
 
+#include "codes.h"
 #include "integers.h"
 #include "registry.h"
 
@@ -102,17 +103,17 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-// Calls function(pointer to T) for the type behind a dtype code.
-template <class Code, class Function>
-void dispatch_dtype(const char* op, Code dtype, Function&& function) {
-  switch (static_cast<int64_t>(dtype)) {
-    case 0:
+// Calls function(pointer to T) for the type behind a dtype.
+template <class Function>
+void dispatch_dtype(const char* op, Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::kFloat32:
       return function(static_cast<float*>(nullptr));
-    case 1:
+    case Dtype::kFloat64:
       return function(static_cast<double*>(nullptr));
-    case 2:
+    case Dtype::kBFloat16:
       return function(static_cast<__nv_bfloat16*>(nullptr));
-    case 3:
+    case Dtype::kFloat16:
       return function(static_cast<__half*>(nullptr));
     default:
       throw std::invalid_argument(std::string(op) + ": unknown dtype code " +
