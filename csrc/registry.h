@@ -112,7 +112,7 @@ struct Thunk<function> {
   };
   static constexpr Kinds kinds = [] {
     Kinds found{};
-    for (std::size_t i = 0; i < sizeof...(Parameters); ++i) found.is_real[offset(i)] = is_one_real[i];
+    for (std::size_t i = 0; i != sizeof...(Parameters); ++i) found.is_real[offset(i)] = is_one_real[i];
     return found;
   }();
 

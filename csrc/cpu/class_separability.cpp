@@ -13,6 +13,8 @@
 
 #include "class_separability_intervals.h"
 #include "class_separability_moments.h"
+#include "class_separability_operands.h"
+#include "codes.h"
 #include "labels.h"
 
 namespace mmfast {
@@ -61,38 +63,33 @@ void dimension_hits(const T* x, const int64_t* labels, const accumulate_t<T>* lo
 }
 
 // All three refuse labels outside [0, C).
-void class_separability_moments_fwd(const void* features,   // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,  // [N]
-                                    int64_t* count,         // [C]
-                                    void* mean,             // [C, D]
-                                    void* var,              // [C, D]
-                                    int64_t num_samples, int64_t num_dims, int64_t num_classes,
-                                    int64_t stride, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, num_samples, num_classes, num_threads);
+void class_separability_moments_fwd(const Strided<2>& features,  // [N, D], rows contiguous
+                                    const int64_t* labels,       // [N]
+                                    int64_t num_classes, const ClassMoments& out, Dtype dtype,
+                                    int64_t num_threads) {
+  check_labels(labels, features.sizes[0], num_classes, num_threads);
   dispatch_dtype("class_separability_moments_fwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    moments_fwd(static_cast<const T*>(features), labels, count, static_cast<A*>(mean), static_cast<A*>(var),
-                num_samples, num_dims, num_classes, stride, num_threads);
+    moments_fwd(static_cast<const T*>(features.data), labels, out.count, static_cast<A*>(out.mean),
+                static_cast<A*>(out.var), features.sizes[0], features.sizes[1], num_classes,
+                features.strides[0], num_threads);
   });
 }
 
-void class_separability_moments_bwd(const void* dmean,      // [C, D]
-                                    const void* dvar,       // [C, D]
-                                    const void* features,   // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,  // [N]
-                                    const int64_t* count,   // [C]
-                                    const void* mean,       // [C, D]
-                                    void* dfeatures,        // [N, D]
-                                    int64_t num_samples, int64_t num_dims, int64_t num_classes,
-                                    int64_t stride, int64_t dtype, int64_t num_threads) {
-  check_labels(labels, num_samples, num_classes, num_threads);
+void class_separability_moments_bwd(const ClassGradients& gradients,
+                                    const Strided<2>& features,  // [N, D], rows contiguous
+                                    const int64_t* labels,       // [N]
+                                    void* dfeatures,             // [N, D] contiguous
+                                    int64_t num_classes, Dtype dtype, int64_t num_threads) {
+  check_labels(labels, features.sizes[0], num_classes, num_threads);
   dispatch_dtype("class_separability_moments_bwd", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    moments_bwd(static_cast<const A*>(dmean), static_cast<const A*>(dvar), static_cast<const T*>(features),
-                labels, count, static_cast<const A*>(mean), static_cast<T*>(dfeatures), num_samples, num_dims,
-                num_classes, stride, num_threads);
+    moments_bwd(static_cast<const A*>(gradients.dmean), static_cast<const A*>(gradients.dvar),
+                static_cast<const T*>(features.data), labels, gradients.count,
+                static_cast<const A*>(gradients.mean), static_cast<T*>(dfeatures), features.sizes[0],
+                features.sizes[1], num_classes, features.strides[0], num_threads);
   });
 }
 
@@ -102,17 +99,18 @@ bool has_finite(const A* centroids, int64_t size) {
   return size == 0 || std::any_of(centroids, centroids + size, [](A c) { return c - c == 0; });
 }
 
-void class_separability_hits(const void* features,   // [N, D], rows `stride` elements apart
-                             const int64_t* labels,  // [N]
-                             const void* centroids,  // [C, D] float32 or float64
-                             int64_t* hits,          // [D]
-                             int64_t num_samples, int64_t num_dims, int64_t num_classes, int64_t stride,
-                             int64_t dtype, int64_t centroid_dtype, int64_t num_threads) {
+void class_separability_hits(const Strided<2>& features,  // [N, D], rows contiguous
+                             const int64_t* labels,       // [N]
+                             const void* centroids,       // [C, D] contiguous, float32 or float64
+                             Dtype centroid_dtype, int64_t num_classes,
+                             int64_t* hits,  // [D], written
+                             Dtype dtype, int64_t num_threads) {
+  const int64_t num_samples = features.sizes[0], num_dims = features.sizes[1];
   check_labels(labels, num_samples, num_classes, num_threads);
   dispatch_dtype("class_separability_hits", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    const bool is_double = centroid_dtype == 1;
+    const bool is_double = centroid_dtype == Dtype::kFloat64;
     const int64_t size = num_classes * num_dims;
     if (is_double ? !has_finite(static_cast<const double*>(centroids), size)
                   : !has_finite(static_cast<const float*>(centroids), size)) {
@@ -128,8 +126,8 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
       class_intervals(static_cast<const float*>(centroids), low.data(), high.data(), num_classes, num_dims,
                       num_threads);
     }
-    dimension_hits(static_cast<const T*>(features), labels, low.data(), high.data(), hits, num_samples,
-                   num_dims, num_classes, stride, num_threads);
+    dimension_hits(static_cast<const T*>(features.data), labels, low.data(), high.data(), hits, num_samples,
+                   num_dims, num_classes, features.strides[0], num_threads);
   });
 }
 

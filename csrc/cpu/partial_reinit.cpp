@@ -6,6 +6,7 @@
 //
 // Floor: 3 elements moved for each of theta, over the bandwidth of memory. Measured:
 // bench/results/partial_reinit.md.
+#include "codes.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -24,7 +25,7 @@ void interpolate(T* theta, const T* theta_0, int64_t count, double alpha) {
   for (; i < count; ++i) theta[i] = narrow<T>(keep * widen(theta[i]) + pull * widen(theta_0[i]));
 }
 
-void reinit_part(void* theta, const void* theta_0, int64_t begin, int64_t end, double alpha, int64_t dtype) {
+void reinit_part(void* theta, const void* theta_0, int64_t begin, int64_t end, double alpha, Dtype dtype) {
   // Neither of the two ends does arithmetic: NaN and the sign of zero stay as they are.
   if (alpha == 0) return;
   dispatch_dtype("partial_reinit", dtype, [&](auto* type) {
@@ -43,13 +44,13 @@ void partial_reinit(void* const* params,       // [P] addresses of contiguous te
                     const void* const* inits,  // [P]
                     const int64_t* sizes,      // [P] in elements
                     const double* alphas,      // [P] in [0, 1]
-                    const int64_t* dtypes,     // [P] dtype codes
+                    const Dtype* dtypes,       // [P]
                     int64_t num_tensors, int64_t num_threads) {
   int64_t total = 0;
   for (int64_t p = 0; p < num_tensors; ++p) {
     total += sizes[p];
     // Here, because an exception must not leave a parallel region.
-    if (dtypes[p] < 0 || dtypes[p] > 3) dispatch_dtype("partial_reinit", dtypes[p], [](auto*) {});
+    dispatch_dtype("partial_reinit", dtypes[p], [](auto*) {});
   }
   parallel_for(total, 3 * sizeof(float), num_threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;

@@ -14,6 +14,8 @@
 
 #include "class_intervals.cuh"
 #include "class_moments.cuh"
+#include "class_separability_operands.h"
+#include "codes.h"
 
 namespace mmfast {
 namespace {
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kBlock)
 // Calls function(pointer to T, width of packs) where every row's columns of all `tables` fall into whole
 // aligned packs, else with single elements. Rows of the first table are `stride` apart.
 template <class Function>
-void with_packs(const char* op, int64_t dtype, std::initializer_list<const void*> tables, int64_t num_columns,
+void with_packs(const char* op, Dtype dtype, std::initializer_list<const void*> tables, int64_t num_columns,
                 int64_t stride, Function&& function) {
   const bool is_aligned = std::all_of(tables.begin(), tables.end(), [](const void* table) {
     return reinterpret_cast<uintptr_t>(table) % 16 == 0;
@@ -182,97 +184,144 @@ void check_classes(const char* op, int64_t num_classes) {
                               std::to_string(num_classes));
 }
 
-void class_separability_moments_fwd(const void* features,          // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,         // [N], or null: then the next two
-                                    const int64_t* order,          // [N] rows by class
-                                    const int32_t* sorted_labels,  // [N] in that order
-                                    void* part_mean,               // [parts, D] float64
-                                    void* part_squares,            // [parts, D]
-                                    int32_t* part_count,           // [blocks, C] with `labels`
-                                    int64_t* count,                // [C]
-                                    void* mean,                    // [C, D]
-                                    void* var,                     // [C, D]
-                                    int64_t num_samples, int64_t num_dims, int64_t num_classes,
-                                    int64_t stride, int64_t rows_per_block, int64_t dtype, int64_t device,
-                                    void* stream) {
+// How the samples of the moments are shared out. It depends on nothing but the call, and so do all bits.
+struct MomentsShares {
+  int64_t rows_per_block, num_blocks;
+  bool is_ordering;  // blocks order their samples by class themselves
+
+  // Enough samples of a class to a block, and enough blocks.
+  MomentsShares(int64_t num_samples, int64_t num_dims, int64_t num_classes, int64_t element_size) {
+    // Two for each SM of an H100. A block takes 16 bytes of a row a lane.
+    constexpr int64_t enough_blocks = 264, bytes_of_block = 16 * kWarp;
+    constexpr int64_t min_rows = 64, min_rows_of_class = 16, multiple = 16;
+    // What blocks that order their samples leave of each class stays in the L2 cache up to so many elements.
+    constexpr int64_t max_part_elements = 1 << 20;
+    const int64_t num_slabs = std::max<int64_t>(1, ceil_div(num_dims * element_size, bytes_of_block));
+    rows_per_block = std::max(min_rows, ceil_div(num_samples * num_slabs, enough_blocks));
+    const bool has_few_parts = num_samples * num_dims <= max_part_elements * kMaxRows / num_classes;
+    is_ordering = num_classes <= (has_few_parts ? kMaxOrderedClasses : kMaxOrderedClasses / 2);
+    if (is_ordering) rows_per_block = std::max(rows_per_block, min_rows_of_class * num_classes);
+    rows_per_block = std::min<int64_t>(kMaxRows, round_up(rows_per_block, multiple));
+    num_blocks = ceil_div(num_samples, rows_per_block);
+  }
+};
+
+// What Python prepares for the moments: parts, [parts, D] elements each, and counts, and, where blocks do not
+// order the samples, their order.
+struct MomentsPlan {
+  int64_t is_ordering, num_parts, num_counts;
+};
+
+MomentsPlan class_separability_moments_plan(int64_t num_samples, int64_t num_dims, int64_t num_classes,
+                                            Dtype dtype) {
+  constexpr const char* op = "class_separability_moments_plan";
+  check_classes(op, num_classes);
+  MomentsPlan plan{};
+  dispatch_dtype(op, dtype, [&](auto* type) {
+    const MomentsShares shares(num_samples, num_dims, num_classes, sizeof(*type));
+    const int64_t num_blocks = shares.num_blocks;
+    plan = shares.is_ordering ? MomentsPlan{1, num_blocks * num_classes, num_blocks * num_classes}
+                              : MomentsPlan{0, num_blocks + num_classes, 0};
+  });
+  return plan;
+}
+
+struct SampleOrder {
+  const int64_t* labels;         // [N] where blocks order the samples, else nullptr and the next two
+  const int64_t* order;          // [N] rows by class
+  const int32_t* sorted_labels;  // [N] in that order
+};
+
+// Workspace.
+struct PartMoments {
+  void* mean;      // [parts, D] float64
+  void* squares;   // [parts, D] in the dtype of sums
+  int32_t* count;  // [blocks, C] where blocks order the samples
+};
+
+void class_separability_moments_fwd(const Strided<2>& features,  // [N, D], rows contiguous
+                                    const SampleOrder& samples, int64_t num_classes, const PartMoments& parts,
+                                    const ClassMoments& out, Dtype dtype, Stream stream) {
   constexpr const char* op = "class_separability_moments_fwd";
   check_classes(op, num_classes);
-  if (rows_per_block < 1 || rows_per_block > kMaxRows ||
-      (labels != nullptr && num_classes > kMaxOrderedClasses))
-    throw std::invalid_argument(std::string(op) + ": rows_per_block or num_classes is too large");
-  const DeviceGuard guard(op, static_cast<int>(device));
-  const int64_t num_blocks = ceil_div(num_samples, rows_per_block);
-  const int classes = static_cast<int>(num_classes), rows = static_cast<int>(rows_per_block);
-  with_packs(op, dtype, {features, part_mean, part_squares}, num_dims, stride, [&](auto* type, auto width) {
+  const DeviceGuard guard(op, stream.device);
+  const int64_t num_samples = features.sizes[0], num_dims = features.sizes[1], stride = features.strides[0];
+  const int classes = static_cast<int>(num_classes);
+  const std::initializer_list<const void*> tables = {features.data, parts.mean, parts.squares};
+  with_packs(op, dtype, tables, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
+    const MomentsShares shares(num_samples, num_dims, num_classes, sizeof(T));
+    if (num_samples > 0 && shares.is_ordering != (samples.labels != nullptr))
+      throw std::invalid_argument(std::string(op) + ": samples must be ordered where the plan says so");
+    const auto rows = static_cast<int>(shares.rows_per_block);
     // Without columns there are still samples to count.
     const auto num_slabs = static_cast<unsigned>(num_dims == 0 ? 1 : ceil_div(num_dims, kWarp * n));
     const auto num_groups = static_cast<unsigned>(num_dims == 0 ? 1 : ceil_div(num_dims, kWarp));
     using M = part_mean_t<T>;
-    M* const means = static_cast<M*>(part_mean);
-    A* const squares = static_cast<A*>(part_squares);
-    if (num_blocks > 0) {
-      MMFAST_LAUNCH((class_moments_fwd_kernel<T, n>), static_cast<unsigned>(num_blocks * num_slabs), kBlock,
-                    0, stream, static_cast<const T*>(features), labels, order, sorted_labels, means, squares,
-                    part_count, num_samples, num_dims, classes, stride, rows, num_slabs);
+    M* const means = static_cast<M*>(parts.mean);
+    A* const squares = static_cast<A*>(parts.squares);
+    const T* const x = static_cast<const T*>(features.data);
+    if (shares.num_blocks > 0) {
+      MMFAST_LAUNCH((class_moments_fwd_kernel<T, n>), static_cast<unsigned>(shares.num_blocks * num_slabs),
+                    kBlock, 0, stream.handle, x, samples.labels, samples.order, samples.sorted_labels, means,
+                    squares, parts.count, num_samples, num_dims, classes, stride, rows, num_slabs);
       check_cuda(op, cudaGetLastError());
     }
     MMFAST_LAUNCH((class_moments_merge_kernel<T>), static_cast<unsigned>(num_classes * num_groups), kBlock, 0,
-                  stream, means, squares, part_count, sorted_labels, static_cast<const T*>(features), labels,
-                  order, stride, count, static_cast<A*>(mean), static_cast<A*>(var), num_samples, num_dims,
-                  classes, num_blocks, rows, num_groups);
+                  stream.handle, means, squares, parts.count, samples.sorted_labels, x, samples.labels,
+                  samples.order, stride, out.count, static_cast<A*>(out.mean), static_cast<A*>(out.var),
+                  num_samples, num_dims, classes, shares.num_blocks, rows, num_groups);
   });
   check_cuda(op, cudaGetLastError());
 }
 
-void class_separability_moments_bwd(const void* dmean,      // [C, D]
-                                    const void* dvar,       // [C, D]
-                                    const void* features,   // [N, D], rows `stride` elements apart
-                                    const int64_t* labels,  // [N]
-                                    const int64_t* count,   // [C]
-                                    const void* mean,       // [C, D]
-                                    void* dfeatures,        // [N, D]
-                                    int64_t num_samples, int64_t num_dims, int64_t num_classes,
-                                    int64_t stride, int64_t dtype, int64_t device, void* stream) {
+void class_separability_moments_bwd(const ClassGradients& gradients,
+                                    const Strided<2>& features,  // [N, D], rows contiguous
+                                    const int64_t* labels,       // [N]
+                                    void* dfeatures,             // [N, D] contiguous
+                                    int64_t num_classes, Dtype dtype, Stream stream) {
   constexpr const char* op = "class_separability_moments_bwd";
   check_classes(op, num_classes);
+  const int64_t num_samples = features.sizes[0], num_dims = features.sizes[1], stride = features.strides[0];
   if (num_samples == 0 || num_dims == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
+  const DeviceGuard guard(op, stream.device);
   // Gradients may be views that begin anywhere.
-  with_packs(
-      op, dtype, {features, dmean, dvar, mean, dfeatures}, num_dims, stride, [&](auto* type, auto width) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using A = accumulate_t<T>;
-        constexpr int n = decltype(width)::value;
-        const Slabs slabs(num_dims, n);
-        const int64_t num_blocks = ceil_div(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
-        MMFAST_LAUNCH((class_moments_bwd_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
-                      static_cast<const A*>(dmean), static_cast<const A*>(dvar),
-                      static_cast<const T*>(features), labels, count, static_cast<const A*>(mean),
-                      static_cast<T*>(dfeatures), num_samples, num_dims, static_cast<int>(num_classes),
-                      stride, slabs.log_lanes, slabs.count);
-      });
+  const std::initializer_list<const void*> tables = {features.data, gradients.dmean, gradients.dvar,
+                                                     gradients.mean, dfeatures};
+  with_packs(op, dtype, tables, num_dims, stride, [&](auto* type, auto width) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    constexpr int n = decltype(width)::value;
+    const Slabs slabs(num_dims, n);
+    const int64_t num_blocks = ceil_div(num_samples, kRows * (kBlock >> slabs.log_lanes)) * slabs.count;
+    MMFAST_LAUNCH((class_moments_bwd_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0,
+                  stream.handle, static_cast<const A*>(gradients.dmean),
+                  static_cast<const A*>(gradients.dvar), static_cast<const T*>(features.data), labels,
+                  gradients.count, static_cast<const A*>(gradients.mean), static_cast<T*>(dfeatures),
+                  num_samples, num_dims, static_cast<int>(num_classes), stride, slabs.log_lanes, slabs.count);
+  });
   check_cuda(op, cudaGetLastError());
 }
 
-void class_separability_hits(const void* features,   // [N, D], rows `stride` elements apart
-                             const int64_t* labels,  // [N]
-                             const void* centroids,  // [C, D] float32 or float64
-                             void* intervals,        // [2, C, D], written
-                             int64_t* hits,          // [D], zeros
-                             int64_t num_samples, int64_t num_dims, int64_t num_classes, int64_t stride,
-                             int64_t dtype, int64_t centroid_dtype, int64_t device, void* stream) {
+void class_separability_hits(const Strided<2>& features,  // [N, D], rows contiguous
+                             const int64_t* labels,       // [N]
+                             const void* centroids,       // [C, D] contiguous, float32 or float64
+                             Dtype centroid_dtype, int64_t num_classes,
+                             void* intervals,  // [2, C, D] in the dtype of sums, written
+                             int64_t* hits,    // [D], zeros
+                             Dtype dtype, Stream stream) {
   constexpr const char* op = "class_separability_hits";
   check_classes(op, num_classes);
-  if (centroid_dtype != 0 && centroid_dtype != 1)
+  if (centroid_dtype != Dtype::kFloat32 && centroid_dtype != Dtype::kFloat64)
     throw std::invalid_argument(std::string(op) + ": centroids must be float32 or float64");
+  const int64_t num_samples = features.sizes[0], num_dims = features.sizes[1], stride = features.strides[0];
   if (num_samples == 0 || num_dims == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
-  const int num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
+  const DeviceGuard guard(op, stream.device);
+  const int num_sms = device_attribute(op, cudaDevAttrMultiProcessorCount, stream.device);
   const int classes = static_cast<int>(num_classes);
-  with_packs(op, dtype, {features, intervals}, num_dims, stride, [&](auto* type, auto width) {
+  with_packs(op, dtype, {features.data, intervals}, num_dims, stride, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
     constexpr int n = decltype(width)::value;
@@ -280,11 +329,11 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     const auto interval_slabs = static_cast<unsigned>(ceil_div(num_dims, kIntervalColumns));
     const auto interval_blocks =
         static_cast<unsigned>(interval_slabs * ceil_div(num_classes, kClassGroups * kClassesPerThread));
-    if (centroid_dtype == 1) {
-      MMFAST_LAUNCH((class_intervals_kernel<double, A>), interval_blocks, kBlock, 0, stream,
+    if (centroid_dtype == Dtype::kFloat64) {
+      MMFAST_LAUNCH((class_intervals_kernel<double, A>), interval_blocks, kBlock, 0, stream.handle,
                     static_cast<const double*>(centroids), low, high, classes, num_dims, interval_slabs);
     } else {
-      MMFAST_LAUNCH((class_intervals_kernel<float, A>), interval_blocks, kBlock, 0, stream,
+      MMFAST_LAUNCH((class_intervals_kernel<float, A>), interval_blocks, kBlock, 0, stream.handle,
                     static_cast<const float*>(centroids), low, high, classes, num_dims, interval_slabs);
     }
     check_cuda(op, cudaGetLastError());
@@ -294,14 +343,15 @@ void class_separability_hits(const void* features,   // [N, D], rows `stride` el
     const int64_t wanted = ceil_div(4 * int64_t{num_sms}, slabs.count);
     const int64_t rows = std::min<int64_t>(ceil_div(ceil_div(num_samples, wanted), turn) * turn, 1 << 24);
     const int64_t num_blocks = ceil_div(num_samples, rows) * slabs.count;
-    MMFAST_LAUNCH((dimension_hits_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream,
-                  static_cast<const T*>(features), labels, low, high,
+    MMFAST_LAUNCH((dimension_hits_kernel<T, n>), static_cast<unsigned>(num_blocks), kBlock, 0, stream.handle,
+                  static_cast<const T*>(features.data), labels, low, high,
                   reinterpret_cast<unsigned long long*>(hits), num_samples, num_dims, classes, stride,
                   slabs.log_lanes, slabs.count, rows);
   });
   check_cuda(op, cudaGetLastError());
 }
 
+MMFAST_REGISTER(class_separability_moments_plan)
 MMFAST_REGISTER(class_separability_moments_fwd)
 MMFAST_REGISTER(class_separability_moments_bwd)
 MMFAST_REGISTER(class_separability_hits)

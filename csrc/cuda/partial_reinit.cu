@@ -7,6 +7,7 @@
 // first and behind the last one by one. Floor: both tensors read and one written; the records add 0.3%.
 #include <algorithm>
 
+#include "codes.h"
 #include "common.cuh"
 
 namespace mmfast {
@@ -16,14 +17,17 @@ constexpr int kBlock = 128, kWarps = kBlock / kWarp;
 // Vectors of each of the two tensors that a lane has in flight.
 constexpr int kBatch = 4;
 
-// Part of a tensor; mmfast/ops/partial_reinit.py writes these.
+// Part of a tensor; mmfast/ops/_partial_reinit_launch.py writes these.
 struct alignas(16) Piece {
   void* theta;
   const void* theta_0;
   double alpha;
   int32_t count, dtype;  // elements; code
 };
-static_assert(sizeof(Piece) == 32, "as mmfast/ops/partial_reinit.py lays it out");
+static_assert(sizeof(Piece) == 32, "as mmfast/ops/_partial_reinit_launch.py lays it out");
+// Bytes of a tensor that a record stands for: whole turns of a warp.
+constexpr int64_t kPieceBytes = 4096;
+static_assert(kPieceBytes % (kBatch * kWarp * 16) == 0);
 
 template <class T>
 struct Blend {
@@ -99,24 +103,27 @@ __global__ void __launch_bounds__(kBlock)
   const Piece piece = pieces[index];
   const int lane = threadIdx.x % kWarp;
   switch (piece.dtype) {
-    case 0:
+    case static_cast<int32_t>(Dtype::kFloat32):
       return blend_piece<float>(piece, lane);
-    case 1:
+    case static_cast<int32_t>(Dtype::kFloat64):
       return blend_piece<double>(piece, lane);
-    case 2:
+    case static_cast<int32_t>(Dtype::kBFloat16):
       return blend_piece<__nv_bfloat16>(piece, lane);
-    case 3:
+    case static_cast<int32_t>(Dtype::kFloat16):
       return blend_piece<__half>(piece, lane);
   }
 }
 
-void partial_reinit(const void* pieces,  // [num_pieces] records on the device
-                    int64_t num_pieces, int64_t device, void* stream) {
+// How many bytes of a tensor Python's plan has a record for.
+int64_t partial_reinit_piece_bytes() { return kPieceBytes; }
+
+void partial_reinit(const Piece* pieces,  // [num_pieces] on the device
+                    int64_t num_pieces, Stream stream) {
   constexpr const char* op = "partial_reinit";
   if (num_pieces == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
-  MMFAST_LAUNCH(partial_reinit_kernel, grid_blocks(num_pieces, kWarps), kBlock, 0, stream,
-                static_cast<const Piece*>(pieces), num_pieces);
+  const DeviceGuard guard(op, stream.device);
+  MMFAST_LAUNCH(partial_reinit_kernel, grid_blocks(num_pieces, kWarps), kBlock, 0, stream.handle, pieces,
+                num_pieces);
   check_cuda(op, cudaGetLastError());
 }
 
@@ -134,25 +141,24 @@ __global__ void __launch_bounds__(kBlock) partial_reinit_plan_kernel(const __gri
 }
 
 // Writes a plan in a form that a graph can capture: nothing is read from the host when it is replayed.
-void partial_reinit_plan(const void* source,  // [num_pieces] records on the host
-                         void* pieces,        // [num_pieces] on the device, written
-                         int64_t num_pieces, int64_t device, void* stream) {
-  constexpr const char* op = "partial_reinit_plan";
+void partial_reinit_write_plan(const Piece* records,  // [num_pieces] on the host
+                               Piece* pieces,         // [num_pieces] on the device, written
+                               int64_t num_pieces, Stream stream) {
+  constexpr const char* op = "partial_reinit_write_plan";
   if (num_pieces == 0) return;
-  const DeviceGuard guard(op, static_cast<int>(device));
-  const auto* const records = static_cast<const Piece*>(source);
+  const DeviceGuard guard(op, stream.device);
   for (int64_t first = 0; first < num_pieces; first += kGiven) {
     const auto count = static_cast<int>(std::min<int64_t>(num_pieces - first, kGiven));
     Given given{};
     std::copy(records + first, records + first + count, given.pieces);
-    MMFAST_LAUNCH(partial_reinit_plan_kernel, 1, kBlock, 0, stream, given,
-                  static_cast<Piece*>(pieces) + first, count);
+    MMFAST_LAUNCH(partial_reinit_plan_kernel, 1, kBlock, 0, stream.handle, given, pieces + first, count);
     check_cuda(op, cudaGetLastError());
   }
 }
 
+MMFAST_REGISTER(partial_reinit_piece_bytes)
 MMFAST_REGISTER(partial_reinit)
-MMFAST_REGISTER(partial_reinit_plan)
+MMFAST_REGISTER(partial_reinit_write_plan)
 
 }  // namespace
 }  // namespace mmfast

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from mmfast import backend as _backend
 from mmfast.ops._checks import check_label_range, shape_text
-from mmfast.ops._launch import DTYPE_CODE, as_int64, cast, columns_at_a_time, with_contiguous_rows
+from mmfast.ops._launch import (
+    DTYPE_CODE,
+    address,
+    as_int64,
+    cast,
+    columns_at_a_time,
+    strided,
+    with_contiguous_rows,
+)
 from mmfast.ops._registration import define
 from mmfast.reference import class_separability as _reference
 from mmfast.reference._common import accumulation_dtype
@@ -59,85 +67,58 @@ def _moments_fwd_reference(
 
 @_in_slabs
 def _moments_fwd_cpu(
-    features: Tensor,  # [N, D], every row in one piece
+    features: Tensor,  # [N, D], rows contiguous
     labels: Tensor,  # [N]
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cpu")
     labels = as_int64(labels)
     _backend.extension("cpu").class_separability_moments_fwd(
-        features.data_ptr(),
+        *strided(features),
         labels.data_ptr(),
+        num_classes,
         count.data_ptr(),
         mean.data_ptr(),
         var.data_ptr(),
-        *features.shape,
-        num_classes,
-        features.stride(0),
         DTYPE_CODE[features.dtype],
         torch.get_num_threads(),
     )
     return count, mean, var
 
 
-# What a block of the CUDA kernel takes: samples, and classes by which it can order its samples itself.
-_MOST_ROWS, _MOST_OWN_CLASSES = 1024, 128
-# What blocks that do so leave of each class stays in the second-level cache up to so many numbers.
-_MOST_PARTS = 2**20
-# Two blocks for each multiprocessor of an H100. Fixed: the same bits on every GPU.
-_BLOCKS = 264
-
-
-def _blocks_of_moments(
-    num_samples: int, num_dims: int, num_classes: int, itemsize: int
-) -> tuple[int, bool]:  # samples a block, whether it orders them itself
-    """Return how the CUDA kernel shares out the samples: enough of a class to a block, and enough blocks."""
-    slabs = max(1, -(-num_dims * itemsize // 512))
-    rows = max(64, -(-num_samples * slabs // _BLOCKS))
-    few_parts = num_samples * num_dims * num_classes <= _MOST_PARTS * _MOST_ROWS
-    is_ordering = num_classes <= _MOST_OWN_CLASSES // 2 or (num_classes <= _MOST_OWN_CLASSES and few_parts)
-    if is_ordering:
-        rows = max(rows, 16 * num_classes)
-    return min(_MOST_ROWS, -(-rows // 16) * 16), is_ordering
-
-
 @_in_slabs
 def _moments_fwd_cuda(
-    features: Tensor,  # [N, D], every row in one piece
+    features: Tensor,  # [N, D], rows contiguous
     labels: Tensor,  # [N]
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C, D], [C, D]
     check_label_range("labels", labels, num_classes)
     count, mean, var = _moments_fwd_fake(features, labels, num_classes, "cuda")
-    num_samples, num_dims = features.shape
-    rows, is_ordering = _blocks_of_moments(num_samples, num_dims, num_classes, features.element_size())
-    num_blocks = -(-num_samples // rows)
+    num_dims, dtype, module = features.shape[1], DTYPE_CODE[features.dtype], _backend.extension("cuda")
+    is_ordering, num_parts, num_counts = module.class_separability_moments_plan(
+        *features.shape, num_classes, dtype
+    )
+    # Of each of the three or nothing: labels whose samples the kernel orders, else the order itself.
+    samples: tuple[Tensor | None, Tensor | None, Tensor | None]
     if is_ordering:
-        labels, order, sorted_labels = as_int64(labels), None, None
-        num_parts = num_blocks * num_classes
-        part_count = count.new_empty(num_parts, dtype=torch.int32)
+        samples = (as_int64(labels), None, None)
     else:
         sorted_labels, order = labels.int().sort(stable=True)
-        num_parts, part_count = num_blocks + num_classes, None
-    part_squares = torch.empty(num_parts, num_dims, dtype=mean.dtype, device=mean.device)
-    part_mean = torch.empty_like(part_squares, dtype=torch.float64)
-    _backend.extension("cuda").class_separability_moments_fwd(
-        features.data_ptr(),
-        labels.data_ptr() if is_ordering else 0,
-        0 if order is None else order.data_ptr(),
-        0 if sorted_labels is None else sorted_labels.data_ptr(),
+        samples = (None, order, sorted_labels)
+    part_mean = mean.new_empty(num_parts, num_dims, dtype=torch.float64)
+    part_squares = mean.new_empty(num_parts, num_dims)
+    part_count = count.new_empty(num_counts, dtype=torch.int32)
+    module.class_separability_moments_fwd(
+        *strided(features),
+        *map(address, samples),
+        num_classes,
         part_mean.data_ptr(),
         part_squares.data_ptr(),
-        0 if part_count is None else part_count.data_ptr(),
+        part_count.data_ptr(),
         count.data_ptr(),
         mean.data_ptr(),
         var.data_ptr(),
-        num_samples,
-        num_dims,
-        num_classes,
-        features.stride(0),
-        rows,
-        DTYPE_CODE[features.dtype],
+        dtype,
         *_backend.stream_of(features),
     )
     return count, mean, var
@@ -171,14 +152,12 @@ def _moments_bwd_compiled(backend: str) -> Callable:
         _backend.extension(backend).class_separability_moments_bwd(
             dmean.data_ptr(),
             dvar.data_ptr(),
-            features.data_ptr(),
-            labels.data_ptr(),
             count.data_ptr(),
             mean.data_ptr(),
+            *strided(features),
+            labels.data_ptr(),
             dfeatures.data_ptr(),
-            *features.shape,
             mean.shape[0],
-            features.stride(0),
             DTYPE_CODE[features.dtype],
             *_backend.where(backend, features),
         )
@@ -197,21 +176,6 @@ def _check_hits(
         raise ValueError(
             f"centroids must hold a class with samples, got none finite in {shape_text(centroids.shape)}"
         )
-
-
-def _hits_in_slabs(
-    run: Callable,
-    features: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    centroids: Tensor,  # [C, D]
-) -> Tensor:  # int64 [D]
-    """Return `run` of features whose rows are not contiguous, some columns at a time where they are many."""
-    width = columns_at_a_time(features)
-    if width == features.shape[1]:
-        return run(features.contiguous(), labels, centroids)
-    _check_hits(labels, centroids)
-    slabs = zip(features.split(width, 1), centroids.split(width, 1), strict=True)
-    return torch.cat([run(x.contiguous(), labels, c) for x, c in slabs])
 
 
 def _in_slabs_of_columns(
@@ -279,7 +243,7 @@ def _hits_reference(
 
 
 def _run_hits_cpu(
-    features: Tensor,  # [N, D], every row in one piece
+    features: Tensor,  # [N, D], rows contiguous
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
@@ -287,22 +251,20 @@ def _run_hits_cpu(
     labels = as_int64(labels)
     centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     _backend.extension("cpu").class_separability_hits(
-        features.data_ptr(),
+        *strided(features),
         labels.data_ptr(),
         centroids.data_ptr(),
-        hits.data_ptr(),
-        *features.shape,
-        centroids.shape[0],
-        features.stride(0),
-        DTYPE_CODE[features.dtype],
         DTYPE_CODE[centroids.dtype],
+        centroids.shape[0],
+        hits.data_ptr(),
+        DTYPE_CODE[features.dtype],
         torch.get_num_threads(),
     )
     return hits
 
 
 def _run_hits_cuda(
-    features: Tensor,  # [N, D], every row in one piece
+    features: Tensor,  # [N, D], rows contiguous
     labels: Tensor,  # [N]
     centroids: Tensor,  # [C, D]
 ) -> Tensor:  # int64 [D]
@@ -311,16 +273,14 @@ def _run_hits_cuda(
     centroids = cast(centroids, accumulation_dtype(centroids.dtype)).contiguous()
     intervals = centroids.new_empty(2, *centroids.shape, dtype=accumulation_dtype(features.dtype))
     _backend.extension("cuda").class_separability_hits(
-        features.data_ptr(),
+        *strided(features),
         labels.data_ptr(),
         centroids.data_ptr(),
+        DTYPE_CODE[centroids.dtype],
+        centroids.shape[0],
         intervals.data_ptr(),
         hits.data_ptr(),
-        *features.shape,
-        centroids.shape[0],
-        features.stride(0),
         DTYPE_CODE[features.dtype],
-        DTYPE_CODE[centroids.dtype],
         *_backend.stream_of(features),
     )
     return hits

@@ -19,19 +19,15 @@ from mmfast.reference.duc_loss import residual_dtype
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _operands(
+def _views(
     features: list[Tensor],  # M of [N, D]
     keys: list[Tensor],  # M of [K, D]
-    effective: Tensor | None,  # bool [M, D]
-) -> tuple[tuple[int, ...], tuple[array, Tensor | None]]:
-    """Return `DucOperands` of csrc/duc_loss_operands.h, and what must live until the call is over."""
+) -> array:  # int64 [M, 2, 3]
+    """Return the addresses and strides of all matrices, as `DucOperands` of csrc has them."""
     numbers: list[int] = []
     for feature, key in zip(features, keys):
         numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
-    views = array("q", numbers)
-    mask = None if effective is None else effective.contiguous()
-    place = 0 if mask is None else mask.data_ptr()
-    return (views.buffer_info()[0], place, len(features), keys[0].shape[0], *features[0].shape), (views, mask)
+    return array("q", numbers)
 
 
 def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
@@ -50,10 +46,17 @@ def _run_cpu(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query = features[0]
+    num_samples, num_dims = query.shape
     loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
-    operands, _kept = _operands(features, keys, effective)
+    views = _views(features, keys)
+    mask = None if effective is None else effective.contiguous()
     _backend.extension("cpu").duc_loss_fwd(
-        *operands,
+        views.buffer_info()[0],
+        0 if mask is None else mask.data_ptr(),
+        len(features),
+        keys[0].shape[0],
+        num_samples,
+        num_dims,
         loss.data_ptr(),
         residuals.data_ptr() if with_residual else 0,
         temperature,
@@ -77,9 +80,10 @@ def _run_cuda(
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query, module = features[0], _backend.extension("cuda")
     loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
-    operands, _kept = _operands(features, keys, effective)
-    known, dtype = array("q", sizes), DTYPE_CODE[query.dtype]
-    operands += (known.buffer_info()[0] if sizes else 0,)
+    views, known, dtype = _views(features, keys), array("q", sizes), DTYPE_CODE[query.dtype]
+    mask = None if effective is None else effective.contiguous()
+    shape = (len(features), keys[0].shape[0], *query.shape)
+    operands = (views.buffer_info()[0], address(mask), *shape, known.buffer_info()[0] if sizes else 0)
     plan = module.duc_loss_plan(*operands, with_residual, dtype)
     if not any(plan):
         # Without dimensions all scores are 0.

@@ -127,8 +127,6 @@ _PIECE = np.dtype(
         ("dtype", np.int32),
     ]
 )
-# Bytes of a tensor that a record stands for in CUDA; kernels/partial_reinit.py has Triton's.
-_PIECE_BYTES = 4096
 # Plans on the device by what they hold, where, and the stream they were copied on, the least recently made
 # first.
 _MAX_PLANS = 16
@@ -165,7 +163,7 @@ def _plan(
     params: list[Tensor],  # P tensors on one device, dense in memory
     init_params: list[Tensor],  # P tensors in the same order in memory
     alphas: list[float],  # P
-    piece_bytes: int,
+    piece_bytes: int,  # of a tensor that a record stands for
     write: Callable,  # takes the plan, its records on the host and the three lists; launches what fills it
 ) -> Tensor:  # int64 [pieces, 4]
     """Return the records on the device; the key holds all they follow from, so none can be out of date."""
@@ -246,15 +244,15 @@ def _run_triton(params: list[Tensor], init_params: list[Tensor], alphas: list[fl
 
 
 def _write_cuda(plan: Tensor, words: Tensor, *_: list) -> None:  # int64 [pieces, 4] each
-    launch = _backend.extension("cuda").partial_reinit_plan
+    launch = _backend.extension("cuda").partial_reinit_write_plan
     launch(words.data_ptr(), plan.data_ptr(), len(words), *_backend.stream_of(plan))
 
 
 def _run_cuda(params: list[Tensor], init_params: list[Tensor], alphas: list[float]) -> None:
-    launch = _backend.extension("cuda").partial_reinit
+    module = _backend.extension("cuda")
     for members in _groups(lambda theta: theta.device, params, init_params, alphas):
-        plan = _plan(*members, _PIECE_BYTES, _write_cuda)
-        launch(plan.data_ptr(), len(plan), *_backend.stream_of(plan))
+        plan = _plan(*members, module.partial_reinit_piece_bytes(), _write_cuda)
+        module.partial_reinit(plan.data_ptr(), len(plan), *_backend.stream_of(plan))
 
 
 def _dense(params: list[Tensor], init_params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
