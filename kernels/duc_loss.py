@@ -180,7 +180,7 @@ def info_nce_fwd(
 
 
 def compile_configurations(target: int | str) -> list[tuple]:
-    """Return (kernel, types, constexprs, options, matrix instructions) of all that is to compile."""
+    """Return (kernel, types, constexprs, options, tensor core instructions) of all that is to compile."""
     configurations = _Configurations()
     cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
     cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]

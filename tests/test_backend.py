@@ -111,7 +111,7 @@ def on_any_gpu(monkeypatch):
 def test_on_a_gpu_auto_takes_what_costs_the_host_least(on_any_gpu, monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for op in backend._IMPLEMENTED:
-        # Matrix instructions of half precision that only Triton has.
+        # Tensor core instructions of half precision that only Triton has.
         is_exception = op == "duc_loss" and dtype.itemsize == 2 and capability >= (10, 0)
         order = ["triton", "cuda"] if is_exception else ["cuda", "triton"]
         assert backend.candidates(op, "cuda", dtype) == [*order, "reference"]

@@ -218,7 +218,7 @@ def test_half_precision_is_computed_in_float32(dtype, backend, device):
     truth, true_gradients = value_and_gradient(reference.duc_loss, features, torch.float64, **options)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
-    # Matrix units, and the C++ kernel where the processor has pairs of bfloat16, take the softmax rounded.
+    # Tensor cores, and the C++ kernel where the processor has pairs of bfloat16, take the softmax rounded.
     on_units = {torch.bfloat16: 5e-4, torch.float16: 6e-5}
     rounded = {"triton": on_units, "cuda": on_units, "cpu": {torch.bfloat16: 5e-4}}
     slack = rounded.get(backend, {}).get(dtype, 1e-6)

@@ -177,6 +177,17 @@ def test_the_loop_of_the_docstring_trains(name):
     assert scope["learner"].stage.name in ("train", "head")
 
 
+def test_names_that_hooks_had_before():
+    learner = bind("unimodal")
+    accuracy = dict.fromkeys(learner.modalities, 0.5)
+    assert learner.note_own_accuracy(accuracy) == learner.note_unimodal_accuracy(accuracy)
+    learner.release()
+    assert all(parameter.requires_grad for parameter in learner.parameters())
+    for old, new in (("release", "unfreeze"), ("note_own_accuracy", "note_unimodal_accuracy")):
+        with pytest.raises(TypeError, match=f"Mine.{old} would never be called: name it {new}"):
+            type("Mine", (base.Learner,), {old: lambda self: None})
+
+
 @pytest.mark.parametrize("name", ["unimodal", "ensemble", "mla"])
 def test_a_model_whose_head_is_not_trained_is_not_valuated(name):
     data, learner = make_data(30), bind(name)

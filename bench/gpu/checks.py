@@ -170,7 +170,7 @@ def check_graph(stem: str, name: str, report: Report) -> None:
 
 
 def check_riskiest(report: Report) -> None:
-    """Check duc_loss in CUDA C++ where Hopper's matrix instructions compute it."""
+    """Check duc_loss in CUDA C++ where Hopper's wgmma computes it."""
     for num_samples in (300, 4096):
         for dim in (64, 128, 256, 512):
             for dtype in (torch.bfloat16, torch.float16):

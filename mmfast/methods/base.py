@@ -187,7 +187,7 @@ class Learner(nn.Module):
         """
         return False
 
-    # The names of these two before, for loops that call them.
+    # The names of these two before: loops may call them, a method that defines one is told.
 
     def release(self) -> None:
         """Do as `unfreeze`."""
@@ -196,6 +196,12 @@ class Learner(nn.Module):
     def note_own_accuracy(self, unimodal_accuracy: Mapping[str, float | None]) -> bool:
         """Do as `note_unimodal_accuracy`."""
         return self.note_unimodal_accuracy(unimodal_accuracy)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old, new in (("release", "unfreeze"), ("note_own_accuracy", "note_unimodal_accuracy")):
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old} would never be called: name it {new}")
 
     def optimizer_reset_due(self) -> bool:
         """Whether the trainer must drop the optimizer's state before the next epoch."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.errors import describe
+from mmfast.errors import check_one_of, describe, dtype_name
 from mmfast.ops import _autograd
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -26,11 +26,6 @@ def shape_text(shape) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
-def dtype_text(dtype: torch.dtype) -> str:
-    """Return a dtype as errors print it: float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
@@ -42,7 +37,7 @@ def check_float(name: str, value: Tensor) -> None:
     check_tensor(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype_text(value.dtype)}"
+            f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}"
         )
 
 
@@ -50,7 +45,7 @@ def check_bool(name: str, value: Tensor) -> None:
     """Raise TypeError unless `value` is a tensor of bool."""
     check_tensor(name, value)
     if value.dtype != torch.bool:
-        raise TypeError(f"{name} must have dtype bool, got {dtype_text(value.dtype)}")
+        raise TypeError(f"{name} must have dtype bool, got {dtype_name(value.dtype)}")
 
 
 def check_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None, ...]) -> None:
@@ -74,7 +69,7 @@ def check_labels(name: str, value: Tensor, num_samples: int) -> None:
     """Raise unless `value` holds one integer label per sample, [N]."""
     check_tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"{name} must have an integer dtype, got {dtype_text(value.dtype)}")
+        raise TypeError(f"{name} must have an integer dtype, got {dtype_name(value.dtype)}")
     check_shape(name, value, "N", (num_samples,))
 
 
@@ -133,7 +128,7 @@ def check_same_device(**tensors: Tensor) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
+        check_one_of(name, value, choices, quoted=True)
 
 
 def check_integer(name: str, value: object) -> None:
@@ -167,7 +162,7 @@ def check_scale_tensor(name: str, value: Tensor) -> None:
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got a tensor of shape {shape_text(value.shape)}")
     if not value.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {dtype_text(value.dtype)}")
+        raise TypeError(f"{name} must have a floating dtype, got {dtype_name(value.dtype)}")
     is_known = value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()
     if is_known:
         check_positive(name, float(value.detach()))

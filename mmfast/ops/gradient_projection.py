@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.errors import dtype_name
 from mmfast.ops._autograd import Op, differentiable, is_constant
 from mmfast.ops._checks import (
     check_apart,
@@ -14,7 +15,6 @@ from mmfast.ops._checks import (
     check_same_device,
     check_shape,
     check_tensor,
-    dtype_text,
     shape_text,
 )
 from mmfast.ops._launch import DTYPE_CODE, cast, outside_autocast, strided, with_contiguous_rows
@@ -121,7 +121,7 @@ def _check_projector(projector: Tensor) -> None:
     check_tensor("projector", projector)
     if projector.dtype not in (torch.float32, torch.float64):
         check_float("projector", projector)
-        raise TypeError(f"projector must have dtype float32 or float64, got {dtype_text(projector.dtype)}")
+        raise TypeError(f"projector must have dtype float32 or float64, got {dtype_name(projector.dtype)}")
     shape = projector.shape
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"projector must have shape [D, D], got {shape_text(shape)}")

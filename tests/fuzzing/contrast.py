@@ -38,7 +38,7 @@ def pair(
     u: float,
     flush: float,
     top: float,  # the largest number of the dtype of accumulation
-    half: float,  # u of the features' dtype where matrix units may take the softmax rounded to it, else 0
+    half: float,  # u of the features' dtype where tensor cores may take the softmax rounded to it, else 0
     least: float,  # what is below it such units take for 0
 ) -> Pair:
     """Return logsumexp_j(s_ij) - s_ii and sum_j p_ij k_j - k_i, s = q k^T / temperature.
@@ -79,7 +79,7 @@ def pair(
     residual_error = soft.p_error @ k_size + (gamma(num_samples + 4, u) + half) * spread + 2 * u * k_size
     residual_error = residual_error + p @ lost[1] + lost[1] + 2 * num_samples * least
     if half == unit(torch.float16):
-        # Probabilities of which the largest is 1 become float16 in matrix units: small ones err by its grain.
+        # Probabilities of which the largest is 1 become float16 in tensor cores: small ones err by its grain.
         residual_error = residual_error + grain(torch.float16) / 2 * k_size.sum(0)
     if half == unit(torch.bfloat16):
         # Of float32's range, it may be stored before it is scaled; float16 may not.
@@ -94,7 +94,7 @@ def pair(
 
 
 def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
-    """Return u of what matrix units round a softmax to, and what they take for 0.
+    """Return u of what tensor cores round a softmax to, and what they take for 0.
 
     Those of a processor that multiply pairs of bfloat16 take numbers below the normal ones for 0.
     """
