@@ -51,13 +51,30 @@ struct Entry {
   void (*call)(const Argument* arguments, int64_t* results);
 };
 
+// What an aggregate's members are begun from, one for each argument: int64_t and addresses, nothing else.
+struct AnyArgument {
+  template <class T, class = std::enable_if_t<std::is_same_v<T, int64_t> || std::is_pointer_v<T>>>
+  operator T() const;
+};
+
+template <class T, std::size_t... member>
+constexpr auto is_begun_from(std::index_sequence<member...>)
+    -> decltype(T{(static_cast<void>(member), AnyArgument{})...}, true) {
+  return true;
+}
+template <class T>
+constexpr bool is_begun_from(...) {
+  return false;
+}
+
 // How many arguments a parameter takes. A number, an enum or an address is one; an aggregate (Strided, or a
 // struct of the op's file whose members are all int64_t or addresses) is as many as it has members, so that
 // a call of 20 arguments reads as five that have names.
 template <class T>
 constexpr int num_arguments_of() {
   if constexpr (std::is_class_v<T>) {
-    static_assert(std::is_trivially_copyable_v<T> && std::is_aggregate_v<T> && alignof(T) == 8,
+    static_assert(std::is_trivially_copyable_v<T> && std::is_aggregate_v<T> && alignof(T) == 8 &&
+                      is_begun_from<T>(std::make_index_sequence<sizeof(T) / sizeof(Argument)>{}),
                   "members must be int64_t or addresses");
     return sizeof(T) / sizeof(Argument);
   } else {

@@ -30,9 +30,9 @@ struct ShapleyWeights {
   }
 };
 
-[[maybe_unused]] int checked_players(const char* op, int64_t num_players) {
+[[maybe_unused]] int checked_players(const char* op, int64_t num_players, const char* name = "num_players") {
   if (num_players >= 1 && num_players <= kMaxPlayers) return static_cast<int>(num_players);
-  throw std::invalid_argument(std::string(op) + ": num_players must lie in [1, 20], got " +
+  throw std::invalid_argument(std::string(op) + ": " + name + " must lie in [1, 20], got " +
                               std::to_string(num_players));
 }
 

@@ -235,10 +235,12 @@ def register(
 
 
 def implements(backend: str, op: str) -> bool:
-    """Whether `backend` has a kernel for the op of stem `op`."""
+    """Whether `backend` has a kernel for the op of stem `op`: in its table and, of Triton, in a file."""
     if not _IMPLEMENTED:
         importlib.import_module("mmfast.ops")
-    return backend in _IMPLEMENTED.get(op, ())
+    if backend not in _IMPLEMENTED.get(op, ("reference",)):
+        return False
+    return backend != "triton" or importlib.util.find_spec(f"mmfast.kernels.{op}") is not None
 
 
 def _why_not_here(backend: str, op: str, device_type: str) -> str | None:
@@ -278,9 +280,11 @@ def choose(
     tensor: torch.Tensor,
 ) -> str:
     """Return `resolve` for a tensor's device and dtype."""
-    # What a tensor's device is called takes five times as long to learn as whether it is the CPU.
-    device_type = "cpu" if tensor.is_cpu else tensor.device.type
-    return resolve(op, backend, device_type, tensor.dtype)
+    # What a tensor's device is called takes five times as long to learn as whether it is the CPU, where only
+    # a call of Triton by name asks whether kernels are interpreted.
+    if tensor.is_cpu and backend != "triton":
+        return _resolve(op, backend, "cpu", tensor.dtype, False, _preferred)
+    return resolve(op, backend, tensor.device.type, tensor.dtype)
 
 
 def choose_for_all(

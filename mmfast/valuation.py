@@ -16,8 +16,8 @@ from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
 from mmfast.errors import check_one_of, describe, needs_train
 from mmfast.models.predictor import Predictor
+from mmfast.ops.additive_shapley import UTILITIES
 
-UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 # Of these, those that ask which class has the largest logit.
 _COUNTING = ("cardinality", "correct")
 # Logits of all coalitions are held for as many samples at a time as fit in this many elements (64 MB in

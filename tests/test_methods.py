@@ -186,6 +186,11 @@ def test_names_that_hooks_had_before():
     for old, new in (("release", "unfreeze"), ("note_own_accuracy", "note_unimodal_accuracy")):
         with pytest.raises(TypeError, match=f"Mine.{old} would never be called: name it {new}"):
             type("Mine", (base.Learner,), {old: lambda self: None})
+        mixin = type("Mixin", (), {old: lambda self: None})
+        with pytest.raises(TypeError, match=f"Mine.{old} would never be called"):
+            type("Mine", (mixin, methods.Unimodal.learner), {})
+        # For the versions before and after.
+        type("Mine", (base.Learner,), {old: lambda self: None, new: lambda self: None})
 
 
 @pytest.mark.parametrize("name", ["unimodal", "ensemble", "mla"])

@@ -96,7 +96,8 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
     assert (tmp_path / "mmfast/py.typed").exists()
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for path in ("csrc/cpu", "csrc/cuda", "kernels", "tests", "examples", "tools", ".ci"):
+    folders = ("csrc", "csrc/cpu", "csrc/cuda", "kernels", "examples", "tools", ".ci")
+    for path in (*folders, "tests", "tests/support", "tests/cuda_emulation"):
         assert {f"{path}/{file.name}" for file in (ROOT / path).iterdir() if file.is_file()} <= names
     assert {
         "setup.py",

@@ -13,9 +13,9 @@ import mmfast
 from mmfast import ops, valuation
 from mmfast.data import ArrayDataset
 from mmfast.models import FUSION_HEADS, build_model
+from mmfast.ops.additive_shapley import UTILITIES
 
 NUM_CLASSES = 4
-UTILITIES = ("cardinality", "correct", "probability", "log_probability", "margin")
 
 
 def make(num_modalities: int, fusion: str = "concat", num_samples: int = 23):

@@ -285,9 +285,6 @@ struct Parts {
   int64_t count;  // of those there is memory for
 };
 
-// The values of a sample are summed in one part.
-int64_t additive_shapley_fwd_plan(int64_t, int64_t, int64_t, Dtype) { return 1; }
-
 struct BackwardPlan {
   int64_t num_parts;  // of the bias's gradient
   int64_t is_wide;    // whether the gradient is written in the type of accumulation, whatever the dtype
@@ -301,7 +298,7 @@ void additive_shapley_fwd(const Strided<3>& partial_logits,  // [M, N, C]
                           const int64_t* labels,             // [N] contiguous
                           const void* bias,                  // [C] in the type of accumulation, or null
                           void* phi,                         // [N, M] contiguous
-                          const Parts&,                      // one: there are no sums of parts
+                          const Parts&,                      // none: values are summed in one place
                           Utility utility, Dtype dtype, int64_t num_threads) {
   check_labels(labels, partial_logits.sizes[1], partial_logits.sizes[2], num_threads);
   dispatch_dtype("additive_shapley_fwd", dtype, [&](auto* type) {
@@ -326,7 +323,6 @@ void additive_shapley_bwd(const void* dphi,                  // [N, M] contiguou
   });
 }
 
-MMFAST_REGISTER(additive_shapley_fwd_plan)
 MMFAST_REGISTER(additive_shapley_bwd_plan)
 MMFAST_REGISTER(coalition_utilities_fwd)
 MMFAST_REGISTER(coalition_utilities_bwd)

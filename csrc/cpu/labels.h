@@ -12,7 +12,7 @@
 namespace mmfast {
 inline namespace MMFAST_ISA_NAMESPACE {
 
-// Throws what mmfast/ops/_common.py raises of labels for other backends, in the same words.
+// Throws what mmfast/ops/_checks.py raises of labels for other backends, in the same words.
 inline void check_labels(const int64_t* labels, int64_t num_samples, int64_t num_classes,
                          int64_t num_threads) {
   int64_t low = 0, high = -1;

@@ -230,7 +230,7 @@ Geometry make_geometry(const Problem<typename P::T>& problem) {
 }
 
 void check_problem(const char* op, int64_t M, int64_t C) {
-  checked_players(op, M);
+  checked_players(op, M, "M");
   if (C > std::numeric_limits<int>::max() / 2) {
     throw std::invalid_argument(std::string(op) + ": too many classes, " + std::to_string(C));
   }
@@ -275,6 +275,7 @@ constexpr int64_t kEnoughThreads = int64_t{1} << 17;
 
 // In how many parts the values of a sample are summed: a power of two.
 int64_t additive_shapley_fwd_plan(int64_t M, int64_t N, int64_t C, Dtype) {
+  checked_players("additive_shapley_fwd", M, "M");
   const int64_t num_threads = N * std::min<int64_t>(128, ceil_div(C, 4));
   int64_t splits = 1;
   while (64 * splits < int64_t{1} << M && splits * num_threads < kEnoughThreads) splits *= 2;

@@ -214,7 +214,7 @@ struct MomentsPlan {
 
 MomentsPlan class_separability_moments_plan(int64_t num_samples, int64_t num_dims, int64_t num_classes,
                                             Dtype dtype) {
-  constexpr const char* op = "class_separability_moments_plan";
+  constexpr const char* op = "class_separability_moments_fwd";
   check_classes(op, num_classes);
   MomentsPlan plan{};
   dispatch_dtype(op, dtype, [&](auto* type) {

@@ -30,14 +30,19 @@ static_assert(kMaxSplits <= kWarp, "duc_merge_kernel takes a lane for each split
 constexpr int64_t kMaxPairs = kMaxModalities * (kMaxModalities - 1), kMaxGridZ = 65535;
 static_assert(kMaxPairs <= kMaxGridZ && kEnoughBlocks <= kMaxGridZ, "pairs times splits are a grid's depth");
 
-// Every tiling's last bucket is swept by duc_mma_wide_kernel.
-constexpr bool all_end_wide() {
+// Packed rows of a pair end with a whole tile of whatever engine; a tiling's last bucket is swept by
+// duc_mma_wide_kernel.
+constexpr bool all_tiles_fit() {
   for (const Engine& engine : kEngines) {
-    if (engine.tiling.wide > 0 && engine.tiling.keys[engine.tiling.wide] != kWideKeys) return false;
+    const Tiling& tiling = engine.tiling;
+    if (tiling.wide > 0 && tiling.keys[tiling.wide] != kWideKeys) return false;
+    for (const int keys : tiling.keys) {
+      if (keys > 0 && kKeyMultiple % keys != 0) return false;
+    }
   }
   return true;
 }
-static_assert(all_end_wide(), "tiles of the last bucket have as many keys as duc_mma_wide_kernel's");
+static_assert(all_tiles_fit(), "see above");
 
 const Engine& engine_for(int major, Dtype dtype) {
   for (const Engine& engine : kEngines) {

@@ -200,7 +200,8 @@ class Learner(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for old, new in (("release", "unfreeze"), ("note_own_accuracy", "note_unimodal_accuracy")):
-            if old in vars(cls):
+            defined = next(name for parent in cls.__mro__ for name in (new, old) if name in vars(parent))
+            if defined == old:
                 raise TypeError(f"{cls.__name__}.{old} would never be called: name it {new}")
 
     def optimizer_reset_due(self) -> bool:

@@ -297,8 +297,10 @@ class MultimodalModel(nn.Module):
     ) -> Tensor:  # bool [L, M]
         if not isinstance(coalitions, Tensor):
             indices = [self._check_coalition(f"coalitions[{i}]", s) for i, s in enumerate(coalitions)]
-            coalitions = torch.tensor(indices, dtype=torch.int64, device=device)
-            return members(coalitions, len(self.modalities))
+            # As Python's integers, which hold more than 63 modalities.
+            rows = [[contains(s, m) for m in range(len(self.modalities))] for s in indices]
+            shape = (len(indices), len(self.modalities))
+            return torch.tensor(rows, dtype=torch.bool, device=device).reshape(shape)
         if coalitions.is_floating_point() or coalitions.is_complex() or coalitions.dtype == torch.bool:
             raise TypeError(f"coalitions must have an integer dtype, got {dtype_name(coalitions.dtype)}")
         if coalitions.dim() != 1:

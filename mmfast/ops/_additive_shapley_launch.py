@@ -120,34 +120,30 @@ def _utilities_bwd_reference(dutilities: Tensor, logits: Tensor, labels: Tensor,
     return dlogits
 
 
-def _fwd_compiled(
-    backend: str,  # "cpu" or "cuda"
-    partial_logits: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    bias: Tensor | None,  # [C]
-    utility: str,
-) -> Tensor:  # [N, M]
+def _fwd_cpu(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
     operand, wide_bias = _wide_operands(partial_logits, bias)
     phi = operand.new_empty(operand.shape[1], operand.shape[0])
-    if phi.numel() == 0:
-        return phi.to(partial_logits.dtype)
-    plan = _backend.extension(backend).additive_shapley_fwd_plan
-    num_parts = plan(*operand.shape, DTYPE_CODE[operand.dtype])
-    parts = None
-    if num_parts > 1:
-        parts = phi.new_empty(num_parts, *phi.shape, dtype=accumulation_dtype(phi.dtype))
-    addresses = (address(wide_bias), phi.data_ptr(), address(parts), num_parts)
-    _run(backend, "additive_shapley_fwd", (), operand, labels, addresses, utility)
-    return cast(phi if parts is None else parts.sum(0), partial_logits.dtype)
-
-
-def _fwd_cpu(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
-    return _fwd_compiled("cpu", partial_logits, labels, bias, utility)
+    if phi.numel() > 0:
+        addresses = (address(wide_bias), phi.data_ptr(), 0, 1)
+        _run("cpu", "additive_shapley_fwd", (), operand, labels, addresses, utility)
+    return cast(phi, partial_logits.dtype)
 
 
 def _fwd_cuda(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:
     check_label_range("labels", labels, partial_logits.shape[-1])
-    return _fwd_compiled("cuda", partial_logits, labels, bias, utility)
+    operand, wide_bias = _wide_operands(partial_logits, bias)
+    phi = operand.new_empty(operand.shape[1], operand.shape[0])
+    if phi.numel() == 0:
+        return phi.to(partial_logits.dtype)
+    plan = _backend.extension("cuda").additive_shapley_fwd_plan
+    num_parts = plan(*operand.shape, DTYPE_CODE[operand.dtype])
+    parts = None
+    if num_parts > 1:
+        # Sums over parts of the coalitions.
+        parts = phi.new_empty(num_parts, *phi.shape, dtype=accumulation_dtype(phi.dtype))
+    addresses = (address(wide_bias), phi.data_ptr(), address(parts), num_parts)
+    _run("cuda", "additive_shapley_fwd", (), operand, labels, addresses, utility)
+    return cast(phi if parts is None else parts.sum(0), partial_logits.dtype)
 
 
 def _fwd_triton(partial_logits: Tensor, labels: Tensor, bias: Tensor | None, utility: str) -> Tensor:

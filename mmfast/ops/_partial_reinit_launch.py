@@ -324,4 +324,5 @@ reinit_op = define(
     cpu=_on_dense(_run_cpu),
     cuda=_on_dense(_run_cuda),
     triton=_on_dense(_run_triton),
+    must_agree=True,
 )

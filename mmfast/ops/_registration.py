@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mmfast import backend as _backend
@@ -26,6 +27,7 @@ def define(
     triton: Callable | None = None,
     refuses: Mapping[str, Callable] | None = None,
     by: str | None = None,
+    must_agree: bool = False,
 ) -> torch._ops.OpOverload:
     """Define the raw op `torch.ops.mmfast.<name>` and return it, to be called in less time than by its name.
 
@@ -39,8 +41,9 @@ def define(
         reference, cpu, cuda, triton: what runs on a backend; each takes the schema's arguments but the last.
         refuses: by backend a function of the same arguments that returns why its kernel cannot take them, as
             the end of a sentence, or None. "auto" then goes on to the next.
-        by: the argument whose device and dtype decide which backend runs: a tensor, or a list of them that is
-            left to plain torch where they disagree. None: the first.
+        by: the argument whose device and dtype decide which backend runs: a tensor, or the first of a list.
+            None: the first argument.
+        must_agree: look at all of the list, and leave it to plain torch where they disagree.
     """
     name = schema.split("(")[0]
     functions = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
@@ -51,7 +54,11 @@ def define(
     op = getattr(torch.ops.mmfast, name).default
     arguments = op._schema.arguments
     place = 0 if by is None else [argument.name for argument in arguments].index(by)
-    choose = _backend.choose if arguments[place].type.kind() == "TensorType" else _backend.choose_for_all
+    choose: Callable = _backend.choose
+    if must_agree:
+        choose = _backend.choose_for_all
+    elif arguments[place].type.kind() == "ListType":
+        choose = _choose_by_first
 
     refused = dict(refuses or {})
 
@@ -72,6 +79,10 @@ def define(
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
     _register_vmap(op, name)
     return op
+
+
+def _choose_by_first(stem: str, backend: str, tensors: Sequence[Tensor]) -> str:
+    return _backend.choose(stem, backend, tensors[0])
 
 
 def _takes_all(*_: object) -> None:

@@ -112,19 +112,15 @@ class _Transposed(Op):
 _shapley_values, _transposed = differentiable(_ShapleyValues), differentiable(_Transposed)
 
 
-def _in_parts(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `run`, some rows at a time where a matrix of all of them would be a large copy."""
-
-    def run_parts(
-        x: Tensor,  # [..., D]
-    ) -> Tensor:  # [..., E]
-        if x.dim() <= 2 or len(parts := large_parts(x)) == 1:
-            return run(x)
-        found = [run(part) for part in parts]
-        size = found[0].shape[-1]
-        return torch.cat([part.view(-1, size) for part in found]).view(*x.shape[:-1], size)
-
-    return run_parts
+def _joined(
+    run: Callable[[Tensor], Tensor],
+    parts: list[Tensor],  # some rows each
+    like: Tensor,  # [..., D], all rows
+) -> Tensor:  # [..., E]
+    """Return `run` of all rows, some at a time, for a matrix of all would be a large copy."""
+    found = [run(part) for part in parts]
+    size = found[0].shape[-1]
+    return torch.cat([part.view(-1, size) for part in found]).view(*like.shape[:-1], size)
 
 
 def _compiled(backend: str, entry: str, size_of: Callable[[int], int]) -> Callable[[Tensor], Tensor]:
@@ -133,22 +129,32 @@ def _compiled(backend: str, entry: str, size_of: Callable[[int], int]) -> Callab
     def run(
         x: Tensor,  # [..., D]
     ) -> Tensor:  # [..., size_of(D)]
-        is_matrix = x.dim() == 2
         size = size_of(x.shape[-1])
-        out = x.new_empty(x.shape[0], size) if is_matrix else x.new_empty(*x.shape[:-1], size)
-        if out.numel() == 0:
-            return out
-        rows = x if is_matrix else x.reshape(-1, x.shape[-1])
-        getattr(_backend.extension(backend), entry)(
-            *strided(rows), out.data_ptr(), DTYPE_CODE[x.dtype], *_backend.where(backend, x)
-        )
+        if x.dim() == 2:
+            rows, out = x, x.new_empty(x.shape[0], size)
+        elif len(parts := large_parts(x)) > 1:
+            return _joined(run, parts, x)
+        else:
+            rows, out = x.reshape(-1, x.shape[-1]), x.new_empty(*x.shape[:-1], size)
+        if out.numel() > 0:
+            getattr(_backend.extension(backend), entry)(
+                *strided(rows), out.data_ptr(), DTYPE_CODE[x.dtype], *_backend.where(backend, x)
+            )
         return out
 
-    return _in_parts(run)
+    return run
 
 
 def _triton(entry: str) -> Callable[[Tensor], Tensor]:
-    return _in_parts(lambda x: getattr(_backend.kernels("shapley_values"), entry)(x))
+    def run(
+        x: Tensor,  # [..., D]
+    ) -> Tensor:  # [..., E]
+        parts = large_parts(x)
+        if len(parts) > 1:
+            return _joined(run, parts, x)
+        return getattr(_backend.kernels("shapley_values"), entry)(x)
+
+    return run
 
 
 def _num_players(num_coalitions: int) -> int:
