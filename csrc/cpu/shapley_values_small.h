@@ -109,8 +109,9 @@ struct SmallRows {
     return nonfinite;
   }
 
-  // Values of the utilities x, which it overwrites; returns 0 unless one is NaN or infinite.
-  V fold(V* x, V* values) const {
+  // Values of the utilities x, which it overwrites; returns 0 unless one is NaN or infinite. Inlined, or x
+  // would go through memory.
+  __attribute__((always_inline)) V fold(V* x, V* values) const {
     V shared, sum_of_values;
     // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
     const V origin = x[0];
