@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mmfast import backend
+from mmfast.errors import dtype_name
 
 from .clock import Clock
 from .peers import Missing
@@ -146,11 +147,6 @@ class Limits:
 
 class WrongResultError(Exception):
     """Our call's result differs from the reference; nothing is timed."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def measure_limits(options: Options) -> Limits:

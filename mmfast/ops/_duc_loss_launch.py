@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,16 +35,18 @@ def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N,
     return query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
-def _run_cpu(
+def _duc_cpu(
     features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
+    keys: list[Tensor],  # M of [K, D]; none: the features
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
+    columns: Tensor | None,  # not read
+    sizes: list[int],  # not read
     temperature: float,
     offset: int,
     reduction: str,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    query = features[0]
+    query, keys = features[0], keys or features
     num_samples, num_dims = query.shape
     loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
     views = _views(features, keys)
@@ -68,17 +69,18 @@ def _run_cpu(
     return loss, residuals
 
 
-def _run_cuda(
+def _duc_cuda(
     features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
+    keys: list[Tensor],  # M of [K, D]; none: the features
     effective: Tensor | None,  # bool [M, D]; None: keys[0] teaches features[0] in all dimensions
+    columns: Tensor | None,  # not read
     sizes: list[int],  # M^2 counts of columns of a pair; none: not known on the host
     temperature: float,
     offset: int,
     reduction: str,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    query, module = features[0], _backend.extension("cuda")
+    query, keys, module = features[0], keys or features, _backend.extension("cuda")
     loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
     views, known, dtype = _views(features, keys), array("q", sizes), DTYPE_CODE[query.dtype]
     mask = None if effective is None else effective.contiguous()
@@ -115,49 +117,9 @@ def _run_cuda(
     return loss, residuals
 
 
-def _keys_default(run: Callable) -> Callable:
-    """Return `run` of duc_loss, which is given the features as keys where there are no others."""
-
-    def run_with_keys(features: list[Tensor], keys: list[Tensor], *others):
-        return run(features, keys or features, *others)
-
-    return run_with_keys
-
-
-@_keys_default
-def _duc_cpu(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-    effective: Tensor,  # bool [M, D]
-    columns: Tensor | None,  # not read
-    sizes: list[int],  # not read
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    return _run_cpu(features, keys, effective, temperature, offset, reduction, with_residual)
-
-
-@_keys_default
-def _duc_cuda(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-    effective: Tensor,  # bool [M, D]
-    columns: Tensor | None,  # not read
-    sizes: list[int],  # M^2; none: not known on the host
-    temperature: float,
-    offset: int,
-    reduction: str,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
-    return _run_cuda(features, keys, effective, sizes, temperature, offset, reduction, with_residual)
-
-
-@_keys_default
 def _duc_triton(
     features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
+    keys: list[Tensor],  # M of [K, D]; none: the features
     effective: Tensor,  # bool [M, D]
     columns: Tensor | None,  # not read
     sizes: list[int],  # M^2; none: not known on the host
@@ -167,14 +129,13 @@ def _duc_triton(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     run = _backend.kernels("duc_loss").duc_loss_fwd
-    return run(features, keys, effective, sizes, temperature, offset, reduction, with_residual)
+    return run(features, keys or features, effective, sizes, temperature, offset, reduction, with_residual)
 
 
 @outside_autocast
-@_keys_default
 def _duc_reference(
     features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
+    keys: list[Tensor],  # M of [K, D]; none: the features
     effective: Tensor,  # bool [M, D]
     columns: Tensor | None,  # int64 [sum of sizes]; None: not prepared
     sizes: list[int],  # M^2
@@ -187,7 +148,7 @@ def _duc_reference(
         columns, sizes = _reference.split_dims(effective)
     return _reference.duc_loss_fwd(
         features,
-        keys,
+        keys or features,
         columns,
         sizes,
         temperature=temperature,
@@ -208,7 +169,7 @@ def _info_nce_cpu(
     if query.shape[1] == 0:
         # A pair without dimensions adds 0 to the kernel's sum over pairs; alone its scores are 0 and count.
         return _info_nce_reference(query, key, temperature, offset, reduction, with_residual)
-    loss, residuals = _run_cpu([query], [key], None, temperature, offset, reduction, with_residual)
+    loss, residuals = _duc_cpu([query], [key], None, None, [], temperature, offset, reduction, with_residual)
     return loss, residuals[0] if with_residual else residuals
 
 
@@ -220,7 +181,7 @@ def _info_nce_cuda(
     reduction: str,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [N, D] or [0]
-    loss, residuals = _run_cuda([query], [key], None, [], temperature, offset, reduction, with_residual)
+    loss, residuals = _duc_cuda([query], [key], None, None, [], temperature, offset, reduction, with_residual)
     return loss, residuals[0] if with_residual else residuals
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mmfast import backend as _backend
-from mmfast.bench.harness import dtype_name
+from mmfast.errors import dtype_name
 
 __all__ = ["DTYPES", "HALF", "dtype_name", "is_interpreted", "laws"]
 

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmfast import backend as _backend
 from mmfast import ops
-from mmfast.bench.harness import dtype_name
+from mmfast.errors import dtype_name
 from mmfast.ops import _partial_reinit_launch as reinit_launch
 
 CAPABILITY = 90
