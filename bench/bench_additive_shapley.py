@@ -73,10 +73,12 @@ def _passes(
     values = 4 * num_samples * num_modalities
     read = partials.nbytes + labels.nbytes
     sums = num_samples * num_classes * 2**num_modalities
+    # Coalitions' exponentials are products of the modalities'.
+    count = partials.numel() if utility == "probability" else 0
     work = {
-        "forward": Work(read, values, sums),
-        "backward": Work(read + values, partials.nbytes, 2 * sums),
-        "both": Work(2 * read + values, partials.nbytes + values, 3 * sums),
+        "forward": Work(read, values, sums, count),
+        "backward": Work(read + values, partials.nbytes, 2 * sums, count),
+        "both": Work(2 * read + values, partials.nbytes + values, 3 * sums, 2 * count),
     }
     for direction in directions:
         yield Case(

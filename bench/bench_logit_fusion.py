@@ -34,12 +34,12 @@ def cases(options: Options) -> Iterator[Case]:
                 return getattr(ops, name)(logits)[0]
 
             peers = {"eager": plain, "torch.compile": compiled(plain, options.quick)}
-            small = 4 * num_samples * (num_classes + num_modalities)
+            small, count = 4 * num_samples * (num_classes + num_modalities), logits.numel()
             work = {
-                "forward": Work(logits.nbytes, small),
-                "backward": Work(logits.nbytes + small, logits.nbytes),
+                "forward": Work(logits.nbytes, small, exponentials=count),
+                "backward": Work(logits.nbytes + small, logits.nbytes, exponentials=count),
             }
-            work["both"] = Work(2 * logits.nbytes + small, logits.nbytes + small)
+            work["both"] = Work(2 * logits.nbytes + small, logits.nbytes + small, exponentials=2 * count)
             for direction in DIRECTIONS:
                 yield Case(
                     name=f"{score} M={num_modalities} N={num_samples:,} C={num_classes}",

@@ -18,6 +18,7 @@ import torch
 
 from mmfast import backend
 from mmfast.errors import dtype_name
+from mmfast.ops._launch import DTYPE_CODE
 
 from .clock import Clock
 from .peers import Missing
@@ -57,11 +58,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at least: bytes read and written once, floating-point operations that count."""
+    """What a call must do at least: bytes read and written once, operations and exponentials that count."""
 
     read: int
     written: int = 0
     operations: int = 0
+    exponentials: int = 0
+    logarithms: int = 0
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Row:
     peers: dict[str, Figure]
     missing: dict[str, str]
     work: Work
-    limit: str  # "copy", "read" or "matrix": which of the machine's limits is nearest
+    limit: str  # "copy", "read", "matrix" or "exp": which of the machine's limits is nearest
     limit_seconds: float
     ratios: dict[str, float] = field(default_factory=dict)  # the peer's seconds over ours
     backend: str = "?"  # what ran our call, as `ran` writes it; "?" in files of runs before it was noted
@@ -128,11 +131,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine reaches in this run: bytes a second of copying and reading, operations of products."""
+    """What the machine reaches in this run, a second.
 
-    copy: float  # read plus written
+    Attributes:
+        copy: bytes of a copy, read plus written.
+        read: bytes of reading and nothing else.
+        matrix: operations of matrix products, by dtype.
+        registers: on a CPU, what the kernels' own exponential and logarithm, and multiply-adds (two operations
+            each), reach while nothing comes from memory: name -> dtype -> a second.
+    """
+
+    copy: float
     read: float
-    matrix: dict[str, float]  # operations a second, by dtype
+    matrix: dict[str, float]
+    registers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def nearest(self, work: Work, dtype: torch.dtype) -> tuple[str, float]:
         """Return which limit binds `work`, and the least seconds it leaves."""
@@ -142,6 +154,9 @@ class Limits:
         seconds = {name: total / (self.read if name == "read" else self.copy)}
         if rate := self.matrix.get(dtype_name(dtype)):
             seconds["matrix"] = work.operations / rate
+        functions = {"exponential": work.exponentials, "logarithm": work.logarithms}
+        rates = {kind: self.registers.get(kind, {}).get(dtype_name(dtype)) for kind in functions}
+        seconds["exp"] = sum(count / rates[kind] for kind, count in functions.items() if rates[kind])
         return max(seconds.items(), key=lambda item: item[1])
 
 
@@ -150,7 +165,7 @@ class WrongResultError(Exception):
 
 
 def measure_limits(options: Options) -> Limits:
-    """Measure a streaming copy, a streaming read and matrix products on this machine, now."""
+    """Measure what bounds kernels on this machine, now: a copy, a read, products, and what needs no memory."""
     device, clock = torch.device(options.device), options.clock()
     source = torch.randn(_STREAM[device.type], device=device)
     target = torch.empty_like(source)
@@ -167,7 +182,21 @@ def measure_limits(options: Options) -> Limits:
         name: statistics.median(turns) for name, turns in interleaved(calls, first, clock, options).items()
     }
     products = {name: 2 * rows**3 / seconds[name] for name in ("float32", "bfloat16")}
-    return Limits(2 * source.nbytes / seconds["copy"], source.nbytes / seconds["read"], products)
+    registers = _measure_registers(clock) if device.type == "cpu" and backend.why_not("cpu") is None else {}
+    return Limits(2 * source.nbytes / seconds["copy"], source.nbytes / seconds["read"], products, registers)
+
+
+def _measure_registers(clock: Clock) -> dict[str, dict[str, float]]:
+    """Return what csrc/cpu/register_limit.cpp reaches: the best of a few turns, for nothing else is bounded."""
+    module, rates = backend.extension("cpu"), {}
+    for kind in ("exponential", "logarithm", "multiply_add"):
+        function, found = getattr(module, f"register_limit_{kind}"), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            call = functools.partial(function, DTYPE_CODE[dtype], 20_000, torch.get_num_threads())
+            count = call()
+            found[dtype_name(dtype)] = count / min(clock.seconds(call, 1) for _ in range(7))
+        rates[kind] = found
+    return rates
 
 
 def interleaved(

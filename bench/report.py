@@ -91,6 +91,8 @@ def print_machine(
         f"{products}.",
         soft_wrap=True,
     )
+    if limits.registers:
+        console.print(f"Out of registers, a second: {_registers(limits.registers)}.", soft_wrap=True)
     if load_average is not None and load_average > 0.5:
         console.print(
             f"Others use this machine: load average {load_average:.1f} on {facts['cores']} cores before the "
@@ -98,6 +100,15 @@ def print_machine(
             soft_wrap=True,
         )
     console.print()
+
+
+def _registers(rates: dict[str, dict[str, float]]) -> str:
+    texts = []
+    for kind, found in rates.items():
+        figures = ", ".join(f"{rate / 1e9:,.1f} of {dtype}" for dtype, rate in found.items())
+        unit = "operations of multiply-adds" if kind == "multiply_add" else f"{kind}s"
+        texts.append(f"10^9 {unit}: {figures}")
+    return "; ".join(texts)
 
 
 def print_table(console: Console, op: str, rows: Sequence[Row]) -> None:

@@ -83,6 +83,24 @@ def test_a_row_holds_times_ratios_and_the_limit():
     assert 0 < low <= row.ours.seconds <= high
 
 
+def test_the_limit_is_that_of_exponentials_where_they_take_longest():
+    registers = {"exponential": {"float32": 1e9}, "logarithm": {"float32": 5e8}}
+    limits = replace(LIMITS, registers=registers)
+    work = harness.Work(1000, 1000, exponentials=1000, logarithms=500)
+    assert limits.nearest(work, torch.float32) == ("exp", pytest.approx(2e-6))
+    # What was not measured of a dtype bounds nothing.
+    assert limits.nearest(work, torch.float64)[0] == "copy"
+    assert limits.nearest(replace(work, operations=10**6), torch.float32) == ("matrix", pytest.approx(1e-5))
+
+
+def test_registers_are_measured_by_kind_and_dtype():
+    if backend.why_not("cpu") is not None:
+        pytest.skip(backend.why_not("cpu"))
+    rates = harness._measure_registers(clock.Clock(torch.device("cpu")))
+    assert set(rates) == {"exponential", "logarithm", "multiply_add"}
+    assert all(rate > 1e6 for found in rates.values() for rate in found.values())
+
+
 def test_a_row_names_the_backend_that_ran():
     def backend_of(ours) -> str:
         return harness.measure(toy(ours=ours, peers={}), LIMITS, QUICK).backend

@@ -3,14 +3,17 @@
 //   z_s = bias + sum_{m in s} z^m,  u_s = utility(z_s, y),  phi = shapley_values(u)
 //
 // kLanes samples at a time, one in each SIMD lane, their partial logits transposed once into the L1 cache.
-// Their coalitions are walked depth first (additive_shapley_walk.h), the last eight at once in registers
-// (additive_shapley_utilities.h). Backward walks again. Samples whose values come out infinite or NaN are
-// walked once more and summed modality by modality.
+// Their coalitions are walked depth first (additive_shapley_walk.h), the last eight at once in registers, as
+// products of exponentials (additive_shapley_products.h) or sums of logits (additive_shapley_utilities.h).
+// Backward walks again. Samples whose values come out infinite or NaN are walked once more and summed
+// modality by modality.
 //
-// Floor: S additions, or S exponentials, a class and sample. Measured: bench/results/README.md.
+// Floor: M exponentials and some 1.4 S operations a class and sample, or 2 S without exponentials, or one
+// read. Measured: bench/results/additive_shapley.md.
 #include <cmath>
 #include <vector>
 
+#include "additive_shapley_table.h"
 #include "additive_shapley_walk.h"
 #include "integers.h"
 #include "labels.h"
@@ -36,30 +39,78 @@ struct Shapley {
   int64_t label(int64_t n) const { return labels[std::min(n, N - 1)]; }
   int rows(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, N - first)); }
 
+  // function(logits) of modality m of the samples from `first` on; the last sample fills missing lanes.
+  template <class Function>
+  Function load_partials(int64_t m, int64_t first, V* tile, Function function) const {
+    const T* end = partial_logits + (M - 1) * stride_m + (N - 1) * stride_n + (C - 1) * stride_c + 1;
+    return load_lanes(partial_logits + m * stride_m + first * stride_n, stride_n, N - first, stride_c, C, end,
+                      tile, function);
+  }
+
+  template <int K>
+  void load_labels(int64_t first, Walk<A, K>& walk) const {
+    if (first + L <= N) {
+      typename VecOf<int64_t, L>::type wide;
+      std::memcpy(&wide, labels + first, sizeof wide);
+      walk.leaves.labels = __builtin_convertvector(wide, Vec<Int<A>>);
+    } else {
+      for (int l = 0; l < L; ++l) walk.leaves.labels[l] = static_cast<Int<A>>(label(first + l));
+    }
+  }
+
+  // Each lane's entry at its label.
+  template <int K>
+  static V own_entries(const V* tile, const Walk<A, K>& walk) {
+    V own;
+    for (int l = 0; l < L; ++l) own[l] = reinterpret_cast<const A*>(tile + walk.leaves.labels[l])[l];
+    return own;
+  }
+
+  // e^z, and the largest z.
+  struct Exponential {
+    V max = V{} - kInfinity<A>;
+    V operator()(V z, int64_t) {
+      max = larger<A>(z, max);
+      return exp_nonpositive<A>(z);
+    }
+  };
+
+  // Exponentials of the logits: as they are, where their largest ones are moderate, else less the largest of
+  // each modality. The base is 0 at the label's class, and so are all products. Where logits are NaN or
+  // infinite, so are sums of products.
+  template <int K>
+  void load_exponentials(int64_t first, Walk<A, K>& walk) const {
+    V sum = {};
+    for (int64_t m = 0; m < M; ++m) {
+      const V max = load_partials(m, first, walk.partials.data() + m * C, Exponential{}).max;
+      sum += larger<A>(max, -max);
+    }
+    for (int64_t m = 0; m < M && any(~(sum <= kModerate<A>)); ++m) {
+      V *tile = walk.partials.data() + m * C, max = V{} - kInfinity<A>;
+      load_partials(m, first, tile, AsTheyAre{});
+      for (int64_t c = 0; c < C; ++c) max = larger<A>(max, tile[c]);
+      for (int64_t c = 0; c < C; ++c) tile[c] = exp_nonpositive<A>(tile[c] - max);
+    }
+    load_labels(first, walk);
+    for (int64_t m = 0; m < M; ++m) walk.label_partials[m] = own_entries(walk.partials.data() + m * C, walk);
+    for (int64_t c = 0; c < C; ++c) walk.base[c] = walk.is_label(c) ? V{} : walk.base_exponentials[c];
+    walk.label_base = own_entries(walk.base_exponentials.data(), walk);
+    walk.by_products = true, walk.products.has_failed = false;
+  }
+
   template <int K>
   void load_block(int64_t first, bool is_backward, Walk<A, K>& walk) const {
-    const T* end = partial_logits + (M - 1) * stride_m + (N - 1) * stride_n + (C - 1) * stride_c + 1;
-    auto is_bounded = ~Vec<Int<A>>{};
-    for (int64_t c = 0; c < C; ++c) walk.base[c] = V{} + (bias == nullptr ? A{} : bias[c]);
-    for (int64_t c = 0; c < C && bias != nullptr; ++c) is_bounded &= walk.base[c] <= kLargestBounded<A>;
+    walk.by_products = false;
+    load_labels(first, walk);
+    LabelApart<A> base{walk.leaves.labels, V{} + in_place_of_label<A>(utility, is_backward)};
+    for (int64_t c = 0; c < C; ++c) walk.base[c] = base(V{} + (bias == nullptr ? A{} : bias[c]), c);
+    walk.label_base = base.own;
+    auto is_bounded = base.is_bounded;
     for (int64_t m = 0; m < M; ++m) {
-      V* tile = walk.partials.data() + m * C;
-      const T* rows[L];
-      for (int l = 0; l < L; ++l)
-        rows[l] = partial_logits + m * stride_m + std::min(first + l, N - 1) * stride_n;
-      load_lanes(rows, stride_c, C, end, L * stride_n, tile);
-      for (int64_t c = 0; c < C; ++c) is_bounded &= tile[c] <= kLargestBounded<A>;
-      for (int l = 0; l < L; ++l) {
-        A& own = reinterpret_cast<A*>(tile)[label(first + l) * L + l];
-        walk.label_partials[m][l] = own;
-        own = 0;
-      }
-    }
-    for (int l = 0; l < L; ++l) {
-      const int64_t y = label(first + l);
-      walk.leaves.labels[l] = static_cast<Int<A>>(y);
-      walk.label_base[l] = bias == nullptr ? A{} : bias[y];
-      reinterpret_cast<A*>(walk.base.data())[y * L + l] = in_place_of_label<A>(utility, is_backward);
+      const auto partials =
+          load_partials(m, first, walk.partials.data() + m * C, LabelApart<A>{walk.leaves.labels, {}});
+      walk.label_partials[m] = partials.own;
+      is_bounded &= partials.is_bounded;
     }
     walk.leaves.is_bounded = !any(~is_bounded);
   }
@@ -77,23 +128,31 @@ struct Shapley {
     }
   }
 
+  bool is_smooth() const { return utility == kProbability || utility == kLogProbability; }
+
   // What a block costs, as bytes read from memory in the same time.
   int64_t block_bytes() const {
-    const int64_t per_class = utility == kProbability || utility == kLogProbability ? 64 : 8;
-    return L * M * C * sizeof(T) + (per_class * C << M);
+    return L * M * C * sizeof(T) + (is_smooth() ? 64 * M * C : 0) + (8 * C << M);
   }
 
   void fwd(T* phi, int64_t num_threads) const {
     with_leaves([&](auto leaf_bits) {
       parallel_for(ceil_div(N, L), block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
         Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
+        if (is_smooth()) walk.set_base(bias);
         Sums<A> sums;
         V nonfinite = {};
         const int64_t last = std::min(end * L, N);
         for (int64_t first = begin * L; first < last; first += L) {
           if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
-          load_block(first, false, walk);
-          walk.fwd(sums);
+          if (is_smooth()) {
+            load_exponentials(first, walk);
+            walk.fwd(sums);
+          }
+          if (!is_smooth() || walk.products.has_failed) {
+            load_block(first, false, walk);
+            walk.fwd(sums);
+          }
           store_lanes(sums.halves, M, rows(first), phi + first * M);
           // Stays 0 unless a value is infinite or NaN, which counts never are.
           for (int m = 0; m < M && utility >= kProbability; ++m) nonfinite += sums.halves[m] - sums.halves[m];
@@ -116,13 +175,14 @@ struct Shapley {
       parallel_for(
           ceil_div(N, kChunk), 3 * kChunk / L * block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
             Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
+            if (is_smooth()) walk.set_base(bias);
             for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M); ++chunk) {
-              std::fill(walk.dbase.begin(), walk.dbase.end(), V{});
+              std::fill(walk.dbias.begin(), walk.dbias.end(), V{});
               const int64_t last = std::min(N, (chunk + 1) * kChunk);
               for (int64_t first = chunk * kChunk; first < last; first += L)
                 bwd_block(first, dphi, dpartial_logits, walk);
               for (int64_t c = 0; dbias != nullptr && c < C; ++c)
-                dbias[chunk * C + c] = sum_lanes(walk.dbase[c]);
+                dbias[chunk * C + c] = sum_lanes(walk.dbias[c]);
             }
           });
     });
@@ -130,29 +190,40 @@ struct Shapley {
 
   template <int K>
   void bwd_block(int64_t first, const T* dphi, T* dpartial_logits, Walk<A, K>& walk) const {
-    load_block(first, true, walk);
+    const bool by_products = load_dphi(first, dphi, walk) && is_smooth();
+    if (by_products) {
+      load_exponentials(first, walk);
+      walk.bwd();
+    }
+    if (!by_products || walk.products.has_failed) {
+      load_block(first, true, walk);
+      walk.bwd();
+    }
+    for (int64_t c = 0; c < C && bias != nullptr; ++c)
+      walk.dbias[c] += walk.dbase[c] + (walk.is_label(c) ? walk.dlabel_base : V{});
+    for (int64_t m = 0; m < M; ++m) {
+      const V own = walk.dlabel_partials[m];
+      const auto labels = walk.leaves.labels;
+      store_lanes(walk.dpartials.data() + m * C, C, rows(first), dpartial_logits + (m * N + first) * C,
+                  [=](V x, int64_t c) { return x + (labels == static_cast<Int<A>>(c) ? own : V{}); });
+    }
+  }
+
+  // Returns whether gradients are large enough to be divided by sums of exponentials, which may be large.
+  template <int K>
+  bool load_dphi(int64_t first, const T* dphi, Walk<A, K>& walk) const {
+    load_lanes(dphi + first * M, M, N - first, 1, M, dphi + N * M, walk.dphi, AsTheyAre{});
     walk.dphi_sum = V{};
     V largest_sum = {};
     for (int m = 0; m < M; ++m) {
       // Lanes without a sample add nothing to the bias's gradient.
-      for (int l = 0; l < L; ++l) walk.dphi[m][l] = first + l < N ? widen(dphi[(first + l) * M + m]) : A{};
+      for (int l = this->rows(first); l < L; ++l) walk.dphi[m][l] = 0;
       walk.dphi_sum += walk.dphi[m];
       largest_sum += walk.dphi[m] < 0 ? -walk.dphi[m] : walk.dphi[m];
-      walk.dlabel_partials[m] = V{};
     }
     walk.has_unbounded_dphi = largest_sum - largest_sum != 0;
     walk.any_unbounded_dphi = any(walk.has_unbounded_dphi);
-    std::fill(walk.dpartials.begin(), walk.dpartials.end(), V{});
-    V dlabel_base = {};
-    walk.bwd(0, walk.base.data(), walk.label_base, 0, 0, V{}, walk.dbase.data(), dlabel_base);
-    for (int l = 0; l < L; ++l) {
-      const int64_t own = label(first + l) * L + l;
-      for (int64_t m = 0; m < M; ++m)
-        reinterpret_cast<A*>(walk.dpartials.data() + m * C)[own] += walk.dlabel_partials[m][l];
-      reinterpret_cast<A*>(walk.dbase.data())[own] += dlabel_base[l];
-    }
-    for (int64_t m = 0; m < M; ++m)
-      store_lanes(walk.dpartials.data() + m * C, C, rows(first), dpartial_logits + (m * N + first) * C);
+    return !any((largest_sum > 0) & (largest_sum < A(1e-10)));
   }
 
   static A sum_lanes(V x) {
@@ -163,79 +234,6 @@ struct Shapley {
     return sums[0];
   }
 };
-
-// The rows of a [N, S, C] table, each a coalition of its own.
-template <class T>
-struct Table {
-  using A = accumulate_t<T>;
-  using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
-
-  const T* logits;        // [N, S, C]
-  const int64_t* labels;  // [N]
-  int64_t N, S, C, stride_n, stride_s, stride_c;
-  Utility utility;
-
-  // Calls function(first row, number of rows, leaf, logits, the label's logits) for blocks of L rows.
-  template <class Function>
-  void for_blocks(bool is_backward, int64_t num_threads, Function&& function) const {
-    const T* last = logits + (N - 1) * stride_n + (S - 1) * stride_s + (C - 1) * stride_c + 1;
-    const int64_t num_rows = N * S;
-    parallel_for(ceil_div(num_rows, L), 2 * L * C * sizeof(A), num_threads, [&](int64_t begin, int64_t end) {
-      std::vector<V> z(C);
-      Leaves<A, 0> leaf{z.data(), nullptr, C, utility, {}, true};
-      for (int64_t first = begin * L; first < std::min(end * L, num_rows); first += L) {
-        const T* rows[L];
-        for (int l = 0; l < L; ++l) {
-          const int64_t row = std::min(first + l, num_rows - 1);
-          rows[l] = logits + row / S * stride_n + row % S * stride_s;
-          leaf.labels[l] = static_cast<Int<A>>(labels[row / S]);
-        }
-        load_lanes(rows, stride_c, C, last, L * stride_s, z.data());
-        auto is_bounded = ~Vec<Int<A>>{};
-        for (int64_t c = 0; c < C; ++c) is_bounded &= z[c] <= kLargestBounded<A>;
-        leaf.is_bounded = !any(~is_bounded);
-        V own;
-        for (int l = 0; l < L; ++l) {
-          A& entry = reinterpret_cast<A*>(z.data())[static_cast<int64_t>(leaf.labels[l]) * L + l];
-          own[l] = entry;
-          entry = in_place_of_label<A>(utility, is_backward);
-        }
-        function(first, static_cast<int>(std::min<int64_t>(L, num_rows - first)), leaf, z.data(), own);
-      }
-    });
-  }
-
-  void fwd(T* values, int64_t num_threads) const {
-    for_blocks(false, num_threads, [&](int64_t first, int count, const auto& leaf, const V* z, V own) {
-      V u;
-      leaf.utilities(z, own, &u);
-      for (int l = 0; l < count; ++l) {
-        const int size = utility == kCardinality ? __builtin_popcountll((first + l) % S) : 1;
-        values[first + l] = narrow<T>(u[l] * size);
-      }
-    });
-  }
-
-  void bwd(const T* dvalues, T* dlogits, int64_t num_threads) const {
-    for_blocks(true, num_threads, [&](int64_t first, int count, const auto& leaf, V* z, V own) {
-      std::vector<V> dz(2 * C);
-      V du, dlabel_partials = {};
-      for (int l = 0; l < L; ++l) du[l] = widen(dvalues[first + std::min(l, count - 1)]);
-      leaf.gradients(z, own, &du, dz.data() + C, dz.data(), &dlabel_partials, nullptr, nullptr);
-      for (int l = 0; l < L; ++l)
-        reinterpret_cast<A*>(dz.data())[static_cast<int64_t>(leaf.labels[l]) * L + l] += dlabel_partials[l];
-      store_lanes(dz.data(), C, count, dlogits + first * C);
-    });
-  }
-};
-
-template <class T>
-Table<T> make_table(const Strided<3>& logits, const int64_t* labels, Utility utility) {
-  const auto& [N, S, C] = logits.sizes;
-  const auto& [stride_n, stride_s, stride_c] = logits.strides;
-  return {static_cast<const T*>(logits.data), labels, N, S, C, stride_n, stride_s, stride_c, utility};
-}
 
 template <class T>
 Shapley<T> make_shapley(const Strided<3>& partial_logits, const int64_t* labels, const void* bias,

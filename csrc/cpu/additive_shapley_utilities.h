@@ -31,6 +31,21 @@ constexpr A in_place_of_label(Utility utility, bool is_backward) {
   return is_backward && utility == kMargin ? std::numeric_limits<A>::quiet_NaN() : -kInfinity<A>;
 }
 
+// Takes each lane's label apart from its logits: `own` is the label's, in whose place `other` stands then.
+template <class A>
+struct LabelApart {
+  Vec<Int<A>> labels;
+  Vec<A> other, own = {};
+  Vec<Int<A>> is_bounded = ~Vec<Int<A>>{};
+
+  Vec<A> operator()(Vec<A> z, int64_t c) {
+    const auto is_label = labels == static_cast<Int<A>>(c);
+    own = is_label ? z : own;
+    is_bounded &= z <= kLargestBounded<A>;
+    return is_label ? other : z;
+  }
+};
+
 // The last K modalities' 2^K coalitions, given the logits z of the modalities before them.
 template <class A, int K>
 struct Leaves {

@@ -1,14 +1,15 @@
 // The coalitions of a block of samples, one in each SIMD lane, walked depth first, modality 0 decided first.
 //
 // A level's logits are those of the level above, or those plus one partial, so that a coalition costs one
-// addition a class as in Gray-code order. Nothing is ever subtracted: no rounding accumulates, every z_s is
-// the sum in order of m, to the last bit, and -inf survives. The last levels, the leaves, are up to eight
-// sums in registers. Going up again, utilities fold into Shapley values, and gradients add up.
+// addition a class as in Gray-code order; of exponentials they are products. Nothing is ever subtracted: no
+// rounding accumulates, every z_s is the sum in order of m, to the last bit, and -inf survives. The last
+// levels, the leaves, are up to eight coalitions in registers. Going up again, utilities fold into Shapley
+// values, and gradients add up.
 #pragma once
 
 #include <vector>
 
-#include "additive_shapley_utilities.h"
+#include "additive_shapley_products.h"
 #include "shapley_weights.h"
 
 namespace mmfast {
@@ -29,12 +30,15 @@ struct Walk {
   int M, depth;
   int64_t C;
   ShapleyWeights<A> weights;
-  std::vector<V> base, partials, levels, dpartials, dlevels, dbase, exponentials;
-  V label_base, label_partials[kMaxPlayers], dlabel_partials[kMaxPlayers], dphi[kMaxPlayers], dphi_sum,
-      origin = {};
+  std::vector<V> base, partials, levels, dpartials, dlevels, dbase, dbias, exponentials;
+  std::vector<V> base_exponentials;  // [C], of the bias less its largest entry
+  V label_base, label_partials[kMaxPlayers], dlabel_base, dlabel_partials[kMaxPlayers], dphi[kMaxPlayers],
+      dphi_sum, origin = {};
   Vec<Int<A>> has_unbounded_dphi;  // backward: lanes whose dphi are infinite or may overflow in sums
   bool any_unbounded_dphi;
   Leaves<A, K> leaves;
+  Products<A, K> products;
+  bool by_products = false;     // bases, partials and the label's are exponentials, and the walk multiplies
   V* formula_values = nullptr;  // [M] where `add_by_formula` adds, if it is to
 
   Walk(int M, int64_t C, Utility utility, bool is_backward)
@@ -46,22 +50,47 @@ struct Walk {
         partials(M * C),
         levels(depth * C) {
     if (is_backward) {
-      dpartials.resize(M * C), dlevels.resize(depth * C), dbase.resize(C);
+      dpartials.resize(M * C), dlevels.resize(depth * C), dbase.resize(C), dbias.resize(C);
       if (utility != kMargin) exponentials.resize(C * J);
     }
     leaves = Leaves<A, K>{partials.data() + depth * C, label_partials + depth, C, utility, {}, true};
+    products = Products<A, K>{partials.data() + depth * C, label_partials + depth, C, utility};
+  }
+
+  Vec<Int<A>> is_label(int64_t c) const { return leaves.labels == static_cast<Int<A>>(c); }
+
+  void set_base(const A* bias) {  // [C] or null
+    const A max = bias == nullptr ? A{} : *std::max_element(bias, bias + C);
+    base_exponentials.resize(C);
+    for (int64_t c = 0; c < C; ++c)
+      base_exponentials[c] = exp_nonpositive<A>(V{} + (bias == nullptr ? A{} : bias[c] - max));
   }
 
   void descend(int level, const V* z, V* next) const {
     const V* partial = partials.data() + level * C;
-    for (int64_t c = 0; c < C; ++c) next[c] = z[c] + partial[c];
+    if (by_products) {
+      for (int64_t c = 0; c < C; ++c) next[c] = z[c] * partial[c];
+    } else {
+      for (int64_t c = 0; c < C; ++c) next[c] = z[c] + partial[c];
+    }
+  }
+
+  V label_with(int level, V z_label) const {
+    return by_products ? z_label * label_partials[level] : z_label + label_partials[level];
   }
 
   // `coalition`, of `size` modalities, is what is decided so far.
   void fwd(int level, const V* z, V z_label, unsigned coalition, int size, Sums<A>& out) {
     if (level == depth) {
       V u[J];
-      leaves.utilities(z, z_label, u);
+      if (by_products) {
+        // Into memory, for what a function is given the address of does not stay in registers.
+        V found[J];
+        products.utilities(z, z_label, found);
+        std::copy_n(found, J, u);
+      } else {
+        leaves.utilities(z, z_label, u);
+      }
       if (__builtin_expect(formula_values != nullptr, 0)) {
         // A copy, for what a function is given the address of does not stay in registers.
         V given[J];
@@ -94,7 +123,7 @@ struct Walk {
     V* next = levels.data() + level * C;
     descend(level, z, next);
     Sums<A> with;
-    fwd(level + 1, next, z_label + label_partials[level], coalition | 1u << level, size + 1, with);
+    fwd(level + 1, next, label_with(level, z_label), coalition | 1u << level, size + 1, with);
     out.total += with.total;
     out.shared += with.shared;
     out.halves[level] = with.total;
@@ -144,6 +173,15 @@ struct Walk {
     }
   }
 
+  // The gradients of a block.
+  void bwd() {
+    std::fill(dpartials.begin(), dpartials.end(), V{});
+    std::fill(dbase.begin(), dbase.end(), V{});
+    std::fill_n(dlabel_partials, M, V{});
+    dlabel_base = V{};
+    bwd(0, base.data(), label_base, 0, 0, V{}, dbase.data(), dlabel_base);
+  }
+
   // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
   void bwd(int level, const V* z, V z_label, unsigned coalition, int size, V dphi_here, V* dz, V& dz_label) {
     if (level == depth) {
@@ -160,6 +198,12 @@ struct Walk {
         utility_gradients_by_formula(coalition, du_copy);
         std::copy_n(du_copy, J, du);
       }
+      if (by_products) {
+        V given[J];
+        std::copy_n(du, J, given);
+        return products.gradients(z, z_label, given, dz, &dz_label, dpartials.data() + depth * C,
+                                  dlabel_partials + depth);
+      }
       leaves.gradients(z, z_label, du, exponentials.data(), dz, &dz_label, dpartials.data() + depth * C,
                        dlabel_partials + depth);
       return;
@@ -170,7 +214,7 @@ struct Walk {
     V dnext_label = {};
     descend(level, z, next);
     std::fill_n(dnext, C, V{});
-    bwd(level + 1, next, z_label + label_partials[level], coalition | 1u << level, size + 1,
+    bwd(level + 1, next, label_with(level, z_label), coalition | 1u << level, size + 1,
         dphi_here + dphi[level], dnext, dnext_label);
     for (int64_t c = 0; c < C; ++c) {
       dpartials[level * C + c] += dnext[c];

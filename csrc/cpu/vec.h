@@ -125,60 +125,131 @@ inline T narrow(accumulate_t<T> x) {
   }
 }
 
+// As many elements of T as there are lanes of its type of accumulation, in a register.
+template <class T>
+struct Packed {
+  typename VecOf<uint16_t, kLanes<float>>::type bits;
+};
+template <>
+struct Packed<float> {
+  Vec<float> bits;
+};
+template <>
+struct Packed<double> {
+  Vec<double> bits;
+};
+
+// Those elements in the type of accumulation.
+template <class T>
+inline Vec<accumulate_t<T>> widen(Packed<T> x) {
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    return x.bits;
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return reinterpret_cast<Vec<float>>(__builtin_convertvector(x.bits, Vec<uint32_t>) << 16);
+  } else {
+#if MMFAST_ISA == 2
+    return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(x.bits)));
+#elif MMFAST_ISA == 1
+    return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x.bits)));
+#elif defined(__aarch64__)
+    return reinterpret_cast<Vec<float>>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(x.bits)));
+#else
+    Vec<float> result;
+    for (int i = 0; i < kLanes<float>; ++i) result[i] = widen(float16{x.bits[i]});
+    return result;
+#endif
+  }
+}
+
 // The next kLanes<accumulate_t<T>> elements, in the type of accumulation.
 template <class T>
 inline Vec<accumulate_t<T>> load(const T* source) {
-  using A = accumulate_t<T>;
-  Vec<A> result;
-  if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(&result, source, sizeof result);
-  } else if constexpr (std::is_same_v<T, bfloat16>) {
-    typename VecOf<uint16_t, kLanes<A>>::type halves;
-    std::memcpy(&halves, source, sizeof halves);
-    const auto bits = __builtin_convertvector(halves, Vec<uint32_t>) << 16;
-    std::memcpy(&result, &bits, sizeof result);
-  } else {
+  Packed<T> packed;
+  std::memcpy(&packed, source, sizeof packed);
+  return widen(packed);
+}
+
+// The next kLanes<accumulate_t<T>> / 2 elements of each of two arrays, one behind the other.
+template <class T>
+inline Vec<accumulate_t<T>> load_halves(const T* lower, const T* upper) {
+  Packed<T> packed;
 #if MMFAST_ISA == 2
-    result = reinterpret_cast<Vec<A>>(
-        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+  if constexpr (sizeof packed == 64) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower)),
+                  high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper));
+    packed.bits =
+        reinterpret_cast<decltype(packed.bits)>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    return widen(packed);
+  }
+#endif
+#if MMFAST_ISA >= 1
+  if constexpr (sizeof packed == 32) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lower)),
+                  high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper));
+    packed.bits = reinterpret_cast<decltype(packed.bits)>(
+        _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+    return widen(packed);
+  }
+#endif
+  std::memcpy(&packed, lower, sizeof packed / 2);
+  std::memcpy(reinterpret_cast<char*>(&packed) + sizeof packed / 2, upper, sizeof packed / 2);
+  return widen(packed);
+}
+
+// The other way round, to nearest, ties to even.
+template <class T>
+inline Packed<T> narrow(Vec<accumulate_t<T>> value) {
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    return {value};
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto bits = reinterpret_cast<Vec<uint32_t>>(value);
+    const Vec<uint32_t> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    const auto is_nan = reinterpret_cast<Vec<uint32_t>>(value != value);
+    return {__builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), decltype(Packed<T>::bits))};
+  } else {
+    using Bits = decltype(Packed<T>::bits);
+#if MMFAST_ISA == 2
+    return {
+        reinterpret_cast<Bits>(_mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT))};
 #elif MMFAST_ISA == 1
-    result =
-        reinterpret_cast<Vec<A>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+    return {
+        reinterpret_cast<Bits>(_mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT))};
 #elif defined(__aarch64__)
-    result = reinterpret_cast<Vec<A>>(vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(source))));
+    return {reinterpret_cast<Bits>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(value)))};
 #else
-    for (int i = 0; i < kLanes<A>; ++i) result[i] = widen(source[i]);
+    Bits bits;
+    for (int i = 0; i < kLanes<float>; ++i) bits[i] = narrow<T>(value[i]).bits;
+    return {bits};
 #endif
   }
-  return result;
 }
 
 template <class T>
 inline void store(T* target, Vec<accumulate_t<T>> value) {
-  using A = accumulate_t<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(target, &value, sizeof value);
-  } else if constexpr (std::is_same_v<T, bfloat16>) {
-    Vec<uint32_t> bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const Vec<uint32_t> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-    const auto is_nan = reinterpret_cast<Vec<uint32_t>>(value != value);
-    const auto halves = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan),
-                                                typename VecOf<uint16_t, kLanes<A>>::type);
-    std::memcpy(target, &halves, sizeof halves);
-  } else {
+  const Packed<T> packed = narrow<T>(value);
+  std::memcpy(target, &packed, sizeof packed);
+}
+
+// The lower half of a vector to one array, the upper half to another.
+template <class T>
+inline void store_halves(T* lower, T* upper, Vec<accumulate_t<T>> value) {
+  const Packed<T> packed = narrow<T>(value);
 #if MMFAST_ISA == 2
-    const __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), halves);
-#elif MMFAST_ISA == 1
-    const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
-#elif defined(__aarch64__)
-    vst1_f16(reinterpret_cast<__fp16*>(target), vcvt_f16_f32(reinterpret_cast<float32x4_t>(value)));
-#else
-    for (int i = 0; i < kLanes<A>; ++i) target[i] = narrow<T>(value[i]);
-#endif
+  if constexpr (sizeof packed == 64) {
+    const __m512i bits = reinterpret_cast<__m512i>(packed.bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lower), _mm512_castsi512_si256(bits));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_extracti64x4_epi64(bits, 1));
   }
+#endif
+#if MMFAST_ISA >= 1
+  if constexpr (sizeof packed == 32) {
+    const __m256i bits = reinterpret_cast<__m256i>(packed.bits);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lower), _mm256_castsi256_si128(bits));
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(upper), _mm256_extracti128_si256(bits, 1));
+  }
+#endif
+  std::memcpy(lower, &packed, sizeof packed / 2);
+  std::memcpy(upper, reinterpret_cast<const char*>(&packed) + sizeof packed / 2, sizeof packed / 2);
 }
 
 // The first `count` elements of a vector, at most its lanes; 0 in the lanes behind them.

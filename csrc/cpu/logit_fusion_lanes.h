@@ -1,0 +1,142 @@
+// kLanes samples at a time, one in each SIMD lane: their logits are transposed once into the L1 cache, where
+// maximum, sums and fusion are plain vector operations for any C. For rows shorter than a vector, and those
+// whose elements lie apart.
+#pragma once
+
+#include <vector>
+
+#include "logit_fusion_scores.h"
+
+namespace mmfast {
+namespace {
+
+template <class T>
+class LaneBlocks {
+ public:
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  using Mask = Vec<Int<A>>;
+  static constexpr int L = kLanes<A>;
+
+  // Space for so many blocks of L samples.
+  LaneBlocks(const Fusion<T>& fusion, int64_t num_blocks, bool is_backward)
+      : f_(fusion),
+        C_(fusion.C),
+        z_(num_blocks * fusion.M * C_),
+        dfused_(is_backward ? num_blocks * C_ : 0) {}
+
+  // The sums of the softmax of modality m, of block g of those held, which begins with sample `first`.
+  void sums(int64_t g, int64_t m, int64_t first, V& s_out, V& t_out) {
+    V* z = logits(g, m);
+    load_logits(m, first, z);
+    const V max = max_of(z);
+    V s = {}, t = {};
+    for_groups(C_, [&](int64_t begin, int64_t end) {
+      V group_s = {}, group_t = {};
+      for (int64_t c = begin; c < end; ++c) {
+        const V x = f_.shifted(z[c], max), e = exp_nonpositive<A>(x);
+        group_s += e;
+        group_t += e * x;
+      }
+      s += group_s, t += group_t;
+    });
+    s_out = s, t_out = t;
+  }
+
+  void fuse(int64_t g, int64_t first, const V* w, T* fused) {
+    V* z = logits(g, 0);
+    const bool has_zero = f_.has_zero_weight(w);
+    for (int64_t c = 0; c < C_; ++c) {
+      V sum = has_zero ? f_.weighted(w[0], z[c]) : w[0] * z[c];
+      for (int64_t m = 1; m < f_.M; ++m)
+        sum += has_zero ? f_.weighted(w[m], z[m * C_ + c]) : w[m] * z[m * C_ + c];
+      z[c] = sum;
+    }
+    store_lanes(z, C_, f_.rows_from(first), fused + first * C_);
+  }
+
+  void load_gradient(int64_t g, int64_t first, const T* dfused) {
+    load_lanes(dfused + first * C_, C_, f_.N - first, 1, C_, dfused + f_.N * C_, dfused_.data() + g * C_,
+               AsTheyAre{});
+  }
+
+  // Also the product of the logits with dfused. What is left of the logits z: z - max for entropy, e for
+  // certainty.
+  void sums_and_product(int64_t g, int64_t m, int64_t first, V& s_out, V& t_out, V& product_out) {
+    V* z = logits(g, m);
+    load_logits(m, first, z);
+    const V *dfused = dfused_.data() + g * C_, max = max_of(z);
+    const V lowest = V{} + std::numeric_limits<A>::lowest();
+    // What a logit's exponential is at most that is not the largest, or rounding would make it one.
+    const V below_one = V{} + (1 - std::numeric_limits<A>::epsilon() / 2);
+    V s = {}, t = {}, product = {};
+    for_groups(C_, [&](int64_t begin, int64_t end) {
+      V group_s = {}, group_t = {}, group_product = {};
+      for (int64_t c = begin; c < end; ++c) {
+        const V x = f_.shifted(z[c], max), e = exp_nonpositive<A>(x);
+        // Where a class is excluded the fused logit is -inf whatever the weights are.
+        group_product += dfused[c] * (z[c] < lowest ? V{} : z[c]);
+        group_s += e;
+        group_t += e * x;
+        z[c] = f_.score == kEntropy ? x : ((x < 0) & (e == 1)) ? below_one : e;
+      }
+      s += group_s, t += group_t, product += group_product;
+    });
+    s_out = s, t_out = t, product_out = product;
+  }
+
+  // w dfused + dscore times the gradient of the score, but for the factor 1 / s.
+  void gradients(int64_t g, int64_t m, int64_t first, V w, V dscore, V s, V t_over_s, T* dlogits) {
+    V *e = logits(g, m), *dfused = dfused_.data() + g * C_;
+    if (f_.score == kEntropy) {
+      // p (ln p + H), with ln p + H = x - t / s.
+      for (int64_t c = 0; c < C_; ++c)
+        e[c] = w * dfused[c] + dscore * exp_nonpositive<A>(e[c]) * (e[c] - t_over_s);
+    } else {
+      const V scale = dscore / s;
+      Mask is_open = ~Mask{};
+      for (int64_t c = 0; c < C_; ++c) {
+        // The lowest class of the largest logit, where e is 1.
+        const Mask is_top = is_open & (e[c] == 1);
+        is_open &= ~is_top;
+        e[c] = w * dfused[c] - scale * e[c] + (is_top ? dscore : V{});
+      }
+    }
+    mask_absent(m, first, e);
+    store_lanes(e, C_, f_.rows_from(first), dlogits + (m * f_.N + first) * C_);
+  }
+
+ private:
+  V* logits(int64_t g, int64_t m) { return z_.data() + (g * f_.M + m) * C_; }
+
+  // Modality m of the samples from `first` on, 0 where it is absent.
+  void load_logits(int64_t m, int64_t first, V* z) const {
+    load_lanes(f_.logits + m * f_.stride_m + first * f_.stride_n, f_.stride_n, f_.N - first, f_.stride_c, C_,
+               f_.end(), z, AsTheyAre{});
+    mask_absent(m, first, z);
+  }
+
+  void mask_absent(int64_t m, int64_t first, V* z) const {
+    if (f_.present == nullptr) return;
+    const Mask here = f_.lanes_present(m, first);
+    if (!any(~here)) return;
+    for (int64_t c = 0; c < C_; ++c) z[c] = from_bits<A>(bits_of<A>(z[c]) & here);
+  }
+
+  V max_of(const V* z) const {
+    V maxima[4] = {z[0], z[0], z[0], z[0]};
+    int64_t c = 0;
+    for (; c + 4 <= C_; c += 4)
+      for (int i = 0; i < 4; ++i) maxima[i] = larger<A>(maxima[i], z[c + i]);
+    for (; c < C_; ++c) maxima[0] = larger<A>(maxima[0], z[c]);
+    return larger<A>(larger<A>(maxima[0], maxima[1]), larger<A>(maxima[2], maxima[3]));
+  }
+
+  const Fusion<T>& f_;
+  const int64_t C_;
+  std::vector<V> z_;       // [blocks, M, C]
+  std::vector<V> dfused_;  // [blocks, C]
+};
+
+}  // namespace
+}  // namespace mmfast
