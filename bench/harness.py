@@ -137,8 +137,8 @@ class Limits:
         copy: bytes of a copy, read plus written.
         read: bytes of reading and nothing else.
         matrix: operations of matrix products, by dtype.
-        registers: on a CPU, what the kernels' own exponential and logarithm, and multiply-adds (two operations
-            each), reach while nothing comes from memory: name -> dtype -> a second.
+        registers: on a CPU, what the kernels' own exponential and logarithm, and multiply-adds, two
+            operations each, reach while nothing comes from memory: name -> dtype -> a second.
     """
 
     copy: float
@@ -165,7 +165,7 @@ class WrongResultError(Exception):
 
 
 def measure_limits(options: Options) -> Limits:
-    """Measure what bounds kernels on this machine, now: a copy, a read, products, and what needs no memory."""
+    """Measure what bounds kernels on this machine, now: copying, reading, products, and without memory."""
     device, clock = torch.device(options.device), options.clock()
     source = torch.randn(_STREAM[device.type], device=device)
     target = torch.empty_like(source)
@@ -187,7 +187,7 @@ def measure_limits(options: Options) -> Limits:
 
 
 def _measure_registers(clock: Clock) -> dict[str, dict[str, float]]:
-    """Return what csrc/cpu/register_limit.cpp reaches: the best of a few turns, for nothing else is bounded."""
+    """Return what csrc/cpu/register_limit.cpp reaches, the best of a few turns."""
     module, rates = backend.extension("cpu"), {}
     for kind in ("exponential", "logarithm", "multiply_add"):
         function, found = getattr(module, f"register_limit_{kind}"), {}
