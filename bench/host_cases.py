@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import ops
+from mmfast.backend import BACKENDS
 from mmfast.reference import kmeans as clustering
 from mmfast.reference import logit_fusion as fusion
 from mmfast.reference import shapley_values as shapley
@@ -188,6 +189,15 @@ def _updates(device: str) -> Iterator[HostCase]:
         "partial_reinit",
         "partial_reinit_, 20 tensors",
         lambda *given: ops.partial_reinit_(given[:-1], inits, 0.3, backend=given[-1]),
+        lambda *given: torch._foreach_lerp_(given, inits, 0.3),
+        tuple(params),
+        is_smooth=False,
+    )
+    plans = {name: ops.ReinitPlan(params, inits, backend=name) for name in ("auto", *BACKENDS)}
+    yield HostCase(
+        "partial_reinit",
+        "partial_reinit_, a plan of 20 tensors",
+        lambda *given: plans[given[-1]].apply_(0.3),
         lambda *given: torch._foreach_lerp_(given, inits, 0.3),
         tuple(params),
         is_smooth=False,

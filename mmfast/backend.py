@@ -113,8 +113,8 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-# That of csrc/registry.h. 3: functions return the sizes of what they are to be given.
-_INTERFACE = 3
+# That of csrc/registry.h. 4: tensor_words; partial_reinit on a GPU takes one strength for all.
+_INTERFACE = 4
 
 
 @functools.cache

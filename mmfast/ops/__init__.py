@@ -11,13 +11,14 @@ from mmfast.ops.duc_loss import DucDims, duc_loss, unidirectional_info_nce
 from mmfast.ops.gradient_projection import project_gradient, update_projector_
 from mmfast.ops.kmeans import KMeans, cluster_purity, kmeans
 from mmfast.ops.logit_fusion import certainty_fusion, entropy_fusion
-from mmfast.ops.partial_reinit import partial_reinit_
+from mmfast.ops.partial_reinit import ReinitPlan, partial_reinit_
 from mmfast.ops.shapley_values import shapley_values
 
 __all__ = [
     "ClassMoments",
     "DucDims",
     "KMeans",
+    "ReinitPlan",
     "additive_shapley",
     "certainty_fusion",
     "class_moments",

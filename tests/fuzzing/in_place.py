@@ -7,6 +7,7 @@ import torch
 
 from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, gamma, unit, wide
+from fuzzing.moved import is_on_gpu
 from fuzzing.shapley import gradients, leaf
 from fuzzing.tensors import (
     Made,
@@ -30,7 +31,7 @@ def _size(x: np.ndarray) -> np.ndarray:
 
 
 def partial_reinit(draw: Draw, backend: str, small: bool) -> None:
-    """One call of partial_reinit_ with a list of tensors."""
+    """One call of partial_reinit_, or of a plan, with a list of tensors."""
     params: list[Made] = []
     initial: list[Made] = []
     one_dtype = draw.choice((None, float_dtype(draw, backend)))
@@ -48,7 +49,11 @@ def partial_reinit(draw: Draw, backend: str, small: bool) -> None:
     start = [exact(one.tensor) for one in params]
     start_bits = [bits(one.tensor.clone()) for one in params]
     alpha = strengths[0] if is_one else strengths[: len(params)]
-    ops.partial_reinit_([p.tensor for p in params], [p.tensor for p in initial], alpha, backend=backend)
+    lists = [p.tensor for p in params], [p.tensor for p in initial]
+    if draw.chance(0.5) and not is_on_gpu():
+        ops.ReinitPlan(*lists, backend=backend).apply_(alpha)
+    else:
+        ops.partial_reinit_(*lists, alpha, backend=backend)
     for index, (one, other) in enumerate(zip(params, initial, strict=True)):
         name, a = f"params[{index}]", strengths[0 if is_one else index]
         dtype = one.tensor.dtype

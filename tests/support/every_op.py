@@ -162,6 +162,22 @@ def partial_reinit(device, dtype, backend):
     return start, call
 
 
+@call_of("partial_reinit")
+def reinit_plan(device, dtype, backend):
+    params = [_random(size, 9, device=device, dtype=dtype) for size in (1, 40, 3)]
+    initial = [torch.zeros_like(x) for x in params]
+    start = [x.clone() for x in params]
+    plan = ops.ReinitPlan(params, initial, backend=backend)
+
+    def call() -> list[Tensor]:
+        for x, before in zip(params, start, strict=True):
+            x.copy_(before)
+        plan.apply_(0.25)
+        return params
+
+    return start, call
+
+
 @call_of("gradient_projection")
 def gradient_projection(device, dtype, backend):
     # The projector is kept in at least float32.

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.errors import dtype_name
-from mmfast.ops import _partial_reinit_launch as reinit_launch
+from mmfast.ops import _partial_reinit_table as reinit_table
 
 CAPABILITY = 90
 # Half precision and float64 at a few sizes: what an argument of 1 does is the same in every dtype.
@@ -216,8 +216,9 @@ def partial_reinit() -> None:
         initial = [torch.zeros(size, dtype=dtype) for _ in range(count)]
         for is_capturing in (False, True):
             # A graph's plan is written by a kernel.
-            with mock.patch.object(reinit_launch, "_is_capturing", lambda _, yes=is_capturing: yes):
-                ops.partial_reinit_(params, initial, 0.5 - 0.25 * is_capturing, backend="triton")
+            with mock.patch.object(reinit_table, "_is_capturing", lambda _, yes=is_capturing: yes):
+                for alpha in (0.5, [0.5 - 0.25 * is_capturing] * count):
+                    ops.partial_reinit_(params, initial, alpha, backend="triton")
 
 
 def gradient_projection() -> None:
