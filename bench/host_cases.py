@@ -225,3 +225,18 @@ def _updates(device: str) -> Iterator[HostCase]:
         (grad,),
         is_smooth=False,
     )
+
+    def step(feature: Tensor, grad: Tensor) -> Tensor:
+        update(feature)
+        return grad @ projector
+
+    yield HostCase(
+        "gradient_projection",
+        "update_and_project_",
+        lambda feature, grad, backend: ops.update_and_project_(
+            projector, feature, grad, alpha=0.1, backend=backend
+        ),
+        step,
+        (feature, grad),
+        is_smooth=False,
+    )

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._autograd import is_transformed
+from mmfast.ops._autograd import CLASSES, is_ordinary
 from mmfast.ops._launch import DTYPE_CODE
-
-# Of other classes nobody knows what an address means.
-_CLASSES = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -32,28 +29,18 @@ def _reader() -> tuple | None:
     if capsule is None or _backend.why_not("cpu") is not None:
         return None
     module = _backend.extension("cpu")
-    return None if module.tensor_words(capsule, [], [], _CLASSES) is None else (module, capsule)
-
-
-def _is_ordinary() -> bool:
-    """Whether nothing stands between a call and the memory of its tensors: no compiler, transform or mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or is_transformed()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
+    return None if module.tensor_words(capsule, [], [], CLASSES) is None else (module, capsule)
 
 
 def words_of(params: list[Tensor], init_params: list[Tensor]) -> Hashable | None:
     """Return what two lists are known by; None where only the dispatcher knows what to do with them."""
-    if not _is_ordinary():
+    if not is_ordinary():
         return None
     if (reader := _reader()) is not None:
         module, capsule = reader
-        return module.tensor_words(capsule, params, init_params, _CLASSES)
+        return module.tensor_words(capsule, params, init_params, CLASSES)
     tensors = params + init_params
-    if not set(map(type, tensors)).issubset(_CLASSES):
+    if not set(map(type, tensors)).issubset(CLASSES):
         return None
     try:
         return (
@@ -70,7 +57,7 @@ def has_words(params: list[Tensor], init_params: list[Tensor], words: Hashable) 
     """Return whether `words_of` would return these words."""
     if isinstance(words, bytes) and (reader := _reader()) is not None:
         module, capsule = reader
-        return _is_ordinary() and module.has_tensor_words(capsule, params, init_params, _CLASSES, words)
+        return is_ordinary() and module.has_tensor_words(capsule, params, init_params, CLASSES, words)
     return words_of(params, init_params) == words
 
 

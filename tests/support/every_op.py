@@ -194,6 +194,20 @@ def gradient_projection(device, dtype, backend):
     return [feature, grad], call
 
 
+@call_of("gradient_projection")
+def update_and_project(device, dtype, backend):
+    wide = torch.promote_types(dtype, torch.float32)
+    start, projector = (torch.eye(D, device=device, dtype=wide) for _ in range(2))
+    feature = _random(D, device=device, dtype=dtype)
+    grad = _random(C, D, device=device, dtype=dtype)
+
+    def call() -> list[Tensor]:
+        projector.copy_(start)
+        return [projector, ops.update_and_project_(projector, feature, grad, alpha=0.5, backend=backend)]
+
+    return [feature, grad], call
+
+
 @call_of("logit_fusion")
 def entropy_fusion(device, dtype, backend):
     logits = _random(M, N, C, device=device, dtype=dtype)

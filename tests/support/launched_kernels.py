@@ -230,6 +230,13 @@ def gradient_projection() -> None:
             ops.update_projector_(projector, feature, alpha=0.5, backend="triton")
         grad = tensor(num_rows, size, dtype=dtype, layout=layout).detach()
         ops.project_gradient(grad, projector, backend="triton")
+    for (size, num_rows), dtype, layout in layouts(*sizes(64, 16), (300, 7), (300, 1), (128, 1)):
+        wide = torch.promote_types(dtype, torch.float32)
+        projector = tensor(size, size, dtype=wide, layout=layout).detach()
+        grad = tensor(num_rows, size, dtype=dtype, layout=layout).detach()
+        for step in (1, 2):
+            feature = torch.zeros(size * step, dtype=dtype)[::step]
+            ops.update_and_project_(projector, feature, grad, alpha=0.5, backend="triton")
 
 
 def logit_fusion() -> None:
