@@ -79,6 +79,8 @@ def check_all(backend):
                             if grad_dtype == torch.float64:
                                 usual = as_plain_float64(truth, g.float() @ p.float())
                             assert_close_to_truth(actual, truth, usual)
+                        for p in (projector, torch.cat([projector, projector], 1)[:, :size]):
+                            check_step(p, features[0], grad.T.contiguous().T, 0.1, backend)
 
 
 @pytest.mark.usefixtures("restored_threads")

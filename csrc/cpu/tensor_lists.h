@@ -35,7 +35,8 @@ struct DlExchange {
 
 // That of a class of tensors; null where it is of another version or views are not to be had.
 inline const DlExchange* dl_exchange(const pybind11::capsule& capsule) {
-  const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const void* address = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  const auto* found = static_cast<const DlExchange*>(address);
   if (found == nullptr) throw pybind11::error_already_set();
   return found->major == 1 && found->view != nullptr ? found : nullptr;
 }
@@ -67,7 +68,8 @@ bool put_tensors(const DlExchange& exchange, const pybind11::list& first, const 
       const int64_t words[] = {
           static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset),
           static_cast<int64_t>(what)};
-      if (!put(words, 2) || !put(tensor.sizes, tensor.rank) || !put(tensor.strides, tensor.rank)) return false;
+      if (!put(words, 2) || !put(tensor.sizes, tensor.rank) || !put(tensor.strides, tensor.rank))
+        return false;
     }
   }
   return true;
