@@ -26,18 +26,22 @@ def cases(options: Options) -> Iterator[Case]:
     """Yield lists of few large and of many small parameters."""
     for count, size in QUICK if options.quick else SIZES:
         params, inits = ([torch.randn(size, device=options.device) for _ in range(count)] for _ in range(2))
-        yield Case(
-            name=f"{count:,} x {size:,}",
-            size=size,
-            panel="in place",
-            ours=partial(ops.partial_reinit_, params, inits, ALPHA),
-            peers={
-                "_foreach_lerp_": partial(torch._foreach_lerp_, params, inits, ALPHA),
-                "loop of lerp_": partial(_loop, params, inits),
-            },
-            check=_make_check(options.device),
-            work=Work(8 * count * size, 4 * count * size),
-        )
+        for panel, ours in (
+            ("in place", partial(ops.partial_reinit_, params, inits, ALPHA)),
+            ("in place, by a plan", partial(ops.ReinitPlan(params, inits).apply_, ALPHA)),
+        ):
+            yield Case(
+                name=f"{count:,} x {size:,}" + (", plan" if "plan" in panel else ""),
+                size=size,
+                panel=panel,
+                ours=ours,
+                peers={
+                    "_foreach_lerp_": partial(torch._foreach_lerp_, params, inits, ALPHA),
+                    "loop of lerp_": partial(_loop, params, inits),
+                },
+                check=_make_check(options.device),
+                work=Work(8 * count * size, 4 * count * size),
+            )
 
 
 def _loop(params: list[Tensor], inits: list[Tensor]) -> None:
@@ -50,11 +54,13 @@ def _make_check(device: str) -> Callable[[Any], None]:
         # What is timed changes in place, so copies of other tensors are checked: odd sizes among them.
         starts = [torch.randn(size, device=device) for size in (64, 1001, 70_000)]
         inits = [torch.randn_like(theta) for theta in starts]
-        found, plain, truth = ([theta.clone() for theta in starts] for _ in range(3))
+        found, planned, plain, truth = ([theta.clone() for theta in starts] for _ in range(4))
         truth = [theta.double() for theta in truth]
         ops.partial_reinit_(found, inits, ALPHA)
+        ops.ReinitPlan(planned, inits).apply_(ALPHA)
         torch._foreach_lerp_(plain, inits, ALPHA)
         reference.partial_reinit_(truth, [theta.double() for theta in inits], ALPHA)
-        assert_close(tuple(found), tuple(truth), tuple(plain))
+        for ours in (found, planned):
+            assert_close(tuple(ours), tuple(truth), tuple(plain))
 
     return check

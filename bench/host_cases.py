@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import ops
+from mmfast.backend import BACKENDS
 from mmfast.reference import kmeans as clustering
 from mmfast.reference import logit_fusion as fusion
 from mmfast.reference import shapley_values as shapley
@@ -192,6 +193,15 @@ def _updates(device: str) -> Iterator[HostCase]:
         tuple(params),
         is_smooth=False,
     )
+    plans = {name: ops.ReinitPlan(params, inits, backend=name) for name in ("auto", *BACKENDS)}
+    yield HostCase(
+        "partial_reinit",
+        "partial_reinit_, a plan of 20 tensors",
+        lambda *given: plans[given[-1]].apply_(0.3),
+        lambda *given: torch._foreach_lerp_(given, inits, 0.3),
+        tuple(params),
+        is_smooth=False,
+    )
     feature, grad = torch.randn(D, device=device), torch.randn(C, D, device=device)
     projector = torch.eye(D, device=device)
 
@@ -213,5 +223,20 @@ def _updates(device: str) -> Iterator[HostCase]:
         lambda grad, backend: ops.project_gradient(grad, projector, backend=backend),
         lambda grad: grad @ projector,
         (grad,),
+        is_smooth=False,
+    )
+
+    def step(feature: Tensor, grad: Tensor) -> Tensor:
+        update(feature)
+        return grad @ projector
+
+    yield HostCase(
+        "gradient_projection",
+        "update_and_project_",
+        lambda feature, grad, backend: ops.update_and_project_(
+            projector, feature, grad, alpha=0.1, backend=backend
+        ),
+        step,
+        (feature, grad),
         is_smooth=False,
     )

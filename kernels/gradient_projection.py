@@ -6,6 +6,9 @@ on their order, so what was symmetric to the last bit stays so, and no half need
 Product, one launch: a tile of 8 rows of the result goes through the rows of P, which all threads share, and
 merges their sums at its end, in float32 at least. No sum is shared between blocks: no bit changes from run to
 run. Many rows of G read P anew for each 8.
+A step of both, up to 128 dimensions one launch of one block, which holds P in registers and reads and writes
+it once; beyond two, the second of which multiplies G with its rows of P as it updates them: P is symmetric,
+so a row's products are a column of G P.
 Floor: 3 D^2 elements and D^2 + 2 C D. Predicted and measured: bench/results/gradient_projection.md.
 """
 
@@ -71,6 +74,28 @@ def _projected_feature_kernel(
     tl.store(part_ptr + 2 * tl.num_programs(0), wide_unit)
 
 
+@triton.jit
+def _factor_of(kept, square, unit, alpha_bits, EPS: tl.constexpr):
+    """Return what P h is multiplied by to be u, and the sign of u u^T, float64: see mmfast/reference."""
+    # No division by less than rounding, and a term below 0 is added.
+    least = square * (16 * EPS)
+    alpha = _from_bits(alpha_bits, tl.float64) * unit * unit
+    factor = 1 / tl.sqrt(tl.where(least > alpha, least, alpha) + tl.abs(kept))
+    return factor, tl.where(kept < 0, -1.0, 1.0)
+
+
+@triton.jit
+def _factor_of_parts(parts_ptr, num_parts, alpha_bits, EPS: tl.constexpr, BLOCK_P: tl.constexpr):
+    kept_parts = tl.zeros((BLOCK_P,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK_P,), dtype=tl.float64)
+    for start in range(0, num_parts, BLOCK_P):
+        offs = start + tl.arange(0, BLOCK_P)
+        kept_parts += tl.load(parts_ptr + offs, mask=offs < num_parts, other=0.0)
+        squares += tl.load(parts_ptr + num_parts + offs, mask=offs < num_parts, other=0.0)
+    unit = tl.load(parts_ptr + 2 * num_parts)
+    return _factor_of(tl.sum(kept_parts, axis=0), tl.sum(squares, axis=0), unit, alpha_bits, EPS)
+
+
 @triton.jit(do_not_specialize=["alpha_bits", "num_parts"])
 def _update_projector_kernel(
     p_ptr,  # [D, D] changed in place
@@ -87,19 +112,8 @@ def _update_projector_kernel(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    kept_parts = tl.zeros((BLOCK_P,), dtype=tl.float64)
-    squares = tl.zeros((BLOCK_P,), dtype=tl.float64)
-    for start in range(0, num_parts, BLOCK_P):
-        offs = start + tl.arange(0, BLOCK_P)
-        kept_parts += tl.load(parts_ptr + offs, mask=offs < num_parts, other=0.0)
-        squares += tl.load(parts_ptr + num_parts + offs, mask=offs < num_parts, other=0.0)
-    # No division by less than rounding, and a term below 0 is added: see mmfast/reference.
-    kept = tl.sum(kept_parts, axis=0)
-    least = tl.sum(squares, axis=0) * (16 * EPS)
-    unit = tl.load(parts_ptr + 2 * num_parts)
-    alpha = _from_bits(alpha_bits, tl.float64) * unit * unit
-    factor = 1 / tl.sqrt(tl.where(least > alpha, least, alpha) + tl.abs(kept))
-    sign = tl.where(kept < 0, -1.0, 1.0).to(ACC)
+    factor, sign = _factor_of_parts(parts_ptr, num_parts, alpha_bits, EPS, BLOCK_P)
+    sign = sign.to(ACC)
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     u_r = (tl.load(ph_ptr + offs_r, mask=offs_r < D, other=0.0).to(tl.float64) * factor).to(ACC) * sign
@@ -140,6 +154,100 @@ def _project_gradient_kernel(
     out = tl.sum(products, axis=1)
     out_ptrs = out_ptr + offs_c[:, None] * D + offs_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_d[None, :])
+
+
+@triton.jit(do_not_specialize=["alpha_bits", "C"])
+def _small_step_kernel(
+    p_ptr,  # [D, D] changed in place
+    h_ptr,  # [D]
+    g_ptr,  # [C, D]
+    out_ptr,  # [C, D], contiguous
+    alpha_bits,  # of a float64
+    C,
+    D,
+    stride_pi,
+    stride_pj,
+    stride_h,
+    stride_gc,
+    stride_gd,
+    EPS: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # D or more
+    ACC: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask = offs < D
+    mask_p = mask[:, None] & mask[None, :]
+    p_ptrs = p_ptr + offs[:, None] * stride_pi + offs[None, :] * stride_pj
+    p = tl.load(p_ptrs, mask=mask_p, other=0.0)
+    wide_unit = _unit_of(h_ptr, D, stride_h, MOST, BLOCK_D, ACC)
+    h = tl.load(h_ptr + offs * stride_h, mask=mask, other=0.0).to(ACC) * wide_unit.to(ACC)
+    ph = tl.sum(p * h[None, :], axis=1)
+    # Squares in float64.
+    wide_h, wide_ph = h.to(tl.float64), ph.to(tl.float64)
+    kept, square = tl.sum(wide_h * wide_ph, axis=0), tl.sum(wide_h * wide_h, axis=0)
+    factor, sign = _factor_of(kept, square, wide_unit, alpha_bits, EPS)
+    u = (wide_ph * factor).to(ACC)
+    p -= (u * sign.to(ACC))[:, None] * u[None, :]
+    for c in range(C):
+        g = tl.load(g_ptr + tl.cast(c, tl.int64) * stride_gc + offs * stride_gd, mask=mask, other=0.0)
+        out = tl.sum(p * g.to(ACC)[None, :], axis=1)
+        tl.store(out_ptr + tl.cast(c, tl.int64) * D + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    # What lies in P is read before P is written.
+    tl.debug_barrier()
+    tl.store(p_ptrs, p, mask=mask_p)
+
+
+@triton.jit(do_not_specialize=["alpha_bits", "num_parts", "C"])
+def _step_kernel(
+    p_ptr,  # [D, D] changed in place
+    ph_ptr,  # [D] in ACC
+    parts_ptr,  # float64 [3, num_parts]
+    g_ptr,  # [C, D]
+    out_ptr,  # [C, D], contiguous
+    alpha_bits,  # of a float64
+    num_parts,
+    C,
+    D,
+    stride_pi,
+    stride_pj,
+    stride_gc,
+    stride_gd,
+    EPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    factor, sign = _factor_of_parts(parts_ptr, num_parts, alpha_bits, EPS, BLOCK_P)
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < D
+    u_r = (tl.load(ph_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float64) * factor).to(ACC) * sign.to(ACC)
+    for first in range(0, C, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C).to(tl.int64)
+        mask_c = offs_c < C
+        products = tl.zeros((BLOCK_C, BLOCK_R, BLOCK_D), dtype=ACC)
+        for start in range(0, D, BLOCK_D):
+            offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+            mask_d = offs_d < D
+            u_d = (tl.load(ph_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float64) * factor).to(ACC)
+            mask = mask_r[:, None] & mask_d[None, :]
+            p_ptrs = p_ptr + offs_r[:, None] * stride_pi + offs_d[None, :] * stride_pj
+            p = tl.load(p_ptrs, mask=mask, other=0.0)
+            if first == 0:
+                p -= u_r[:, None] * u_d[None, :]
+                tl.store(p_ptrs, p, mask=mask)
+            g_ptrs = g_ptr + offs_c[:, None] * stride_gc + offs_d[None, :] * stride_gd
+            g = tl.load(g_ptrs, mask=mask_c[:, None] & mask_d[None, :], other=0.0).to(ACC)
+            products += g[:, None, :] * p[None, :, :]
+        out_ptrs = out_ptr + offs_c[:, None] * D + offs_r[None, :]
+        out = tl.sum(products, axis=2).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, out, mask=mask_c[:, None] & mask_r[None, :])
+
+
+# Dimensions up to which one block takes a whole step.
+_SMALL = 128
 
 
 def _update_blocks(size: int, dtype: torch.dtype) -> dict:
@@ -231,6 +339,90 @@ def project_gradient(
     return projected
 
 
+def update_and_project_(
+    projector: Tensor,  # [D, D] float32 or float64, symmetric; changed in place
+    mean_feature: Tensor,  # [D]
+    grad: Tensor,  # [C, D]
+    alpha: float,
+) -> Tensor:  # [C, D]
+    """Update the projector and return grad @ projector in the dtype of `grad`; any strides."""
+    num_rows, size = grad.shape
+    is_one = _wide(torch.promote_types(grad.dtype, projector.dtype)) == projector.dtype
+    if not is_one or num_rows == 0 or size == 0:
+        grad = grad.clone()
+        update_projector_(projector, mean_feature, alpha)
+        return project_gradient(grad, projector)
+    rows = projector if projector.stride(0) >= projector.stride(1) else projector.T
+    projected = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    common = {"EPS": torch.finfo(projector.dtype).eps, "ACC": _ELEMENT[projector.dtype]}
+    if size <= _SMALL:
+        with _on(projector.device):
+            _small_step_kernel[(1,)](
+                rows,
+                mean_feature,
+                grad,
+                projected,
+                _bits(alpha),
+                num_rows,
+                size,
+                *rows.stride(),
+                *mean_feature.stride(),
+                *grad.stride(),
+                MOST=_most(projector.dtype),
+                **_small_blocks(size),
+                **common,
+            )
+        return projected
+    if grad.untyped_storage().data_ptr() == projector.untyped_storage().data_ptr():
+        # Rows that other blocks have updated must not be read for it.
+        grad = grad.clone()
+    blocks = {**_OPTIONS, **_step_blocks(size, projector.dtype)}
+    num_parts = _cdiv(size, blocks["BLOCK_R"])
+    ph, parts = projector.new_empty(size), projector.new_empty(3, num_parts, dtype=torch.float64)
+    with _on(projector.device):
+        _projected_feature_kernel[(num_parts,)](
+            rows,
+            mean_feature,
+            ph,
+            parts,
+            size,
+            *rows.stride(),
+            *mean_feature.stride(),
+            MOST=_most(projector.dtype),
+            ACC=common["ACC"],
+            **blocks,
+        )
+        _step_kernel[(num_parts,)](
+            rows,
+            ph,
+            parts,
+            grad,
+            projected,
+            _bits(alpha),
+            num_parts,
+            num_rows,
+            size,
+            *rows.stride(),
+            *grad.stride(),
+            BLOCK_C=min(8, triton.next_power_of_2(num_rows)),
+            BLOCK_P=128,
+            **common,
+            **blocks,
+        )
+    return projected
+
+
+def _small_blocks(size: int) -> dict:
+    """Return the block of a step that holds all of P: at most 64 elements a thread."""
+    block_d = max(16, triton.next_power_of_2(size))
+    return {**_OPTIONS, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 64 else 8}
+
+
+def _step_blocks(size: int, dtype: torch.dtype) -> dict:
+    """Return the tile of P, of which a thread holds the products with 8 rows of the gradient."""
+    return {"BLOCK_R": 4, "BLOCK_D": min(triton.next_power_of_2(size), 512 // dtype.itemsize)}
+
+
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = _Configurations()
@@ -244,6 +436,15 @@ def compile_configurations() -> list[tuple]:
             add(_projected_feature_kernel, types, {**constants, "stride_h": 1, "MOST": _most(dtype)})
         constants |= {"EPS": torch.finfo(dtype).eps, "BLOCK_P": 128}
         add(_update_projector_kernel, [p, p, "*fp64", "i64", "i32", "i32", "i64"], constants)
+        constants = {"stride_pj": 1, "stride_gd": 1, "ACC": acc, "EPS": torch.finfo(dtype).eps}
+        for element in ("fp32", "bf16", "fp16") if dtype == torch.float32 else ("fp64",):
+            g = f"*{element}"
+            types = [p, p, "*fp64", g, g, "i64", "i32", "i32", "i32", "i64", "i64"]
+            add(_step_kernel, types, {**constants, "BLOCK_C": 8, "BLOCK_P": 128, **_step_blocks(512, dtype)})
+            for size in (64, 128):
+                types = [p, p, g, g, "i64", "i32", "i32", "i64", "i64"]
+                small = {**_small_blocks(size), "stride_h": 1, "MOST": _most(dtype)}
+                add(_small_step_kernel, types, {**constants, **small})
         for element in _ELEMENT.values():
             for num_rows in (1, 6):
                 wide = torch.float64 if tl.float64 in (acc, element) else torch.float32

@@ -1,8 +1,9 @@
 """Triton kernel of theta <- (1 - alpha) theta + alpha theta_0 over a list of tensors, one launch a dtype.
 
 A block of the grid serves one piece of one tensor, whose record it finds in a plan on the device: addresses,
-alpha and size, as mmfast/ops/partial_reinit.py lays it out for the CUDA kernel, too. It keeps the plans, so
-that a list that comes again costs no copy. What alpha = 0 leaves alone has no record.
+alpha and size, as mmfast/ops/_partial_reinit_table.py lays it out for the CUDA kernel, too. It keeps the
+plans, so that a list that comes again costs no copy; one alpha for all comes with the launch. What alpha = 0
+leaves alone has no record.
 A captured graph that finds no plan writes one at each replay: addresses, strengths and sizes of 96 tensors go
 along as arguments of a launch, and the pieces of each are worked out on the device.
 Floor: theta twice, theta_0 once; a record adds 32 bytes to the 24 KiB of a piece. 100M float32 elements are
@@ -24,9 +25,10 @@ from ._common import _ELEMENT, _OPTIONS, _acc, _bits, _cdiv, _configuration, _on
 PIECE_BYTES = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha_bits"])
 def _partial_reinit_kernel(
     plan_ptr,  # int64 [pieces, 4]: addresses of theta and theta_0, bits of alpha, size in 32 bits
+    alpha_bits,  # of one alpha for all records; those of a number below 0 leave each its own
     ELEMENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,7 +36,9 @@ def _partial_reinit_kernel(
     record_ptr = plan_ptr + tl.program_id(0).to(tl.int64) * 4
     theta = tl.load(record_ptr)
     theta_0 = tl.load(record_ptr + 1)
-    alpha = tl.load(record_ptr + 2).to(tl.float64, bitcast=True)
+    alpha_bits = tl.cast(alpha_bits, tl.int64)
+    bits = tl.where(alpha_bits < 0, tl.load(record_ptr + 2), alpha_bits)
+    alpha = bits.to(tl.float64, bitcast=True)
     size = tl.load(record_ptr + 3).to(tl.int32)
     offs = tl.arange(0, BLOCK)
     theta_ptr = theta.to(tl.pointer_type(ELEMENT))
@@ -98,18 +102,17 @@ def _partial_reinit_plan_kernel(
 
 def write_plan(
     plan: Tensor,  # int64 [pieces, 4], written
-    _: Tensor,  # the same on the host
-    params: Sequence[Tensor],  # P tensors of one dtype on one device, each dense in memory
-    init_params: Sequence[Tensor],  # P tensors in the same order in memory
+    dtype: torch.dtype,
+    params: Sequence[int],  # P addresses of tensors, each dense in memory
+    init_params: Sequence[int],  # P addresses of tensors in the same order in memory
+    sizes: Sequence[int],  # P
     alphas: Sequence[float],  # P
 ) -> None:
     """Write a plan in a form that a graph can capture: nothing is read from the host when it is replayed."""
-    dtype = params[0].dtype
     piece, first, words = PIECE_BYTES // dtype.itemsize, 0, []
-    for theta, theta_0, alpha in zip(params, init_params, alphas):
-        size = theta.numel()
+    for theta, theta_0, size, alpha in zip(params, init_params, sizes, alphas):
         if alpha != 0 and size:
-            words += [theta.data_ptr(), theta_0.data_ptr(), _bits(alpha), size, first]
+            words += [theta, theta_0, _bits(alpha), size, first]
             first += _cdiv(size, piece)
     words += [0] * (-len(words) % (5 * _TENSORS))
     marked = [_MARK.value | word for word in words]
@@ -131,6 +134,7 @@ def write_plan(
 def partial_reinit_(
     plan: Tensor,  # int64 [pieces, 4]
     dtype: torch.dtype,
+    alpha: float,  # of all tensors, above 0; below it: each record's own
 ) -> None:
     """Pull every tensor of a plan towards its initial value; alpha 0 and 1 are exact to the bit."""
     if len(plan) == 0:
@@ -138,6 +142,7 @@ def partial_reinit_(
     with _on(plan.device):
         _partial_reinit_kernel[(len(plan),)](
             plan,
+            _bits(alpha),
             ELEMENT=_ELEMENT[dtype],
             ACC=_acc(dtype),
             BLOCK=PIECE_BYTES // dtype.itemsize,
@@ -150,7 +155,7 @@ def compile_configurations() -> list[tuple]:
     configurations = []
     for dtype, element in _ELEMENT.items():
         constants = {"ELEMENT": element, "ACC": _acc(dtype), "BLOCK": PIECE_BYTES // dtype.itemsize}
-        configurations.append(_configuration(_partial_reinit_kernel, ["*i64"], constants))
+        configurations.append(_configuration(_partial_reinit_kernel, ["*i64", "i64"], constants))
     constants = {"PIECE": 2048, "ITEMSIZE": 4, "TENSORS": _TENSORS, **_PLAN_BLOCKS}
     types = ["*i64", ("i64",) * (5 * _TENSORS)]
     configurations.append(_configuration(_partial_reinit_plan_kernel, types, constants))

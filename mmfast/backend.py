@@ -76,15 +76,14 @@ def is_plain_faster(
 
     Under torch.compile, which would make one graph below the bound and one above it, nothing is left to it.
     """
-    is_wide = x.dtype in (torch.float32, torch.float64)
-    # What is preferred for a while is the backend's, whose reference never holds a large N x N matrix.
-    if not is_wide or torch.compiler.is_compiling() or _preferred is not None:
-        return False
     device_type = "cpu" if x.is_cpu else x.device.type
     bound = PLAIN_UP_TO.get((op, device_type))
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    # What is preferred for a while is the backend's, whose reference never holds a large N x N matrix.
+    if bound is None or not is_wide or torch.compiler.is_compiling() or _preferred is not None:
+        return False
     is_plain = (
-        bound is not None
-        and x.shape[0] <= bound.rows
+        x.shape[0] <= bound.rows
         and x.shape[1] <= bound.columns
         and not torch.is_autocast_enabled(device_type)
         and not _rounds_products()
@@ -113,8 +112,8 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-# That of csrc/registry.h. 3: functions return the sizes of what they are to be given.
-_INTERFACE = 3
+# That of csrc/registry.h. 4: tensor_words; partial_reinit on a GPU takes one strength for all.
+_INTERFACE = 4
 
 
 @functools.cache

@@ -61,3 +61,41 @@ def test_diagnosis_options_reset_head_and_optimizer():
 def test_diagnoses_are_counted_in_the_order_of_epochs():
     learner, data = bind(methods.DiagnoseRelearn(epochs=(2, 0, 1), max_times=2)), make_data()
     assert [learner.end_epoch(epoch, data, data) != {} for epoch in range(3)] == [True, True, False]
+
+
+def test_a_plan_for_each_encoder_is_kept_and_follows_its_weights():
+    learner, data = bind(methods.DiagnoseRelearn(epochs=(0, 1, 2, 3), max_times=4)), make_data()
+    saved = learner.extra_state()
+    assert set(saved) == {"theta_0", "buffers_0"}
+
+    def relearn(start):
+        """Pull all back by half, and look that each weight goes halfway to where it is to."""
+        weights = dict(learner.model.encoders["m0"].named_parameters())
+        before = {name: p.detach().clone() for name, p in weights.items()}
+        learner._relearn("encoders.m0.", 0.5)
+        for name, p in weights.items():
+            torch.testing.assert_close(p.detach(), (before[name] + start[f"encoders.m0.{name}"]) / 2)
+
+    with torch.no_grad():
+        for p in learner.model.parameters():
+            p.add_(1.0)
+    relearn(saved["theta_0"])
+    plan = learner._plans["encoders.m0."][2]
+    relearn(saved["theta_0"])
+    assert learner._plans["encoders.m0."][2] is plan
+    for p in learner.model.parameters():
+        p.data = p.detach().clone() + 1
+    relearn(saved["theta_0"])
+    assert learner._plans["encoders.m0."][2] is plan
+    learner.load_extra_state(
+        {**saved, "theta_0": {name: theta_0 + 1 for name, theta_0 in saved["theta_0"].items()}}
+    )
+    relearn(learner.theta_0)
+    learner.double()
+    relearn({name: theta_0.double() for name, theta_0 in learner.theta_0.items()})
+    frozen = next(learner.model.encoders["m0"].parameters())
+    frozen.requires_grad_(False)
+    kept = frozen.detach().clone()
+    learner._relearn("encoders.m0.", 1.0)
+    assert torch.equal(frozen, kept)
+    assert set(learner.end_epoch(0, data, data)) >= {"alpha_m0", "alpha_m1"}

@@ -33,6 +33,25 @@ def formula(features, alpha, dtype):
     return p
 
 
+def check_step(projector, feature, grad, alpha, backend):
+    """One call does to the projector what update_projector_ does, to the bit, and multiplies with that."""
+    expected, stepped = projector.clone(), torch.empty_like(projector).copy_(projector)
+    ops.update_projector_(expected, feature, alpha=alpha, backend=backend)
+    actual = ops.update_and_project_(stepped, feature, grad, alpha=alpha, backend=backend)
+    if backend == "reference" or (backend == "cpu" and projector.stride(1) == 1):
+        assert torch.equal(stepped, expected)
+    # Sums of another kernel go in another order.
+    slack = 1e-5 if projector.dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(stepped, expected, rtol=0, atol=slack)
+    assert torch.equal(stepped, stepped.T)
+    assert actual.dtype == grad.dtype
+    assert actual.is_contiguous()
+    truth, usual = grad.double() @ stepped.double(), grad @ stepped.to(grad.dtype)
+    if grad.dtype == torch.float64:
+        usual = as_plain_float64(truth, grad.float() @ stepped.float())
+    assert_close_to_truth(actual, truth, usual)
+
+
 def check_all(backend):
     """Every dtype, layout, number of threads, and sizes around the tiles, for one instruction set."""
     for num_threads in (1, 2, 3):
@@ -60,10 +79,12 @@ def check_all(backend):
                             if grad_dtype == torch.float64:
                                 usual = as_plain_float64(truth, g.float() @ p.float())
                             assert_close_to_truth(actual, truth, usual)
+                        for p in (projector, torch.cat([projector, projector], 1)[:, :size]):
+                            check_step(p, features[0], grad.T.contiguous().T, 0.1, backend)
 
 
 @pytest.mark.usefixtures("restored_threads")
-@pytest.mark.parametrize(("size", "rows"), [(512, 6), (301, 31), (700, 101)])
+@pytest.mark.parametrize(("size", "rows"), [(512, 6), (301, 31), (301, 5), (700, 101)])
 def test_number_of_threads_changes_no_bit(size, rows):
     if reason := _backend.why_not("cpu"):
         pytest.skip(reason)
@@ -72,7 +93,9 @@ def test_number_of_threads_changes_no_bit(size, rows):
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         projector = projector_after(features, 0.1, torch.float32, "cpu")
-        results.append((projector, ops.project_gradient(grad, projector, backend="cpu")))
+        projected = ops.project_gradient(grad, projector, backend="cpu")
+        stepped = ops.update_and_project_(projector, features[0], grad, alpha=0.1, backend="cpu")
+        results.append((projector, projected, stepped))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -263,6 +286,55 @@ def test_project_close_to_truth(shape, dtype, projector_dtype, backend, device):
     assert_close_to_truth(actual, grad.double() @ projector.double(), grad @ projector.to(dtype))
 
 
+@pytest.mark.parametrize("projector_dtype", DTYPES[:2], ids=dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (6, 64), (7, 33), (3, 100), (40, 70), (9, 130), (6, 192), (0, 5)], ids=str
+)
+def test_a_step_is_an_update_and_a_product(shape, dtype, projector_dtype, backend, device):
+    grad = torch.randn(shape, device=device).to(dtype)
+    features = torch.randn(4, shape[1], device=device)
+    projector = projector_after(features[:3], 0.1, projector_dtype)
+    check_step(projector, features[3].to(dtype), grad, 0.1, backend)
+    # Rows and columns of another distance.
+    wider = torch.cat([projector, projector], 1)[:, : shape[1]]
+    turned = torch.stack([grad, grad], 2).transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0]
+    check_step(wider, features[3], turned, 0.1, backend)
+    check_step(wider.T, features[3], grad, 0.1, backend)
+
+
+@pytest.mark.parametrize("size", [6, 150])
+def test_a_step_of_parts_of_the_projector(backend, device, size):
+    """What is given out of the projector counts as it was before the call."""
+    start = projector_after(torch.randn(2, size, device=device), 0.1, torch.float32)
+    expected = start.clone()
+    truth = ops.update_and_project_(expected, start[0].clone(), start[:3].clone(), alpha=0.1, backend=backend)
+    actual = ops.update_and_project_(start, start[0], start[:3], alpha=0.1, backend=backend)
+    torch.testing.assert_close(start, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, truth, rtol=0, atol=1e-6)
+
+
+def test_gradients_of_a_step(backend, device):
+    start = projector_after(torch.randn(2, 5, dtype=torch.float64, device=device), 0.1)
+    feature = torch.randn(5, dtype=torch.float64, device=device)
+    grad = torch.randn(3, 5, dtype=torch.float64, requires_grad=True, device=device)
+
+    def step(grad):
+        return ops.update_and_project_(start.clone(), feature, grad, alpha=0.1, backend=backend)
+
+    assert torch.autograd.gradcheck(step, grad)
+    assert torch.autograd.gradgradcheck(step, grad)
+    torch.testing.assert_close(step(grad), step(grad.detach()))
+    # A backward that saved the projector notices its next update.
+    projector = start.clone()
+    version = projector._version
+    loss = ops.update_and_project_(projector, feature, grad, alpha=0.1, backend=backend).sum()
+    assert projector._version > version
+    ops.update_and_project_(projector, feature, grad.detach(), alpha=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gradients(backend, device):
     grad = torch.randn(3, 5, dtype=torch.float64, requires_grad=True, device=device)
     # A projector that is not symmetric shows that backward takes its transpose.
@@ -330,6 +402,18 @@ def test_bad_input():
         ops.update_projector_(projector, feature, alpha="abc")
     with pytest.raises(ValueError, match=r"grad must have shape \[C, D\] = \[C, 4\], got \[2, 3\]"):
         ops.project_gradient(torch.randn(2, 3), projector)
+    with pytest.raises(TypeError, match="projector must have dtype float32 or float64, got bfloat16"):
+        ops.update_and_project_(projector.bfloat16(), feature, projector, alpha=0.1)
+    with pytest.raises(ValueError, match=r"grad must have shape \[C, D\] = \[C, 4\], got \[2, 3\]"):
+        ops.update_and_project_(projector, feature, torch.randn(2, 3), alpha=0.1)
+    with pytest.raises(ValueError, match=r"mean_feature must have shape \[D\] = \[4\], got \[3\]"):
+        ops.update_and_project_(projector, feature[:3], projector.clone(), alpha=0.1)
+    with pytest.raises(TypeError, match=r"grad must be a torch\.Tensor, got list"):
+        ops.update_and_project_(projector, feature, [1.0], alpha=0.1)
+    with pytest.raises(ValueError, match="alpha must be positive and finite, got 0"):
+        ops.update_and_project_(projector, feature, projector.clone(), alpha=0)
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.update_and_project_(projector, feature, projector.clone(), alpha=0.1, backend="gpu")
     assert torch.equal(projector, torch.eye(4))
 
 

@@ -42,6 +42,17 @@ def _variance(members: Tensor):
     return lambda dim: members.var(dim, correction=0)
 
 
+def _step(x: Tensor, backend: str) -> Tensor:
+    projector = torch.eye(4, dtype=x.dtype, device=x.device)
+    feature = torch.arange(1.0, 5.0, dtype=x.dtype, device=x.device)
+    return ops.update_and_project_(projector, feature, x, alpha=0.5, backend=backend)
+
+
+def _updated(dtype: torch.dtype) -> Tensor:
+    feature = torch.arange(1.0, 5.0, dtype=dtype)
+    return torch.eye(4, dtype=dtype) - torch.outer(feature, feature) / (0.5 + feature @ feature)
+
+
 # Per op: the shape of x, the op of x and a backend, and the same in plain torch.
 CALLS = {
     "shapley_values": ((6, 8), lambda x, b: ops.shapley_values(x, backend=b), plain_shapley.shapley_values),
@@ -49,6 +60,11 @@ CALLS = {
         (6, 4),
         lambda x, b: ops.project_gradient(x, PROJECTOR.to(x.dtype), backend=b),
         lambda x: x @ PROJECTOR,
+    ),
+    "update_and_project_": (
+        (6, 4),
+        lambda x, b: _step(x, b),
+        lambda x: x @ _updated(x.dtype),
     ),
     "entropy_fusion": (
         (2, 6, 3),
@@ -158,7 +174,8 @@ BACKENDS = pytest.mark.parametrize(
 
 
 def _require(name: str, backend: str) -> None:
-    stems = {"project_gradient": "gradient_projection", "entropy_fusion": "logit_fusion"}
+    stems = dict.fromkeys(("project_gradient", "update_and_project_"), "gradient_projection")
+    stems["entropy_fusion"] = "logit_fusion"
     stems |= dict.fromkeys(("certainty_fusion", "weights alone"), "logit_fusion")
     if not _backend.implements(backend, stems.get(name, "shapley_values")):
         pytest.skip(f"no {backend} kernel")

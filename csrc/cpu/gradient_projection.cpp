@@ -5,6 +5,7 @@
 // that a thread's rows stay in its core's L2 cache, and the difference begins with the rows read last. P is
 // symmetric, but neither half is left out: mirroring one takes a transposition of registers in place of a
 // read. The product takes rows of G packed in panels (gemm_tile.h).
+// A step of both with few rows of G updates P within the product, each element once in registers.
 //
 // Floors: 3 D^2 elements over the bandwidth of the cache P fits into; 2 C D^2 operations over the rate of
 // FMA. Measured: bench/results/gradient_projection.md.
@@ -29,7 +30,6 @@ constexpr int64_t kOperationsPerByte = 8;
 constexpr int64_t kMinPanels = 8;
 // Steps summed in one go; a second sum adds them up.
 constexpr int64_t kSlice = 256;
-
 template <class A>
 struct Projector {
   using V = Vec<A>;
@@ -148,35 +148,155 @@ struct Projector {
     return unit;
   }
 
-  void update(const A* mean_feature, double alpha, int64_t num_threads) const {
-    const int64_t padded = round_up(D, L);
-    const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
-    const int64_t threads = std::max<int64_t>(1, std::min(num_threads, useful));
-    // A cache line apart: vectors of 4 KB in one piece would lie at the same place of a page, where a load
-    // waits for the store to another.
-    constexpr int64_t line = 64 / sizeof(A);
-    const int64_t pitch = round_up(D, line) + line;
-    std::vector<A> memory((2 + threads) * pitch + line);
-    void* start = memory.data();
-    size_t space = memory.size() * sizeof(A);
-    A* const h = static_cast<A*>(std::align(64, pitch * sizeof(A), start, space));
-    A* const ph = h + pitch;
+  // Vectors of a call, each a cache line more than whole ones apart: at 4 KB in one piece they would lie at
+  // the same place of a page, where a load waits for the store to another.
+  class Memory {
+   public:
+    Memory(int64_t D, int64_t count) {
+      constexpr int64_t line = 64 / sizeof(A);
+      pitch_ = round_up(D, line) + line;
+      memory_.resize(count * pitch_ + line);
+      void* start = memory_.data();
+      size_t space = memory_.size() * sizeof(A);
+      first_ = static_cast<A*>(std::align(64, pitch_ * sizeof(A), start, space));
+    }
+    A* operator[](int64_t index) const { return first_ + index * pitch_; }
+    int64_t pitch() const { return pitch_; }
+
+   private:
+    std::vector<A> memory_;
+    int64_t pitch_;
+    A* first_;
+  };
+
+  // Calls subtract(thread, number of threads, sign, u), each with its own u.
+  template <class Subtract>
+  void update_by(const Memory& memory, const A* mean_feature, double alpha, int64_t threads,
+                 Subtract&& subtract) const {
+    A* const h = memory[0];
+    A* const ph = memory[1];
     std::copy_n(mean_feature, D, h);
-    const double unit = scale(h, padded);
+    const double unit = scale(h, round_up(D, L));
     alpha *= unit * unit;
     // A thread's rows stay in its core's L2 cache from the product to the difference.
     const auto part = [&](int64_t t, int64_t n, auto&& wait) __attribute__((noinline)) {
       const int64_t begin = D * t / n, end = D * (t + 1) / n;
-      A* const u = ph + (1 + t) * pitch;
+      A* const u = memory[2 + t];
       multiply(begin, end, h, ph);
       wait();
       const A sign = direction(h, ph, alpha, u);
-      subtract(begin, end, sign, u);
+      subtract(t, n, sign, u);
     };
     if (threads == 1) return part(0, 1, [] {});
 #pragma omp parallel num_threads(static_cast<int>(threads))
     part(omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
+    });
+  }
+
+  int64_t useful_threads(int64_t num_threads) const {
+    const int64_t useful = D * D * static_cast<int64_t>(sizeof(A)) / kMinBytes;
+    return std::max<int64_t>(1, std::min(num_threads, useful));
+  }
+
+  void update(const A* mean_feature, double alpha, int64_t num_threads) const {
+    const int64_t threads = useful_threads(num_threads);
+    const Memory memory(D, 2 + threads);
+    update_by(memory, mean_feature, alpha, threads, [&](int64_t t, int64_t n, A sign, const A* u) {
+      subtract(D * t / n, D * (t + 1) / n, sign, u);
+    });
+  }
+};
+
+// The product of a gradient with a projector that is updated on the way: each element of P is read, less its
+// part of s u u^T written and multiplied, in a tile of `rows` rows of G by nv vectors of columns.
+template <class T>
+struct Step {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+  // Vectors of columns that leave registers for their part of u.
+  static constexpr int kVectors = 3;
+  static constexpr int64_t kRows = kPanel / 2;  // of G at most
+  const Projector<A>& p;
+  T* out;  // [C, D] contiguous
+  int64_t C;
+
+  template <int rows, int nv, bool is_part>
+  void tile(const A* panel, A sign, const A* u, int64_t column) const {
+    const int64_t width = is_part ? p.D - column : L;
+    const auto read = [&](const A* from) { return is_part ? load_part(from, width) : load(from); };
+    V total[rows][nv] = {}, of_columns[nv];
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) of_columns[v] = read(u + column + v * L);
+    for (int64_t first = 0; first < p.D; first += kSlice) {
+      V sums[rows][nv] = {};
+      for (int64_t k = first; k < std::min(p.D, first + kSlice); ++k) {
+        A* const target = p.data + k * p.stride + column;
+        const V factor = V{} + u[k] * sign;
+        V x[nv];
+#pragma GCC unroll 4
+        for (int v = 0; v < nv; ++v) {
+          x[v] = read(target + v * L) - factor * of_columns[v];
+          if constexpr (is_part)
+            store_part(target, x[v], width);
+          else
+            store(target + v * L, x[v]);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < nv; ++v) sums[r][v] += panel[k * kPanel + r] * x[v];
+        }
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < nv; ++v) total[r][v] = first == 0 ? sums[r][v] : total[r][v] + sums[r][v];
+      }
+    }
+    for (int r = 0; r < std::min<int64_t>(rows, C); ++r) {
+      T* const target = out + r * p.D + column;
+      if constexpr (is_part) {
+        store_part(target, total[r][0], width);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < nv; ++v) store(target + v * L, total[r][v]);
+      }
+    }
+  }
+
+  // Columns [begin, end), which only at the end of all are no whole vectors.
+  template <int rows>
+  void columns(int64_t begin, int64_t end, const A* panel, A sign, const A* u) const {
+    int64_t j = begin;
+    // No single vector where it can be helped: its few sums would wait for each other.
+    while (j + 2 * L <= end) {
+      const int64_t left = (end - j) / L;
+      if (left == 3 || left > 4) {
+        tile<rows, 3, false>(panel, sign, u, j), j += 3 * L;
+      } else {
+        tile<rows, 2, false>(panel, sign, u, j), j += 2 * L;
+      }
+    }
+    if (j + L <= end) tile<rows, 1, false>(panel, sign, u, j), j += L;
+    if (j < end) tile<rows, 1, true>(panel, sign, u, j);
+  }
+
+  void run(const A* mean_feature, double alpha, const A* panel, int64_t num_threads) const {
+    const int64_t threads = p.useful_threads(num_threads);
+    const typename Projector<A>::Memory memory(p.D, 2 + threads);
+    const int64_t num_tiles = ceil_div(p.D, int64_t{kVectors * L});
+    p.update_by(memory, mean_feature, alpha, threads, [&](int64_t t, int64_t n, A sign, const A* u) {
+      const int64_t begin = num_tiles * t / n * kVectors * L;
+      const int64_t end = std::min(num_tiles * (t + 1) / n * kVectors * L, p.D);
+      if (C <= kRows / 3) {
+        columns<kRows / 3>(begin, end, panel, sign, u);
+      } else if (C <= kRows / 3 * 2) {
+        columns<kRows / 3 * 2>(begin, end, panel, sign, u);
+      } else {
+        columns<kRows>(begin, end, panel, sign, u);
+      }
     });
   }
 };
@@ -267,13 +387,16 @@ struct Product {
     }
   }
 
-  void multiply(const T* grad, int64_t stride_row, int64_t stride_column, int64_t num_threads) const {
-    const int64_t num_panels = ceil_div(C, kPanel);
-    std::vector<A> panels(num_panels * kPanel * D);
+  std::vector<A> packed(const T* grad, int64_t stride_row, int64_t stride_column) const {
+    std::vector<A> panels(ceil_div(C, kPanel) * kPanel * D);
     for (int64_t i = 0; i < C; ++i) {
       A* target = panels.data() + i / kPanel * kPanel * D + i % kPanel;
       for (int64_t k = 0; k < D; ++k) target[k * kPanel] = widen(grad[i * stride_row + k * stride_column]);
     }
+    return panels;
+  }
+
+  void multiply(const std::vector<A>& panels, int64_t num_threads) const {
     if (C <= kPanel / 2) {
       run<4>(panels.data(), num_threads);
     } else {
@@ -304,12 +427,36 @@ void gradient_projection_product(const Strided<2>& grad,       // [C, D]
     using T = std::remove_pointer_t<decltype(type)>;
     const Product<T> product{static_cast<const accumulate_t<T>*>(projector.data), projector.strides[0],
                              projector.sizes[0], static_cast<T*>(out), grad.sizes[0]};
-    product.multiply(static_cast<const T*>(grad.data), grad.strides[0], grad.strides[1], num_threads);
+    product.multiply(product.packed(static_cast<const T*>(grad.data), grad.strides[0], grad.strides[1]),
+                     num_threads);
+  });
+}
+
+// Both, the update first: grad may lie in the projector, its values before the call count.
+void gradient_projection_step(const Strided<2>& projector,  // [D, D] symmetric, rows contiguous, written
+                              const void* mean_feature,     // [D] contiguous, of the projector's dtype
+                              const Strided<2>& grad,       // [C, D] of a dtype that sums in the projector's
+                              void* out,                    // [C, D] contiguous
+                              double alpha, Dtype dtype, int64_t num_threads) {
+  dispatch_dtype("gradient_projection_step", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    const int64_t C = grad.sizes[0], D = projector.sizes[0];
+    const Projector<A> p{static_cast<A*>(projector.data), projector.strides[0], D};
+    const T* const g = static_cast<const T*>(grad.data);
+    T* const target = static_cast<T*>(out);
+    const A* const h = static_cast<const A*>(mean_feature);
+    const Product<T> product{p.data, p.stride, D, target, C};
+    const std::vector<A> panels = product.packed(g, grad.strides[0], grad.strides[1]);
+    if (C > 0 && C <= Step<T>::kRows) return Step<T>{p, target, C}.run(h, alpha, panels.data(), num_threads);
+    p.update(h, alpha, num_threads);
+    if (C > 0) product.multiply(panels, num_threads);
   });
 }
 
 MMFAST_REGISTER(gradient_projection_update)
 MMFAST_REGISTER(gradient_projection_product)
+MMFAST_REGISTER(gradient_projection_step)
 
 }  // namespace
 }  // namespace mmfast

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bind.h"
+#include "tensor_lists.h"
 
 namespace {
 
@@ -63,5 +64,8 @@ PYBIND11_MODULE(_cpu, module) {
         return names;
       },
       "The values of MMFAST_CPU_ISA this processor can run.");
+  module.def("tensor_words", &mmfast::tensor_words,
+             "What tells all about the tensors of two lists, as bytes.");
+  module.def("has_tensor_words", &mmfast::has_words, "Whether tensor_words would return these bytes.");
   mmfast::bind_ops(module, isa, kNames);
 }

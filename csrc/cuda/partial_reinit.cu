@@ -1,10 +1,11 @@
 // theta <- (1 - alpha) theta + alpha theta_0 over a list of tensors of any sizes and dtypes, in place.
 //
 // One launch for any list. A plan on the device holds a record for every 4 KiB of a tensor: both addresses,
-// alpha, the number of elements and the dtype. A warp serves one record, so tensors of a few elements still
-// fill the GPU. What alpha = 0 leaves alone has no record; alpha = 1 copies, and no bit passes through
-// arithmetic. Vectors of 16 bytes where both tensors lie alike against 16 bytes, the elements before the
-// first and behind the last one by one. Floor: both tensors read and one written; the records add 0.3%.
+// alpha (unless one for all comes with the launch), the number of elements and the dtype. A warp serves one
+// record, so tensors of a few elements still fill the GPU. What alpha = 0 leaves alone has no record; alpha =
+// 1 copies, and no bit passes through arithmetic. Vectors of 16 bytes where both tensors lie alike against 16
+// bytes, the elements before the first and behind the last one by one. Floor: both tensors read and one
+// written; the records add 0.3%.
 #include <algorithm>
 
 #include "codes.h"
@@ -17,14 +18,14 @@ constexpr int kBlock = 128, kWarps = kBlock / kWarp;
 // Vectors of each of the two tensors that a lane has in flight.
 constexpr int kBatch = 4;
 
-// Part of a tensor; mmfast/ops/_partial_reinit_launch.py writes these.
+// Part of a tensor; mmfast/ops/_partial_reinit_table.py writes these.
 struct alignas(16) Piece {
   void* theta;
   const void* theta_0;
   double alpha;
   int32_t count, dtype;  // elements; code
 };
-static_assert(sizeof(Piece) == 32, "as mmfast/ops/_partial_reinit_launch.py lays it out");
+static_assert(sizeof(Piece) == 32, "as mmfast/ops/_partial_reinit_table.py lays it out");
 // Bytes of a tensor that a record stands for: whole turns of a warp.
 constexpr int64_t kPieceBytes = 4096;
 static_assert(kPieceBytes % (kBatch * kWarp * 16) == 0);
@@ -97,10 +98,11 @@ __device__ void blend_piece(const Piece& piece, int lane) {
 
 __global__ void __launch_bounds__(kBlock)
     partial_reinit_kernel(const Piece* __restrict__ pieces,  // [num_pieces]
-                          int64_t num_pieces) {
+                          int64_t num_pieces, double alpha) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (index >= num_pieces) return;
-  const Piece piece = pieces[index];
+  Piece piece = pieces[index];
+  if (alpha >= 0) piece.alpha = alpha;
   const int lane = threadIdx.x % kWarp;
   switch (piece.dtype) {
     case static_cast<int32_t>(Dtype::kFloat32):
@@ -118,12 +120,14 @@ __global__ void __launch_bounds__(kBlock)
 int64_t partial_reinit_piece_bytes() { return kPieceBytes; }
 
 void partial_reinit(const Piece* pieces,  // [num_pieces] on the device
-                    int64_t num_pieces, Stream stream) {
+                    int64_t num_pieces,
+                    double alpha,  // of all, above 0; below it: each record's own
+                    Stream stream) {
   constexpr const char* op = "partial_reinit";
   if (num_pieces == 0) return;
   const DeviceGuard guard(op, stream.device);
   MMFAST_LAUNCH(partial_reinit_kernel, grid_blocks(num_pieces, kWarps), kBlock, 0, stream.handle, pieces,
-                num_pieces);
+                num_pieces, alpha);
   check_cuda(op, cudaGetLastError());
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,8 @@ class _DiagnoseRelearnLearner(Learner):
         self.theta_0 = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.buffers_0 = {name: b.detach().clone() for name, b in self.model.encoders.named_buffers()}
         self._optimizer_reset = False
+        # By prefix: what is pulled where, and the plan for it.
+        self._plans: dict[str, tuple[list[Tensor], list[Tensor], ops.ReinitPlan]] = {}
 
     def end_epoch(self, epoch, train, val):
         if epoch not in sorted(set(self.method.epochs))[: self.method.max_times]:
@@ -74,8 +77,18 @@ class _DiagnoseRelearnLearner(Learner):
     def _relearn(self, prefix: str, alpha: float) -> None:
         # What the user froze never moved, and keeps its bits.
         moved = {n: p for n, p in self.model.named_parameters() if n.startswith(prefix) and p.requires_grad}
-        inits = [self.theta_0[name].to(p) for name, p in moved.items()]
-        ops.partial_reinit_([p.detach() for p in moved.values()], inits, alpha)
+        params: list[Tensor] = list(moved.values())
+        theta_0 = [self.theta_0[name] for name in moved]
+        inits = [of_start.to(p) for p, of_start in zip(params, theta_0, strict=True)]
+        if not _are_same(inits, theta_0):
+            # Kept, copies on another device would take memory that training needs.
+            ops.partial_reinit_(params, inits, alpha)
+            return
+        of, at, plan = self._plans.get(prefix, ([], [], None))
+        if plan is None or not (_are_same(of, params) and _are_same(at, theta_0)):
+            plan = ops.ReinitPlan(params, theta_0)
+            self._plans[prefix] = (params, theta_0, plan)
+        plan.apply_(alpha)
 
     def _reset_options(self) -> None:
         if self.method.reset_head:
@@ -94,6 +107,10 @@ class _DiagnoseRelearnLearner(Learner):
 
     def load_extra_state(self, state):
         self.theta_0, self.buffers_0 = state["theta_0"], state["buffers_0"]
+
+
+def _are_same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
 
 
 def _check_apart(model: MultimodalModel) -> None:

@@ -79,10 +79,10 @@ class _MLALearner(LateFusionLearner):
             return
         if self.method.reset == "step":
             self._reset_projector()
-        ops.update_projector_(self.projector, self.previous, alpha=self.method.alpha * 0.1**progress)
         weight = self.shared_head.weight
         assert weight.grad is not None
-        weight.grad.copy_(ops.project_gradient(weight.grad, self.projector))
+        alpha = self.method.alpha * 0.1**progress
+        weight.grad.copy_(ops.update_and_project_(self.projector, self.previous, weight.grad, alpha=alpha))
         self.previous.copy_(self.current)
 
     def combine(self, logits, present):

@@ -8,16 +8,17 @@ from mmfast.ops.class_separability import (
     effective_dimensions,
 )
 from mmfast.ops.duc_loss import DucDims, duc_loss, unidirectional_info_nce
-from mmfast.ops.gradient_projection import project_gradient, update_projector_
+from mmfast.ops.gradient_projection import project_gradient, update_and_project_, update_projector_
 from mmfast.ops.kmeans import KMeans, cluster_purity, kmeans
 from mmfast.ops.logit_fusion import certainty_fusion, entropy_fusion
-from mmfast.ops.partial_reinit import partial_reinit_
+from mmfast.ops.partial_reinit import ReinitPlan, partial_reinit_
 from mmfast.ops.shapley_values import shapley_values
 
 __all__ = [
     "ClassMoments",
     "DucDims",
     "KMeans",
+    "ReinitPlan",
     "additive_shapley",
     "certainty_fusion",
     "class_moments",
@@ -32,5 +33,6 @@ __all__ = [
     "project_gradient",
     "shapley_values",
     "unidirectional_info_nce",
+    "update_and_project_",
     "update_projector_",
 ]

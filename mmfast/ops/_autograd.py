@@ -30,6 +30,34 @@ def is_constant(*tensors: Tensor | None) -> bool:
     return True
 
 
+# Of other classes nobody knows what stands behind an address.
+CLASSES = (Tensor, torch.nn.Parameter)
+
+
+def is_ordinary() -> bool:
+    """Whether nothing stands between a call and the memory of its tensors: no compiler, transform or mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether a raw op's function may be called without torch's dispatcher, which takes 1.5 microseconds.
+
+    Nothing is asked of the tensors but a result, and nobody listens.
+    """
+    if not is_ordinary():
+        return False
+    with_gradient = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in CLASSES or (with_gradient and tensor.requires_grad):
+            return False
+    return True
+
+
 def is_transformed() -> bool:
     """Whether torch.func (grad, vjp, vmap, jvp, ...) or forward-mode AD is at work around the call."""
     return forward_ad._current_level >= 0 or _is_torch_func_active()

@@ -14,6 +14,8 @@ from mmfast.ops import _autograd
 _LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
 # By name of a raw op and backend: the function that runs it.
 FUNCTIONS: dict[str, dict[str, Callable]] = {}
+# By name of a raw op: what the dispatcher calls, for calls without it.
+RUN: dict[str, Callable] = {}
 
 
 def define(
@@ -75,7 +77,8 @@ def define(
         found = _backend.candidates(stem, args[place].device.type, args[place].dtype)
         return next(table[other] for other in found if not refused.get(other, _takes_all)(*given))(*given)
 
-    _LIBRARY.impl(name, run if refuses is None else run_unless_refused, "CompositeExplicitAutograd")
+    RUN[name] = run if refuses is None else run_unless_refused
+    _LIBRARY.impl(name, RUN[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
     _register_vmap(op, name)
     return op

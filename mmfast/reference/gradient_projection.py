@@ -46,3 +46,15 @@ def project_gradient(
     """Return grad @ P in the dtype of `grad`."""
     dtype = accumulation_dtype(grad.dtype, projector.dtype)
     return (grad.to(dtype) @ projector.to(dtype)).to(grad.dtype)
+
+
+def update_and_project_(
+    projector: Tensor,  # [D, D] changed in place
+    mean_feature: Tensor,  # [D]
+    grad: Tensor,  # [C, D]
+    alpha: float,
+) -> Tensor:  # [C, D]
+    """Return grad @ P in the dtype of `grad` with the updated P; a gradient out of P is that before."""
+    grad = grad.clone()
+    update_projector_(projector, mean_feature, alpha=alpha)
+    return project_gradient(grad, projector)

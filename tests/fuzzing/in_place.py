@@ -7,6 +7,7 @@ import torch
 
 from fuzzing.draw import Draw
 from fuzzing.judge import check, clean, gamma, unit, wide
+from fuzzing.moved import is_on_gpu
 from fuzzing.shapley import gradients, leaf
 from fuzzing.tensors import (
     Made,
@@ -30,7 +31,7 @@ def _size(x: np.ndarray) -> np.ndarray:
 
 
 def partial_reinit(draw: Draw, backend: str, small: bool) -> None:
-    """One call of partial_reinit_ with a list of tensors."""
+    """One call of partial_reinit_, or of a plan, with a list of tensors."""
     params: list[Made] = []
     initial: list[Made] = []
     one_dtype = draw.choice((None, float_dtype(draw, backend)))
@@ -48,7 +49,11 @@ def partial_reinit(draw: Draw, backend: str, small: bool) -> None:
     start = [exact(one.tensor) for one in params]
     start_bits = [bits(one.tensor.clone()) for one in params]
     alpha = strengths[0] if is_one else strengths[: len(params)]
-    ops.partial_reinit_([p.tensor for p in params], [p.tensor for p in initial], alpha, backend=backend)
+    lists = [p.tensor for p in params], [p.tensor for p in initial]
+    if draw.chance(0.5) and not is_on_gpu():
+        ops.ReinitPlan(*lists, backend=backend).apply_(alpha)
+    else:
+        ops.partial_reinit_(*lists, alpha, backend=backend)
     for index, (one, other) in enumerate(zip(params, initial, strict=True)):
         name, a = f"params[{index}]", strengths[0 if is_one else index]
         dtype = one.tensor.dtype
@@ -81,7 +86,7 @@ def _projector(draw: Draw, size: int, dtype: torch.dtype) -> torch.Tensor:  # [D
 
 
 def update_projector(draw: Draw, backend: str, small: bool) -> None:
-    """One call of update_projector_.
+    """One call of update_projector_, or of update_and_project_, whose product is judged by its projector.
 
     Where h P h cancels, as in a direction that is already gone, its rounding decides what the formula gives:
     its sign, or the divisor, where only symmetry and finite numbers are asked for.
@@ -91,7 +96,15 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     projector = laid_out(draw, values, draw.choice(_WRITABLE))
     feature = floats(draw, (size,), draw.choice((dtype, *float_dtypes(backend))), _KINDS)
     alpha = draw.choice((1.0, 0.1, 1e-3, 1e-6, 1e3, 1e-9, 1e-15, 1e20, 1e-30))
-    ops.update_projector_(projector.tensor, feature.tensor, alpha=alpha, backend=backend)
+    if draw.chance(0.5) and not is_on_gpu():
+        grad = floats(draw, (draw.size(17), size), float_dtype(draw, backend))
+        result = ops.update_and_project_(
+            projector.tensor, feature.tensor, grad.tensor, alpha=alpha, backend=backend
+        )
+        _check_product("projected", result, grad, exact(projector.tensor), dtype)
+        assert_unchanged(grad=grad)
+    else:
+        ops.update_projector_(projector.tensor, feature.tensor, alpha=alpha, backend=backend)
     u, info = unit(dtype), torch.finfo(dtype)
     p, h = exact(values), exact(feature.tensor)
     if feature.tensor.dtype == torch.float64:
@@ -130,6 +143,17 @@ def update_projector(draw: Draw, backend: str, small: bool) -> None:
     # A product of two numbers below the least normal one, over alpha.
     bound = bound + np.longdouble(info.tiny) * (1 + size / np.sqrt(np.longdouble(alpha)))
     check("projector", projector.tensor, truth, bound, dtype=dtype, loose=loose)
+
+
+def _check_product(
+    name: str, actual: torch.Tensor, grad: Made, p: np.ndarray, projector_dtype: torch.dtype
+) -> None:
+    acc = wide(grad.tensor.dtype, projector_dtype)
+    u, info = unit(acc), torch.finfo(acc)
+    left, top, tiny = exact(grad.tensor), np.longdouble(info.max), np.longdouble(info.tiny)
+    size = _size(left) @ _size(p)
+    bound = gamma(len(p) + 1, u) * size + tiny
+    check(name, actual, left @ p, bound, dtype=grad.tensor.dtype, loose=size > top)
 
 
 def project_gradient(draw: Draw, backend: str, small: bool) -> None:

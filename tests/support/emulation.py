@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops import _partial_reinit_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "tests/cuda_emulation", ROOT / "csrc/cuda"]
@@ -183,6 +184,8 @@ def emulated() -> Iterator[EmulatedModule]:
         patch.setattr(_backend, "_why_not_here", without(why_not_here, why_not_emulated))
         patch.setattr(_backend, "_load_extension", without(load_extension, lambda _: module))
         patch.setattr(_backend, "stream_of", lambda tensor: (0, 0))
+        # Lists of tensors are read by data_ptr, too.
+        patch.setattr(_partial_reinit_table, "_reader", lambda: None)
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         _backend._resolve.cache_clear()
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -162,6 +162,22 @@ def partial_reinit(device, dtype, backend):
     return start, call
 
 
+@call_of("partial_reinit")
+def reinit_plan(device, dtype, backend):
+    params = [_random(size, 9, device=device, dtype=dtype) for size in (1, 40, 3)]
+    initial = [torch.zeros_like(x) for x in params]
+    start = [x.clone() for x in params]
+    plan = ops.ReinitPlan(params, initial, backend=backend)
+
+    def call() -> list[Tensor]:
+        for x, before in zip(params, start, strict=True):
+            x.copy_(before)
+        plan.apply_(0.25)
+        return params
+
+    return start, call
+
+
 @call_of("gradient_projection")
 def gradient_projection(device, dtype, backend):
     # The projector is kept in at least float32.
@@ -174,6 +190,20 @@ def gradient_projection(device, dtype, backend):
         projector.copy_(start)
         ops.update_projector_(projector, feature, alpha=0.5, backend=backend)
         return [projector, ops.project_gradient(grad, projector, backend=backend)]
+
+    return [feature, grad], call
+
+
+@call_of("gradient_projection")
+def update_and_project(device, dtype, backend):
+    wide = torch.promote_types(dtype, torch.float32)
+    start, projector = (torch.eye(D, device=device, dtype=wide) for _ in range(2))
+    feature = _random(D, device=device, dtype=dtype)
+    grad = _random(C, D, device=device, dtype=dtype)
+
+    def call() -> list[Tensor]:
+        projector.copy_(start)
+        return [projector, ops.update_and_project_(projector, feature, grad, alpha=0.5, backend=backend)]
 
     return [feature, grad], call
 

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.errors import dtype_name
-from mmfast.ops import _partial_reinit_launch as reinit_launch
+from mmfast.ops import _partial_reinit_table as reinit_table
 
 CAPABILITY = 90
 # Half precision and float64 at a few sizes: what an argument of 1 does is the same in every dtype.
@@ -216,8 +216,9 @@ def partial_reinit() -> None:
         initial = [torch.zeros(size, dtype=dtype) for _ in range(count)]
         for is_capturing in (False, True):
             # A graph's plan is written by a kernel.
-            with mock.patch.object(reinit_launch, "_is_capturing", lambda _, yes=is_capturing: yes):
-                ops.partial_reinit_(params, initial, 0.5 - 0.25 * is_capturing, backend="triton")
+            with mock.patch.object(reinit_table, "_is_capturing", lambda _, yes=is_capturing: yes):
+                for alpha in (0.5, [0.5 - 0.25 * is_capturing] * count):
+                    ops.partial_reinit_(params, initial, alpha, backend="triton")
 
 
 def gradient_projection() -> None:
@@ -229,6 +230,13 @@ def gradient_projection() -> None:
             ops.update_projector_(projector, feature, alpha=0.5, backend="triton")
         grad = tensor(num_rows, size, dtype=dtype, layout=layout).detach()
         ops.project_gradient(grad, projector, backend="triton")
+    for (size, num_rows), dtype, layout in layouts(*sizes(64, 16), (300, 7), (300, 1), (128, 1)):
+        wide = torch.promote_types(dtype, torch.float32)
+        projector = tensor(size, size, dtype=wide, layout=layout).detach()
+        grad = tensor(num_rows, size, dtype=dtype, layout=layout).detach()
+        for step in (1, 2):
+            feature = torch.zeros(size * step, dtype=dtype)[::step]
+            ops.update_and_project_(projector, feature, grad, alpha=0.5, backend="triton")
 
 
 def logit_fusion() -> None:
