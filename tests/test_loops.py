@@ -224,7 +224,9 @@ def test_exponentials_bind_where_a_product_is_narrow(tool):
     )
     wide = account(tool, *exponentials, *[scores.format(128)] * 8, *[weighted.format(128)] * 8, warps=2)
     assert (wide.cycles["special"], wide.cycles["tensor"], wide.binds) == (1056, 2048, "tensor")
-    assert wide.allowed() == pytest.approx((1, 2048 / (2048 + 1280), 2048 / (2048 + 1056 + 1280)))
+    # Operands in shared memory are read while they are multiplied.
+    assert wide.cycles["memory"] == 2 * 8 * (48 + 32)
+    assert wide.allowed() == pytest.approx((1, 2048 / (2048 + 1056), 2048 / (2048 + 1056)))
     narrow = account(tool, *exponentials, *[scores.format(128)] * 4, *[weighted.format(64)] * 8, warps=2)
     assert (narrow.cycles["special"], narrow.cycles["tensor"], narrow.binds) == (1056, 1024, "special")
     assert narrow.allowed()[:2] == pytest.approx((1024 / 1056, 1024 / (1024 + 1056)))
@@ -265,6 +267,15 @@ def test_tables_fit_a_screen(tool):
     assert "behind branch" in text
     (loop,) = tool.as_json(found)["loops"]
     assert (loop["warps"], loop["always"]["cycles"]["special"]) == (32, 400 * 8 * 8)
+
+
+def test_of_a_kernel_without_loops_all_that_can_run_counts(tool):
+    code = kernel(tool, "FADD R1, R1, R1", "@P0 EXIT", "MUFU.EX2 R1, R1", "EXIT", "BRA 0x40")
+    found = tool.report("a_kernel", code, tool.Launch(8, 0))
+    ((loop, warps, always, behind),) = found.rows
+    assert (loop.depth, warps, behind) == (0, 1, None)
+    assert (always.instructions["issue"], always.cycles["special"]) == (4, 8)
+    assert "no loops" in tool.table(found)
 
 
 SOURCE = """

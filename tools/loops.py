@@ -9,7 +9,7 @@ An iteration is what runs every time: blocks of code that dominate the jumps bac
 loop is counted apart, as "behind a branch": masks of a ragged tile, say. An inner loop is one of its own and
 not part of the outer one's counts. Predicated instructions count, as they are issued. Paths that only
 diverged warps take (BRA.DIV) do not, and what is done again for every different value of a warp's lanes
-(BRA.U.ANY) counts once. Loops that only wait for a barrier are not shown.
+(BRA.U.ANY) counts once. Loops that only wait for a barrier are not shown; of a kernel without loops all is.
 
 Cycles are an instruction's interval times instructions times warps of a scheduler. They say what a pipe
 needs, not how long one waits for a result: a loop reaches what binds it if there are warps enough. Of memory,
@@ -162,7 +162,7 @@ _WAITS = {"NANOSLEEP", "SYNCS", "USETMAXREG", "UTCATOMSWS"}
 class Loop(NamedTuple):
     first: int  # addresses of the first and last instruction of an iteration
     last: int
-    depth: int  # 1: in no other
+    depth: int  # 1: in no other; 0: all code of a kernel without loops
     always: list[Instruction]  # of every iteration, inner loops left out
     behind: list[Instruction]  # behind a branch
     registers: str  # "more" or "fewer": its warps have taken or given registers; "": no such thing
@@ -389,6 +389,7 @@ class Account:
         self.cycles: dict[str, float] = defaultdict(float)
         self.least_tensor = 0.0  # cycles at the full rate of the tensor cores
         self.is_known = True  # whether all products' shapes are
+        self._of_products = 0.0  # cycles of shared memory in which products read it
         self._rates, self._warps = _rates(arch), warps
         shapes = _descriptors(code, whole)
         for instruction in code:
@@ -453,7 +454,9 @@ class Account:
             self._take("tensor", work / rate)
             # Both operands come from shared memory, or the left one from registers.
             read = n * k + (0 if re.match(r"R\d+, R\d+", instruction.operands) else m * k)
-            self._take("shared", read * (1 if opcode[0] in "IQ" else 2) / _SHARED_BYTES)
+            interval = read * (1 if opcode[0] in "IQ" else 2) / _SHARED_BYTES
+            self._take("shared", interval)
+            self._of_products += interval * self._warps
         else:
             share = 1 if opcode.startswith("D") else rates.mma_share
             self.least_tensor += 4 * work / rate * self._warps
@@ -479,18 +482,20 @@ class Account:
     def allowed(self) -> tuple[float, float, float] | None:
         """Return shares of the tensor cores' rate, None where there are no products.
 
-        Where all pipes work at once; where products and the rest take turns; where each pipe takes its turn.
+        Where all pipes work at once; where products, with their reading, and the rest take turns; where each
+        pipe takes its turn.
         """
         if not self.least_tensor:
             return None
         rest = {pipe: self.cycles[pipe] for pipe in PIPES if pipe not in ("tensor", "issue")}
+        rest["memory"] -= self._of_products
         # Integer products are in both.
         apart = sum(rest.values()) - min(rest["fma"], rest["imad"])
-        tensor, issue = self.cycles["tensor"], self.cycles["issue"]
+        products, issue = max(self.cycles["tensor"], self._of_products), self.cycles["issue"]
         return (
-            self.least_tensor / max(tensor, issue, *rest.values()),
-            self.least_tensor / (tensor + max(issue, *rest.values())),
-            self.least_tensor / (tensor + max(issue, apart)),
+            self.least_tensor / max(products, issue, self.cycles["memory"], *rest.values()),
+            self.least_tensor / (products + max(issue, *rest.values())),
+            self.least_tensor / (products + max(issue, apart)),
         )
 
 
@@ -561,6 +566,15 @@ def report(name: str, kernel: Kernel, launch: Launch, warps: int | None = None) 
         always = Account(loop.always, kernel.arch, of_scheduler, kernel.code)
         behind = Account(loop.behind, kernel.arch, of_scheduler, kernel.code) if loop.behind else None
         rows.append((loop, running, always, behind))
+    if not rows:
+        blocks, successors, roots = _blocks(kernel.code)
+        rank = _dominators(successors, roots)[1]
+        code = [
+            instruction for block, found in enumerate(blocks) if rank[block] >= 0 for instruction in found
+        ]
+        running = warps or max(1, launch.threads // 32)
+        all_of_it = Loop(code[0].address, code[-1].address, 0, code, [], "")
+        rows.append((all_of_it, running, Account(code, kernel.arch, -(-running // 4), kernel.code), None))
     return Report(name, kernel.arch, launch, rows, waiting)
 
 
@@ -593,13 +607,15 @@ def table(found: Report) -> str:
     lines.append(f"  {found.arch}, {found.launch.registers} registers, {threads}")
     if found.waiting:
         lines[-1] += f", {found.waiting} loops that wait"
-    if not found.rows:
-        lines.append("  no loops")
-    else:
-        lines.append(_row("", {column: column for column in COLUMNS}))
+    lines.append(_row("", {column: column for column in COLUMNS}))
     for loop, warps, always, behind in found.rows:
         count = f"{warps} warps" if warps != 1 else "1 warp"
-        lines.append(f"  loop {loop.first:x}-{loop.last:x}, depth {loop.depth}, {count} of a block")
+        what = (
+            f"loop {loop.first:x}-{loop.last:x}, depth {loop.depth}"
+            if loop.depth
+            else "no loops, all its code"
+        )
+        lines.append(f"  {what}, {count} of a block")
         lines.append(f"    {verdict(always)}")
         lines.append(_row("instructions", always.instructions))
         lines.append(_row("cycles", always.cycles))
@@ -617,7 +633,7 @@ def as_json(found: Report) -> dict[str, Any]:
             return None
         return {
             "instructions": {column: account.instructions[column] for column in COLUMNS},
-            "cycles": {pipe: account.cycles[pipe] for pipe in PIPES},
+            "cycles": {pipe: account.cycles[pipe] for pipe in (*PIPES, "global", "shared")},
             "binds": account.binds,
             "tensor_rate": account.allowed(),
         }
