@@ -125,13 +125,15 @@ struct StepPipeline {
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
 // are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
 // the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
-template <int keys>
+// A tile that is not `is_edge` has no positive key of these rows and no place without a key.
+template <int keys, bool is_edge = true>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
   const int lane = threadIdx.x % kWarp;
   // Of 16 rows of a warp; the tiles with positive keys and the ragged last one alone pay for comparisons.
-  if ((first_key < first_positive + 16 && first_positive < first_key + keys) || first_key + keys > num_keys) {
+  if (is_edge && ((first_key < first_positive + 16 && first_positive < first_key + keys) ||
+                  first_key + keys > num_keys)) {
     const int64_t positive = first_positive - first_key + lane / 4, left = num_keys - first_key;
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {

@@ -133,21 +133,42 @@ __device__ __forceinline__ void produce(const Sweep& sweep, const Share& share, 
 // Which rows and columns a thread of a consumer has.
 template <class Tile>
 struct Consumer {
-  int index;          // 0 or 1
-  int64_t first_row;  // of the 16 of its warp
-  uint32_t queries;   // the consumer's 64, in shared memory
-  uint32_t panels;    // bytes from the beginning of a key tile to those whose columns it sums
+  int index;                // 0 or 1
+  int64_t first_group_row;  // of its 64
+  int64_t first_row;        // of the 16 of its warp
+  uint32_t queries;         // the consumer's 64, in shared memory
+  uint32_t panels;          // bytes from the beginning of a key tile to those whose columns it sums
 
   __device__ __forceinline__ explicit Consumer(const Ring<Tile>& ring)
       : index(threadIdx.x / kGroup - 1),
-        first_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows) +
-                  16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
+        first_group_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows)),
+        first_row(first_group_row + 16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
         queries(ring.queries + (Tile::is_split ? 0 : index * (kQueryRows * Tile::panels * kPanelRowBytes))),
         panels(Tile::is_split ? index * (Tile::consumer_panels * Tile::panel_bytes) : 0) {}
 
   // The two warpgroups begin their products in turns. The other's last arrival is taken up at the end.
   __device__ __forceinline__ void begin_turn() const { named_barrier_sync(1 + index, kConsumers * kGroup); }
   __device__ __forceinline__ void end_turn() const { named_barrier_arrive(2 - index, kConsumers * kGroup); }
+};
+
+// Tiles of a share with the positive keys of a consumer's queries, and the ragged last one, whose scores need
+// masks: all four warps of a group multiply what one of them needs.
+template <class Tile>
+struct Edges {
+  int begin, end,
+      num_full;  // tiles with positive keys, from the share's first on; tiles before the ragged one
+
+  __device__ __forceinline__ Edges(const Sweep& sweep, const Share& share, const Consumer<Tile>& consumer) {
+    const int64_t first = sweep.offset + consumer.first_group_row;
+    begin = static_cast<int>(first / Tile::keys - share.first_tile);
+    end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - share.first_tile);
+    num_full = static_cast<int>(min(share.end_tile, sweep.num_keys / Tile::keys) - share.first_tile);
+  }
+
+  // The first that needs masks, from `tile` on.
+  __device__ __forceinline__ int next(int tile) const {
+    return min(num_full, tile < end ? max(tile, begin) : num_full);
+  }
 };
 
 // A warpgroup: sweeps the key tiles. Scores of a tile are under way together with the residual of the tile
@@ -165,9 +186,10 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   const auto release = [&](int stage) {
     if (threadIdx.x % kWarp == 0) mbarrier_arrive(ring.empty + 8 * stage);
   };
-  const auto add_tile = [&](int tile) {
+  const auto add_tile = [&](auto is_edge, int tile) {
     const int64_t first_key = (share.first_tile + tile) * keys;
-    online_softmax<keys>(s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
+    online_softmax<keys, decltype(is_edge)::value>(s, rows, decay, first_key,
+                                                   sweep.offset + consumer.first_row, sweep.num_keys, scale);
   };
   // The first consumer begins.
   if (consumer.index == 1) consumer.end_turn();
@@ -180,10 +202,10 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   consumer.end_turn();
   wgmma_wait<0>();
   warpgroup_fence_operand(s);
-  add_tile(0);
+  add_tile(std::true_type(), 0);
   round_weights<T, keys>(p, s);
   int last_stage = 0, stage = 1, parity = 0;
-  for (int tile = 1; tile < num_tiles; ++tile) {
+  const auto step = [&](auto is_edge, int tile) {
     if constexpr (!has_residual) release(last_stage);
     mbarrier_wait(ring.full + 8 * stage, parity);
     consumer.begin_turn();
@@ -196,7 +218,7 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
     consumer.end_turn();
     wgmma_wait<has_residual ? 1 : 0>();
     warpgroup_fence_operand(s);
-    add_tile(tile);
+    add_tile(is_edge, tile);
     if constexpr (has_residual) {
       // The exponentials are taken while the products before are under way.
       warpgroup_fence_operand(s);
@@ -209,6 +231,14 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
     }
     last_stage = stage;
     if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  };
+  const Edges<Tile> edges(sweep, share, consumer);
+#pragma unroll 1
+  for (int tile = 1; tile < num_tiles;) {
+    const int edge = edges.next(tile);
+#pragma unroll 1
+    for (; tile < edge; ++tile) step(std::false_type(), tile);
+    if (tile < num_tiles) step(std::true_type(), tile++);
   }
   if constexpr (has_residual) {
     warpgroup_fence_operand(acc);
