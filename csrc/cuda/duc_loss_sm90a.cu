@@ -54,10 +54,14 @@ __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
   return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + bytes / 16);
 }
 
+// The value that all lanes have, for the compiler to know that they do: it then keeps what follows in uniform
+// registers, out of which products take descriptors, and computes it anew in every iteration.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(kFullMask, value, 0); }
+
 // Begins scores = q k^T over all panels of 64 queries and a key tile.
 template <class T, class Tile>
 __device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_t queries, uint32_t tile) {
-  const uint64_t q = descriptor(rematerialize(queries), 16), b = descriptor(tile, 16);
+  const uint64_t q = descriptor(uniform(queries), 16), b = descriptor(tile, 16);
 #pragma unroll
   for (int k = 0; k < Tile::panels * 4; ++k) {
     Wgmma<T, Tile::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRowBytes) + k % 4 * 32),
@@ -70,7 +74,7 @@ __device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_
 template <class T, class Tile>
 __device__ __forceinline__ void begin_weighted(float (&acc)[Tile::columns / 2],
                                                const uint32_t (&p)[Tile::keys / 16][4], uint32_t tile) {
-  const uint64_t b = descriptor(tile, Tile::panel_bytes);
+  const uint64_t b = descriptor(uniform(tile), Tile::panel_bytes);
 #pragma unroll
   for (int k = 0; k < Tile::keys / 16; ++k)
     Wgmma<T, Tile::columns>::weighted(acc, p[k], advanced(b, k * 16 * kPanelRowBytes));
