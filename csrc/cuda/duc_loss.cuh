@@ -86,8 +86,9 @@ __host__ __device__ inline int64_t packed_index(int64_t row, int column, int row
 // rows g and g + 8 with g = lane / 4, whose columns 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h
 // and the next for row g + 8 h.
 struct SoftmaxRows {
-  // Of the largest score half, see online_softmax.
-  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, sum[2] = {}, positive_score[2] = {};
+  // Of the largest score half, and weights are 2^slack times what they should be: see online_softmax.
+  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, slack[2] = {};
+  float sum[2] = {}, positive_score[2] = {};
 };
 
 // Steps of a sweep, some for every key tile, through a ring of stages in shared memory: copy(tile, step,
@@ -122,11 +123,20 @@ struct StepPipeline {
   }
 };
 
-// Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
-// are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
-// the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
-// A tile that is not `is_edge` has no positive key of these rows and no place without a key.
-template <int keys, bool is_edge = true>
+// Exponents are one multiply-add, s scale - M, whose only rounding is the result's. M = max scale is rounded,
+// so all weights of a row are 2^slack times too large, slack = max scale - M: it cancels in the residual, and
+// the loss divides by the weight of the maximum. Up to this M |slack| <= 2^-13, half a unit in the last place
+// of M: less than the rounding of weights, 2^-12 of them in float16. For rows beyond, and infinities, slack
+// is 0.
+constexpr float kLargestReference = 4096;
+
+// Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Where
+// one of a warp's rows is beyond kLargestReference, scores are subtracted before they are scaled: a large
+// one's rounding stays out of the exponent; halves of them, as the difference may be out of range where the
+// product is not. So they are where registers are `scarce`: a multiplication more. A row's sum is that of
+// this thread's columns. A tile that is not `is_edge` has no positive key of these rows and no place without
+// a key.
+template <int keys, bool is_edge = true, bool scarce = false>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
@@ -142,21 +152,40 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
       if (key >= left) s[i] = -INFINITY;
     }
   }
+  const float twice = 2 * scale;
+  bool is_large = false;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = quad_reduce(top, Max());
-    const float base = fmaxf(0.5f * top, rows.half_max[h]), twice = 2 * scale;
-    decay[h] = exp2_approx((rows.half_max[h] - base) * twice);
-    rows.half_max[h] = base;
+    const float base = fmaxf(0.5f * top, rows.half_max[h]), reference = base * twice;
+    const bool fits = !scarce && fabsf(reference) <= kLargestReference;
+    const float slack = fits ? fmaf(base, twice, -reference) : 0.0f;
+    decay[h] = exp2_approx((rows.half_max[h] - base) * twice + (slack - rows.slack[h]));
+    rows.half_max[h] = base, rows.slack[h] = slack;
+    is_large |= !fits;
+  }
+  if (!scarce) is_large = __any_sync(kFullMask, is_large);
+  if (!scarce && is_large) {
+#pragma unroll
+    for (int i = 0; i < keys / 2; ++i) {
+      const int h = i / 2 % 2;
+      s[i] = fmaf(s[i], 0.5f, -rows.half_max[h]) * twice + rows.slack[h];
+    }
+  }
+  const float factor = is_large ? 1.0f : scale;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float reference = is_large ? 0.0f : rows.half_max[h] * twice;
     float sum = rows.sum[h] * decay[h];
 #pragma unroll
     for (int i = 0; i < keys / 8; ++i) {
 #pragma unroll
       for (int j = 4 * i + 2 * h; j < 4 * i + 2 * h + 2; ++j) {
-        s[j] = exp2_approx(fmaf(s[j], 0.5f, -base) * twice);
+        s[j] = exp2_approx(scarce ? fmaf(s[j], 0.5f, -rows.half_max[h]) * twice
+                                  : fmaf(s[j], factor, -reference));
         sum += s[j];
       }
     }
@@ -222,7 +251,8 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
-    store_loss(sweep, index, row, rows.sum[h], 2 * rows.half_max[h], rows.positive_score[h]);
+    const float sum = rows.sum[h] / exp2_approx(rows.slack[h]);
+    store_loss(sweep, index, row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
   }
 }
 

@@ -27,6 +27,8 @@ struct Sm90aTile {
   // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
   static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
   static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
+  // A thread keeps a tile's scores, its weights of 16 bits and sums of the residual.
+  static constexpr bool is_scarce = keys / 2 + keys / 4 + columns / 2 > 192;
   static_assert(stages >= 2, "one tile is used while the next is copied");
 };
 
@@ -192,8 +194,8 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   };
   const auto add_tile = [&](auto is_edge, int tile) {
     const int64_t first_key = (share.first_tile + tile) * keys;
-    online_softmax<keys, decltype(is_edge)::value>(s, rows, decay, first_key,
-                                                   sweep.offset + consumer.first_row, sweep.num_keys, scale);
+    online_softmax<keys, decltype(is_edge)::value, Tile::is_scarce>(
+        s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
   };
   // The first consumer begins.
   if (consumer.index == 1) consumer.end_turn();
