@@ -29,6 +29,11 @@ struct Sm90aTile {
   static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
   // A thread keeps a tile's scores, its weights of 16 bits and sums of the residual.
   static constexpr bool is_scarce = keys / 2 + keys / 4 + columns / 2 > 192;
+  // One of so many exponentials is taken on the FMA pipe, 0: none. Where products are narrow, the pipe of
+  // special functions binds: these shares make it as busy as the issue of instructions is, see
+  // bench/results/loops.md. Not in tiles with positive keys: a loss that is 0 is that exactly.
+  static constexpr int residual_stride = panels == 1 ? 10 : 0;
+  static constexpr int loss_stride = panels == 1 ? 6 : panels == 2 ? 8 : 0;
   static_assert(stages >= 2, "one tile is used while the next is copied");
 };
 
@@ -194,7 +199,9 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   };
   const auto add_tile = [&](auto is_edge, int tile) {
     const int64_t first_key = (share.first_tile + tile) * keys;
-    online_softmax<keys, decltype(is_edge)::value, Tile::is_scarce>(
+    constexpr bool edge = decltype(is_edge)::value;
+    constexpr int stride = edge ? 0 : has_residual ? Tile::residual_stride : Tile::loss_stride;
+    online_softmax<keys, edge, Tile::is_scarce, stride>(
         s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
   };
   // The first consumer begins.
