@@ -78,8 +78,10 @@ def test_a_planted_spill_is_found():
 import compile_triton as tool
 from mmfast.kernels.shapley_values import compile_configurations
 kernel, types, constants, options, *rest = compile_configurations()[-1]
-sound = tool.report((kernel, types, constants, options, *rest), "90")
+sound = tool.report((kernel, types, constants, options, *rest), "90", with_loops=True)
 assert sound.problems == [] and sound.facts.registers > 24, sound
+assert sound.loops.launch == (sound.facts.registers, 32 * options["num_warps"]), sound.loops
+assert sound.loops.arch == "90a" and "no loops" in tool.loops.table(sound.loops), sound.loops
 (problem,) = tool.report((kernel, types, constants, {**options, "maxnreg": 24}, *rest), "90").problems
 assert problem.startswith("spills "), problem
 (problem,) = tool.report((kernel, types, {**constants, "M": "?"}, options, *rest), "90").problems

@@ -19,12 +19,22 @@ from support.numerics import assert_close_to_truth
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def check_part_of_keys(dtype, backend, num_queries, num_keys, num_dims, offset, device="cpu"):
+def check_part_of_keys(
+    dtype,
+    backend,
+    num_queries,
+    num_keys,
+    num_dims,
+    offset,
+    device="cpu",
+    temperature=2.0,
+    with_residual=True,
+):
     """Loss and residual of queries whose own keys are in the midst of all keys, and the same in float64."""
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(num_queries, num_dims, generator=generator) * 2 / num_dims**0.5
     key = torch.randn(num_keys, num_dims, generator=generator) * 2 / num_dims**0.5
-    arguments = (2.0, offset, "none", True)
+    arguments = (temperature, offset, "none", with_residual)
     results = []
     wide = torch.promote_types(dtype, torch.float32)
     for kind, name in ((dtype, backend), (torch.float64, "reference"), (wide, "reference")):
@@ -89,6 +99,50 @@ def test_every_path_of_the_cuda_kernel(dtype, compute_capability, num_dims):
         module.compute_capability = compute_capability
         # Several tiles of every kernel, so that stages are filled again; more than 512 keys are split.
         check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
+
+
+@pytest.fixture
+def hopper():
+    if not emulation.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    with emulation.emulated() as module:
+        module.compute_capability = 9
+        yield
+
+
+# Four tiles of keys, positive ones in the second and third: the others are full, and without masks. Exponents
+# of a row reach 3, 300, 3,000 and 30,000, of which the last are subtracted before they are scaled.
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("temperature", [2.0, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(
+    ("dtype", "num_dims"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.bfloat16, 100)]
+)
+@pytest.mark.usefixtures("hopper")
+def test_full_tiles_on_hopper(dtype, num_dims, temperature, with_residual):
+    check_part_of_keys(dtype, "cuda", 70, 512, num_dims, 230, "cpu", temperature, with_residual)
+
+
+# One key after the other, so that each way to take an exponential is met.
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.usefixtures("hopper")
+def test_special_scores_of_full_tiles_on_hopper(with_residual):
+    generator = torch.Generator().manual_seed(6)
+    query, key = torch.randn(2, 384, 40, generator=generator).bfloat16()
+    query = query[:3].abs()
+    arguments = (2.0, 0, "none", with_residual, "cuda")
+    for place in range(256, 276):
+        changed = key.clone()
+        changed[place, 3] = float("nan")
+        assert bool(torch.ops.mmfast.info_nce_fwd(query, changed, *arguments)[0].isnan().all())
+        # Scores of -infinity count for nothing, as those do that are too small for their exponential.
+        changed[place] = float("-inf")
+        small = key.clone()
+        small[place] = -1e4
+        found, expected = (
+            torch.ops.mmfast.info_nce_fwd(query, keys, *arguments)[0] for keys in (changed, small)
+        )
+        assert torch.equal(found, expected)
+        assert bool(found.isfinite().all())
 
 
 # Capability and residual decide the main kernel, a prepared mask what lies where: every pair of the three.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -36,3 +40,39 @@ def test_the_sources_ask_for_the_matrix_units(tool):
 def test_names_lose_namespaces_and_parameters(tool):
     name = "_ZN6mmfast3duc12_GLOBAL__N_112small_kernelIfLi3EEEvPKf"
     assert tool.demangled([name]) == {name: "small_kernel<float, 3>"}
+
+
+SOURCE = """
+template <int n>
+__global__ void __launch_bounds__(64) power(float* x, int count) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < n; ++j) x[i] = __expf(x[i]) * x[i];
+}
+template __global__ void power<2>(float*, int);
+template __global__ void power<3>(float*, int);
+"""
+
+
+def test_loops_are_printed_and_written(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    source, module, written = (tmp_path / name for name in ("power.cu", "power.o", "loops.json"))
+    source.write_text(SOURCE)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+    subprocess.run([nvcc, *targets, "-c", "-o", str(module), str(source)], check=True)
+    command = [sys.executable, "-P", str(ROOT / "tools/inspect_cuda.py"), str(module)]
+    options = ["--loops", "power<3> 90", "--json", str(written)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("power<3>\n  90, ")
+    assert "blocks of 64 threads" in done.stdout
+    assert done.stdout.endswith("\n1 kernels\n")
+    (kernel,) = json.loads(written.read_text())
+    assert (kernel["kernel"], kernel["arch"], kernel["threads"]) == ("power<3>", "90", 64)
+    (loop,) = [loop for loop in kernel["loops"] if loop["always"]["instructions"]["special"]]
+    assert (loop["warps"], loop["always"]["instructions"]["special"]) == (2, 3)
+    assert loop["always"]["cycles"]["special"] == 3 * 8
+    # Of a name that is not there nothing is printed.
+    absent = subprocess.run([*command, "--loops", "absent"], capture_output=True, text=True)
+    assert (absent.returncode, absent.stdout) == (1, "0 kernels\n")

@@ -12,6 +12,12 @@ of a group of four warps where a device has them.
 Prints a table. Fails if a kernel does not compile, spills registers, takes more shared memory than a block of
 threads can have, or multiplies without the instructions it asks for. What one version of Triton spills and
 others do not stands in SPILLS; it fails, too, when that grows or is not needed any more.
+
+With --loops [PATTERN] it compiles for NVIDIA's devices what the regular expression is found in, of "KERNEL
+DEVICE CONFIGURATION", prints what each loop takes of each pipe, and with --json FILE writes the same for
+programs; tools/loops.py says how it counts:
+
+    python tools/compile_triton.py --ops duc_loss --loops '90 .*bf16.*BLOCK_D=128'
 """
 
 from __future__ import annotations
@@ -21,10 +27,13 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +43,10 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import loops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +94,7 @@ class Facts(NamedTuple):
     spills: int  # bytes, or on AMD registers
     shared: int  # bytes
     assembly: str
+    binary: bytes = b""  # for NVIDIA's devices
 
 
 class Report(NamedTuple):
@@ -90,6 +104,7 @@ class Report(NamedTuple):
     facts: Facts | None  # None: it did not compile
     seconds: float
     problems: list[str]
+    loops: loops.Report | None = None  # where asked for
 
 
 def leaves(kinds: Iterable) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -140,7 +155,25 @@ def compiled(configuration: tuple, device: Device) -> Facts:
         spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
     if not registers or not spills:
         raise RuntimeError(f"the assembler does not say how many registers it used: {log.getvalue()}")
-    return Facts(max(map(int, registers)), sum(map(int, spills)), result.metadata.shared, assembly)
+    binary = result.asm.get("cubin", b"")
+    return Facts(max(map(int, registers)), sum(map(int, spills)), result.metadata.shared, assembly, binary)
+
+
+def loops_of(facts: Facts, name: str) -> loops.Report:
+    """Return what the loops of a compiled kernel take.
+
+    Args:
+        facts: of the kernel, its binary among them.
+        name: for people.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(facts.binary)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(path)]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (kernel,) = loops.kernels(listing.splitlines())
+    threads = loops.launches(facts.binary).get(kernel.name, 0)
+    return loops.report(name, kernel, loops.Launch(facts.registers, threads))
 
 
 def allowance(kernel: str, configuration: str, device: str) -> tuple[str, str, str] | None:
@@ -179,21 +212,23 @@ def problems(facts: Facts, device: Device, instructions: str | None, allowed: in
     return found
 
 
-def report(configuration: tuple, device: str) -> Report:
+def report(configuration: tuple, device: str, with_loops: bool = False) -> Report:
     """Compile one configuration and judge it."""
     started = time.perf_counter()
-    facts, found, text = None, [], text_of(configuration)
+    facts, found, text, taken = None, [], text_of(configuration), None
     try:
         facts = compiled(configuration, DEVICES[device])
         key = allowance(configuration[0].__name__, text, device)
         instructions = configuration[4] if len(configuration) > 4 else None
         found = problems(facts, DEVICES[device], instructions, _allowances()[key] if key else 0)
+        if with_loops:
+            taken = loops_of(facts, f"{configuration[0].__name__} {text}")
     except Exception as error:
         found.append(f"does not compile: {error}")
     seconds = time.perf_counter() - started
     # Assembly is long and has been read.
-    facts = facts and facts._replace(assembly="")
-    return Report(configuration[0].__name__, text, device, facts, seconds, found)
+    facts = facts and facts._replace(assembly="", binary=b"")
+    return Report(configuration[0].__name__, text, device, facts, seconds, found, taken)
 
 
 def configurations(op: str, device: str) -> list[tuple]:
@@ -235,13 +270,43 @@ def _run_job(index: int) -> Report:
     return report(*_JOBS[index])
 
 
+def _run_job_with_loops(index: int) -> Report:
+    return report(*_JOBS[index], with_loops=True)
+
+
+def print_loops(jobs: list[tuple[tuple, str]], pattern: str, path: Path | None) -> int:
+    """Compile what the pattern is found in and print what its loops take; return the exit status."""
+    for item, device in jobs:
+        is_nvidia = DEVICES[device].target.backend == "cuda"
+        if is_nvidia and re.search(pattern, f"{item[0].__name__} {device} {text_of(item)}"):
+            _JOBS.append((item, device))
+    found, bad = [], []
+    workers, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for row in pool.map(_run_job_with_loops, range(len(_JOBS))):
+            bad += [f"{row.kernel} on {row.device} {text}: {row.configuration}" for text in row.problems]
+            if row.loops is not None:
+                found.append(row.loops)
+                print(loops.table(row.loops), end="\n\n", flush=True)
+    if path is not None:
+        path.write_text(json.dumps([loops.as_json(item) for item in found], indent=1) + "\n")
+    print("\n".join([*bad, f"{len(found)} kernels, {len(bad)} problems"]))
+    return 1 if bad or not found else 0
+
+
 def main() -> int:
     """Compile every configuration for every device; return the exit status."""
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time, without a GPU.")
     parser.add_argument("--targets", nargs="+", choices=DEVICES, default=list(DEVICES), help="devices")
     parser.add_argument("--ops", nargs="+", help="stems of kernels/, all by default")
+    parser.add_argument(
+        "--loops", nargs="?", const="", metavar="PATTERN", help="what loops take of each pipe"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --loops: write it there, too")
     arguments = parser.parse_args()
     ops = arguments.ops or sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+    if arguments.loops is not None:
+        return print_loops(distinct(ops, arguments.targets), arguments.loops, arguments.json)
     _JOBS.extend(distinct(ops, arguments.targets))
     started = time.perf_counter()
     print(f"{'kernel':31} {'target':6} {'registers':>9} {'shared':>7} {'spills':>6} {'s':>5}  configuration")

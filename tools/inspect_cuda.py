@@ -11,20 +11,33 @@ Fails if a kernel keeps variables in memory, by spills or by arrays it indexes a
 instructions that its file asks for in a line like this:
 
     // Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
+
+With --loops [PATTERN] it prints instead what each loop takes of each pipe, of the kernels in whose "NAME
+ARCH" the regular expression is found, and with --json FILE writes the same for programs; tools/loops.py says
+how it counts:
+
+    python tools/inspect_cuda.py --loops 'duc_hopper_kernel<__nv_bfloat16, 1, true>'
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import loops
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("HMMA", "HGMMA", "LDGSTS", "UBLKCP")
@@ -120,17 +133,67 @@ def missing(found: dict[Kernel, set[str]], wanted: list[tuple[str, str, set[str]
     return problems
 
 
+def loop_reports(
+    cuobjdump: str, module: Path, pattern: str, warps: int | None = None
+) -> Iterator[loops.Report]:
+    """Yield the loops of the kernels in whose "NAME ARCH" the pattern is found, in the module's order."""
+    taken = resources(cuobjdump, module)
+    names = demangled(sorted({name for name, _ in taken}))
+    wanted = {key for key in taken if re.search(pattern, f"{names[key[0]]} {key[1]}")}
+    with tempfile.TemporaryDirectory() as folder:
+        elf = [cuobjdump, "--extract-elf", "all", str(module.resolve())]
+        subprocess.run(elf, cwd=folder, check=True, capture_output=True)
+        threads = loops.threads_of(Path(folder))
+    chosen = sorted({name for name, _ in wanted})
+    # cuobjdump takes about a second for each that is named, 20 for all.
+    only = ["--function", ",".join(chosen)] if len(chosen) <= 20 else []
+    command = [cuobjdump, "--dump-sass", *only, str(module)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for kernel in loops.kernels(process.stdout):
+            key = kernel.name, kernel.arch
+            if key in wanted:
+                launch = loops.Launch(taken[key].registers, threads.get(key, 0))
+                yield loops.report(names[kernel.name], kernel, launch, warps)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def print_loops(cuobjdump: str, arguments: argparse.Namespace, module: Path) -> int:
+    """Print what loops take; return the exit status."""
+    found = sorted(
+        loop_reports(cuobjdump, module, arguments.loops, arguments.warps),
+        key=lambda report: (report.name, int(re.sub(r"\D", "", report.arch))),
+    )
+    for report in found:
+        print(loops.table(report), end="\n\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([loops.as_json(report) for report in found], indent=1) + "\n")
+    print(f"{len(found)} kernels")
+    return 0 if found else 1
+
+
 def main() -> int:
     """Print the table; return the exit status."""
     parser = argparse.ArgumentParser(description="What the CUDA module's machine code takes and does.")
     parser.add_argument("module", nargs="?", type=Path, help="default: the installed mmfast._cuda")
-    module = parser.parse_args().module
+    parser.add_argument(
+        "--loops", nargs="?", const="", metavar="PATTERN", help="what loops take of each pipe"
+    )
+    parser.add_argument(
+        "--warps", type=int, help="of a block that run each loop; default: as it is built for"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --loops: write it there, too")
+    arguments = parser.parse_args()
+    module = arguments.module
     if module is None:
         spec = importlib.util.find_spec("mmfast._cuda")
         if spec is None or spec.origin is None:
             sys.exit("mmfast was installed without its cuda module (MMFAST_CUDA=1 pip install .)")
         module = Path(spec.origin)
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    if arguments.loops is not None:
+        return print_loops(cuobjdump, arguments, module)
     taken, had = resources(cuobjdump, module), instructions(cuobjdump, module)
     names = demangled(sorted({name for name, _ in taken}))
     kernels = {Kernel(names[name], arch): (name, arch) for name, arch in taken}

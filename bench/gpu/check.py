@@ -26,7 +26,7 @@ LONG = (
 LAST = (
     *("compile_triton", "cuda_emulated", "data", "data_files", "data_sources", "encoders", "fuzz"),
     *("gpu_scripts", "human_votes", "inspect_cuda", "interrupt", "labels", "launched_kernels", "layout"),
-    *("options", "packaging", "readme", "report"),
+    *("loops", "options", "packaging", "readme", "report"),
 )
 
 

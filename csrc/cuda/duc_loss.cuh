@@ -86,8 +86,9 @@ __host__ __device__ inline int64_t packed_index(int64_t row, int column, int row
 // rows g and g + 8 with g = lane / 4, whose columns 8 i + 2 (lane % 4) and the next are elements 4 i + 2 h
 // and the next for row g + 8 h.
 struct SoftmaxRows {
-  // Of the largest score half, see online_softmax.
-  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, sum[2] = {}, positive_score[2] = {};
+  // Of the largest score half, and weights are 2^slack times what they should be: see online_softmax.
+  float half_max[2] = {0.5f * kLowest<float>, 0.5f * kLowest<float>}, slack[2] = {};
+  float sum[2] = {}, positive_score[2] = {};
 };
 
 // Steps of a sweep, some for every key tile, through a ring of stages in shared memory: copy(tile, step,
@@ -122,16 +123,43 @@ struct StepPipeline {
   }
 };
 
-// Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Scores
-// are subtracted before they are scaled: a large one's rounding stays out of the exponent; halves of them, as
-// the difference may be out of range where the product is not. A row's sum is that of this thread's columns.
-template <int keys>
+// 2^x for x below 1, as exact as exp2_approx (2 units in the last place, 1.7e-7), by instructions of the FMA
+// pipe instead of the special functions': x = n + f, |f| <= 1/2, by a sum whose last bits are n + 127, and a
+// polynomial of f that is 1 at 0. NaN stays NaN; from -127 down it is 0.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kShift = 1.5f * (1 << 23) + 127;
+  x = max_or_nan(x, -127.0f);
+  const float shifted = x + kShift, f = x - (shifted - kShift);
+  float p = 1.3264727e-3f;
+  p = fmaf(p, f, 9.6715130e-3f);
+  p = fmaf(p, f, 5.5507336e-2f);
+  p = fmaf(p, f, 2.4022242e-1f);
+  p = fmaf(p, f, 6.9314700e-1f);
+  p = fmaf(p, f, 1.0f);
+  return p * __uint_as_float(static_cast<unsigned>(__float_as_int(shifted)) << 23);
+}
+
+// Exponents are one multiply-add, s scale - M, whose only rounding is the result's. M = max scale is rounded,
+// so all weights of a row are 2^slack times too large, slack = max scale - M: it cancels in the residual, and
+// the loss divides by the weight of the maximum. Up to this M |slack| <= 2^-13, half a unit in the last place
+// of M: less than the rounding of weights, 2^-12 of them in float16. For rows beyond, and infinities, slack
+// is 0.
+constexpr float kLargestReference = 4096;
+
+// Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Where
+// one of a warp's rows is beyond kLargestReference, scores are subtracted before they are scaled: a large
+// one's rounding stays out of the exponent; halves of them, as the difference may be out of range where the
+// product is not. So they are where registers are `scarce`: a multiplication more. A row's sum is that of
+// this thread's columns. A tile that is not `is_edge` has no positive key of these rows and no place without
+// a key. Of so many exponentials of a row, `stride`, one is taken by exp2_polynomial.
+template <int keys, bool is_edge = true, bool scarce = false, int stride = 0>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
   const int lane = threadIdx.x % kWarp;
   // Of 16 rows of a warp; the tiles with positive keys and the ragged last one alone pay for comparisons.
-  if ((first_key < first_positive + 16 && first_positive < first_key + keys) || first_key + keys > num_keys) {
+  if (is_edge && ((first_key < first_positive + 16 && first_positive < first_key + keys) ||
+                  first_key + keys > num_keys)) {
     const int64_t positive = first_positive - first_key + lane / 4, left = num_keys - first_key;
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {
@@ -140,21 +168,41 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
       if (key >= left) s[i] = -INFINITY;
     }
   }
+  const float twice = 2 * scale;
+  bool is_large = false;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = quad_reduce(top, Max());
-    const float base = fmaxf(0.5f * top, rows.half_max[h]), twice = 2 * scale;
-    decay[h] = exp2_approx((rows.half_max[h] - base) * twice);
-    rows.half_max[h] = base;
+    const float base = fmaxf(0.5f * top, rows.half_max[h]), reference = base * twice;
+    const bool fits = !scarce && fabsf(reference) <= kLargestReference;
+    const float slack = fits ? fmaf(base, twice, -reference) : 0.0f;
+    decay[h] = exp2_approx((rows.half_max[h] - base) * twice + (slack - rows.slack[h]));
+    rows.half_max[h] = base, rows.slack[h] = slack;
+    is_large |= !fits;
+  }
+  if (!scarce) is_large = __any_sync(kFullMask, is_large);
+  if (!scarce && is_large) {
+#pragma unroll
+    for (int i = 0; i < keys / 2; ++i) {
+      const int h = i / 2 % 2;
+      s[i] = fmaf(s[i], 0.5f, -rows.half_max[h]) * twice + rows.slack[h];
+    }
+  }
+  const float factor = is_large ? 1.0f : scale;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float reference = is_large ? 0.0f : rows.half_max[h] * twice;
     float sum = rows.sum[h] * decay[h];
 #pragma unroll
     for (int i = 0; i < keys / 8; ++i) {
 #pragma unroll
       for (int j = 4 * i + 2 * h; j < 4 * i + 2 * h + 2; ++j) {
-        s[j] = exp2_approx(fmaf(s[j], 0.5f, -base) * twice);
+        const float x = scarce ? fmaf(s[j], 0.5f, -rows.half_max[h]) * twice : fmaf(s[j], factor, -reference);
+        const bool is_polynomial = stride != 0 && (2 * i + j % 2) % max(stride, 1) == stride / 2;
+        s[j] = is_polynomial ? exp2_polynomial(x) : exp2_approx(x);
         sum += s[j];
       }
     }
@@ -220,7 +268,8 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
-    store_loss(sweep, index, row, rows.sum[h], 2 * rows.half_max[h], rows.positive_score[h]);
+    const float sum = rows.sum[h] / exp2_approx(rows.slack[h]);
+    store_loss(sweep, index, row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
   }
 }
 

@@ -27,6 +27,13 @@ struct Sm90aTile {
   // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
   static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
   static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
+  // A thread keeps a tile's scores, its weights of 16 bits and sums of the residual.
+  static constexpr bool is_scarce = keys / 2 + keys / 4 + columns / 2 > 192;
+  // One of so many exponentials is taken on the FMA pipe, 0: none. Where products are narrow, the pipe of
+  // special functions binds: these shares make it as busy as the issue of instructions is, see
+  // bench/results/loops.md. Not in tiles with positive keys: a loss that is 0 is that exactly.
+  static constexpr int residual_stride = panels == 1 ? 10 : 0;
+  static constexpr int loss_stride = panels == 1 ? 6 : panels == 2 ? 8 : 0;
   static_assert(stages >= 2, "one tile is used while the next is copied");
 };
 
@@ -54,10 +61,14 @@ __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
   return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + bytes / 16);
 }
 
+// The value that all lanes have, for the compiler to know that they do: it then keeps what follows in uniform
+// registers, out of which products take descriptors, and computes it anew in every iteration.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(kFullMask, value, 0); }
+
 // Begins scores = q k^T over all panels of 64 queries and a key tile.
 template <class T, class Tile>
 __device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_t queries, uint32_t tile) {
-  const uint64_t q = descriptor(rematerialize(queries), 16), b = descriptor(tile, 16);
+  const uint64_t q = descriptor(uniform(queries), 16), b = descriptor(tile, 16);
 #pragma unroll
   for (int k = 0; k < Tile::panels * 4; ++k) {
     Wgmma<T, Tile::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRowBytes) + k % 4 * 32),
@@ -70,7 +81,7 @@ __device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_
 template <class T, class Tile>
 __device__ __forceinline__ void begin_weighted(float (&acc)[Tile::columns / 2],
                                                const uint32_t (&p)[Tile::keys / 16][4], uint32_t tile) {
-  const uint64_t b = descriptor(tile, Tile::panel_bytes);
+  const uint64_t b = descriptor(uniform(tile), Tile::panel_bytes);
 #pragma unroll
   for (int k = 0; k < Tile::keys / 16; ++k)
     Wgmma<T, Tile::columns>::weighted(acc, p[k], advanced(b, k * 16 * kPanelRowBytes));
@@ -133,21 +144,42 @@ __device__ __forceinline__ void produce(const Sweep& sweep, const Share& share, 
 // Which rows and columns a thread of a consumer has.
 template <class Tile>
 struct Consumer {
-  int index;          // 0 or 1
-  int64_t first_row;  // of the 16 of its warp
-  uint32_t queries;   // the consumer's 64, in shared memory
-  uint32_t panels;    // bytes from the beginning of a key tile to those whose columns it sums
+  int index;                // 0 or 1
+  int64_t first_group_row;  // of its 64
+  int64_t first_row;        // of the 16 of its warp
+  uint32_t queries;         // the consumer's 64, in shared memory
+  uint32_t panels;          // bytes from the beginning of a key tile to those whose columns it sums
 
   __device__ __forceinline__ explicit Consumer(const Ring<Tile>& ring)
       : index(threadIdx.x / kGroup - 1),
-        first_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows) +
-                  16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
+        first_group_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows)),
+        first_row(first_group_row + 16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
         queries(ring.queries + (Tile::is_split ? 0 : index * (kQueryRows * Tile::panels * kPanelRowBytes))),
         panels(Tile::is_split ? index * (Tile::consumer_panels * Tile::panel_bytes) : 0) {}
 
   // The two warpgroups begin their products in turns. The other's last arrival is taken up at the end.
   __device__ __forceinline__ void begin_turn() const { named_barrier_sync(1 + index, kConsumers * kGroup); }
   __device__ __forceinline__ void end_turn() const { named_barrier_arrive(2 - index, kConsumers * kGroup); }
+};
+
+// Tiles of a share with the positive keys of a consumer's queries, and the ragged last one, whose scores need
+// masks: all four warps of a group multiply what one of them needs.
+template <class Tile>
+struct Edges {
+  int begin, end,
+      num_full;  // tiles with positive keys, from the share's first on; tiles before the ragged one
+
+  __device__ __forceinline__ Edges(const Sweep& sweep, const Share& share, const Consumer<Tile>& consumer) {
+    const int64_t first = sweep.offset + consumer.first_group_row;
+    begin = static_cast<int>(first / Tile::keys - share.first_tile);
+    end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - share.first_tile);
+    num_full = static_cast<int>(min(share.end_tile, sweep.num_keys / Tile::keys) - share.first_tile);
+  }
+
+  // The first that needs masks, from `tile` on.
+  __device__ __forceinline__ int next(int tile) const {
+    return min(num_full, tile < end ? max(tile, begin) : num_full);
+  }
 };
 
 // A warpgroup: sweeps the key tiles. Scores of a tile are under way together with the residual of the tile
@@ -165,9 +197,12 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   const auto release = [&](int stage) {
     if (threadIdx.x % kWarp == 0) mbarrier_arrive(ring.empty + 8 * stage);
   };
-  const auto add_tile = [&](int tile) {
+  const auto add_tile = [&](auto is_edge, int tile) {
     const int64_t first_key = (share.first_tile + tile) * keys;
-    online_softmax<keys>(s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
+    constexpr bool edge = decltype(is_edge)::value;
+    constexpr int stride = edge ? 0 : has_residual ? Tile::residual_stride : Tile::loss_stride;
+    online_softmax<keys, edge, Tile::is_scarce, stride>(
+        s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
   };
   // The first consumer begins.
   if (consumer.index == 1) consumer.end_turn();
@@ -180,10 +215,10 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
   consumer.end_turn();
   wgmma_wait<0>();
   warpgroup_fence_operand(s);
-  add_tile(0);
+  add_tile(std::true_type(), 0);
   round_weights<T, keys>(p, s);
   int last_stage = 0, stage = 1, parity = 0;
-  for (int tile = 1; tile < num_tiles; ++tile) {
+  const auto step = [&](auto is_edge, int tile) {
     if constexpr (!has_residual) release(last_stage);
     mbarrier_wait(ring.full + 8 * stage, parity);
     consumer.begin_turn();
@@ -196,7 +231,7 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
     consumer.end_turn();
     wgmma_wait<has_residual ? 1 : 0>();
     warpgroup_fence_operand(s);
-    add_tile(tile);
+    add_tile(is_edge, tile);
     if constexpr (has_residual) {
       // The exponentials are taken while the products before are under way.
       warpgroup_fence_operand(s);
@@ -209,6 +244,14 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
     }
     last_stage = stage;
     if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  };
+  const Edges<Tile> edges(sweep, share, consumer);
+#pragma unroll 1
+  for (int tile = 1; tile < num_tiles;) {
+    const int edge = edges.next(tile);
+#pragma unroll 1
+    for (; tile < edge; ++tile) step(std::false_type(), tile);
+    if (tile < num_tiles) step(std::true_type(), tile++);
   }
   if constexpr (has_residual) {
     warpgroup_fence_operand(acc);

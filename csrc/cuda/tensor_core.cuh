@@ -85,6 +85,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The larger, or NaN where one of them is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 }  // namespace mmfast
 
 #endif

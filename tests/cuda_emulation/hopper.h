@@ -42,7 +42,6 @@ void wgmma_wait() {
 template <int n>
 void warpgroup_fence_operand(float (&)[n]) {}
 inline void schedule_barrier(float) {}
-inline uint32_t rematerialize(uint32_t value) { return value; }
 
 template <class T, int n>
 struct Wgmma {
