@@ -96,10 +96,10 @@ def _valuation(device: str) -> Iterator[HostCase]:
 
 
 def _losses(device: str) -> Iterator[HostCase]:
-    numbers = torch.arange(N, device=device)
+    labels = torch.arange(N, device=device)
 
     def info_nce(query: Tensor, key: Tensor) -> Tensor:
-        return F.cross_entropy(query @ key.T, numbers)
+        return F.cross_entropy(query @ key.T, labels)
 
     features = [torch.randn(N, D, device=device) for _ in range(M)]
     key = features[1]
@@ -110,6 +110,18 @@ def _losses(device: str) -> Iterator[HostCase]:
         lambda query: info_nce(query, key),
         (features[0],),
     )
+
+    def sigmoid(query: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
+        signs = 2 * torch.eye(N, device=device) - 1
+        return -F.logsigmoid(signs * (query @ key.T / temperature + bias)).sum(1).mean()
+
+    def ours_of(query: Tensor, temperature: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return ops.unidirectional_sigmoid_loss(
+            query, key, temperature=temperature, bias=bias, backend=backend
+        )
+
+    numbers = tuple(torch.tensor(number, device=device) for number in (0.1, -10.0))
+    yield HostCase("sigmoid_loss", "unidirectional_sigmoid_loss", ours_of, sigmoid, (features[0], *numbers))
     for num_modalities in (2, M):
         # Prepared on the CPU, which knows how many columns there are.
         effective = torch.arange(D) % num_modalities == torch.arange(num_modalities)[:, None]

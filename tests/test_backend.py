@@ -11,8 +11,8 @@ import torch
 
 from mmfast import backend, ops
 from mmfast.ops import _launch
+from mmfast.ops._contrast import REDUCTIONS
 from mmfast.ops.additive_shapley import UTILITIES
-from mmfast.ops.duc_loss import REDUCTIONS
 from mmfast.ops.logit_fusion import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -77,6 +77,7 @@ def test_other_ways_through_the_ops(default):
             ops.duc_loss([x, -x], dims),
             dims.columns,
             ops.unidirectional_info_nce(x, x.flip(0)),
+            ops.unidirectional_sigmoid_loss(x, x.flip(0), temperature=x[0, :1].exp(), bias=x[0, 1]),
             *moments,
             *ops.kmeans(x, 3, init=x[:3], num_init=2)[:3],
             *ops.kmeans(x[:1].expand(20, 6), 3)[:3],

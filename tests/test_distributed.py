@@ -1,4 +1,4 @@
-"""duc_loss over a process group: two gloo processes against one process with the whole batch."""
+"""The contrastive losses over a process group: two gloo processes against one with the whole batch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def run(function, features: torch.Tensor, effective: torch.Tensor, group=None, *
     return loss.detach(), torch.stack(torch.autograd.grad(loss.sum(), leaves))
 
 
+def sigmoid(features: torch.Tensor, group=None, **options):
+    leaves = [features[0].clone(), *(torch.tensor(x, dtype=features.dtype) for x in (0.5, -1.0))]
+    query, temperature, bias = (leaf.requires_grad_() for leaf in leaves)
+    loss = ops.unidirectional_sigmoid_loss(
+        query, features[1], temperature=temperature, bias=bias, group=group, **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss, [query, temperature, bias])
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -54,6 +63,8 @@ def worker(rank: int, folder: str) -> None:
     loss = ops.unidirectional_info_nce(query, features[1].chunk(WORLD_SIZE)[rank], group=group)
     loss.backward()
     results["pair"] = (loss.detach(), query.grad)
+    results["sigmoid"] = sigmoid(features.chunk(WORLD_SIZE, dim=1)[rank], group)
+    results["sigmoid, unequal"] = sigmoid(features.split([5, 7], dim=1)[rank], group, reduction="sum")
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -96,3 +107,13 @@ def test_info_nce(ranks):
     torch.testing.assert_close(sum(rank["pair"][0] for rank in ranks) / WORLD_SIZE, loss.detach())
     gathered = torch.cat([rank["pair"][1] for rank in ranks])
     torch.testing.assert_close(gathered / WORLD_SIZE, query.grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sigmoid_loss(ranks, reduction):
+    whole = sigmoid(make(2, torch.float64)[0], reduction=reduction)
+    parts = [rank["sigmoid" if reduction == "mean" else "sigmoid, unequal"] for rank in ranks]
+    divisor = WORLD_SIZE if reduction == "mean" else 1
+    loss, query, temperature, bias = zip(*parts, strict=True)
+    found = [sum(loss), torch.cat(query), sum(temperature), sum(bias)]
+    torch.testing.assert_close([x / divisor for x in found], list(whole))

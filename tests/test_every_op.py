@@ -135,6 +135,7 @@ def _differentiable_calls():
     return {
         "duc_loss": ((200, 3), lambda x, b: ops.duc_loss([x, x.detach()], effective, backend=b)),
         "info_nce": ((200, 3), lambda x, b: ops.unidirectional_info_nce(x, x.detach(), backend=b)),
+        "sigmoid": ((200, 3), lambda x, b: ops.unidirectional_sigmoid_loss(x, x.detach(), backend=b)),
         "class_moments": ((200, 3), lambda x, b: ops.class_moments(x, labels, 3, backend=b).var.sum()),
         "additive_shapley": (
             partial,

@@ -15,6 +15,7 @@ from mmfast import backend as _backend
 CALLS = {
     "kmeans": "ops.kmeans(rand(100_000, 512), 2000, init=rand(2000, 512), tol=0, backend='cpu')",
     "duc_loss": "ops.unidirectional_info_nce(rand(300_000, 64), rand(300_000, 64), backend='cpu')",
+    "sigmoid_loss": "ops.unidirectional_sigmoid_loss(rand(300_000, 64), rand(300_000, 64), backend='cpu')",
     "additive_shapley": "ops.additive_shapley(rand(20, 64, 500), zeros(64).long(), backend='cpu')",
     "its backward": "ops.additive_shapley(parts, labels, utility='margin', backend='cpu').sum().backward()",
 }

@@ -23,6 +23,7 @@ def calls(x):
         yield ops.coalition_utilities(x[None], labels[:1], utility=utility, backend="cpu")
         yield ops.additive_shapley(x[None], labels, utility=utility, backend="cpu")
     yield ops.unidirectional_info_nce(x, x.roll(1, 0), backend="cpu")
+    yield ops.unidirectional_sigmoid_loss(x, x.roll(1, 0), backend="cpu")
     yield ops.shapley_values(x[:, :4], backend="cpu")
 
 

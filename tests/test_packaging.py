@@ -271,6 +271,7 @@ calls = {
     "coalition_utilities": lambda: ops.coalition_utilities(x[0].view(4000, 8, 8), y),
     "additive_shapley": lambda: ops.additive_shapley(x, y),
     "duc_loss": lambda: ops.unidirectional_info_nce(x[0, :500], x[1, :500]),
+    "sigmoid_loss": lambda: ops.unidirectional_sigmoid_loss(x[0, :500], x[1, :500]),
     "class_moments": lambda: ops.class_moments(x[0], y, 8),
     "dimension_accuracy": lambda: ops.dimension_accuracy(x[0], y, init),
     "kmeans": lambda: ops.kmeans(x[0], 8, init=init, max_iter=2),

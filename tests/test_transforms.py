@@ -14,6 +14,7 @@ from mmfast.reference import additive_shapley as plain_additive
 from mmfast.reference import duc_loss as plain_duc
 from mmfast.reference import logit_fusion as plain_fusion
 from mmfast.reference import shapley_values as plain_shapley
+from mmfast.reference import sigmoid_loss as plain_sigmoid
 
 LABELS = torch.arange(6) % 3
 PRESENT = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 1, 1, 0, 1]], dtype=torch.bool)
@@ -105,6 +106,24 @@ CALLS = {
         (2, 6, 4),
         lambda x, b: ops.duc_loss(x, EFFECTIVE, temperature=0.7, reduction="none", backend=b),
         lambda x: plain_duc.duc_loss(x, EFFECTIVE, temperature=0.7, reduction="none"),
+    ),
+    "unidirectional_sigmoid_loss": (
+        (6, 4),
+        lambda x, b: ops.unidirectional_sigmoid_loss(
+            x, KEY.to(x.dtype), temperature=0.7, bias=-1.0, reduction="none", backend=b
+        ),
+        lambda x: plain_sigmoid.unidirectional_sigmoid_loss(
+            x, KEY, temperature=0.7, bias=-1.0, reduction="none"
+        ),
+    ),
+    "learnt temperature and bias": (
+        (7, 4),
+        lambda x, b: ops.unidirectional_sigmoid_loss(
+            x[:6], KEY.to(x.dtype), temperature=x[6, 0].exp(), bias=x[6, 1:2], backend=b
+        ),
+        lambda x: plain_sigmoid.unidirectional_sigmoid_loss(
+            x[:6], KEY, temperature=x[6, 0].exp(), bias=x[6, 1]
+        ),
     ),
     "class_moments": ((6, 2), lambda x, b: _joined(ops.class_moments(x, LABELS, 3, backend=b)[1:]), _moments),
     "variances alone": (
@@ -399,6 +418,8 @@ class _Call(nn.Module):
                 return ops.project_gradient(x, torch.ones(8, 8))
             case "unidirectional_info_nce":
                 return ops.unidirectional_info_nce(x, x.flip(1))
+            case "unidirectional_sigmoid_loss":
+                return ops.unidirectional_sigmoid_loss(x, x.flip(1), temperature=x.abs().mean())
             case "duc_loss":
                 return ops.duc_loss([x[:, :4], x[:, 4:]], EFFECTIVE)
             case "class_moments":
@@ -408,7 +429,8 @@ class _Call(nn.Module):
 
 
 GRAPHS = ["shapley_values", "additive_shapley", "coalition_utilities", "fusion", "project_gradient"]
-GRAPHS += ["unidirectional_info_nce", "duc_loss", "class_moments", "dimension_accuracy"]
+GRAPHS += ["unidirectional_info_nce", "duc_loss", "unidirectional_sigmoid_loss", "class_moments"]
+GRAPHS += ["dimension_accuracy"]
 
 
 @pytest.mark.parametrize("name", GRAPHS)

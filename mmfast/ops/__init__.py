@@ -13,6 +13,7 @@ from mmfast.ops.kmeans import KMeans, cluster_purity, kmeans
 from mmfast.ops.logit_fusion import certainty_fusion, entropy_fusion
 from mmfast.ops.partial_reinit import ReinitPlan, partial_reinit_
 from mmfast.ops.shapley_values import shapley_values
+from mmfast.ops.sigmoid_loss import unidirectional_sigmoid_loss
 
 __all__ = [
     "ClassMoments",
@@ -33,6 +34,7 @@ __all__ = [
     "project_gradient",
     "shapley_values",
     "unidirectional_info_nce",
+    "unidirectional_sigmoid_loss",
     "update_and_project_",
     "update_projector_",
 ]

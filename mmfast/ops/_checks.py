@@ -157,12 +157,32 @@ def check_positive(name: str, value: float) -> None:
     )
 
 
+def check_shift(name: str, value: float) -> None:
+    """Raise unless `value` is a number that float32 can hold and add to what is not out of its range."""
+    if isinstance(value, _NUMPY) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not -1e30 <= value <= 1e30:
+        raise ValueError(f"{name} must lie between -1e+30 and 1e+30, got {value}")
+
+
 def check_scale_tensor(name: str, value: Tensor) -> None:
     """Raise unless `value` is one real number, positive and finite; one on a GPU is not read."""
+    if _is_known_number(name, value):
+        check_positive(name, float(value.detach()))
+
+
+def check_shift_tensor(name: str, value: Tensor) -> None:
+    """Raise unless `value` is one real number within reach of scores; one on a GPU is not read."""
+    if _is_known_number(name, value):
+        check_shift(name, float(value.detach()))
+
+
+def _is_known_number(name: str, value: Tensor) -> bool:
+    """Raise unless `value` is one floating number; return whether it can be read without a wait."""
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got a tensor of shape {shape_text(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {dtype_name(value.dtype)}")
-    is_known = value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()
-    if is_known:
-        check_positive(name, float(value.detach()))
+    return value.is_cpu and not torch.compiler.is_compiling() and not _autograd.is_transformed()

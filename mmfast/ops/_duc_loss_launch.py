@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.ops._contrast import REDUCTIONS, loss_like
 from mmfast.ops._launch import DTYPE_CODE, address, outside_autocast
 from mmfast.ops._registration import define
 from mmfast.reference import duc_loss as _reference
-from mmfast.reference._common import accumulation_dtype
-from mmfast.reference.duc_loss import residual_dtype
-
-REDUCTIONS = ("mean", "sum", "none")
+from mmfast.reference._common import reduced, residual_dtype
 
 
 def _views(
@@ -48,7 +46,7 @@ def _duc_cpu(
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query, keys = features[0], keys or features
     num_samples, num_dims = query.shape
-    loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
+    loss, residuals = loss_like(query, reduction), _residuals(features, with_residual)
     views = _views(features, keys)
     mask = None if effective is None else effective.contiguous()
     _backend.extension("cpu").duc_loss_fwd(
@@ -81,7 +79,7 @@ def _duc_cuda(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query, keys, module = features[0], keys or features, _backend.extension("cuda")
-    loss, residuals = _loss_fake(query, reduction), _residuals(features, with_residual)
+    loss, residuals = loss_like(query, reduction), _residuals(features, with_residual)
     views, known, dtype = _views(features, keys), array("q", sizes), DTYPE_CODE[query.dtype]
     mask = None if effective is None else effective.contiguous()
     shape = (len(features), keys[0].shape[0], *query.shape)
@@ -205,14 +203,9 @@ def _info_nce_reference(
     losses, residual = _reference.info_nce_fwd(
         query, key, temperature=temperature, offset=offset, with_residual=with_residual
     )
-    loss = _reference.reduced(losses, reduction)
+    loss = reduced(losses, reduction)
     residual = query.new_empty(0) if residual is None else residual
     return loss, residual.to(residual_dtype(query.dtype))
-
-
-def _loss_fake(query: Tensor, reduction: str) -> Tensor:
-    shape = query.shape[:1] if reduction == "none" else ()
-    return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
 
 
 def _duc_fake(
@@ -220,12 +213,12 @@ def _duc_fake(
 ):
     shape = (len(features), *features[0].shape) if with_residual else (0,)
     residuals = features[0].new_empty(shape, dtype=residual_dtype(features[0].dtype))
-    return _loss_fake(features[0], reduction), residuals
+    return loss_like(features[0], reduction), residuals
 
 
 def _info_nce_fake(query, key, temperature, offset, reduction, with_residual, backend):
     shape = query.shape if with_residual else (0,)
-    return _loss_fake(query, reduction), query.new_empty(shape, dtype=residual_dtype(query.dtype))
+    return loss_like(query, reduction), query.new_empty(shape, dtype=residual_dtype(query.dtype))
 
 
 # Both return the loss and temperature times the gradient of its sum, of float16 in float32: out of float16's

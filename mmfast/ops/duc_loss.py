@@ -14,16 +14,14 @@ from mmfast.ops._autograd import Op, differentiable, is_constant, is_transformed
 from mmfast.ops._checks import (
     FLOATS,
     check_bool,
-    check_choice,
     check_float,
     check_integer,
-    check_positive,
     check_same_device,
-    check_scale_tensor,
     check_shape,
 )
-from mmfast.ops._duc_loss_launch import REDUCTIONS, duc_op, info_nce_op
-from mmfast.ops._launch import cast, promoted
+from mmfast.ops._contrast import as_key, check_options, gathered, scaled
+from mmfast.ops._duc_loss_launch import duc_op, info_nce_op
+from mmfast.ops._launch import promoted
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import accumulation_dtype
 
@@ -158,12 +156,12 @@ def duc_loss(
         _check_effective(mask, num_modalities, num_dims)
     if mask.device != features[0].device:
         check_same_device(features=features[0], effective=mask)
-    _check_options(temperature, reduction)
+    check_options(temperature, reduction)
     _backend.check_name(backend)
     features = promoted(*features)
-    keys, offset = ([], 0) if group is None else _gathered(features, group)
+    keys, offset = ([], 0) if group is None else gathered(features, group)
     if isinstance(temperature, Tensor):
-        keys = keys or [_as_key(feature) for feature in features]
+        keys = keys or [as_key(feature) for feature in features]
         features, temperature = [_divided(feature, temperature) for feature in features], 1.0
         keys = [key.to(features[0].dtype) for key in keys]
     if is_constant(*features):
@@ -216,15 +214,15 @@ def unidirectional_info_nce(
     check_float("key", key)
     check_shape("key", key, "N, D", (query.shape[0], query.shape[1]))
     check_same_device(query=query, key=key)
-    _check_options(temperature, reduction)
+    check_options(temperature, reduction)
     _backend.check_name(backend)
-    query, key = promoted(query, _as_key(key))
+    query, key = promoted(query, as_key(key))
     is_plain = backend == "auto" and group is None and _backend.is_plain_faster("duc_loss", query)
     if is_plain and not is_transformed():
         scores = query @ key.T / temperature
         positives = torch.arange(query.shape[0], device=query.device)
         return F.cross_entropy(scores, positives, reduction=reduction)
-    keys, offset = _gathered([key], group)
+    keys, offset = gathered([key], group)
     key = keys[0] if keys else key
     if isinstance(temperature, Tensor):
         query, temperature = _divided(query, temperature), 1.0
@@ -273,24 +271,6 @@ def _check_effective(effective: Tensor, num_modalities: int | None, num_dims: in
     check_shape("effective", effective, "M, D", (num_modalities, num_dims))
 
 
-def _check_options(temperature: float | Tensor, reduction: str) -> None:
-    if isinstance(temperature, Tensor):
-        check_scale_tensor("temperature", temperature)
-    else:
-        check_positive("temperature", temperature)
-    check_choice("reduction", reduction, REDUCTIONS)
-
-
-def _as_key(
-    x: Tensor,  # [N, D]
-) -> Tensor:  # [N, D]
-    """Return features as a constant that autograd can save, which it refuses of what inference mode made."""
-    if torch.compiler.is_compiling() or is_transformed():
-        return x.detach()
-    x = x.detach() if x.requires_grad else x
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
-
-
 def _divided(
     query: Tensor,  # [N, D]
     temperature: Tensor,  # [] or [1]
@@ -310,33 +290,6 @@ def _asks_gradient(features: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in features)
 
 
-def _gathered(features: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
-    """Return all processes' keys and where this one's begin; no keys where they are the features."""
-    if group is None or dist.get_world_size(group) == 1:
-        return [], 0
-    keys, offset = _reference.gather_keys(torch.stack([feature.detach() for feature in features]), group)
-    return list(keys.unbind(0)), offset
-
-
-def _scaled(
-    residuals: Tensor,  # [N, D] or [M, N, D]
-    dloss: Tensor,  # [] or [N]
-    temperature: float,
-    reduction: str,
-    dtype: torch.dtype,
-) -> Tensor:  # like `residuals`, in `dtype`
-    """Return the gradient: the residuals, which are that of the sum at temperature 1, times their factors."""
-    if temperature > 1e30:
-        # Times N it might be out of float32's range, and the gradient 0.
-        dloss, temperature = dloss / temperature, 1.0
-    divisor = temperature * residuals.shape[-2] if reduction == "mean" else temperature
-    if dloss.dim() == 0 and residuals.dtype == dloss.dtype == dtype:
-        return residuals * (dloss / divisor)
-    # A factor without dimensions would be rounded to half precision before the product; with them, the
-    # product is taken in float32 and rounded once.
-    return cast(residuals * (dloss / divisor).reshape(-1, 1), dtype)
-
-
 class _DucLoss(Op):
     smooth, kept, is_hidden = slice(1), slice(1, None), True
 
@@ -348,7 +301,7 @@ class _DucLoss(Op):
     @staticmethod
     def gradient(options, gradients, tensors, kept):
         _, _, _, temperature, _, reduction, *_ = options
-        found = _scaled(kept[0], gradients[0], temperature, reduction, tensors[1].dtype).unbind(0)
+        found = scaled(kept[0], gradients[0], temperature, reduction, tensors[1].dtype).unbind(0)
         return None, *found, *[None] * (len(tensors) - 1 - len(found))
 
     @staticmethod
@@ -378,7 +331,7 @@ class _InfoNCE(Op):
     @staticmethod
     def gradient(options, gradients, tensors, kept):
         temperature, _, reduction, *_ = options
-        return _scaled(kept[0], gradients[0], temperature, reduction, tensors[0].dtype), None
+        return scaled(kept[0], gradients[0], temperature, reduction, tensors[0].dtype), None
 
     @staticmethod
     def formula(options, gradients, tensors):

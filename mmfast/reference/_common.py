@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # Elements of one temporary: on a CPU few enough to stay in the cache, on a GPU enough to fill the device.
@@ -37,3 +38,32 @@ def row_chunks(like: Tensor, num_rows: int, row_numel: int) -> Iterator[slice]:
     step = max(1, budget // max(1, row_numel))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gradients before their factors, which float16 alone has not the range for."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def gather_keys(
+    features: Tensor,  # [M, N, D]
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, int]:  # [M, K, D], the position of this process's first sample among the K
+    """Return the features of all processes of `group`, in order of rank; nothing flows back through them."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    num_modalities, num_samples, num_dims = features.shape
+    sizes = features.new_empty(world_size, dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, torch.full_like(sizes[:1], num_samples), group=group)
+    counts = sizes.tolist()
+    # Collectives want equal shapes: shorter batches are padded, and the padding cut off again.
+    mine = features.new_zeros(num_modalities, max(counts), num_dims)
+    mine[:, :num_samples] = features.detach()
+    gathered = mine.new_empty(world_size, *mine.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=group)
+    keys = torch.cat([part[:, :count] for part, count in zip(gathered, counts, strict=True)], dim=1)
+    return keys, sum(counts[:rank])
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Return the mean or the sum of the samples' losses, or the losses themselves."""
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

@@ -8,31 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfast.reference._common import accumulation_dtype, row_chunks
-
-
-def gather_keys(
-    features: Tensor,  # [M, N, D]
-    group: dist.ProcessGroup,
-) -> tuple[Tensor, int]:  # [M, K, D], the position of this process's first sample among the K
-    """Return the features of all processes of `group`, in order of rank; nothing flows back through them."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    num_modalities, num_samples, num_dims = features.shape
-    sizes = features.new_empty(world_size, dtype=torch.int64)
-    dist.all_gather_into_tensor(sizes, torch.full_like(sizes[:1], num_samples), group=group)
-    counts = sizes.tolist()
-    # Collectives want equal shapes: shorter batches are padded, and the padding cut off again.
-    mine = features.new_zeros(num_modalities, max(counts), num_dims)
-    mine[:, :num_samples] = features.detach()
-    gathered = mine.new_empty(world_size, *mine.shape)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=group)
-    keys = torch.cat([part[:, :count] for part, count in zip(gathered, counts, strict=True)], dim=1)
-    return keys, sum(counts[:rank])
-
-
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """Return the mean or the sum of the samples' losses, or the losses themselves."""
-    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+from mmfast.reference._common import accumulation_dtype, gather_keys, reduced, residual_dtype, row_chunks
 
 
 def unidirectional_info_nce(
@@ -69,11 +45,6 @@ def duc_loss(
                     query[:, dims], key[:, dims], temperature=temperature, reduction=reduction, group=group
                 )
     return loss
-
-
-def residual_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of gradients before their factors, which float16 alone has not the range for."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def info_nce_fwd(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fuzzing import classes, clusters, contrast, fusion, in_place, shapley
+from fuzzing import classes, clusters, contrast, fusion, in_place, pairwise, shapley
 from fuzzing.draw import Draw, HypothesisDraw, Recorded, Replay, shrunk
 from fuzzing.invalid import invalid
 
@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "additive_shapley": shapley.additive_shapley,
     "duc_loss": contrast.duc_loss,
     "unidirectional_info_nce": contrast.unidirectional_info_nce,
+    "unidirectional_sigmoid_loss": pairwise.unidirectional_sigmoid_loss,
     "class_moments": classes.class_moments,
     "dimension_accuracy": classes.dimension_accuracy,
     "effective_dimensions": classes.effective_dimensions,
@@ -39,6 +40,7 @@ CASES: dict[str, Case] = {
 _STEMS = {
     "coalition_utilities": "additive_shapley",
     "unidirectional_info_nce": "duc_loss",
+    "unidirectional_sigmoid_loss": "sigmoid_loss",
     "class_moments": "class_separability",
     "dimension_accuracy": "class_separability",
     "effective_dimensions": "class_separability",

@@ -93,7 +93,7 @@ def pair(
     )
 
 
-def _units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
+def units(dtype: torch.dtype, backend: str) -> tuple[float, float]:
     """Return u of what tensor cores round a softmax to, and what they take for 0.
 
     Those of a processor that multiply pairs of bfloat16 take numbers below the normal ones for 0.
@@ -188,7 +188,7 @@ def unidirectional_info_nce(draw: Draw, backend: str, small: bool) -> None:
     )
     common = torch.promote_types(dtype, key_dtype)
     acc = wide(common)
-    half, least = _units(common, backend)
+    half, least = units(common, backend)
     top = np.longdouble(torch.finfo(acc).max)
     found = pair(
         exact(query.tensor), exact(key.tensor), temperature, unit(acc), flushed(acc), top, half, least
@@ -208,7 +208,7 @@ def duc_loss(draw: Draw, backend: str, small: bool) -> None:
     leaves = [feature.tensor.detach().requires_grad_() for feature in features]
     loss = ops.duc_loss(leaves, dims, temperature=temperature, reduction=reduction, backend=backend)
     acc = wide(dtype)
-    half, least = _units(dtype, backend)
+    half, least = units(dtype, backend)
     top, is_effective = np.longdouble(torch.finfo(acc).max), effective.tensor.numpy()
     values, pairs = [exact(feature.tensor) for feature in features], []
     for teacher in range(num_modalities):

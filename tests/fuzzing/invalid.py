@@ -47,6 +47,16 @@ def _valid() -> dict[str, tuple[Callable, dict[str, Any]]]:
             ops.unidirectional_info_nce,
             {"query": floats(_N, _D), "key": floats(_N, _D), "temperature": 1.0, "reduction": "mean"},
         ),
+        "unidirectional_sigmoid_loss": (
+            ops.unidirectional_sigmoid_loss,
+            {
+                "query": floats(_N, _D),
+                "key": floats(_N, _D),
+                "temperature": 1.0,
+                "bias": -1.0,
+                "reduction": "mean",
+            },
+        ),
         "duc_loss": (
             ops.duc_loss,
             {
@@ -118,6 +128,7 @@ _TEMPERATURES = (
 # Wrong values by argument, whatever the op.
 _WRONG: dict[str, tuple] = {
     "temperature": _TEMPERATURES,
+    "bias": (float("nan"), float("inf"), -1e31, 1e300, "1", None, 1j, True, [1.0], torch.ones(_N)),
     "reduction": ("max", None, 3),
     "utility": ("loss", None, 1),
     "backend": ("gpu", None, ""),

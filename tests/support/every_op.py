@@ -111,6 +111,16 @@ def unidirectional_info_nce(device, dtype, backend):
     )
 
 
+@call_of("sigmoid_loss")
+def unidirectional_sigmoid_loss(device, dtype, backend):
+    query, key = (_random(N // 5, D, device=device, dtype=dtype) for _ in range(2))
+    numbers = [torch.tensor(number, device=device) for number in (2.0, -1.0)]
+    return _with_gradient(
+        [query, *numbers],
+        lambda q, t, b: ops.unidirectional_sigmoid_loss(q, key, temperature=t, bias=b, backend=backend),
+    )
+
+
 @call_of("class_separability")
 def class_moments(device, dtype, backend):
     features, labels = _random(N, D, device=device, dtype=dtype), _labels(device, N)

@@ -1,19 +1,15 @@
-// Up to two SIMD vectors of queries against a tile of keys: scores, softmax and residual, an online softmax
-// as in flash attention with values = keys.
+// Up to two SIMD vectors of queries against a tile of keys: the products with both sides of what a loss makes
+// of the scores, as in attention with values = keys.
 //
 // Queries lie across the lanes, so both products read the keys by broadcast, from one copy gathered and
-// packed once per modality pair, and the softmax over keys needs no sum across lanes. bfloat16 goes through
+// packed once per modality pair, and what is summed over keys needs no sum across lanes. bfloat16 goes through
 // dot products of pairs where the CPU has them: the scores are summed in float32; the weights of the second
-// product are rounded to bfloat16, but not the largest so far, exp(0) = 1, so the residual of a sample that
-// is all but learnt keeps its digits.
+// product are rounded to bfloat16.
 #pragma once
 
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "gemm_tile.h"
-#include "vec_math.h"
 
 namespace mmfast {
 namespace {
@@ -44,32 +40,26 @@ struct ModalityPair {
 inline float pair_up(bfloat16 first, bfloat16 second) {
   return float_of(uint32_t{second.bits} << 16 | first.bits);
 }
-// The same for vectors of float that are not negative, rounded to nearest.
+// The same for vectors of float, rounded to nearest; a NaN may come out as any number.
 inline Vec<float> pair_up(Vec<float> first, Vec<float> second) {
   const auto low = (reinterpret_cast<Vec<uint32_t>>(first) + 0x8000) >> 16;
   const auto high = (reinterpret_cast<Vec<uint32_t>>(second) + 0x8000) & 0xffff0000;
   return reinterpret_cast<Vec<float>>(low | high);
 }
 
-// Up to nv vectors of queries on their way through the keys of one modality pair: an online softmax, as in
-// flash attention. With `pairs`, queries hold two dimensions and weights two keys in each float, as bfloat16.
-template <class A, int nv, bool pairs>
+// Up to nv vectors of queries on their way through the keys of one modality pair. With `pairs`, queries hold
+// two dimensions and weights two keys in each float, as bfloat16. A loss adds its rows of state.
+template <class A, int nv, bool pairs, int num_states>
 struct QueryTile {
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, W = nv * L, kPack = pairs ? 2 : 1;
-  A* query;     // [d / kPack, W]
-  A* product;   // [d, W], sum_j exp(s_ij - top_i) k_j so far
-  A* top;       // [W], the largest score so far
-  A* sum;       // [W], sum_j exp(s_ij - top_i) so far
-  A* positive;  // [W], s_ii, the score of the positive key
+  A* query;    // [d / kPack, W]
+  A* product;  // [d, W], the sum of weights times keys so far
+  A* states;   // [num_states, W]
 
-  static constexpr int64_t size(int64_t padded_dims) { return (2 * padded_dims + 3) * W; }
+  static constexpr int64_t size(int64_t padded_dims) { return (2 * padded_dims + num_states) * W; }
   QueryTile(A* memory, int64_t padded_dims)
-      : query(memory),
-        product(memory + padded_dims * W),
-        top(memory + 2 * padded_dims * W),
-        sum(top + W),
-        positive(sum + W) {}
+      : query(memory), product(memory + padded_dims * W), states(memory + 2 * padded_dims * W) {}
 
   // Gathers the effective dimensions of `count` queries; the lanes of no query hold zeros.
   template <class T>
@@ -89,8 +79,6 @@ struct QueryTile {
           target = widen(row[dims[c] * queries.stride_dim]);
         }
       }
-      // Not -infinity: as long as all scores are, their difference from it would be NaN.
-      top[i] = std::numeric_limits<A>::lowest(), sum[i] = 0, positive[i] = 0;
     }
   }
 
@@ -119,43 +107,6 @@ struct QueryTile {
     }
   }
 
-  // Keeps the scores of the positive keys: query i of `count` has key i + shift of this tile's.
-  void take_positives(const A* p, int64_t shift, int64_t num_keys, int64_t count) {
-    for (int64_t i = std::max<int64_t>(0, -shift); i < std::min(count, num_keys - shift); ++i)
-      positive[i] = p[(shift + i) * W + i];
-  }
-
-  // From scores to exp(s_ij - top_i) in place, tops and sums brought up to date; `decay` is what all sums so
-  // far are multiplied by.
-  void update_softmax(A* p, int64_t num_keys, V (&decay)[nv]) const {
-#pragma GCC unroll 2
-    for (int v = 0; v < nv; ++v) {
-      A* column = p + v * L;
-      const V last = load(top + v * L);
-      V highest = last, total = {};
-      for (int64_t j = 0; j < num_keys; ++j) {
-        const V score = load(column + j * W);
-        highest = score > highest ? score : highest;
-      }
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < num_keys; j += kPack) {
-        const V weight = softmax_exp<A>(load(column + j * W) - highest);
-        total += weight;
-        if constexpr (pairs) {
-          V second = {};
-          if (j + 1 < num_keys) second = softmax_exp<A>(load(column + (j + 1) * W) - highest);
-          total += second;
-          store(column + j / 2 * W, pair_up(weight, second));
-        } else {
-          store(column + j * W, weight);
-        }
-      }
-      decay[v] = softmax_exp<A>(last - highest);
-      store(top + v * L, highest);
-      store(sum + v * L, load(sum + v * L) * decay[v] + total);
-    }
-  }
-
   // product = decay * product + sum_j p_ij key_j
   void accumulate_residual(const ModalityPair<A>& pair, const A* panels, int64_t num_keys, const A* p,
                            bool is_first, const V (&decay)[nv]) const {
@@ -178,19 +129,6 @@ struct QueryTile {
         }
       }
     });
-  }
-
-  // The loss of query i. The difference first: where scores are large, a logarithm added to one of them would
-  // be lost.
-  A loss(int64_t i) const { return std::log(sum[i]) + (top[i] - positive[i]); }
-
-  // Adds the residual of query i, whose positive key is given, to its row [D].
-  template <class T>
-  void add_residual(const std::vector<int64_t>& dims, int64_t i, const T* key, int64_t stride_dim,
-                    A* row) const {
-    const A inverse = 1 / sum[i];
-    for (size_t c = 0; c < dims.size(); ++c)
-      row[dims[c]] += product[c * W + i] * inverse - widen(key[dims[c] * stride_dim]);
   }
 };
 
