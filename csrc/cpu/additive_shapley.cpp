@@ -130,6 +130,10 @@ struct Shapley {
 
   bool is_smooth() const { return utility == kProbability || utility == kLogProbability; }
 
+  // A product of M exponentials rounds M times more than the exponential of a sum, which float64 is not
+  // chosen for.
+  bool may_multiply() const { return std::is_same_v<A, float> && is_smooth(); }
+
   // What a block costs, as bytes read from memory in the same time.
   int64_t block_bytes() const {
     return L * M * C * sizeof(T) + (is_smooth() ? 64 * M * C : 0) + (8 * C << M);
@@ -139,17 +143,18 @@ struct Shapley {
     with_leaves([&](auto leaf_bits) {
       parallel_for(ceil_div(N, L), block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
         Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
-        if (is_smooth()) walk.set_base(bias);
+        if (may_multiply()) walk.set_base(bias);
         Sums<A> sums;
         V nonfinite = {};
         const int64_t last = std::min(end * L, N);
         for (int64_t first = begin * L; first < last; first += L) {
           if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
-          if (is_smooth()) {
+          const bool by_products = may_multiply();
+          if (by_products) {
             load_exponentials(first, walk);
             walk.fwd(sums);
           }
-          if (!is_smooth() || walk.products.has_failed) {
+          if (!by_products || walk.products.has_failed) {
             load_block(first, false, walk);
             walk.fwd(sums);
           }
@@ -175,7 +180,7 @@ struct Shapley {
       parallel_for(
           ceil_div(N, kChunk), 3 * kChunk / L * block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
             Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
-            if (is_smooth()) walk.set_base(bias);
+            if (may_multiply()) walk.set_base(bias);
             for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M); ++chunk) {
               std::fill(walk.dbias.begin(), walk.dbias.end(), V{});
               const int64_t last = std::min(N, (chunk + 1) * kChunk);
@@ -190,7 +195,7 @@ struct Shapley {
 
   template <int K>
   void bwd_block(int64_t first, const T* dphi, T* dpartial_logits, Walk<A, K>& walk) const {
-    const bool by_products = load_dphi(first, dphi, walk) && is_smooth();
+    const bool by_products = load_dphi(first, dphi, walk) && may_multiply();
     if (by_products) {
       load_exponentials(first, walk);
       walk.bwd();

@@ -128,7 +128,7 @@ def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
     # Products of large logits and gradients, and what a low temperature makes of their differences, may lie
     # beyond the dtype although the gradient does not.
     top = np.longdouble(torch.finfo(acc).max)
-    beyond = ((dw_size > top) | (finite_off * w_finite / heat > top) | (finite_off / heat > top)).any(0)
+    beyond = ((dw_size > top) | ((finite_off + off_error) / heat > top)).any(0)
     check("dlogits", dlogits, truth, bound, dtype=dtype, loose=beyond[None, :, None])
     assert_unchanged(logits=logits, present=present, dweights=dweights, dfused=dfused)
 
