@@ -107,19 +107,61 @@ def hopper():
         pytest.skip("no C++ compiler for the emulation of CUDA")
     with emulation.emulated() as module:
         module.compute_capability = 9
-        yield
+        yield module
 
 
 # Four tiles of keys, positive ones in the second and third: the others are full, and without masks. Exponents
 # of a row reach 3, 300, 3,000 and 30,000, of which the last are subtracted before they are scaled.
 @pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("temperature", [2.0, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("temperature", [2.0, 1e-2, 1e-3, 1e-4, 1e-9])
 @pytest.mark.parametrize(
     ("dtype", "num_dims"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.bfloat16, 100)]
 )
 @pytest.mark.usefixtures("hopper")
 def test_full_tiles_on_hopper(dtype, num_dims, temperature, with_residual):
     check_part_of_keys(dtype, "cuda", 70, 512, num_dims, 230, "cpu", temperature, with_residual)
+
+
+def test_exponentials_beside_the_special_functions():
+    if not emulation.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    module = emulation.EmulatedModule([emulation.ROOT / "tests/cuda_emulation/exponentials.cu"])
+    special = torch.tensor([0.0, -1.0, -126.0, -127.0, -300.0, float("-inf"), float("nan")])
+    x = torch.cat([special, torch.linspace(-130, 0.5, 20001)])
+    found = torch.empty_like(x)
+    for tensor in (x, found):
+        module.show(tensor, tensor.data_ptr())
+    module.exponentials(x.data_ptr(), found.data_ptr(), len(x))
+    assert found[:6].tolist() == [1.0, 0.5, 2.0**-126, 0.0, 0.0, 0.0]
+    assert bool(found[6].isnan())
+    truth = x.double().exp2()
+    # Two units in the last place, and below the normal range as good as nothing.
+    assert bool(((found - truth).abs() <= 2.0**-22 * truth + 2.0**-126)[7:].all())
+
+
+# Scores of 2,048 and a little more, exact in float32, of which every tile has larger ones than those before.
+@pytest.mark.parametrize("num_keys", [512, 1100])
+@pytest.mark.parametrize("compute_capability", [8, 9])
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+def test_a_maximum_that_grows_under_large_scores(dtype, compute_capability, num_keys, hopper):
+    hopper.compute_capability = compute_capability
+    query = torch.tensor([64.0, 1.0]).expand(16, 2)
+    key = torch.stack([torch.full((num_keys,), 32.0), (torch.arange(num_keys) // 32) / 8], 1)
+    arguments = (1 / 1.3, 5, "none", True)
+    found = torch.ops.mmfast.info_nce_fwd(query.to(dtype), key.to(dtype), *arguments, "cuda")[0]
+    truth = torch.ops.mmfast.info_nce_fwd(query.double(), key.double(), *arguments, "reference")[0]
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("compute_capability", [8, 9])
+def test_a_loss_of_nothing_is_zero(compute_capability, with_residual, hopper):
+    # Every sample is its own key, in a direction of its own.
+    hopper.compute_capability = compute_capability
+    features = torch.cat([7.0 * torch.eye(60), -7.0 * torch.eye(60)]).bfloat16()
+    arguments = (0.0173, 0, "none", with_residual, "cuda")
+    loss = torch.ops.mmfast.info_nce_fwd(features, features, *arguments)[0]
+    assert loss.tolist() == [0.0] * 120
 
 
 # One key after the other, so that each way to take an exponential is met.
