@@ -6,9 +6,9 @@ on their order, so what was symmetric to the last bit stays so, and no half need
 Product, one launch: a tile of 8 rows of the result goes through the rows of P, which all threads share, and
 merges their sums at its end, in float32 at least. No sum is shared between blocks: no bit changes from run to
 run. Many rows of G read P anew for each 8.
-A step of both, up to 128 dimensions one launch of one block, which holds P in registers and reads and writes
-it once; beyond two, the second of which multiplies G with its rows of P as it updates them: P is symmetric,
-so a row's products are a column of G P.
+A step of both, up to 64 dimensions (float64: 32) one launch of one block, which holds P in registers and
+reads and writes it once; beyond two, the second of which multiplies G with its rows of P as it updates them:
+P is symmetric, so a row's products are a column of G P.
 Floor: 3 D^2 elements and D^2 + 2 C D. Predicted and measured: bench/results/gradient_projection.md.
 """
 
@@ -246,8 +246,9 @@ def _step_kernel(
         tl.store(out_ptrs, out, mask=mask_c[:, None] & mask_r[None, :])
 
 
-# Dimensions up to which one block takes a whole step.
-_SMALL = 128
+def _small(dtype: torch.dtype) -> int:
+    """Return up to how many dimensions one block takes a whole step."""
+    return 256 // dtype.itemsize
 
 
 def _update_blocks(size: int, dtype: torch.dtype) -> dict:
@@ -355,7 +356,7 @@ def update_and_project_(
     rows = projector if projector.stride(0) >= projector.stride(1) else projector.T
     projected = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     common = {"EPS": torch.finfo(projector.dtype).eps, "ACC": _ELEMENT[projector.dtype]}
-    if size <= _SMALL:
+    if size <= _small(projector.dtype):
         with _on(projector.device):
             _small_step_kernel[(1,)](
                 rows,
@@ -413,14 +414,13 @@ def update_and_project_(
 
 
 def _small_blocks(size: int) -> dict:
-    """Return the block of a step that holds all of P: at most 64 elements a thread."""
-    block_d = max(16, triton.next_power_of_2(size))
-    return {**_OPTIONS, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 64 else 8}
+    """Return the block of a step that holds all of P: at most 32 registers a thread for it."""
+    return {**_OPTIONS, "BLOCK_D": max(16, triton.next_power_of_2(size))}
 
 
 def _step_blocks(size: int, dtype: torch.dtype) -> dict:
     """Return the tile of P, of which a thread holds the products with 8 rows of the gradient."""
-    return {"BLOCK_R": 4, "BLOCK_D": min(triton.next_power_of_2(size), 512 // dtype.itemsize)}
+    return {"BLOCK_R": 4, "BLOCK_D": min(triton.next_power_of_2(size), 256 // dtype.itemsize)}
 
 
 def compile_configurations() -> list[tuple]:
@@ -441,10 +441,9 @@ def compile_configurations() -> list[tuple]:
             g = f"*{element}"
             types = [p, p, "*fp64", g, g, "i64", "i32", "i32", "i32", "i64", "i64"]
             add(_step_kernel, types, {**constants, "BLOCK_C": 8, "BLOCK_P": 128, **_step_blocks(512, dtype)})
-            for size in (64, 128):
-                types = [p, p, g, g, "i64", "i32", "i32", "i64", "i64"]
-                small = {**_small_blocks(size), "stride_h": 1, "MOST": _most(dtype)}
-                add(_small_step_kernel, types, {**constants, **small})
+            types = [p, p, g, g, "i64", "i32", "i32", "i64", "i64"]
+            small = {**_small_blocks(_small(dtype)), "stride_h": 1, "MOST": _most(dtype)}
+            add(_small_step_kernel, types, {**constants, **small})
         for element in _ELEMENT.values():
             for num_rows in (1, 6):
                 wide = torch.float64 if tl.float64 in (acc, element) else torch.float32

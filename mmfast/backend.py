@@ -216,7 +216,8 @@ def why_not(backend: str) -> str | None:
     module = _load_extension(backend)
     if isinstance(module, str):
         return module
-    if backend == "cuda" and not torch.cuda.is_available():
+    # AMD's GPUs, too, are called cuda by torch, and run nothing that nvcc has built.
+    if backend == "cuda" and (torch.version.hip is not None or not torch.cuda.is_available()):
         return "no NVIDIA GPU that torch can use"
     return None
 

@@ -186,3 +186,13 @@ def test_a_module_built_before_a_change_is_refused(name, monkeypatch):
         text = f"the {name} module was built from other sources than these: install mmfast again"
         assert load(name) == text
     assert f"kInterface = {backend._INTERFACE};" in (ROOT / "csrc/registry.h").read_text()
+
+
+def test_cuda_kernels_are_not_for_amd(monkeypatch):
+    """torch calls AMD's GPUs cuda, too."""
+    monkeypatch.setattr(backend, "_load_extension", lambda _: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backend.why_not("cuda") is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend.why_not("cuda") == "no NVIDIA GPU that torch can use"

@@ -21,10 +21,11 @@ def tool():
     return SimpleNamespace(**runpy.run_path(str(FILE), run_name="compile_triton"))
 
 
-@pytest.mark.parametrize("device", ["80", "90", "100", "120", "gfx942"])
+@pytest.mark.parametrize("device", ["80", "90", "100", "120", "gfx942", "gfx950"])
 def test_spills_shared_memory_and_instructions_are_judged(tool, device):
-    shared = {"80": 163, "90": 227, "100": 227, "120": 99, "gfx942": 64}[device] * 1024
-    names = {"90": "wgmma.mma_async", "100": "tcgen05.mma", "gfx942": "v_mfma_f32_32x32x8_bf16"}
+    shared = {"80": 163, "90": 227, "100": 227, "120": 99, "gfx942": 64, "gfx950": 160}[device] * 1024
+    names = {"90": "wgmma.mma_async", "100": "tcgen05.mma"}
+    names |= dict.fromkeys(("gfx942", "gfx950"), "v_mfma_f32_32x32x8_bf16")
     facts = tool.Facts(255, 0, shared, f"  {names.get(device, 'mma.sync')}.aligned x, y;")
     device = tool.DEVICES[device]
     assert tool.problems(facts, device, "warpgroup") == []
@@ -33,6 +34,14 @@ def test_spills_shared_memory_and_instructions_are_judged(tool, device):
     assert "shared memory" in problem
     (problem,) = tool.problems(facts._replace(assembly="fma.rn.f32 x, y;"), device, "warp")
     assert "no warp matrix instruction" in problem
+
+
+def test_no_block_has_more_threads_than_a_device_takes(tool):
+    """On AMD a warp is 64 threads, so 16 warps are all of a block."""
+    for op in sorted(path.stem for path in (FILE.parent.parent / "kernels").glob("[!_]*.py")):
+        for device, (target, *_) in tool.DEVICES.items():
+            for _, _, _, options, *_ in tool.configurations(op, device):
+                assert options["num_warps"] * target.warp_size <= 1024
 
 
 def test_matrix_instructions_of_a_warp_are_not_those_of_a_group(tool):

@@ -76,7 +76,7 @@ def test_every_tile_of_the_triton_kernel(dtype, num_dims, monkeypatch):
         pytest.skip("tiles made for other devices need not fit this one")
     module = _backend.kernels("duc_loss")
     tried = []
-    for target in (80, 86, 90, 100, "gfx942"):
+    for target in (80, 86, 90, 100, "gfx942", "gfx950", "gfx942:sramecc+:xnack-"):
         common, tiles = module._choices(target, dtype, "ieee", num_dims)
         for tile in tiles:
             sizes = (common, tile.queries, tile.keys)

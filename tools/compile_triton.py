@@ -64,6 +64,7 @@ DEVICES = {
     "100": Device(GPUTarget("cuda", 100, 32), 227 << 10, r"\bmma\.sync|\btcgen05\.mma", r"\btcgen05\.mma"),
     "120": Device(GPUTarget("cuda", 120, 32), 99 << 10, r"\bmma\.sync", r"\bmma\.sync"),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, r"\bv_mfma_", r"\bv_mfma_"),
+    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 160 << 10, r"\bv_mfma_", r"\bv_mfma_"),
 }
 
 

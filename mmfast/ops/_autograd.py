@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 _is_torch_func_active = torch._C._are_functorch_transforms_active
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_num_function_modes = torch._C._len_torch_function_stack
 # A tensor that a function under torch.func let out is still wrapped.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
@@ -38,9 +40,10 @@ def is_ordinary() -> bool:
     """Whether nothing stands between a call and the memory of its tensors: no compiler, transform or mode."""
     return not (
         torch.compiler.is_compiling()
-        or is_transformed()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or _is_torch_func_active()
+        or _num_dispatch_modes()
+        or _num_function_modes()
     )
 
 
