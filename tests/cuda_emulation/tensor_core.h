@@ -39,5 +39,6 @@ uint32_t pack_pair(float low, float high) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
 
 }  // namespace mmfast
