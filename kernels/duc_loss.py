@@ -5,7 +5,7 @@ For every ordered pair of modalities, over the dimensions d that the first teach
   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
 
-One kernel numbers the columns of each pair, one closes them up (`_duc_loss_columns.py`), the main one makes
+One kernel numbers the columns of each pair, one closes them up (`_contrast_columns.py`), the main one makes
 losses and residuals (`_duc_loss_main.py`), one adds up the losses, one puts columns back and sums over
 teachers: five launches whatever the number of modalities, four without a gradient.
 Floor: 4 N^2 d operations a pair. Predicted and measured: bench/results/duc_loss.md.
@@ -13,7 +13,6 @@ Floor: 4 N^2 d operations a pair. Predicted and measured: bench/results/duc_loss
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,35 +20,17 @@ import torch
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _bits, _cdiv, _configuration, _Configurations, _on, _wide
-from ._duc_loss_columns import (
+from ._contrast_columns import (
     _column_configurations,
     _Columns,
+    _is_ready,
     _packed,
+    _reduced,
     _residual_dtype,
-    _summed,
     _unpacked,
 )
+from ._contrast_tiles import _arguments, _choices, _chosen, _machine, _precision
 from ._duc_loss_main import _duc_loss_fwd_kernel
-from ._duc_loss_tiles import _RATE, _arguments, _candidates, _choices, _Tile
-from ._tuning import choose, size_class
-
-
-@functools.cache
-def _machine(device: torch.device) -> tuple[int | str, int]:
-    """Return architecture and number of SMs."""
-    if device.type != "cuda":
-        return "interpreter", 1
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return properties.gcnArchName, properties.multi_processor_count
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Return how float32 is multiplied: on tensor cores only where the user lets torch do so."""
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _run(
@@ -65,22 +46,12 @@ def _run(
 ) -> Tensor:  # [P, N]
     num_pairs = 1 if columns is None else len(columns.counts)
     losses = queries.new_empty(num_pairs, num_queries, dtype=_wide(queries.dtype))
-    target, num_sms = _machine(queries.device)
+    target, _ = _machine(queries.device)
     precision = _precision(queries.dtype)
     common, tiles = _choices(target, queries.dtype, precision, width)
-    num_splits = 1 if residual is None else _cdiv(width, common["BLOCK_D"])
-
-    def duration(tile: _Tile) -> float:
-        num_programs = num_splits * num_pairs * _cdiv(num_queries, tile.queries)
-        return _cdiv(num_programs, num_sms) * tile.queries / _RATE[tile.queries]
-
-    # Queries by powers of four: what counts is how many programs there are for the SMs.
-    size = size_class(num_pairs * num_queries)
     part = "loss" if residual is None else "both"
-    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} {size}"
-    default = min(tiles, key=duration)._asdict()
-    chosen = choose("duc_loss", key, default, lambda: _candidates(tiles), queries.device)
-    blocks, options = _arguments(_Tile(**chosen))
+    sizes = (num_pairs, num_queries, width)
+    num_splits, blocks, options = _chosen("duc_loss", queries, part, sizes, common, tiles)
     grid = (_cdiv(num_queries, blocks["BLOCK_N"]), num_splits, num_pairs)
     with _on(queries.device):
         _duc_loss_fwd_kernel[grid](
@@ -105,17 +76,6 @@ def _run(
             **options,
         )
     return losses
-
-
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses.sum(0) if len(losses) != 1 else losses[0]
-    return _summed(losses, losses.shape[1] if reduction == "mean" else 1)
-
-
-def _is_ready(x: Tensor) -> bool:
-    """Return whether a [N, D] needs no packing to be read 16 bytes at a time."""
-    return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def duc_loss_fwd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,26 @@ def test_an_interruption_says_how_to_go_on_and_loses_nothing(npz, done, tmp_path
     assert "2 of 4 runs: already in" in result.stdout
     known = metrics(done[0])
     assert metrics(tmp_path) == {key: known[key] for key in known if key[0] in ("joint", "unimodal")}
+
+
+def test_results_from_before_an_option_go_on(npz, done, tmp_path):
+    out = tmp_path / "before"
+    shutil.copytree(done[0], out)
+    found = json.loads((out / "results.json").read_text())
+    # Results of those days had no checksum either.
+    del found["checksum"]
+    for config in (found["configuration"]["methods"]["di-mml"], *_configs_of(found, "di-mml")):
+        for name in ("contrast", "bias"):
+            del config[name]
+    (out / "results.json").write_text(json.dumps(found))
+    words = ("--seeds", "2", *SHORT_HEADS)
+    result = invoke(npz, out, *words, "--set", "di-mml.contrast=sigmoid")
+    assert "di-mml.contrast is infonce there, sigmoid here" in result.stderr
+    assert invoke(npz, out, *words).exit_code == 0
+
+
+def _configs_of(results, method):
+    return [entry["config"] for entry in results["runs"] if entry["method"] == method]
 
 
 @pytest.mark.parametrize(

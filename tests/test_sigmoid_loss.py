@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import sigmoid_loss as reference
+from support import emulation
 from support.cases import DTYPES, HALF, dtype_name, is_interpreted, laws
 from support.numerics import assert_close_to_truth, assert_rounded_once
 
@@ -75,7 +77,7 @@ def test_close_to_truth(shape, dtype, learns, reduction, backend, device):
 
 # Around the tiles of the kernels: lanes, panels of keys, tiles of keys, blocks of queries, slices of
 # dimensions.
-EDGES = [(16, 24), (17, 513), (32, 2), (95, 12), (97, 13), (193, 70), (300, 600), (1100, 40)]
+EDGES = [(16, 24), (17, 513), (32, 2), (95, 12), (97, 13), (193, 70), (300, 600)]
 
 
 def check_all(backend):
@@ -388,6 +390,35 @@ def test_parts_sum_to_the_whole(backend, device):
     loss, residual, sums = zip(*parts, strict=True)
     joined = (sum(loss), torch.cat(residual), torch.cat(sums, 1))
     torch.testing.assert_close(joined, whole)
+
+
+@pytest.mark.parametrize("num_dims", [40, 100, 200, 300, 520])
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+def test_every_path_of_the_cuda_kernel(dtype, num_dims):
+    if not emulation.compiler():
+        pytest.skip("no C++ compiler for the emulation of CUDA")
+    with emulation.emulated():
+        # Several tiles of every kernel, so that stages are filled again; more than 512 keys are split.
+        check_part_of_keys(dtype, "cuda", 70, 330 if dtype == torch.float16 else 600, num_dims, 101)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
+def test_factors_are_multiplied_as_compiled_kernels_do(dtype, monkeypatch):
+    if reason := _backend.why_not("triton"):
+        pytest.skip(reason)
+    if not _backend.interpreting():
+        pytest.skip("elsewhere nothing else is done")
+    module = _backend.kernels("sigmoid_loss")
+    monkeypatch.setattr(module, "_joins", lambda target: True)
+    common, tiles = module._sigmoid_choices("interpreter", dtype, "ieee", 8)
+    for num_keys in (16, 128):
+        tile = [tiles[0]._replace(queries=16, keys=num_keys)]
+        monkeypatch.setattr(module, "_sigmoid_choices", lambda *_, only=(common, tile): only)
+        check_part_of_keys(dtype, "triton", 5, 2 * num_keys + 3, 8, num_keys - 2)
+        # As many factors of 2 as there are keys of a tile.
+        zero = torch.zeros(num_keys, 8, dtype=dtype)
+        loss = ops.unidirectional_sigmoid_loss(zero, zero, bias=0.0, backend="triton")
+        torch.testing.assert_close(loss, torch.tensor(2.0).log() * num_keys)
 
 
 def test_layouts(backend, device):

@@ -291,6 +291,21 @@ def test_errors_name_the_argument(call, text):
         call()
 
 
+def test_checkpoints_from_before_an_option_are_resumed(tmp_path):
+    options = {"out_dir": tmp_path, "max_epochs": 1}
+    fitted("di-mml", **options)
+    path = tmp_path / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    for name in ("contrast", "bias"):
+        del state["config"][name]
+    torch.save(state, path)
+    fitted("di-mml", **options, resume=True)
+    state["config"]["contrast"] = "sigmoid"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"must be of a run with config \{'contrast': 'infonce'\}"):
+        fitted("di-mml", **options, resume=True)
+
+
 def test_a_method_s_class_is_no_method():
     with pytest.raises(TypeError, match=r"method must be an instance, MLA\(\), or a name, got the class"):
         mmfast.Trainer(mmfast.methods.MLA)

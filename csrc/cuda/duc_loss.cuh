@@ -273,19 +273,18 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
   }
 }
 
-// Writes, from first_column on, the residuals p k - positive key of a warp's 16 rows.
-template <class T, int columns, int tile_keys>
-__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
-                                                const SoftmaxRows& rows, const float (&acc)[columns / 2],
-                                                int first_column, int count, int num_panels) {
+// Writes, from first_column on, factor acc + own key's factor k of a warp's 16 rows, k their own keys.
+template <class T, int columns, int tile_keys, class Own>
+__device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& share, int64_t first_row,
+                                           const float (&factor)[2], const Own& own,
+                                           const float (&acc)[columns / 2], int first_column, int count,
+                                           int num_panels) {
   const int lane = threadIdx.x % kWarp, t = lane % 4, left = count - first_column - 2 * t;
   const T* keys = static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride;
-  const float positive_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (row >= sweep.num_queries) continue;
-    const float inverse = 1 / divisor_of(sweep, rows.sum[h]);
     // The row's positive key in the first of these panels: chunk i of each stands at place i ^ r % 8.
     const int64_t positive_row = sweep.offset + row, tile = positive_row / tile_keys;
     const int r = static_cast<int>(positive_row - tile * tile_keys);
@@ -298,9 +297,8 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
       for (int i = 0; i < columns / 8; ++i) {
         if (8 * i >= left) continue;
         const auto k = load_pack<2>(positive + i / 8 * (tile_keys * kPanel) + (i % 8 ^ r % 8) * 8);
-        const float low = acc[4 * i + 2 * h] * inverse - positive_factor * static_cast<float>(k.values[0]);
-        const float high =
-            acc[4 * i + 2 * h + 1] * inverse - positive_factor * static_cast<float>(k.values[1]);
+        const float low = acc[4 * i + 2 * h] * factor[h] + own(h, static_cast<float>(k.values[0]));
+        const float high = acc[4 * i + 2 * h + 1] * factor[h] + own(h, static_cast<float>(k.values[1]));
         if constexpr (sizeof(*residual) == 4) {
           residual[target + 4 * i] = pack_pair<T>(low, high);
         } else {
@@ -314,6 +312,18 @@ __device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share&
       store(static_cast<Pack<float, 2>*>(sweep.residual));
     }
   }
+}
+
+// The same of the residuals p k - positive key.
+template <class T, int columns, int tile_keys>
+__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
+                                                const SoftmaxRows& rows, const float (&acc)[columns / 2],
+                                                int first_column, int count, int num_panels) {
+  const float positive_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;
+  const float inverse[2] = {1 / divisor_of(sweep, rows.sum[0]), 1 / divisor_of(sweep, rows.sum[1])};
+  const auto own = [&](int, float k) { return -positive_factor * k; };
+  store_sums<T, columns, tile_keys>(sweep, share, first_row, inverse, own, acc, first_column, count,
+                                    num_panels);
 }
 
 }  // namespace mmfast::duc

@@ -36,19 +36,22 @@ struct Columns {
 };
 
 // What the host knows of a call; the sizes are those of all that Python has taken memory for.
-struct Call {
+template <class S>
+struct CallOf {
   Columns columns;
-  Sweep sweep;
+  S sweep;
   const View* views;     // [M, 2] on the host
   const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
   int num_sms;
   Dtype dtype;
+  const char* op;  // for errors
   // Where queries and keys are packed to; keys row by row of float32 and float64 alone, and only where those
   // that are there cannot be read as they lie.
   void *queries, *keys, *keys_by_row;
   KeyRows rows_of_keys;
   void* stream;
 };
+using Call = CallOf<Sweep>;
 
 struct Engine {
   int first_major, last_major;  // of compute capabilities
@@ -68,8 +71,8 @@ constexpr Tiling kSm90aTiling{{128, 128, 96, 64, 64}, 4};
 constexpr Tiling kMmaTiling{{64, 64, 32, 64, 64}, 3};
 
 void launch_sm90a(const Call& call, int bucket);  // duc_loss_sm90a.cu
-void launch_mma(const Call& call, int bucket);    // duc_loss_mma.cuh
-void launch_plain(const Call& call, int bucket);  // duc_loss_plain.cuh
+void launch_mma(const Call& call, int bucket);    // duc_loss.cu, by duc_loss_mma.cuh
+void launch_plain(const Call& call, int bucket);  // duc_loss.cu, by duc_loss_plain.cuh
 
 // The first that fits is taken.
 constexpr Engine kEngines[] = {

@@ -1,7 +1,7 @@
 // The sweep of duc_loss in half precision on the tensor cores of sm_80 and later: 8 warps of 16 queries each,
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
-// columns are split over blocks. Included by duc_loss.cu only.
+// columns are split over blocks. Included by contrast_call.cuh only.
 //
 // Machine code: duc_mma_kernel, 80 90 100 120: HMMA LDGSTS
 // Machine code: duc_mma_wide_kernel, 80 90 100 120: HMMA LDGSTS
@@ -66,6 +66,27 @@ __device__ __forceinline__ void add_weighted(float* acc, const uint32_t (&p)[key
   }
 }
 
+// What a loss makes of scores, here the online softmax: sigmoid_loss.cu has its own of the same names.
+__device__ __forceinline__ SoftmaxRows begin_rows(const Sweep&) { return {}; }
+
+template <class T, int keys>
+__device__ __forceinline__ void weigh(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
+                                      int64_t first_key, int64_t first_positive, const Sweep& sweep) {
+  online_softmax<keys>(s, rows, decay, first_key, first_positive, sweep.num_keys,
+                       static_cast<float>(sweep.scale));
+}
+
+template <int n>
+__device__ __forceinline__ void decay_rows(const SoftmaxRows&, float (&acc)[n], const float (&decay)[2]) {
+  scale_rows(acc, decay);
+}
+
+template <class T>
+__device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
+                                             const SoftmaxRows& rows) {
+  store_losses(sweep, index, first_row, rows);
+}
+
 template <int panels, int keys, int stages_>
 struct MmaTile {
   static constexpr int stages = stages_, query_bytes = kMmaRows * panels * kPanelRowBytes,
@@ -74,9 +95,9 @@ struct MmaTile {
 };
 
 // Pairs of up to 64 << bucket columns. Grid: blocks of queries, 1, pairs.
-template <class T, int bucket, int stages>
+template <class T, int bucket, int stages, class S>
 __global__ void __launch_bounds__(kMmaBlock)
-    duc_mma_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
+    duc_mma_kernel(S sweep, const __grid_constant__ Tiling tiling) {
   constexpr int num_panels = 1 << bucket, keys = kMmaTiling.keys[bucket];
   using Tile = MmaTile<num_panels, keys, stages>;
   const Share share(sweep, keys);
@@ -100,11 +121,10 @@ __global__ void __launch_bounds__(kMmaBlock)
              Tile::query_bytes);
   for (int i = 0; i < stages - 1; ++i) copy_tile(share.first_tile + i);
 
-  const float scale = static_cast<float>(sweep.scale);
   const int64_t first_positive = sweep.offset + first_row + 16 * warp;
   const uint32_t warp_queries = queries + warp / 4 * (num_panels * kQueryRows * kPanelRowBytes);
   float acc[32 * num_panels] = {};
-  SoftmaxRows rows;
+  auto rows = begin_rows(sweep);
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     cp_async_wait<stages - 2>();
     __syncthreads();
@@ -117,9 +137,9 @@ __global__ void __launch_bounds__(kMmaBlock)
       add_scores<T, keys>(s, warp_queries + panel * kQueryRows * kPanelRowBytes, warp % 4 * 16,
                           current + panel * keys * kPanelRowBytes);
     }
-    online_softmax<keys>(s, rows, decay, tile * keys, first_positive, sweep.num_keys, scale);
+    weigh<T, keys>(s, rows, decay, tile * keys, first_positive, sweep);
     if (sweep.residual == nullptr) continue;
-    scale_rows(acc, decay);
+    decay_rows(rows, acc, decay);
     uint32_t p[keys / 16][4];
     round_weights<T, keys>(p, s);
 #pragma unroll
@@ -128,7 +148,7 @@ __global__ void __launch_bounds__(kMmaBlock)
   }
   cp_async_wait<0>();
   finish_rows(rows);
-  store_losses(sweep, share.index, first_row + 16 * warp, rows);
+  store_losses<T>(sweep, share.index, first_row + 16 * warp, rows);
   if (sweep.residual == nullptr) return;
   store_residuals<T, 64 * num_panels, keys>(sweep, share, first_row + 16 * warp, rows, acc, 0, count,
                                             num_panels);
@@ -161,9 +181,9 @@ struct WideCopy {
   }
 };
 
-template <class T>
+template <class T, class S>
 __global__ void __launch_bounds__(kMmaBlock)
-    duc_mma_wide_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
+    duc_mma_wide_kernel(S sweep, const __grid_constant__ Tiling tiling) {
   const Share share(sweep, kWideKeys);
   const int count = sweep.count(share.pair), first_panel = blockIdx.y * kWidePanels;
   const int num_panels = ceil_div(count, kPanel);
@@ -180,19 +200,18 @@ __global__ void __launch_bounds__(kMmaBlock)
   const int num_steps = num_panels + (sweep.residual == nullptr ? 0 : block_panels);
   StepPipeline<kWideStages, WideCopy> pipeline(copy, share, num_steps);
 
-  const float scale = static_cast<float>(sweep.scale);
   const int64_t first_positive = sweep.offset + first_row + 16 * warp;
   float acc[32 * kWidePanels] = {};
-  SoftmaxRows rows;
+  auto rows = begin_rows(sweep);
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     float s[kWideKeys / 2] = {}, decay[2];
     for (int panel = 0; panel < num_panels; ++panel) {
       const uint32_t current = stages + pipeline.begin_step() * kWideStage;
       add_scores<T, kWideKeys>(s, current, 16 * warp, current + kWideQueryBytes);
     }
-    online_softmax<kWideKeys>(s, rows, decay, tile * kWideKeys, first_positive, sweep.num_keys, scale);
+    weigh<T, kWideKeys>(s, rows, decay, tile * kWideKeys, first_positive, sweep);
     if (sweep.residual == nullptr) continue;
-    scale_rows(acc, decay);
+    decay_rows(rows, acc, decay);
     uint32_t p[kWideKeys / 16][4];
     round_weights<T, kWideKeys>(p, s);
 #pragma unroll
@@ -205,45 +224,45 @@ __global__ void __launch_bounds__(kMmaBlock)
   }
   cp_async_wait<0>();
   finish_rows(rows);
-  if (first_panel == 0) store_losses(sweep, share.index, first_row + 16 * warp, rows);
+  if (first_panel == 0) store_losses<T>(sweep, share.index, first_row + 16 * warp, rows);
   if (sweep.residual == nullptr) return;
   store_residuals<T, 64 * kWidePanels, kWideKeys>(sweep, share, first_row + 16 * warp, rows, acc,
                                                   first_panel * kPanel, count, num_panels);
 }
 
-template <class T, int bucket, int stages>
-void launch_mma_bucket(const Call& call) {
-  const auto kernel = &duc_mma_kernel<T, bucket, stages>;
+template <class T, int bucket, int stages, class S>
+void launch_mma_bucket(const CallOf<S>& call) {
+  const auto kernel = &duc_mma_kernel<T, bucket, stages, S>;
   constexpr int bytes = MmaTile<1 << bucket, kMmaTiling.keys[bucket], stages>::shared_bytes;
-  allow_shared_memory(kOp, kernel, bytes);
-  const Sweep& sweep = call.sweep;
+  allow_shared_memory(call.op, kernel, bytes);
+  const S& sweep = call.sweep;
   const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), 1, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kMmaBlock, bytes, call.stream, sweep, kMmaTiling);
 }
 
-template <class T>
-void launch_mma_bucket(const Call& call, int bucket) {
+template <class T, class S>
+void launch_mma_bucket(const CallOf<S>& call, int bucket) {
   if (bucket == 0) return launch_mma_bucket<T, 0, 3>(call);
   if (bucket == 1) return launch_mma_bucket<T, 1, 3>(call);
   launch_mma_bucket<T, 2, 2>(call);
 }
 
 // The pairs of the last bucket of any engine's tiling.
-template <class T>
-void launch_mma_wide(const Call& call, const Tiling& tiling) {
-  const auto kernel = &duc_mma_wide_kernel<T>;
-  allow_shared_memory(kOp, kernel, kWideShared);
-  const Sweep& sweep = call.sweep;
+template <class T, class S>
+void launch_mma_wide(const CallOf<S>& call, const Tiling& tiling) {
+  const auto kernel = &duc_mma_wide_kernel<T, S>;
+  allow_shared_memory(call.op, kernel, kWideShared);
+  const S& sweep = call.sweep;
   const unsigned num_slices = sweep.residual == nullptr ? 1 : grid_blocks(sweep.width, kWidePanels * kPanel);
   const dim3 grid(grid_blocks(sweep.num_queries, kMmaRows), num_slices, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kMmaBlock, kWideShared, call.stream, sweep, tiling);
 }
 
-}  // namespace
-
-void launch_mma(const Call& call, int bucket) {
+template <class S>
+void sweep_mma(const CallOf<S>& call, int bucket) {
   if (call.dtype == Dtype::kFloat16) return launch_mma_bucket<__half>(call, bucket);
   launch_mma_bucket<__nv_bfloat16>(call, bucket);
 }
 
+}  // namespace
 }  // namespace mmfast::duc

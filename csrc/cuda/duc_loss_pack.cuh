@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // Launches kernel(columns, views, first_modality, more...) for all modalities; a block for so many rows.
-template <class Kernel, class... More>
-void launch_pack(const Call& call, Kernel* kernel, int rows, const More&... more) {
+template <class S, class Kernel, class... More>
+void launch_pack(const CallOf<S>& call, Kernel* kernel, int rows, const More&... more) {
   const int num_modalities = call.columns.num_modalities, kinds = 2 * std::max(1, num_modalities - 1);
   const int64_t num_rows =
       std::max(round_up(call.sweep.num_queries, kQueryMultiple), round_up(call.sweep.num_keys, kKeyMultiple));

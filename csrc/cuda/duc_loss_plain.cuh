@@ -1,7 +1,7 @@
 // The sweep of duc_loss in float32 and float64, without tensor cores: 256 threads, of which each holds a
 // piece of the scores and of the residual in registers. All operands stream through shared memory in steps of
-// 16 dimensions for the scores and 16 keys for the residual, copied two steps ahead. Included by duc_loss.cu
-// only.
+// 16 dimensions for the scores and 16 keys for the residual, copied two steps ahead. Included by
+// contrast_call.cuh only.
 #pragma once
 
 #include <algorithm>
@@ -168,6 +168,22 @@ __device__ __forceinline__ void plain_softmax(T (&s)[Tile::thread_rows][Tile::th
   }
 }
 
+// What a loss makes of scores, here the online softmax: sigmoid_loss.cu has its own of the same names.
+template <class T, int rows>
+__device__ __forceinline__ PlainRows<T, rows> begin_plain_rows(const Sweep&) {
+  return {};
+}
+
+template <class Tile, class T = typename Tile::T>
+__device__ __forceinline__ void weigh_plain(T (&s)[Tile::thread_rows][Tile::thread_keys],
+                                            PlainRows<T, Tile::thread_rows>& rows,
+                                            T (&acc)[Tile::thread_rows][Tile::thread_columns],
+                                            int64_t first_key, int64_t first_positive, const Sweep& sweep,
+                                            int thread_row, int thread_column) {
+  mask_scores<Tile>(s, rows, first_key, first_positive, sweep.num_keys, thread_row, thread_column);
+  plain_softmax<Tile>(s, rows, acc, static_cast<T>(sweep.scale));
+}
+
 // Puts a thread's weights where all can read them, key by key.
 template <class Tile, class T = typename Tile::T>
 __device__ __forceinline__ void share_weights(T* weights, const T (&s)[Tile::thread_rows][Tile::thread_keys],
@@ -232,8 +248,8 @@ __device__ __forceinline__ void store_plain(const Sweep& sweep, const Share& sha
 }
 
 // Grid: blocks of queries, blocks of the residual's columns, pairs.
-template <class Tile>
-__global__ void __launch_bounds__(kPlainBlock) duc_plain_kernel(Sweep sweep, KeyRows rows_of_keys) {
+template <class Tile, class S>
+__global__ void __launch_bounds__(kPlainBlock) duc_plain_kernel(S sweep, KeyRows rows_of_keys) {
   using T = typename Tile::T;
   constexpr int kRows = Tile::thread_rows, kKeys = Tile::thread_keys, kColumns = Tile::thread_columns;
   const Share share(sweep, Tile::keys);
@@ -264,16 +280,14 @@ __global__ void __launch_bounds__(kPlainBlock) duc_plain_kernel(Sweep sweep, Key
   const int num_steps = score_steps + (has_residual ? Tile::keys / Tile::step : 0);
   StepPipeline<Tile::stages, PlainCopy<Tile>> pipeline(copy, share, num_steps);
 
-  const T scale = static_cast<T>(sweep.scale);
   T acc[kRows][kColumns] = {};
-  PlainRows<T, kRows> rows;
+  auto rows = begin_plain_rows<T, kRows>(sweep);
   for (int64_t tile = share.first_tile; tile < share.end_tile; ++tile) {
     T s[kRows][kKeys] = {};
     for (int part = 0; part < score_steps; ++part)
       add_scores<Tile>(s, stages + pipeline.begin_step() * Tile::stage, thread_row, thread_column);
-    mask_scores<Tile>(s, rows, tile * Tile::keys, sweep.offset + first_row, sweep.num_keys, thread_row,
+    weigh_plain<Tile>(s, rows, acc, tile * Tile::keys, sweep.offset + first_row, sweep, thread_row,
                       thread_column);
-    plain_softmax<Tile>(s, rows, acc, scale);
     if (!has_residual) continue;
     // The last reads of the weights lie before the barriers of the steps in between.
     share_weights<Tile>(weights, s, thread_row, thread_column);
@@ -286,32 +300,31 @@ __global__ void __launch_bounds__(kPlainBlock) duc_plain_kernel(Sweep sweep, Key
                     thread_column);
 }
 
-template <class Tile>
-void launch_plain(const Call& call) {
+template <class Tile, class S>
+void launch_plain(const CallOf<S>& call) {
   using T = typename Tile::T;
-  const Sweep& sweep = call.sweep;
+  const S& sweep = call.sweep;
   launch_pack(call, &duc_pack_plain_kernel<T>, kWarp, Tile::rows, Tile::keys, Tile::step,
               static_cast<T*>(call.queries), static_cast<T*>(call.keys), static_cast<T*>(call.keys_by_row),
               sweep.query_stride, sweep.key_stride, sweep.width, sweep.num_queries, sweep.num_keys);
-  const auto kernel = &duc_plain_kernel<Tile>;
-  allow_shared_memory(kOp, kernel, Tile::shared_bytes);
+  const auto kernel = &duc_plain_kernel<Tile, S>;
+  allow_shared_memory(call.op, kernel, Tile::shared_bytes);
   const unsigned num_slices = sweep.residual == nullptr ? 1 : grid_blocks(sweep.width, Tile::columns);
   const dim3 grid(grid_blocks(sweep.num_queries, Tile::rows), num_slices, sweep.num_pairs * sweep.num_splits);
   MMFAST_LAUNCH((kernel), grid, kPlainBlock, Tile::shared_bytes, call.stream, sweep, call.rows_of_keys);
 }
 
 // Waves of blocks over the SMs, times what a block multiplies for a key: scores and its slice of columns.
-template <class Tile>
-double duration(const Call& call) {
+template <class Tile, class S>
+double duration(const CallOf<S>& call) {
   const Sweep& sweep = call.sweep;
   const int64_t blocks = int64_t{1} * sweep.num_pairs * sweep.num_splits *
                          grid_blocks(sweep.num_queries, Tile::rows) * grid_blocks(sweep.width, Tile::columns);
   return grid_blocks(blocks, call.num_sms) * Tile::rows * (sweep.width + Tile::columns);
 }
 
-}  // namespace
-
-void launch_plain(const Call& call, int) {
+template <class S>
+void sweep_plain(const CallOf<S>& call, int) {
   if (call.dtype == Dtype::kFloat64) return launch_plain<PlainTile<double, 4, 2, 4>>(call);
   using Wide = PlainTile<float, 8, 4, 16>;
   using Large = PlainTile<float, 8, 4, 8>;
@@ -319,9 +332,13 @@ void launch_plain(const Call& call, int) {
   // Small tiles read shared memory more often for what they multiply.
   const double wide = duration<Wide>(call), large = duration<Large>(call),
                small = 1.4 * duration<Small>(call);
-  if (call.sweep.residual != nullptr && wide < std::min(large, small)) return launch_plain<Wide>(call);
+  if constexpr (std::is_same_v<S, Sweep>) {
+    // The rows of the sigmoid loss would not fit the registers beside so many columns.
+    if (call.sweep.residual != nullptr && wide < std::min(large, small)) return launch_plain<Wide>(call);
+  }
   if (large < small) return launch_plain<Large>(call);
   launch_plain<Small>(call);
 }
 
+}  // namespace
 }  // namespace mmfast::duc

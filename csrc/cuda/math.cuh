@@ -37,6 +37,23 @@ __device__ __forceinline__ A multiply_add(A x, A y, A z) {
   }
 }
 template <class A>
+__device__ __forceinline__ A exponential(A x) {
+  if constexpr (std::is_same_v<A, float>) {
+    return expf(x);
+  } else {
+    return exp(x);
+  }
+}
+// ln(1 + x).
+template <class A>
+__device__ __forceinline__ A natural_log_of_one_and(A x) {
+  if constexpr (std::is_same_v<A, float>) {
+    return log1pf(x);
+  } else {
+    return log1p(x);
+  }
+}
+template <class A>
 __device__ __forceinline__ A natural_log(A x) {
   if constexpr (std::is_same_v<A, float>) {
     return logf(x);

@@ -78,6 +78,13 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return pair;
 }
 
+// 1 / x in one instruction, to a unit in the last place.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x in one instruction, with an error of 2 units in the last place; results below the normal range are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

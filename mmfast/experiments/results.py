@@ -141,7 +141,10 @@ class Results:
                 is_mine = entry.pop(_COMPARISON, None) == self._digest() and entry["method"] in METHODS
             except (ValueError, TypeError, AttributeError, KeyError):
                 continue
-            if is_mine and configs.get(entry["method"], entry["config"]) == entry["config"]:
+            if not is_mine:
+                continue
+            config = METHODS[entry["method"]]().config() | entry["config"]
+            if configs.get(entry["method"], config) == config:
                 yield entry
 
     def _digest(self) -> str:
@@ -159,7 +162,8 @@ class Results:
             for key in [key for key in here if key not in ignored and _differ(there.get(key), here[key])]:
                 differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
         for name, config in mine["configuration"]["methods"].items():
-            there = found["configuration"]["methods"].get(name, config)
+            # An option that is younger than the results had its default there.
+            there = METHODS[name]().config() | found["configuration"]["methods"].get(name, config)
             for key in [key for key in config if there.get(key) != config[key]]:
                 differ.append(f"{name}.{key} is {_short(there.get(key))} there, {_short(config[key])} here")
         if not differ and found["data"].get("fingerprint") != mine["data"]["fingerprint"]:

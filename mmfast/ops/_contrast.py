@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +48,33 @@ def loss_like(query: Tensor, reduction: str) -> Tensor:  # [] or [N]
     """Return room for the loss of queries [N, D]."""
     shape = query.shape[:1] if reduction == "none" else ()
     return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+
+
+def views_of(
+    features: list[Tensor],  # M of [N, D]
+    keys: list[Tensor],  # M of [K, D]
+) -> array:  # int64 [M, 2, 3]
+    """Return the addresses and strides of all matrices, as `DucOperands` of csrc has them."""
+    numbers: list[int] = []
+    for feature, key in zip(features, keys):
+        numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
+    return array("q", numbers)
+
+
+def workspace_of(
+    loss: Tensor,  # [] or [N]
+    query: Tensor,  # [N, D]
+    plan: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """Return the memory that a CUDA kernel's plan asks for, as `Workspace` of csrc has it."""
+    num_packed, num_residual_bytes, num_partial, num_losses, num_indices = plan
+    return (
+        query.new_empty(num_packed),
+        query.new_empty(num_residual_bytes, dtype=torch.uint8),
+        loss.new_empty(num_partial),
+        loss.new_empty(num_losses),
+        loss.new_empty(num_indices, dtype=torch.int32),
+    )
 
 
 def scaled(

@@ -9,22 +9,11 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._contrast import REDUCTIONS, loss_like
+from mmfast.ops._contrast import REDUCTIONS, loss_like, views_of, workspace_of
 from mmfast.ops._launch import DTYPE_CODE, address, outside_autocast
 from mmfast.ops._registration import define
 from mmfast.reference import duc_loss as _reference
 from mmfast.reference._common import reduced, residual_dtype
-
-
-def _views(
-    features: list[Tensor],  # M of [N, D]
-    keys: list[Tensor],  # M of [K, D]
-) -> array:  # int64 [M, 2, 3]
-    """Return the addresses and strides of all matrices, as `DucOperands` of csrc has them."""
-    numbers: list[int] = []
-    for feature, key in zip(features, keys):
-        numbers += feature.data_ptr(), *feature.stride(), key.data_ptr(), *key.stride()
-    return array("q", numbers)
 
 
 def _residuals(features: list[Tensor], with_residual: bool) -> Tensor:  # [M, N, D] or [0]
@@ -47,7 +36,7 @@ def _duc_cpu(
     query, keys = features[0], keys or features
     num_samples, num_dims = query.shape
     loss, residuals = loss_like(query, reduction), _residuals(features, with_residual)
-    views = _views(features, keys)
+    views = views_of(features, keys)
     mask = None if effective is None else effective.contiguous()
     _backend.extension("cpu").duc_loss_fwd(
         views.buffer_info()[0],
@@ -80,7 +69,7 @@ def _duc_cuda(
 ) -> tuple[Tensor, Tensor]:  # [] or [N]; [M, N, D] or [0]
     query, keys, module = features[0], keys or features, _backend.extension("cuda")
     loss, residuals = loss_like(query, reduction), _residuals(features, with_residual)
-    views, known, dtype = _views(features, keys), array("q", sizes), DTYPE_CODE[query.dtype]
+    views, known, dtype = views_of(features, keys), array("q", sizes), DTYPE_CODE[query.dtype]
     mask = None if effective is None else effective.contiguous()
     shape = (len(features), keys[0].shape[0], *query.shape)
     operands = (views.buffer_info()[0], address(mask), *shape, known.buffer_info()[0] if sizes else 0)
@@ -93,14 +82,7 @@ def _duc_cuda(
         if reduction == "sum":
             loss.mul_(num_samples)
         return loss, residuals.zero_()
-    num_packed, num_residual_bytes, num_partial, num_losses, num_indices = plan
-    workspace = (
-        query.new_empty(num_packed),
-        query.new_empty(num_residual_bytes, dtype=torch.uint8),
-        loss.new_empty(num_partial),
-        loss.new_empty(num_losses),
-        loss.new_empty(num_indices, dtype=torch.int32),
-    )
+    workspace = workspace_of(loss, query, plan)
     module.duc_loss_fwd(
         *operands,
         *map(address, workspace),

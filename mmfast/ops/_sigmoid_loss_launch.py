@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops._contrast import REDUCTIONS, loss_like
-from mmfast.ops._launch import DTYPE_CODE, outside_autocast, strided
+from mmfast.ops._contrast import REDUCTIONS, loss_like, views_of, workspace_of
+from mmfast.ops._launch import DTYPE_CODE, address, outside_autocast, strided
 from mmfast.ops._registration import define
 from mmfast.reference import sigmoid_loss as _reference
 from mmfast.reference._common import accumulation_dtype, reduced, residual_dtype
@@ -43,6 +43,55 @@ def _sigmoid_loss_cpu(
         torch.get_num_threads(),
     )
     return loss, residual, sums
+
+
+def _sigmoid_loss_cuda(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [K, D]
+    numbers: Tensor | None,  # float64 [2]
+    temperature: float,
+    bias: float,
+    offset: int,
+    reduction: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [] or [N]; [N, D] or [0]; [2, N]
+    if query.numel() == 0:
+        # Without dimensions there is nothing to sweep.
+        return _sigmoid_loss_reference(
+            query, key, numbers, temperature, bias, offset, reduction, with_residual
+        )
+    module, dtype = _backend.extension("cuda"), DTYPE_CODE[query.dtype]
+    loss, residual, sums = _results(query, reduction, with_residual)
+    views = views_of([query], [key])
+    operands = (views.buffer_info()[0], 0, 1, key.shape[0], *query.shape)
+    workspace = workspace_of(loss, query, module.sigmoid_loss_plan(*operands, with_residual, dtype))
+    module.sigmoid_loss_fwd(
+        *operands,
+        *map(address, workspace),
+        loss.data_ptr(),
+        residual.data_ptr() if with_residual else 0,
+        sums.data_ptr(),
+        address(numbers),
+        temperature,
+        bias,
+        offset,
+        REDUCTIONS.index(reduction),
+        dtype,
+        *_backend.stream_of(query),
+    )
+    return loss, residual, sums
+
+
+def _sigmoid_loss_triton(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [K, D]
+    numbers: Tensor | None,  # float64 [2]
+    *options: float | int | str | bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [] or [N]; [N, D] or [0]; [2, N]
+    if query.numel() == 0:
+        # Without dimensions there is nothing to sweep.
+        return _sigmoid_loss_reference(query, key, numbers, *options)
+    return _backend.kernels("sigmoid_loss").sigmoid_loss_fwd(query, key, numbers, *options)
 
 
 @outside_autocast
@@ -87,4 +136,6 @@ sigmoid_loss_op = define(
     fake=_sigmoid_loss_fake,
     reference=_sigmoid_loss_reference,
     cpu=_sigmoid_loss_cpu,
+    cuda=_sigmoid_loss_cuda,
+    triton=_sigmoid_loss_triton,
 )

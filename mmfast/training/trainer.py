@@ -270,6 +270,9 @@ class Trainer:
                 # Where the data came from and how they were read is free: they themselves are compared.
                 free = {"source": None, "skip_unreadable": None}
                 theirs, ours = ({**values, **free} for values in (theirs or {}, ours))
+            elif key == "config":
+                # An option that is younger than the checkpoint had its default there.
+                theirs = _plain(type(self.method)().config()) | (theirs or {})
             if theirs == ours:
                 continue
             if isinstance(theirs, dict) and isinstance(ours, dict):

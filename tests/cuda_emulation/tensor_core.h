@@ -40,5 +40,6 @@ uint32_t pack_pair(float low, float high) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float max_or_nan(float x, float y) { return x != x || x > y ? x : y; }
+inline float reciprocal_approx(float x) { return 1 / x; }
 
 }  // namespace mmfast

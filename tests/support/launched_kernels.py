@@ -183,6 +183,21 @@ def duc_loss() -> None:
         backward(ops.unidirectional_info_nce(q, q.detach(), backend="triton"), q)
 
 
+def sigmoid_loss() -> None:
+    shapes = [(32, 64), (15, 33), (1, 1), (1, 64), (32, 1), (32, 256), (1000, 64), (20_000, 64), (64, 512)]
+    for shape, dtype, layout in layouts(*shapes, (32, 128), (20_000, 128), (20_000, 256)):
+        q = tensor(*shape, dtype=dtype, layout=layout)
+        numbers = [tensor(1, dtype=torch.float32, layout=layout) for _ in range(2)]
+        loss = ops.unidirectional_sigmoid_loss
+        backward(loss(q, q.detach(), backend="triton"), q)
+        backward(loss(q, q.detach(), temperature=numbers[0], bias=numbers[1], backend="triton"), q, *numbers)
+        with torch.no_grad():
+            loss(q, q.detach(), reduction="none", backend="triton")
+    for shape in shapes[-4:]:
+        q = tensor(*shape, dtype=HALF)
+        backward(ops.unidirectional_sigmoid_loss(q, q.detach(), backend="triton"), q)
+
+
 def class_separability() -> None:
     # effective_dimensions, which calls these two, refuses centroids that nobody computed.
     for (num_samples, num_dims, num_classes), dtype, layout in layouts(
@@ -255,6 +270,7 @@ CALLS = {
         shapley_values,
         additive_shapley,
         duc_loss,
+        sigmoid_loss,
         class_separability,
         kmeans,
         partial_reinit,

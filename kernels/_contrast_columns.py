@@ -315,6 +315,17 @@ def _summed(
     return loss
 
 
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses.sum(0) if len(losses) != 1 else losses[0]
+    return _summed(losses, losses.shape[1] if reduction == "mean" else 1)
+
+
+def _is_ready(x: Tensor) -> bool:
+    """Return whether a [N, D] needs no packing to be read 16 bytes at a time."""
+    return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 def _column_configurations() -> list[tuple]:
     """Return what of this file is to compile ahead of time."""
     configurations = _Configurations()

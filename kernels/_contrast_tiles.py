@@ -1,12 +1,17 @@
-"""Tiles of the contrastive loss's main kernel, by device, dtype and width, and those that tuning tries."""
+"""Tiles of the contrastive losses' main kernels, by device, dtype and width, and those that tuning tries."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
+from ._common import _cdiv
+from ._tuning import choose, size_class
 
 
 class _Tile(NamedTuple):
@@ -94,3 +99,47 @@ def _arguments(tile: _Tile) -> tuple[dict, dict]:
     """Return constants and options of a tile."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     return {"BLOCK_N": tile.queries, "BLOCK_K": tile.keys}, options
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[int | str, int]:
+    """Return architecture and number of SMs."""
+    if device.type != "cuda":
+        return "interpreter", 1
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName, properties.multi_processor_count
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return how float32 is multiplied: on tensor cores only where the user lets torch do so."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _chosen(
+    op: str,  # stem of the op's files
+    queries: Tensor,  # packed
+    part: str,  # "loss" or "both"
+    sizes: tuple[int, int, int],  # pairs, queries of each, columns of the widest
+    common: dict,
+    tiles: list[_Tile],  # and what they have in common, from `_choices`
+) -> tuple[int, dict, dict]:
+    """Return in how many parts the residual's columns are split, and constants and options of the tile."""
+    num_pairs, num_queries, width = sizes
+    num_splits = 1 if part == "loss" else _cdiv(width, common["BLOCK_D"])
+    _, num_sms = _machine(queries.device)
+
+    def duration(tile: _Tile) -> float:
+        num_programs = num_splits * num_pairs * _cdiv(num_queries, tile.queries)
+        return _cdiv(num_programs, num_sms) * tile.queries / _RATE[tile.queries]
+
+    # Queries by powers of four: what counts is how many programs there are for the SMs.
+    size = size_class(num_pairs * num_queries)
+    precision = _precision(queries.dtype)
+    key = f"{queries.dtype} {precision} d={common['BLOCK_D']}{'+' * common['WIDE']} {part} {size}"
+    default = min(tiles, key=duration)._asdict()
+    chosen = choose(op, key, default, lambda: _candidates(tiles), queries.device)
+    return num_splits, *_arguments(_Tile(**chosen))
