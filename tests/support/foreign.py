@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import shlex
 import struct
 import subprocess
+import sys
 import weakref
 from array import array
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.ops import _duc_loss_launch, _partial_reinit_table
+from mmfast.ops import _partial_reinit_table
 
 VARIABLE = "MMFAST_TEST_FOREIGN"
 
@@ -146,6 +148,9 @@ def put_in_place() -> None:
 
     Tensor.data_ptr = shown_data_ptr  # type: ignore[method-assign]
     _backend._load_extension = lambda name: module if name == "cpu" else load_extension(name)
-    _duc_loss_launch.array = _partial_reinit_table.array = Table  # type: ignore[misc]
+    importlib.import_module("mmfast.ops")
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("mmfast.ops.") and vars(loaded).get("array") is array:
+            loaded.array = Table  # type: ignore[attr-defined]
     # Lists of tensors are read by data_ptr, too.
     _partial_reinit_table._reader = lambda: None
