@@ -155,8 +155,11 @@ class Limits:
         if rate := self.matrix.get(dtype_name(dtype)):
             seconds["matrix"] = work.operations / rate
         functions = {"exponential": work.exponentials, "logarithm": work.logarithms}
-        rates = {kind: self.registers.get(kind, {}).get(dtype_name(dtype)) for kind in functions}
-        seconds["exp"] = sum(count / rates[kind] for kind, count in functions.items() if rates[kind])
+        seconds["exp"] = sum(
+            count / rate
+            for kind, count in functions.items()
+            if (rate := self.registers.get(kind, {}).get(dtype_name(dtype)))
+        )
         return max(seconds.items(), key=lambda item: item[1])
 
 

@@ -99,8 +99,8 @@ struct Workspace {
 };
 
 Plan plan_of(const DucOperands& operands,
-                   const int64_t* sizes,  // [M, M] on the host: columns of a pair; nullptr: not known
-                   bool has_residual, Dtype dtype) {
+             const int64_t* sizes,  // [M, M] on the host: columns of a pair; nullptr: not known
+             bool has_residual, Dtype dtype) {
   const Layout layout = layout_of(operands, sizes, dtype);
   if (layout.num_pairs == 0) return {};
   const int64_t num_rows = layout.num_pairs * operands.num_samples;

@@ -96,8 +96,7 @@ struct MmaTile {
 
 // Pairs of up to 64 << bucket columns. Grid: blocks of queries, 1, pairs.
 template <class T, int bucket, int stages, class S>
-__global__ void __launch_bounds__(kMmaBlock)
-    duc_mma_kernel(S sweep, const __grid_constant__ Tiling tiling) {
+__global__ void __launch_bounds__(kMmaBlock) duc_mma_kernel(S sweep, const __grid_constant__ Tiling tiling) {
   constexpr int num_panels = 1 << bucket, keys = kMmaTiling.keys[bucket];
   using Tile = MmaTile<num_panels, keys, stages>;
   const Share share(sweep, keys);
