@@ -41,12 +41,11 @@ class OtherOrder(NamedTuple):
     capability: tuple[int, int]  # from this compute capability on
 
 
+# From here on Triton multiplies half precision with tcgen05, of which the CUDA kernels know nothing; their
+# mma.sync reaches a fraction of that rate.
+_TCGEN05 = OtherOrder(("triton", "cuda"), itemsize=2, capability=(10, 0))
 # Measured, or following from what a kernel is built on.
-_EXCEPTIONS = {
-    # From here on Triton multiplies half precision with tcgen05, of which the CUDA kernel knows nothing; its
-    # mma.sync reaches a fraction of that rate.
-    "duc_loss": OtherOrder(("triton", "cuda"), itemsize=2, capability=(10, 0)),
-}
+_EXCEPTIONS = {"duc_loss": _TCGEN05, "sigmoid_loss": _TCGEN05}
 
 
 class PlainUpTo(NamedTuple):
