@@ -25,8 +25,8 @@ struct NoOptions {};
 template <class A, int nv, bool pairs>
 struct SoftmaxTile : QueryTile<A, nv, pairs, 3> {
   using Base = QueryTile<A, nv, pairs, 3>;
-  using typename Base::V;
   using Base::kPack, Base::L, Base::product, Base::W;
+  using typename Base::V;
   using Options = NoOptions;
   A* top;       // [W], the largest score so far
   A* sum;       // [W], sum_j exp(s_ij - top_i) so far; the products are with exp(s_ij - top_i), too
@@ -67,18 +67,18 @@ struct SoftmaxTile : QueryTile<A, nv, pairs, 3> {
       }
 #pragma GCC unroll 2
       for (int64_t j = 0; j < num_keys; j += kPack) {
-        const V weight = softmax_exp<A>(load(column + j * W) - highest);
+        const V weight = exp_nonpositive<A>(load(column + j * W) - highest);
         total += weight;
         if constexpr (pairs) {
           V second = {};
-          if (j + 1 < num_keys) second = softmax_exp<A>(load(column + (j + 1) * W) - highest);
+          if (j + 1 < num_keys) second = exp_nonpositive<A>(load(column + (j + 1) * W) - highest);
           total += second;
           store(column + j / 2 * W, pair_up(weight, second));
         } else {
           store(column + j * W, weight);
         }
       }
-      decay[v] = softmax_exp<A>(last - highest);
+      decay[v] = exp_nonpositive<A>(last - highest);
       store(top + v * L, highest);
       store(sum + v * L, load(sum + v * L) * decay[v] + total);
     }

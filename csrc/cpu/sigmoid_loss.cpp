@@ -36,8 +36,8 @@ struct SigmoidOptions {
 template <class A, int nv, bool pairs>
 struct SigmoidTile : QueryTile<A, nv, pairs, 4> {
   using Base = QueryTile<A, nv, pairs, 4>;
-  using typename Base::V;
   using Base::kPack, Base::L, Base::product, Base::W;
+  using typename Base::V;
   // The product of so many factors of up to 2 is finite in float.
   static_assert(kKeys <= 120);
   using Options = SigmoidOptions<A>;
@@ -103,7 +103,7 @@ struct SigmoidTile : QueryTile<A, nv, pairs, 4> {
     V linear = {}, factors = {}, weight_sum = {}, heated_sum = {};
     const auto weigh_one = [&](V score) __attribute__((always_inline)) {
       const V t = score + bias;
-      const V e = softmax_exp<A>(from_bits<A>(bits_of<A>(t) | std::numeric_limits<Int<A>>::min()));
+      const V e = exp_nonpositive<A>(from_bits<A>(bits_of<A>(t) | std::numeric_limits<Int<A>>::min()));
       const V inverse = 1 / (1 + e), weight = t > 0 ? inverse : e * inverse;
       linear += t > 0 ? t : V{};
       // (1 + factors) (1 + e) - 1

@@ -96,10 +96,10 @@ struct MathConstants<double> {
   static constexpr int kLogTerms = 11;
 };
 
-// e^x for x <= 0 to about one unit in the last place; 0 where it is below the smallest normal number, NaN
-// for NaN.
+// e^x, x at most 80, to about one unit in the last place; 0 where it is below the smallest normal number, NaN
+// for NaN. A call would save all SIMD registers around it, so it is never one.
 template <class A>
-inline Vec<A> exp_nonpositive(Vec<A> x) {
+__attribute__((always_inline)) inline Vec<A> exp_nonpositive(Vec<A> x) {
   using K = MathConstants<A>;
   const Vec<A> rounded = x * K::kLog2E + K::kRound, n = rounded - K::kRound;
   const Vec<A> r = x - n * K::kLn2High - n * K::kLn2Low;
@@ -152,45 +152,6 @@ __attribute__((always_inline)) inline Vec<float> exp_nonpositive<float>(Vec<floa
   return x < K::kLogSmallest ? Vec<float>{} : (power * r) * p + power;
 }
 #endif
-
-// The constants in which softmax_exp differs from exp_nonpositive.
-template <class A>
-struct SoftmaxExpConstants;
-template <>
-struct SoftmaxExpConstants<float> {
-  static constexpr int kDegree = 7;
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLowest = -86.5f;
-};
-template <>
-struct SoftmaxExpConstants<double> {
-  static constexpr int kDegree = 13;
-  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kLowest = -706;
-};
-
-constexpr double inverse_factorial(int n) { return n == 0 ? 1.0 : inverse_factorial(n - 1) / n; }
-
-// e^x for x <= 0 to 2 units in the last place, for the inner loop of a softmax: two operations less
-// than exp_nonpositive, by a plain Taylor polynomial. 0 below about -86 (float) or -706 (double), NaN for
-// NaN. A call would save all SIMD registers around it, so it is never one.
-template <class A>
-__attribute__((always_inline)) inline Vec<A> softmax_exp(Vec<A> x) {
-  using K = SoftmaxExpConstants<A>;
-  using Unsigned = Vec<std::make_unsigned_t<Int<A>>>;
-  constexpr int kDegree = K::kDegree, kMantissaBits = MathConstants<A>::kMantissaBits;
-  // Here the sum's lowest bits get the bias of an exponent, too.
-  constexpr A kRound = MathConstants<A>::kRound + MathConstants<A>::kBias;
-  const Vec<A> shifted = x * static_cast<A>(1.4426950408889634) + kRound;
-  const Vec<A> n = shifted - kRound;
-  const Vec<A> r = (x - n * K::kLn2High) - n * K::kLn2Low;
-  Vec<A> p = r * static_cast<A>(inverse_factorial(kDegree)) + static_cast<A>(inverse_factorial(kDegree - 1));
-#pragma GCC unroll 16
-  for (int k = kDegree - 2; k >= 0; --k) p = p * r + static_cast<A>(inverse_factorial(k));
-  // A product, not a sum of exponents: a NaN stays one, whatever its bits.
-  const Vec<A> scaled = p * reinterpret_cast<Vec<A>>(reinterpret_cast<Unsigned>(shifted) << kMantissaBits);
-  const Unsigned is_zero = reinterpret_cast<Unsigned>(x < K::kLowest);
-  return reinterpret_cast<Vec<A>>(reinterpret_cast<Unsigned>(scaled) & ~is_zero);
-}
 
 // ln x for normal positive x to about one unit in the last place. Of other x, NaN and infinity among them, it
 // makes any number: callers keep those apart, for to look here costs 7% of a kernel with few classes.
