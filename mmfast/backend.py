@@ -46,6 +46,7 @@ _EXCEPTIONS = {
     # From here on Triton multiplies half precision with tcgen05, of which the CUDA kernel knows nothing; its
     # mma.sync reaches a fraction of that rate.
     "duc_loss": OtherOrder(("triton", "cuda"), itemsize=2, capability=(10, 0)),
+    "sigmoid_loss": OtherOrder(("triton", "cuda"), itemsize=2, capability=(10, 0)),
 }
 
 
