@@ -110,11 +110,12 @@ def _numbers(
     if temperature is None and bias is None:
         return None
     numbers = query.new_empty(2, dtype=torch.float64)
-    for place, (value, number) in enumerate(((temperature, heat), (bias, cold))):
+    for target, value, number in zip(numbers.unbind(), (temperature, bias), (heat, cold)):
+        # Not by an index: to set an element to a number waits for a GPU.
         if value is None:
-            numbers[place] = number
+            target.fill_(number)
         else:
-            numbers[place : place + 1] = value.detach().reshape(1)
+            target.copy_(value.detach().reshape(()), non_blocking=True)
     return numbers
 
 
