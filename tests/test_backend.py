@@ -112,7 +112,7 @@ def test_on_a_gpu_auto_takes_what_costs_the_host_least(on_any_gpu, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for op in backend._IMPLEMENTED:
         # Tensor core instructions of half precision that only Triton has.
-        is_exception = op == "duc_loss" and dtype.itemsize == 2 and capability >= (10, 0)
+        is_exception = op in ("duc_loss", "sigmoid_loss") and dtype.itemsize == 2 and capability >= (10, 0)
         order = ["triton", "cuda"] if is_exception else ["cuda", "triton"]
         assert backend.candidates(op, "cuda", dtype) == [*order, "reference"]
     assert backend.candidates("duc_loss", "cpu", dtype) == ["cpu", "reference"]
