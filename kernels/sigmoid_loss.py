@@ -192,11 +192,17 @@ def _sigmoid_choices(
     width: int,
 ) -> tuple[dict, list[_Tile]]:
     """Return constants and tiles as `_choices` does, smaller where a tile's weights would not fit."""
-    if isinstance(target, str) or not 90 <= target < 100 or dtype.itemsize > 2:
-        return _choices(target, dtype, precision, width)
-    # Queries of 256 columns in pieces, as longer ones are.
-    common, tiles = _choices(target, dtype, precision, width if width <= 128 else max(width, 512))
-    return common, [t._replace(keys=t.keys // 2) if t.queries > 64 else t for t in tiles]
+    common, tiles = _choices(target, dtype, precision, width)
+    if isinstance(target, str) or dtype.itemsize > 2 or common["WIDE"]:
+        return common, tiles
+    if 90 <= target < 100:
+        if common["BLOCK_D"] == 256:
+            # Queries in pieces, as longer ones are.
+            return _choices(target, dtype, precision, 512)
+        tiles = [t._replace(keys=t.keys // 2) if max(t.queries, common["BLOCK_D"]) > 64 else t for t in tiles]
+    elif target >= 120:
+        tiles = [t._replace(keys=32) for t in tiles]
+    return common, tiles
 
 
 def _joins(target: int | str) -> bool:

@@ -334,9 +334,9 @@ def test_the_command_stops_at_a_wrong_result(tiny, tmp_path, monkeypatch):
 
 
 def test_an_unknown_op_and_device_are_named():
-    result = CliRunner().invoke(app, ["bench", "kmean"])
+    result = CliRunner().invoke(app, ["bench", "duc_los"])
     assert result.exit_code == 2
-    assert "got 'kmean'; did you mean kmeans?" in result.stderr
+    assert "got 'duc_los'; did you mean duc_loss or sigmoid_loss?" in result.stderr
     result = CliRunner().invoke(app, ["bench", "duc_loss", "--device", "tpu"])
     assert result.exit_code == 2
     assert "device must be cpu or cuda, got 'tpu'" in result.stderr

@@ -18,6 +18,7 @@ EXACT = [
     "sample-valuation",
     "multi-loss missing",
     "di-mml missing",
+    "di-mml missing sigmoid",
     "mla missing",
     "modality-valuation missing",
 ]
@@ -26,7 +27,7 @@ NORMALIZED = ["sample-valuation", "modality-valuation", "di-mml", "diagnose-rele
 # All runs of one launch: figures that must not depend on the number of processes, and what each process
 # ends up with where batch norm makes them depend on it.
 SCRIPT = f"""
-import hashlib, json, os, sys
+import dataclasses, hashlib, json, os, sys
 sys.path.insert(0, {str(FOLDER)!r})
 import torch
 from torch import nn
@@ -43,9 +44,11 @@ def with_gaps(data):
     return ArrayDataset(data.arrays, data.labels, present=present)
 
 def figures(case):
-    name, *gaps = case.split()
-    train, val, test = (with_gaps(d) if gaps else d for d in (t.SPLITS.train, t.SPLITS.val, t.SPLITS.test))
+    name, *words = case.split()
+    train, val, test = (with_gaps(d) if words else d for d in (t.SPLITS.train, t.SPLITS.val, t.SPLITS.test))
     trainer, model = t.make_trainer(name, accelerator="cpu", devices=world), t.make_model()
+    if "sigmoid" in words:
+        trainer.method = dataclasses.replace(trainer.method, contrast="sigmoid")
     trainer.fit(model, train, val)
     found = trainer.test(model, test)
     losses = [entry["loss"] for entry in trainer.history]

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 # First those that are held against bandwidth and plain torch; the loss has had its headline by then.
 OPS = (
     *("shapley_values", "class_separability", "additive_shapley", "logit_fusion", "partial_reinit"),
-    *("gradient_projection", "kmeans", "duc_loss"),
+    *("gradient_projection", "kmeans", "sigmoid_loss", "duc_loss"),
 )
 PROFILED = ("duc_loss", "shapley_values")
 COUNTERS = "ncu.csv"

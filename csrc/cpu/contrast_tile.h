@@ -2,9 +2,9 @@
 // of the scores, as in attention with values = keys.
 //
 // Queries lie across the lanes, so both products read the keys by broadcast, from one copy gathered and
-// packed once per modality pair, and what is summed over keys needs no sum across lanes. bfloat16 goes through
-// dot products of pairs where the CPU has them: the scores are summed in float32; the weights of the second
-// product are rounded to bfloat16.
+// packed once per modality pair, and what is summed over keys needs no sum across lanes. bfloat16 goes
+// through dot products of pairs where the CPU has them: the scores are summed in float32; the weights of the
+// second product are rounded to bfloat16.
 #pragma once
 
 #include <vector>

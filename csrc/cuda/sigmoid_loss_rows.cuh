@@ -1,5 +1,5 @@
-// What the sigmoid loss makes of scores, in the place of the online softmax of duc_loss: overloads of what the
-// sweeps of duc_loss_mma.cuh and duc_loss_plain.cuh call. Included by sigmoid_loss.cu only.
+// What the sigmoid loss makes of scores, in the place of the online softmax of duc_loss: overloads of what
+// the sweeps of duc_loss_mma.cuh and duc_loss_plain.cuh call. Included by sigmoid_loss.cu only.
 #pragma once
 
 #include "contrast_call.cuh"
@@ -81,8 +81,8 @@ __device__ __forceinline__ SigmoidRows begin_rows(const SigmoidSweep& sweep) {
   return rows;
 }
 
-// From products to weights of a tile. Own keys of 16 rows of a warp and keys past the end are looked for in the
-// tiles that have some alone.
+// From products to weights of a tile. Own keys of 16 rows of a warp and keys past the end are looked for in
+// the tiles that have some alone.
 template <class T, int keys>
 __device__ __forceinline__ void weigh(float (&s)[keys / 2], SigmoidRows& rows, float (&)[2],
                                       int64_t first_key, int64_t first_positive, const SigmoidSweep& sweep) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import backend as _backend
@@ -20,7 +19,6 @@ from mmfast.ops._contrast import as_key, check_options, gathered, scaled
 from mmfast.ops._launch import promoted
 from mmfast.ops._sigmoid_loss_launch import sigmoid_loss_op
 from mmfast.reference import sigmoid_loss as _reference
-from mmfast.reference._common import reduced
 
 
 def unidirectional_sigmoid_loss(
@@ -80,9 +78,6 @@ def unidirectional_sigmoid_loss(
         check_shift("bias", bias)
     _backend.check_name(backend)
     query, key = promoted(query, as_key(key))
-    is_plain = backend == "auto" and group is None and _backend.is_plain_faster("sigmoid_loss", query)
-    if is_plain and not is_transformed():
-        return _plain(query, key, temperature, bias, reduction)
     keys, offset = gathered([key], group)
     key = keys[0] if keys else key
     scale, heat = _as_argument(temperature, 1.0)
@@ -92,20 +87,6 @@ def unidirectional_sigmoid_loss(
         return sigmoid_loss_op(query, key, numbers, heat, cold, offset, reduction, False, backend)[0]
     options = (heat, cold, offset, reduction, _asks_residual(query), backend)
     return _sigmoid_loss(options, query, key, scale, shift)
-
-
-def _plain(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [N, D]
-    temperature: float | Tensor,
-    bias: float | Tensor,
-    reduction: str,
-) -> Tensor:  # [] or [N]
-    """Return the loss of few samples in plain torch, in the fewest calls."""
-    scores = query @ key.T / temperature + bias
-    signs = torch.full_like(scores, -1.0, requires_grad=False)
-    signs.fill_diagonal_(1.0)
-    return reduced(-F.logsigmoid(scores * signs).sum(1), reduction)
 
 
 def _as_argument(value: float | Tensor, default: float) -> tuple[Tensor | None, float]:
@@ -129,11 +110,12 @@ def _numbers(
     if temperature is None and bias is None:
         return None
     numbers = query.new_empty(2, dtype=torch.float64)
-    for place, (value, number) in enumerate(((temperature, heat), (bias, cold))):
+    for target, value, number in zip(numbers.unbind(), (temperature, bias), (heat, cold)):
+        # Not by an index: to set an element to a number waits for a GPU.
         if value is None:
-            numbers[place] = number
+            target.fill_(number)
         else:
-            numbers[place : place + 1] = value.detach().reshape(1)
+            target.copy_(value.detach().reshape(()), non_blocking=True)
     return numbers
 
 

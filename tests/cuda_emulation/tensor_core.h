@@ -32,6 +32,8 @@ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a
   d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
 }
 
+inline float reciprocal_approx(float x) { return 1 / x; }
+
 template <class T>
 uint32_t pack_pair(float low, float high) {
   const T values[2] = {T(low), T(high)};
@@ -40,6 +42,5 @@ uint32_t pack_pair(float low, float high) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float max_or_nan(float x, float y) { return x != x || x > y ? x : y; }
-inline float reciprocal_approx(float x) { return 1 / x; }
 
 }  // namespace mmfast

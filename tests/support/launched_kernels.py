@@ -187,7 +187,7 @@ def sigmoid_loss() -> None:
     shapes = [(32, 64), (15, 33), (1, 1), (1, 64), (32, 1), (32, 256), (1000, 64), (20_000, 64), (64, 512)]
     for shape, dtype, layout in layouts(*shapes, (32, 128), (20_000, 128), (20_000, 256)):
         q = tensor(*shape, dtype=dtype, layout=layout)
-        numbers = [tensor(1, dtype=torch.float32, layout=layout) for _ in range(2)]
+        numbers = [(tensor(1).detach() + 1).requires_grad_() for _ in range(2)]
         loss = ops.unidirectional_sigmoid_loss
         backward(loss(q, q.detach(), backend="triton"), q)
         backward(loss(q, q.detach(), temperature=numbers[0], bias=numbers[1], backend="triton"), q, *numbers)
