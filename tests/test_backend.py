@@ -39,7 +39,9 @@ def test_the_kernel_is_what_runs(monkeypatch):
 
     class Spy:
         def __getattr__(self, name):
-            calls.append(name)
+            # Reading lists of tensors is no kernel's work.
+            if not name.endswith("tensor_words"):
+                calls.append(name)
             return getattr(extension, name)
 
         def __dir__(self):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import mmfast.training.loop
 from mmfast import methods
 from mmfast.cli.commands import app
 from mmfast.data import ArrayDataset, synthetic
+from mmfast.experiments import subprocesses
 from mmfast.models import build_model
 from mmfast.training.divergence import DivergedError, Losses
 from mmfast.valuation import contributions
@@ -429,3 +432,20 @@ def test_a_run_on_several_devices_that_diverges_is_one_without_figures(npz, tmp_
     assert result.exit_code == 3, result.output
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert all(run["diverged"].startswith("the loss is NaN or infinite in epoch 1 of 2") for run in runs)
+
+
+@pytest.mark.parametrize("status", [1, 3, -15])
+def test_a_run_on_several_devices_has_diverged_if_it_says_so(status, monkeypatch, tmp_path):
+    # When one of its processes has ended, Fabric ends the others, whose status is then another.
+    text = "the loss is NaN or infinite in epoch 1 of 2, batch 2 of 3: why"
+    done = subprocess.CompletedProcess([], status, stderr=f"a warning\nmmfast: {text}\n")
+    monkeypatch.setattr(subprocesses, "train_arguments", lambda *_: [])
+    monkeypatch.setattr(subprocesses.subprocess, "run", lambda *_, **__: done)
+    planned = SimpleNamespace(method=SimpleNamespace(name="joint"), seed=0)
+    with pytest.raises(DivergedError, match=f"^{text}$"):
+        subprocesses.run_in_subprocess(None, planned, tmp_path)
+    if status != 3:
+        done.stderr = "mmfast: no such file\n"
+        with pytest.raises(RuntimeError, match="joint with seed 0 failed: no such file") as found:
+            subprocesses.run_in_subprocess(None, planned, tmp_path)
+        assert not isinstance(found.value, DivergedError)

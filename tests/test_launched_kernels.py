@@ -41,11 +41,14 @@ def kernels_of(path: Path) -> set[str]:
 
 
 # Whose calls launch the kernels that several ops share.
-SHARING = ("class_separability", "kmeans")
+SHARED = {
+    "_class_order.py": ("class_separability", "kmeans"),
+    "_contrast_columns.py": ("duc_loss", "sigmoid_loss"),
+}
 
 
 def files_of(op: str) -> list[Path]:
-    shared = [FOLDER / "_class_order.py"] if op in SHARING else []
+    shared = [FOLDER / name for name, ops in SHARED.items() if op in ops]
     return [FOLDER / f"{op}.py", *FOLDER.glob(f"_{op}_*.py"), *shared]
 
 

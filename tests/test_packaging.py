@@ -241,7 +241,7 @@ def test_the_best_instruction_set_is_chosen_for_every_function():
     code = """
 import mmfast.backend
 module = mmfast.backend.extension("cpu")
-own = (module.isa, module.supported_isas)
+own = (module.isa, module.supported_isas, module.tensor_words, module.has_tensor_words)
 builds = {entry.__doc__ for entry in vars(module).values() if callable(entry) and entry not in own}
 print(module.isa(), module.supported_isas()[-1], *builds)
 """

@@ -99,7 +99,18 @@ class RowBlocks {
       if (!f_.is_present(m, first + l)) rows[l] = zeros_.data();
   }
 
-  // Calls visit(column, whether some of its classes were in the vector before it) for every vector of a row.
+  // Calls visit(column, whether some of its classes were in the vector before it) for every vector of a row,
+  // and flush() after every 32 vectors but the last: a sum of few groups' sums rounds less than one of as
+  // many terms.
+  template <class Visit, class Flush>
+  void for_vectors(Visit&& visit, Flush&& flush) const {
+    constexpr int64_t kGroup = 32 * L;
+    int64_t c = 0;
+    for (; C_ - c > kGroup; flush())
+      for (const int64_t end = c + kGroup; c < end; c += L) visit(c, std::false_type{});
+    for (; c + L <= C_; c += L) visit(c, std::false_type{});
+    if (c < C_) visit(C_ - L, std::true_type{});
+  }
   template <class Visit>
   void for_vectors(Visit&& visit) const {
     int64_t c = 0;
@@ -151,16 +162,18 @@ class RowBlocks {
   __attribute__((noinline)) void row_sums(const T* const* rows, V maxima, V& s_out, V& t_out) const {
     V all_s[L], all_t[L];
     for (int l = 0; l < L; l += R) {
-      V max[R], s[R] = {}, t[R] = {};
+      V max[R], s[R] = {}, t[R] = {}, before_s[R] = {}, before_t[R] = {};
       MMFAST_ROWS max[r] = V{} + maxima[l + r];
-      for_vectors([&](int64_t c, auto is_overlapping) {
-        MMFAST_ROWS {
-          const V x = shifted<is_careful>(load(rows[l + r] + c), max[r]);
-          const V e = counted(exp_nonpositive<A>(x), is_overlapping);
-          s[r] += e, t[r] += e * x;
-        }
-      });
-      MMFAST_ROWS all_s[l + r] = s[r], all_t[l + r] = t[r];
+      for_vectors(
+          [&](int64_t c, auto is_overlapping) {
+            MMFAST_ROWS {
+              const V x = shifted<is_careful>(load(rows[l + r] + c), max[r]);
+              const V e = counted(exp_nonpositive<A>(x), is_overlapping);
+              s[r] += e, t[r] += e * x;
+            }
+          },
+          [&] { MMFAST_ROWS before_s[r] += s[r], before_t[r] += t[r], s[r] = t[r] = V{}; });
+      MMFAST_ROWS all_s[l + r] = before_s[r] + s[r], all_t[l + r] = before_t[r] + t[r];
     }
     s_out = add_lanes(all_s), t_out = add_lanes(all_t);
   }
@@ -172,19 +185,26 @@ class RowBlocks {
     V all_s[L], all_t[L], products[L];
     const V lowest = V{} + std::numeric_limits<A>::lowest();
     for (int l = 0; l < L; l += R) {
-      V max[R], s[R] = {}, t[R] = {}, product[R] = {};
+      V max[R], s[R] = {}, t[R] = {}, product[R] = {}, before_s[R] = {}, before_t[R] = {}, before[R] = {};
       MMFAST_ROWS max[r] = V{} + maxima[l + r];
-      for_vectors([&](int64_t c, auto is_overlapping) {
-        MMFAST_ROWS {
-          const V z = load(rows[l + r] + c), x = shifted<is_careful>(z, max[r]), e = exp_nonpositive<A>(x);
-          store(kept + (l + r) * C_ + c, e);
-          s[r] += counted(e, is_overlapping), t[r] += counted(e, is_overlapping) * x;
-          // Where a class is excluded the fused logit is -inf whatever the weights are.
-          product[r] +=
-              counted(load(dfused[l + r] + c), is_overlapping) * (is_careful ? (z < lowest ? V{} : z) : z);
-        }
-      });
-      MMFAST_ROWS all_s[l + r] = s[r], all_t[l + r] = t[r], products[l + r] = product[r];
+      for_vectors(
+          [&](int64_t c, auto is_overlapping) {
+            MMFAST_ROWS {
+              const V z = load(rows[l + r] + c), x = shifted<is_careful>(z, max[r]),
+                      e = exp_nonpositive<A>(x);
+              store(kept + (l + r) * C_ + c, e);
+              s[r] += counted(e, is_overlapping), t[r] += counted(e, is_overlapping) * x;
+              // Where a class is excluded the fused logit is -inf whatever the weights are.
+              product[r] += counted(load(dfused[l + r] + c), is_overlapping) *
+                            (is_careful ? (z < lowest ? V{} : z) : z);
+            }
+          },
+          [&] {
+            MMFAST_ROWS before_s[r] += s[r], before_t[r] += t[r], before[r] += product[r];
+            MMFAST_ROWS s[r] = t[r] = product[r] = V{};
+          });
+      MMFAST_ROWS all_s[l + r] = before_s[r] + s[r], all_t[l + r] = before_t[r] + t[r];
+      MMFAST_ROWS products[l + r] = before[r] + product[r];
     }
     s_out = add_lanes(all_s), t_out = add_lanes(all_t), product_out = add_lanes(products);
   }

@@ -70,9 +70,9 @@ struct Fusion {
       scores[m] = lanes_present(m, first) ? e : V{};
       sum += scores[m];
     }
-    const V factor = 1 / (sum == 0 ? V{} + 1 : sum);
+    sum = sum == 0 ? V{} + 1 : sum;
     // Once more 0 for what is absent, beside a modality whose score is NaN.
-    for (int64_t m = 0; m < M; ++m) scores[m] = lanes_present(m, first) ? scores[m] * factor : V{};
+    for (int64_t m = 0; m < M; ++m) scores[m] = lanes_present(m, first) ? scores[m] / sum : V{};
   }
 
   // An element of each sample's from `first` on.

@@ -12,7 +12,7 @@ from typing import Any
 from mmfast.experiments.results import METRICS
 from mmfast.experiments.setup import PlannedRun, Setup
 from mmfast.methods.base import format_value
-from mmfast.training.divergence import DivergedError
+from mmfast.training.divergence import LOSS, PREDICTIONS, DivergedError
 
 # Exit status of a run whose loss is NaN or infinite.
 DIVERGED = 3
@@ -28,10 +28,12 @@ def run_in_subprocess(setup: Setup, planned: PlannedRun, folder: Path) -> dict[s
         lines = done.stderr.strip().splitlines()
         # Of several processes' lines, the one that says what is wrong.
         said = next((line for line in reversed(lines) if line.startswith(_SAYS)), done.stderr.strip())
-        if done.returncode == DIVERGED:
-            raise DivergedError(said.removeprefix(_SAYS), epoch=-1)
+        said = said.removeprefix(_SAYS)
+        # The status may be another: when one process has ended, Fabric ends the others.
+        if done.returncode == DIVERGED or said.startswith((LOSS, PREDICTIONS)):
+            raise DivergedError(said, epoch=-1)
         kind = ValueError if done.returncode == 2 else RuntimeError
-        raise kind(f"{planned.method.name} with seed {planned.seed} failed: {said.removeprefix(_SAYS)}")
+        raise kind(f"{planned.method.name} with seed {planned.seed} failed: {said}")
     return json.loads((folder / METRICS).read_text())
 
 

@@ -13,6 +13,10 @@ from mmfast.reference import sigmoid_loss as _reference
 from mmfast.reference._common import accumulation_dtype, reduced, residual_dtype
 
 
+def _dense(numbers: Tensor | None) -> Tensor | None:  # float64 [2]
+    return None if numbers is None else numbers.contiguous()
+
+
 def _sigmoid_loss_cpu(
     query: Tensor,  # [N, D]
     key: Tensor,  # [K, D]
@@ -62,7 +66,7 @@ def _sigmoid_loss_cuda(
         )
     module, dtype = _backend.extension("cuda"), DTYPE_CODE[query.dtype]
     loss, residual, sums = _results(query, reduction, with_residual)
-    views = views_of([query], [key])
+    views, numbers = views_of([query], [key]), _dense(numbers)
     operands = (views.buffer_info()[0], 0, 1, key.shape[0], *query.shape)
     workspace = workspace_of(loss, query, module.sigmoid_loss_plan(*operands, with_residual, dtype))
     module.sigmoid_loss_fwd(
@@ -91,7 +95,7 @@ def _sigmoid_loss_triton(
     if query.numel() == 0:
         # Without dimensions there is nothing to sweep.
         return _sigmoid_loss_reference(query, key, numbers, *options)
-    return _backend.kernels("sigmoid_loss").sigmoid_loss_fwd(query, key, numbers, *options)
+    return _backend.kernels("sigmoid_loss").sigmoid_loss_fwd(query, key, _dense(numbers), *options)
 
 
 @outside_autocast

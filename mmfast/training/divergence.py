@@ -17,6 +17,10 @@ _EVERY = 64
 _SHOWN = 5
 
 
+# How the error's text begins.
+LOSS, PREDICTIONS = "the loss is NaN or infinite", "predictions are NaN"
+
+
 class DivergedError(RuntimeError):
     """A loss is NaN or infinite, so the run has no result.
 

@@ -15,6 +15,8 @@ from mmfast.data.threads import fitting_threads
 from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
 from mmfast.training.divergence import (
+    LOSS,
+    PREDICTIONS,
     DivergedError,
     Losses,
     bad_inputs,
@@ -205,7 +207,7 @@ class TrainingLoop:
                 precision=self.fabric.strategy.precision.precision,
                 has_stepped=batch != 0 or bool(self.history),
             )
-        what = "the loss is NaN or infinite" if batch is not None else "predictions are NaN"
+        what = LOSS if batch is not None else PREDICTIONS
         text = f"{what} in epoch {epoch + 1} of {stage.epochs}, {where}: {cause}"
         samples = sorted({sample for found in bad.values() for sample in found})
         raise DivergedError(text, epoch=epoch, batch=batch, samples=samples)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from mmfast import ops
 
 # What is changed in place, by its place among the arguments.
-_CHANGED = {"partial_reinit_": 0, "update_projector_": 0}
+_CHANGED = {"partial_reinit_": 0, "update_projector_": 0, "update_and_project_": 0}
 _devices = [torch.device("cpu")]
 
 
