@@ -43,7 +43,7 @@ def kernels_of(path: Path) -> set[str]:
 # Whose calls launch the kernels that several ops share.
 SHARED = {
     "_class_order.py": ("class_separability", "kmeans"),
-    "_contrast_columns.py": ("duc_loss", "sigmoid_loss"),
+    "_contrast_columns.py": ("duc_loss",),
 }
 
 
