@@ -106,9 +106,11 @@ __attribute__((always_inline)) inline Vec<A> exp_nonpositive(Vec<A> x) {
   Vec<A> p = r * K::kExp[0] + K::kExp[1];
   for (int i = 2; i < static_cast<int>(std::size(K::kExp)); ++i) p = p * r + K::kExp[i];
   p = p * (r * r) + r + 1;
-  const auto scale = (bits_of<A>(rounded) + K::kBias) << K::kMantissaBits;
+  // Unsigned, for the bits of what is out of range overflow.
+  using Unsigned = std::make_unsigned_t<Int<A>>;
+  const auto scale = (reinterpret_cast<Vec<Unsigned>>(rounded) + Unsigned{K::kBias}) << K::kMantissaBits;
   // A product, not a sum of exponents: a NaN stays one.
-  return x < K::kLogSmallest ? Vec<A>{} : p * from_bits<A>(scale);
+  return x < K::kLogSmallest ? Vec<A>{} : p * reinterpret_cast<Vec<A>>(scale);
 }
 
 #if MMFAST_ISA >= 1
@@ -124,15 +126,15 @@ struct PowersOfTwo {
   alignas(64) static constexpr int32_t kTable[] = {
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
       0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
-  static Vec<int32_t> look_up(Vec<int32_t> i) {
-    return reinterpret_cast<Vec<int32_t>>(
+  static Vec<uint32_t> look_up(Vec<uint32_t> i) {
+    return reinterpret_cast<Vec<uint32_t>>(
         _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(i), _mm512_load_si512(kTable)));
   }
 #else
   alignas(32) static constexpr int32_t kTable[] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                                    0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-  static Vec<int32_t> look_up(Vec<int32_t> i) {
-    return reinterpret_cast<Vec<int32_t>>(_mm256_permutevar8x32_epi32(
+  static Vec<uint32_t> look_up(Vec<uint32_t> i) {
+    return reinterpret_cast<Vec<uint32_t>>(_mm256_permutevar8x32_epi32(
         _mm256_load_si256(reinterpret_cast<const __m256i*>(kTable)), reinterpret_cast<__m256i>(i)));
   }
 #endif
@@ -146,8 +148,9 @@ __attribute__((always_inline)) inline Vec<float> exp_nonpositive<float>(Vec<floa
   using P = PowersOfTwo;
   const Vec<float> rounded = x * (K::kLog2E * P::kSteps) + K::kRound, n = rounded - K::kRound;
   const Vec<float> r = x - n * (K::kLn2High / P::kSteps) - n * (K::kLn2Low / P::kSteps);
-  const Vec<int32_t> i = bits_of<float>(rounded);
-  const Vec<float> power = from_bits<float>(P::look_up(i) + (i << P::kShift));
+  // Unsigned, for the bits of what is out of range overflow.
+  const auto i = reinterpret_cast<Vec<uint32_t>>(rounded);
+  const auto power = reinterpret_cast<Vec<float>>(P::look_up(i) + (i << P::kShift));
   const Vec<float> p = (P::kCube * r + P::kSquare) * r + 1;
   return x < K::kLogSmallest ? Vec<float>{} : (power * r) * p + power;
 }
