@@ -326,6 +326,30 @@ def _is_ready(x: Tensor) -> bool:
     return x.is_contiguous() and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
 
 
+def _rows_of(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [K, D]
+) -> tuple[Tensor, Tensor, int]:  # [N, W], [K, W], W
+    """Return both as the main kernel reads them, packed if need be."""
+    width = 16 * _cdiv(query.shape[1], 16)
+    if _is_ready(query) and _is_ready(key):
+        return query, key, width
+    queries, keys, _ = _packed([query], [key], None, ())
+    return queries, keys, width
+
+
+def _unpacked_rows(
+    residual: Tensor | None,  # as the queries of `_rows_of`
+    query: Tensor,  # [N, D]
+    width: int,
+) -> Tensor:  # [N, D], or [0] where there is none
+    """Return the residual of one pair like the query it belongs to."""
+    if residual is None:
+        return query.new_empty(0, dtype=_residual_dtype(query.dtype))
+    # Viewed again, a single row has the strides of its own width.
+    return residual.view(-1, width)[:, : query.shape[1]].contiguous().view(query.shape)
+
+
 def _column_configurations() -> list[tuple]:
     """Return what of this file is to compile ahead of time."""
     configurations = _Configurations()

@@ -143,3 +143,14 @@ def _chosen(
     default = min(tiles, key=duration)._asdict()
     chosen = choose(op, key, default, lambda: _candidates(tiles), queries.device)
     return num_splits, *_arguments(_Tile(**chosen))
+
+
+def _compiled_cases(target: int | str) -> list[tuple[torch.dtype, str, int, bool]]:
+    """Return dtype, precision, width and whether with residual of what stands for all that is compiled."""
+    cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
+    cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
+    cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
+    cases += [(torch.bfloat16, "ieee", 128, False)]
+    if not isinstance(target, str):
+        cases += [(torch.float32, "tf32", 128, True)]
+    return cases

@@ -23,13 +23,14 @@ from ._common import _ELEMENT, _acc, _bits, _cdiv, _configuration, _Configuratio
 from ._contrast_columns import (
     _column_configurations,
     _Columns,
-    _is_ready,
     _packed,
     _reduced,
     _residual_dtype,
+    _rows_of,
     _unpacked,
+    _unpacked_rows,
 )
-from ._contrast_tiles import _arguments, _choices, _chosen, _machine, _precision
+from ._contrast_tiles import _arguments, _choices, _chosen, _compiled_cases, _machine, _precision
 from ._duc_loss_main import _duc_loss_fwd_kernel
 
 
@@ -126,29 +127,16 @@ def info_nce_fwd(
         losses = query.new_full((1, query.shape[0]), math.log(max(1, key.shape[0])), dtype=_wide(query.dtype))
         shape = query.shape if with_residual else (0,)
         return _reduced(losses, reduction), query.new_empty(shape, dtype=_residual_dtype(query.dtype))
-    queries, keys = query, key
-    if not (_is_ready(query) and _is_ready(key)):
-        queries, keys, _ = _packed([query], [key], None, ())
-    width = 16 * _cdiv(query.shape[1], 16)
+    queries, keys, width = _rows_of(query, key)
     residual = torch.empty_like(queries, dtype=_residual_dtype(query.dtype)) if with_residual else None
     losses = _run(queries, keys, None, len(query), len(key), width, temperature, offset, residual)
-    loss = _reduced(losses, reduction)
-    if residual is None:
-        return loss, query.new_empty(0, dtype=_residual_dtype(query.dtype))
-    # Viewed again, a single row has the strides of its own width.
-    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous().view(query.shape)
+    return _reduced(losses, reduction), _unpacked_rows(residual, query, width)
 
 
 def compile_configurations(target: int | str) -> list[tuple]:
     """Return (kernel, types, constexprs, options, tensor core instructions) of all that is to compile."""
     configurations = _Configurations()
-    cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
-    cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
-    cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
-    cases += [(torch.bfloat16, "ieee", 128, False)]
-    if not isinstance(target, str):
-        cases += [(torch.float32, "tf32", 128, True)]
-    for dtype, precision, width, with_residual in cases:
+    for dtype, precision, width, with_residual in _compiled_cases(target):
         common, tiles = _choices(target, dtype, precision, width)
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
         residual = f"*{_ELEMENT[_residual_dtype(dtype)]}:16"

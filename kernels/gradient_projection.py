@@ -266,6 +266,31 @@ def _most(dtype: torch.dtype) -> int:
     return 120 if dtype == torch.float32 else 1000
 
 
+def _projected_feature(
+    rows: Tensor,  # [D, D]
+    mean_feature: Tensor,  # [D]
+    blocks: dict,
+) -> tuple[Tensor, Tensor]:  # [D], float64 [3, parts]
+    """Return the projector times the feature, and each part's share of the feature's numbers."""
+    size = len(rows)
+    num_parts = _cdiv(size, blocks["BLOCK_R"])
+    ph, parts = rows.new_empty(size), rows.new_empty(3, num_parts, dtype=torch.float64)
+    with _on(rows.device):
+        _projected_feature_kernel[(num_parts,)](
+            rows,
+            mean_feature,
+            ph,
+            parts,
+            size,
+            *rows.stride(),
+            *mean_feature.stride(),
+            MOST=_most(rows.dtype),
+            ACC=_ELEMENT[rows.dtype],
+            **blocks,
+        )
+    return ph, parts
+
+
 def update_projector_(
     projector: Tensor,  # [D, D] float32 or float64, symmetric; changed in place
     mean_feature: Tensor,  # [D]
@@ -281,21 +306,9 @@ def update_projector_(
     key = f"update {projector.dtype} D<={triton.next_power_of_2(size)}"
     blocks = {**_OPTIONS, **_update_blocks(size, projector.dtype)}
     blocks = tuned("gradient_projection", key, blocks, projector.device, "BLOCK_R", "BLOCK_D", "num_warps")
-    num_parts = _cdiv(size, blocks["BLOCK_R"])
-    ph, parts = projector.new_empty(size), projector.new_empty(3, num_parts, dtype=torch.float64)
+    ph, parts = _projected_feature(rows, mean_feature, blocks)
+    num_parts = parts.shape[1]
     with _on(projector.device):
-        _projected_feature_kernel[(num_parts,)](
-            rows,
-            mean_feature,
-            ph,
-            parts,
-            size,
-            *rows.stride(),
-            *mean_feature.stride(),
-            MOST=_most(projector.dtype),
-            ACC=acc,
-            **blocks,
-        )
         _update_projector_kernel[(num_parts, _cdiv(size, blocks["BLOCK_D"]))](
             rows,
             ph,
@@ -378,21 +391,9 @@ def update_and_project_(
         # Rows that other blocks have updated must not be read for it.
         grad = grad.clone()
     blocks = {**_OPTIONS, **_step_blocks(size, projector.dtype)}
-    num_parts = _cdiv(size, blocks["BLOCK_R"])
-    ph, parts = projector.new_empty(size), projector.new_empty(3, num_parts, dtype=torch.float64)
+    ph, parts = _projected_feature(rows, mean_feature, blocks)
+    num_parts = parts.shape[1]
     with _on(projector.device):
-        _projected_feature_kernel[(num_parts,)](
-            rows,
-            mean_feature,
-            ph,
-            parts,
-            size,
-            *rows.stride(),
-            *mean_feature.stride(),
-            MOST=_most(projector.dtype),
-            ACC=common["ACC"],
-            **blocks,
-        )
         _step_kernel[(num_parts,)](
             rows,
             ph,

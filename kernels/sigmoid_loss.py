@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import _ELEMENT, _acc, _bits, _cdiv, _Configurations, _from_bits, _on, _wide
-from ._contrast_columns import _is_ready, _packed, _reduced, _residual_dtype
+from ._contrast_columns import _reduced, _residual_dtype, _rows_of, _unpacked_rows
 from ._contrast_scores import _scores_in_pieces, _tiles_of
-from ._contrast_tiles import _arguments, _choices, _chosen, _machine, _precision, _Tile
+from ._contrast_tiles import _arguments, _choices, _chosen, _compiled_cases, _machine, _precision, _Tile
 
 
 @triton.jit
@@ -221,10 +221,7 @@ def sigmoid_loss_fwd(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [] or [N]; [N, D] or [0]; [2, N]
     """Return the loss, temperature times the gradient of its sum for the queries, and the rows' sums."""
-    queries, keys = query, key
-    if not (_is_ready(query) and _is_ready(key)):
-        queries, keys, _ = _packed([query], [key], None, ())
-    width = 16 * _cdiv(query.shape[1], 16)
+    queries, keys, width = _rows_of(query, key)
     residual = torch.empty_like(queries, dtype=_residual_dtype(query.dtype)) if with_residual else None
     losses = queries.new_empty(1, len(query), dtype=_wide(query.dtype))
     sums = losses.new_empty(2, len(query))
@@ -258,23 +255,13 @@ def sigmoid_loss_fwd(
             **blocks,
             **options,
         )
-    loss = _reduced(losses, reduction)
-    if residual is None:
-        return loss, query.new_empty(0, dtype=_residual_dtype(query.dtype)), sums
-    # Viewed again, a single row has the strides of its own width.
-    return loss, residual.view(-1, width)[:, : query.shape[1]].contiguous().view(query.shape), sums
+    return _reduced(losses, reduction), _unpacked_rows(residual, query, width), sums
 
 
 def compile_configurations(target: int | str) -> list[tuple]:
     """Return (kernel, types, constexprs, options, tensor core instructions) of all that is to compile."""
     configurations = _Configurations()
-    cases = [(torch.bfloat16, "ieee", width, True) for width in (64, 128, 256, 512)]
-    cases += [(torch.float32, "ieee", 64, True), (torch.float32, "ieee", 128, True)]
-    cases += [(torch.float16, "ieee", 256, True), (torch.float64, "ieee", 64, True)]
-    cases += [(torch.bfloat16, "ieee", 128, False)]
-    if not isinstance(target, str):
-        cases += [(torch.float32, "tf32", 128, True)]
-    for dtype, precision, width, with_residual in cases:
+    for dtype, precision, width, with_residual in _compiled_cases(target):
         common, tiles = _sigmoid_choices(target, dtype, precision, width)
         x, acc = f"*{_ELEMENT[dtype]}:16", f"*{_acc(dtype)}:16"
         types = [x, x, "*fp64:16", acc, acc, f"*{_ELEMENT[_residual_dtype(dtype)]}:16"]

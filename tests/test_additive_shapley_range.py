@@ -29,6 +29,34 @@ def test_large_logits(dtype, utility, backend, device):
     assert_close_to_truth(actual, truth, reference.additive_shapley(partial_logits, bias=bias, **arguments))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-36])
+@pytest.mark.parametrize("shift", [0.0, 3.0, 60.0, -60.0])
+@pytest.mark.parametrize("opposed", [0.0, 70.0])
+@pytest.mark.parametrize("utility", ["probability", "log_probability"])
+def test_where_products_of_exponentials_are_no_use(utility, opposed, shift, scale, backend, device):
+    """Modalities sure of different classes, logits far from 0, incoming gradients near the least numbers."""
+    logits, labels, _ = make((3, 40, 7), device=device)
+    logits += shift
+    # Not in all samples: neighbours of such a sample are right, too.
+    logits[0, ::3, 1] += opposed
+    logits[1, ::3, 4] += opposed
+    logits = logits.float()
+    generator = torch.Generator().manual_seed(2)
+    dphi = torch.randn(40, 3, generator=generator, dtype=torch.float64).float().to(device)
+
+    def results(function, x, **options):
+        leaf = x.detach().requires_grad_()
+        phi = function(leaf, labels, utility=utility, **options)
+        (gradient,) = torch.autograd.grad(phi, leaf, scale * dphi.to(phi.dtype))
+        return phi, gradient / scale
+
+    actual = results(ops.additive_shapley, logits, backend=backend)
+    truth = results(reference.additive_shapley, logits.double())
+    simple = results(reference.additive_shapley, logits)
+    for each in zip(actual, truth, simple, strict=True):
+        assert_close_to_truth(*each)
+
+
 def test_masked_classes_stay_masked(backend, device):
     partial_logits, labels, bias = make((2, 8, 4), device=device)
     partial_logits[:, :, 3] = -torch.inf

@@ -1,8 +1,8 @@
-"""tools/loops.py: loops are found in machine code, and their instructions counted by pipe."""
+"""tools/loops.py and the files it uses: loops are found in code, and their instructions counted by pipe."""
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -14,7 +14,10 @@ from support.stems import ROOT
 
 @pytest.fixture(scope="module")
 def tool() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "tools/loops.py"), run_name="loops"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        modules = [importlib.import_module(name) for name in ("gpu_rates", "machine_code", "loops")]
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
 def listing(*code: str, arch: str = "90a", name: str = "a_kernel") -> list[str]:

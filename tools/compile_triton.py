@@ -47,6 +47,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import loops
+import machine_code
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,7 +184,7 @@ def loops_of(facts: Facts, name: str) -> loops.Report:
         path.write_bytes(facts.binary)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(path)]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (kernel,) = loops.kernels(listing.splitlines())
+    (kernel,) = machine_code.kernels(listing.splitlines())
     threads = loops.launches(facts.binary).get(kernel.name, 0)
     return loops.report(name, kernel, loops.Launch(facts.registers, threads))
 

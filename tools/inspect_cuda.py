@@ -38,6 +38,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import loops
+import machine_code
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("HMMA", "HGMMA", "LDGSTS", "UBLKCP")
@@ -150,7 +151,7 @@ def loop_reports(
     command = [cuobjdump, "--dump-sass", *only, str(module)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        for kernel in loops.kernels(process.stdout):
+        for kernel in machine_code.kernels(process.stdout):
             key = kernel.name, kernel.arch
             if key in wanted:
                 launch = loops.Launch(taken[key].registers, threads.get(key, 0))

@@ -136,7 +136,7 @@ struct Shapley {
 
   // What a block costs, as bytes read from memory in the same time.
   int64_t block_bytes() const {
-    return L * M * C * sizeof(T) + (is_smooth() ? 64 * M * C : 0) + (8 * C << M);
+    return L * M * C * sizeof(T) + (is_smooth() ? 64 * C * (may_multiply() ? M : 1 << M) : 0) + (8 * C << M);
   }
 
   void fwd(T* phi, int64_t num_threads) const {
@@ -149,12 +149,11 @@ struct Shapley {
         const int64_t last = std::min(end * L, N);
         for (int64_t first = begin * L; first < last; first += L) {
           if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
-          const bool by_products = may_multiply();
-          if (by_products) {
+          if (may_multiply()) {
             load_exponentials(first, walk);
             walk.fwd(sums);
           }
-          if (!by_products || walk.products.has_failed) {
+          if (!may_multiply() || walk.products.has_failed) {
             load_block(first, false, walk);
             walk.fwd(sums);
           }
