@@ -1,9 +1,9 @@
 """What the loops of a kernel take of each of a GPU's pipes, read from its machine code, without a GPU.
 
-`machine_code.kernels` reads the listing of cuobjdump --dump-sass, `machine_code.loops` finds the natural loops
-of a kernel, `Account` counts a loop's instructions by pipe and says how many cycles of a scheduler each pipe
-needs for one iteration of all warps of a block; `table` prints that. Used by tools/inspect_cuda.py --loops
-and tools/compile_triton.py --loops.
+`machine_code.kernels` reads the listing of cuobjdump --dump-sass, `machine_code.loops` finds the natural
+loops of a kernel, `Account` counts a loop's instructions by pipe and says how many cycles of a scheduler each
+pipe needs for one iteration of all warps of a block; `table` prints that. Used by tools/inspect_cuda.py
+--loops and tools/compile_triton.py --loops.
 
 An iteration is what runs every time: blocks of code that dominate the jumps back. What else belongs to the
 loop is counted apart, as "behind a branch": masks of a ragged tile, say. An inner loop is one of its own and
