@@ -13,6 +13,7 @@
 #include <cmath>
 #include <vector>
 
+#include "additive_shapley_few.h"
 #include "additive_shapley_table.h"
 #include "additive_shapley_walk.h"
 #include "integers.h"
@@ -26,6 +27,9 @@ constexpr int64_t kChunk = 256;
 
 template <class T>
 struct Shapley {
+  using Element = T;
+  template <int K>
+  using Few = FewModalities<Shapley, K>;
   using A = accumulate_t<T>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>;
@@ -80,6 +84,7 @@ struct Shapley {
   // infinite, so are sums of products.
   template <int K>
   void load_exponentials(int64_t first, Walk<A, K>& walk) const {
+    walk.prepare(), walk.set_base(bias);
     V sum = {};
     for (int64_t m = 0; m < M; ++m) {
       const V max = load_partials(m, first, walk.partials.data() + m * C, Exponential{}).max;
@@ -100,6 +105,7 @@ struct Shapley {
 
   template <int K>
   void load_block(int64_t first, bool is_backward, Walk<A, K>& walk) const {
+    walk.prepare();
     walk.by_products = false;
     load_labels(first, walk);
     LabelApart<A> base{walk.leaves.labels, V{} + in_place_of_label<A>(utility, is_backward)};
@@ -134,6 +140,23 @@ struct Shapley {
   // chosen for.
   bool may_multiply() const { return std::is_same_v<A, float> && is_smooth(); }
 
+  // The rows of modality m of the samples from `first` on: where they lie, or in `space`, one behind the
+  // other, if their elements lie apart or samples are missing, in whose place the last one stands.
+  BlockRows<T> rows(int64_t m, int64_t first, std::vector<T>& space) const {
+    const T* row = partial_logits + m * stride_m + first * stride_n;
+    if (stride_c == 1 && first + L <= N) {
+      const T* end = partial_logits + (M - 1) * stride_m + (N - 1) * stride_n + C;
+      return {{row, stride_n}, end, L * stride_n};
+    }
+    space.resize(M * L * C);
+    T* copy = space.data() + m * L * C;
+    for (int64_t l = 0; l < L; ++l) {
+      const T* source = row + std::min(l, N - 1 - first) * stride_n;
+      for (int64_t c = 0; c < C; ++c) copy[l * C + c] = source[c * stride_c];
+    }
+    return {{copy, C}, space.data() + space.size(), 0};
+  }
+
   // What a block costs, as bytes read from memory in the same time.
   int64_t block_bytes() const {
     return L * M * C * sizeof(T) + (is_smooth() ? 64 * C * (may_multiply() ? M : 1 << M) : 0) + (8 * C << M);
@@ -143,21 +166,14 @@ struct Shapley {
     with_leaves([&](auto leaf_bits) {
       parallel_for(ceil_div(N, L), block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
         Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, false);
-        if (may_multiply()) walk.set_base(bias);
+        Few<leaf_bits> few(*this, walk, false);
         Sums<A> sums;
         V nonfinite = {};
         const int64_t last = std::min(end * L, N);
         for (int64_t first = begin * L; first < last; first += L) {
           if (first % 1024 == 0 && is_interrupted(1024 / L * C * M)) return;
-          if (may_multiply()) {
-            load_exponentials(first, walk);
-            walk.fwd(sums);
-          }
-          if (!may_multiply() || walk.products.has_failed) {
-            load_block(first, false, walk);
-            walk.fwd(sums);
-          }
-          store_lanes(sums.halves, M, rows(first), phi + first * M);
+          if (!few.fwd(first, sums)) fwd_block(first, walk, sums);
+          store_lanes(sums.halves, M, rows(first), phi + first * M, AsTheyAre{});
           // Stays 0 unless a value is infinite or NaN, which counts never are.
           for (int m = 0; m < M && utility >= kProbability; ++m) nonfinite += sums.halves[m] - sums.halves[m];
         }
@@ -168,10 +184,22 @@ struct Shapley {
             continue;
           load_block(first, false, walk);
           walk.fwd_by_formula(sums);
-          store_lanes(sums.halves, M, rows(first), phi + first * M);
+          store_lanes(sums.halves, M, rows(first), phi + first * M, AsTheyAre{});
         }
       });
     });
+  }
+
+  template <int K>
+  void fwd_block(int64_t first, Walk<A, K>& walk, Sums<A>& sums) const {
+    if (may_multiply()) {
+      load_exponentials(first, walk);
+      walk.fwd(sums);
+    }
+    if (!may_multiply() || walk.products.has_failed) {
+      load_block(first, false, walk);
+      walk.fwd(sums);
+    }
   }
 
   void bwd(const T* dphi, T* dpartial_logits, A* dbias, int64_t num_threads) const {
@@ -179,12 +207,15 @@ struct Shapley {
       parallel_for(
           ceil_div(N, kChunk), 3 * kChunk / L * block_bytes(), num_threads, [&](int64_t begin, int64_t end) {
             Walk<A, leaf_bits> walk(static_cast<int>(M), C, utility, true);
-            if (may_multiply()) walk.set_base(bias);
+            Few<leaf_bits> few(*this, walk, true);
             for (int64_t chunk = begin; chunk < end && !is_interrupted(kChunk / L * C * M); ++chunk) {
               std::fill(walk.dbias.begin(), walk.dbias.end(), V{});
               const int64_t last = std::min(N, (chunk + 1) * kChunk);
-              for (int64_t first = chunk * kChunk; first < last; first += L)
-                bwd_block(first, dphi, dpartial_logits, walk);
+              for (int64_t first = chunk * kChunk; first < last; first += L) {
+                const bool is_large = load_dphi(first, dphi, walk);
+                if (!is_large || !few.bwd(first, dpartial_logits))
+                  bwd_block(first, is_large, dpartial_logits, walk);
+              }
               for (int64_t c = 0; dbias != nullptr && c < C; ++c)
                 dbias[chunk * C + c] = sum_lanes(walk.dbias[c]);
             }
@@ -193,8 +224,8 @@ struct Shapley {
   }
 
   template <int K>
-  void bwd_block(int64_t first, const T* dphi, T* dpartial_logits, Walk<A, K>& walk) const {
-    const bool by_products = load_dphi(first, dphi, walk) && may_multiply();
+  void bwd_block(int64_t first, bool is_large_dphi, T* dpartial_logits, Walk<A, K>& walk) const {
+    const bool by_products = is_large_dphi && may_multiply();
     if (by_products) {
       load_exponentials(first, walk);
       walk.bwd();
@@ -216,7 +247,11 @@ struct Shapley {
   // Returns whether gradients are large enough to be divided by sums of exponentials, which may be large.
   template <int K>
   bool load_dphi(int64_t first, const T* dphi, Walk<A, K>& walk) const {
-    load_lanes(dphi + first * M, M, N - first, 1, M, dphi + N * M, walk.dphi, AsTheyAre{});
+    if (first + L <= N && M <= 3) {
+      read_few_lanes(dphi + first * M, M, walk.dphi);
+    } else {
+      load_lanes(dphi + first * M, M, N - first, 1, M, dphi + N * M, walk.dphi, AsTheyAre{});
+    }
     walk.dphi_sum = V{};
     V largest_sum = {};
     for (int m = 0; m < M; ++m) {

@@ -10,7 +10,7 @@
 #include <limits>
 
 #include "codes.h"
-#include "lanes.h"
+#include "lanes_rows.h"
 #include "vec_math.h"
 
 namespace mmfast {

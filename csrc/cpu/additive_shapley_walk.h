@@ -36,30 +36,35 @@ struct Walk {
       dphi_sum, origin = {};
   Vec<Int<A>> has_unbounded_dphi;  // backward: lanes whose dphi are infinite or may overflow in sums
   bool any_unbounded_dphi;
+  const bool is_backward;
   Leaves<A, K> leaves;
   Products<A, K> products;
   bool by_products = false;     // bases, partials and the label's are exponentials, and the walk multiplies
   V* formula_values = nullptr;  // [M] where `add_by_formula` adds, if it is to
 
   Walk(int M, int64_t C, Utility utility, bool is_backward)
-      : M(M),
-        depth(M - K),
-        C(C),
-        weights(M, utility == kCardinality),
-        base(C),
-        partials(M * C),
-        levels(depth * C) {
+      : M(M), depth(M - K), C(C), weights(M, utility == kCardinality), is_backward(is_backward) {
+    if (is_backward) dbias.resize(C);
+    leaves.utility = utility;
+  }
+
+  // Takes the memory for a walk, which blocks that need none (additive_shapley_few.h) do without.
+  void prepare() {
+    if (!partials.empty()) return;
+    const auto utility = leaves.utility;
+    base.resize(C), partials.resize(M * C), levels.resize(depth * C);
     if (is_backward) {
-      dpartials.resize(M * C), dlevels.resize(depth * C), dbase.resize(C), dbias.resize(C);
+      dpartials.resize(M * C), dlevels.resize(depth * C), dbase.resize(C);
       if (utility != kMargin) exponentials.resize(C * J);
     }
-    leaves = Leaves<A, K>{partials.data() + depth * C, label_partials + depth, C, utility, {}, true};
-    products = Products<A, K>{partials.data() + depth * C, label_partials + depth, C, utility};
+    leaves = {partials.data() + depth * C, label_partials + depth, C, utility, leaves.labels, true};
+    products = {partials.data() + depth * C, label_partials + depth, C, utility};
   }
 
   Vec<Int<A>> is_label(int64_t c) const { return leaves.labels == static_cast<Int<A>>(c); }
 
   void set_base(const A* bias) {  // [C] or null
+    if (!base_exponentials.empty()) return;
     const A max = bias == nullptr ? A{} : *std::max_element(bias, bias + C);
     base_exponentials.resize(C);
     for (int64_t c = 0; c < C; ++c)
@@ -77,6 +82,29 @@ struct Walk {
 
   V label_with(int level, V z_label) const {
     return by_products ? z_label * label_partials[level] : z_label + label_partials[level];
+  }
+
+  // Weighs and sums the utilities u of a leaf's coalitions, of `size` modalities decided before.
+  __attribute__((always_inline)) void add_up(V* u, int size, Sums<A>& out) {
+    if (leaves.utility >= kProbability) {
+      // A number added to all utilities changes no value: less the mean of the first ones, sums stay small.
+      if (size == 0) {
+        V sum = u[0];
+        for (int j = 1; j < J; ++j) sum += u[j];
+        origin = sum - sum == 0 ? sum * (A(1) / J) : V{};
+      }
+      MMFAST_UNROLL
+      for (int j = 0; j < J; ++j) u[j] -= origin;
+    }
+    out.shared = V{};
+    MMFAST_UNROLL
+    for (int j = 0; j < J; ++j) {
+      const int players = size + __builtin_popcount(j);
+      out.shared += weights.b[players] * u[j];
+      u[j] *= weights.a[players];
+    }
+    Leaves<A, K>::fold(u, out.halves + depth);
+    out.total = u[0];
   }
 
   // `coalition`, of `size` modalities, is what is decided so far.
@@ -97,25 +125,7 @@ struct Walk {
         std::copy_n(u, J, given);
         add_by_formula(coalition, given);
       }
-      if (leaves.utility >= kProbability) {
-        // A number added to all utilities changes no value: less the mean of the first ones, sums stay small.
-        if (size == 0) {
-          V sum = u[0];
-          for (int j = 1; j < J; ++j) sum += u[j];
-          origin = sum - sum == 0 ? sum * (A(1) / J) : V{};
-        }
-        MMFAST_UNROLL
-        for (int j = 0; j < J; ++j) u[j] -= origin;
-      }
-      out.shared = V{};
-      MMFAST_UNROLL
-      for (int j = 0; j < J; ++j) {
-        const int players = size + __builtin_popcount(j);
-        out.shared += weights.b[players] * u[j];
-        u[j] *= weights.a[players];
-      }
-      Leaves<A, K>::fold(u, out.halves + depth);
-      out.total = u[0];
+      add_up(u, size, out);
       return;
     }
     if (is_interrupted(2 * J * C)) return;
@@ -182,16 +192,22 @@ struct Walk {
     bwd(0, base.data(), label_base, 0, 0, V{}, dbase.data(), dlabel_base);
   }
 
+  // The gradients du of the utilities of a leaf's coalitions; `dphi_here` is the sum of dphi over the `size`
+  // modalities present in all of them.
+  __attribute__((always_inline)) void utility_gradients(int size, V dphi_here, V* du) const {
+    Leaves<A, K>::subset_sums(dphi_here, dphi + depth, 1, du);
+    MMFAST_UNROLL
+    for (int j = 0; j < J; ++j) {
+      const int players = size + __builtin_popcount(j);
+      du[j] = weights.a[players] * du[j] - weights.b[players] * dphi_sum;
+    }
+  }
+
   // Adds to dz the gradient with respect to z; `dphi_here` is the sum of dphi over the modalities present.
   void bwd(int level, const V* z, V z_label, unsigned coalition, int size, V dphi_here, V* dz, V& dz_label) {
     if (level == depth) {
       V du[J];
-      Leaves<A, K>::subset_sums(dphi_here, dphi + depth, 1, du);
-      MMFAST_UNROLL
-      for (int j = 0; j < J; ++j) {
-        const int players = size + __builtin_popcount(j);
-        du[j] = weights.a[players] * du[j] - weights.b[players] * dphi_sum;
-      }
+      utility_gradients(size, dphi_here, du);
       if (__builtin_expect(any_unbounded_dphi, 0)) {
         V du_copy[J];
         std::copy_n(du, J, du_copy);

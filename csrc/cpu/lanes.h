@@ -57,6 +57,28 @@ struct RowHalves {
     }
   }
 
+  // Row l in the lowest lanes.
+  static V row(const V* x, int l) {
+    const V pair = x[l / (2 * kBlock) * kBlock + l % kBlock];
+    return kBlock == L ? x[l] : l / kBlock % 2 == 0 ? pair : upper_half(pair, lanes_of<V>{});
+  }
+  template <int... lane>
+  static V upper_half(V x, std::integer_sequence<int, lane...>) {
+    return shuffle<((lane + L / 2) % L)...>(x, x);
+  }
+
+  // Row l, written alone.
+  template <class T>
+  __attribute__((always_inline)) static void store_row(const V* x, T* target, int l) {
+    if constexpr (kBlock == L) {
+      store(target, x[l]);
+    } else if (l / kBlock % 2 == 0) {
+      store_half<false>(target, x[l / (2 * kBlock) * kBlock + l % kBlock]);
+    } else {
+      store_half<true>(target, x[l / (2 * kBlock) * kBlock + l % kBlock]);
+    }
+  }
+
   // Of the lower or the upper half of every block, `width` elements of a and b in turn.
   template <int width, bool upper, int... lane>
   static V interleave(V a, V b, std::integer_sequence<int, lane...>) {
@@ -153,141 +175,19 @@ __attribute__((always_inline)) inline Vec<A> reduce_lanes(Vec<A>* x, Operation&&
   return x[0];
 }
 
-// Where the L rows of a block begin: as far apart as each other, or anywhere.
-template <class T>
-struct EvenRows {
-  static constexpr int L = kLanes<accumulate_t<T>>;
-  const T* first;
-  int64_t stride;
-  const T* operator[](int l) const { return first + l * stride; }
-  const T* highest() const { return first + (L - 1) * stride; }
-};
-template <class T>
-struct AnyRows {
-  static constexpr int L = kLanes<accumulate_t<T>>;
-  const T* rows[L];
-  const T* operator[](int l) const { return rows[l]; }
-  const T* highest() const { return *std::max_element(rows, rows + L); }
-};
-
-// Reads L rows of `count` elements `stride` apart into lanes[0] .. lanes[count - 1]. What lies between a
-// row's end and `end`, the end of the memory that may be read, is read and left out. The rows `ahead`
-// elements further are prefetched: no hardware prefetcher follows as many rows as there are lanes. What is
-// stored is function(vector, column), which may be called twice for a column. Returns the function, whose
-// state is in registers meanwhile.
-template <class T, class Rows, class Function>
-Function load_lanes(const Rows& rows, int64_t stride, int64_t count, const T* end, int64_t ahead,
-                    Vec<accumulate_t<T>>* lanes,  // [count]
-                    Function function) {
-  using Halves = RowHalves<accumulate_t<T>>;
-  constexpr int L = Halves::L, kColumns = Halves::kColumns;
-  if (stride != 1) {
-    for (int64_t c = 0; c < count; ++c) {
-      for (int l = 0; l < L; ++l) lanes[c][l] = widen(rows[l][c * stride]);
-      lanes[c] = function(lanes[c], c);
-    }
-    return function;
+// Three vectors' lanes in turn, and back.
+template <class V, int part, bool back, int... i>
+inline V in_turn(V a, V b, V c, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  if constexpr (back) {
+    // Lane i is element 3 i + part of the three, one behind the other.
+    const V ab = shuffle<((3 * i + part) % (2 * L))...>(a, b);
+    return shuffle<(3 * i + part < 2 * L ? i : 3 * i + part - L)...>(ab, c);
+  } else {
+    // Element part * L + i of what is a[0], b[0], c[0], a[1], ...
+    const V ab = shuffle<((part * L + i) / 3 + ((part * L + i) % 3 == 1) * L)...>(a, b);
+    return shuffle<((part * L + i) % 3 == 2 ? L + (part * L + i) / 3 : i)...>(ab, c);
   }
-  if (count < kColumns && end - rows.highest() < kColumns) {
-    T padded[L][kColumns] = {};
-    for (int l = 0; l < L; ++l) std::copy_n(rows[l], count, padded[l]);
-    return load_lanes<T>(EvenRows<T>{padded[0], kColumns}, 1, count, padded[0] + L * kColumns, 0, lanes,
-                         function);
-  }
-  Vec<accumulate_t<T>> x[kColumns];
-  if (count < kColumns) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) x[i] = Halves::template load_pair<T>(rows, 0, i);
-    Halves::to_columns(x);
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i)
-      if (i < count) lanes[i] = function(x[i], i);
-    return function;
-  }
-  for (int64_t next = 0; next < count; next += kColumns) {
-    // The last columns overlap those before them.
-    const int64_t c = std::min(next, count - kColumns);
-    if (next % L == 0) {
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) __builtin_prefetch(rows[l] + c + ahead);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) x[i] = Halves::template load_pair<T>(rows, c, i);
-    Halves::to_columns(x);
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) lanes[c + i] = function(x[i], c + i);
-  }
-  return function;
-}
-
-// The same of rows that begin `row_stride` apart. Where there are fewer than L, the last one is taken again.
-template <class T, class Function>
-Function load_lanes(const T* first, int64_t row_stride, int64_t num_rows, int64_t stride, int64_t count,
-                    const T* end, Vec<accumulate_t<T>>* lanes, Function function) {
-  constexpr int L = kLanes<accumulate_t<T>>;
-  if (num_rows >= L)
-    return load_lanes<T>(EvenRows<T>{first, row_stride}, stride, count, end, L * row_stride, lanes, function);
-  AnyRows<T> rows;
-  for (int64_t l = 0; l < L; ++l) rows.rows[l] = first + std::min(l, num_rows - 1) * row_stride;
-  return load_lanes<T>(rows, stride, count, end, 0, lanes, function);
-}
-
-// What a function of the above may be that changes nothing.
-struct AsTheyAre {
-  template <class V>
-  V operator()(V x, int64_t) const {
-    return x;
-  }
-};
-
-// Writes the first `num_rows` lanes of function(lanes[c], c) back as rows of `count` elements, one behind the
-// other.
-template <class T, class Function>
-void store_lanes(const Vec<accumulate_t<T>>* lanes,  // [count]
-                 int64_t count, int num_rows,
-                 T* rows,  // [num_rows, count]
-                 Function function) {
-  using Halves = RowHalves<accumulate_t<T>>;
-  constexpr int L = Halves::L, kColumns = Halves::kColumns;
-  Vec<accumulate_t<T>> x[kColumns];
-  if (count < kColumns) {
-    for (int i = 0; i < kColumns; ++i) x[i] = i < count ? function(lanes[i], i) : Vec<accumulate_t<T>>{};
-    Halves::to_rows(x);
-    T halves[L][kColumns];
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) Halves::store_pair(x[i], halves[0], kColumns, i);
-    // Each row's surplus is overwritten by the next row; the last ones' must not reach what is behind them.
-    int l = 0;
-    for (; (num_rows - l) * count >= kColumns; ++l)
-      std::memcpy(rows + l * count, halves[l], sizeof halves[l]);
-    for (; l < num_rows; ++l)
-      for (int64_t i = 0; i < count; ++i) rows[l * count + i] = halves[l][i];
-    return;
-  }
-  for (int64_t next = 0; next < count; next += kColumns) {
-    const int64_t c = std::min(next, count - kColumns);
-#pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) x[i] = function(lanes[c + i], c + i);
-    Halves::to_rows(x);
-    if (num_rows == L) {
-      // What the next block writes: a store that misses holds up those behind it.
-      if (next % L == 0) {
-#pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) __builtin_prefetch(rows + (L + l) * count + c, 1);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kColumns; ++i) Halves::store_pair(x[i], rows + c, count, i);
-    } else {
-      T halves[L][kColumns];
-      for (int i = 0; i < kColumns; ++i) Halves::store_pair(x[i], halves[0], kColumns, i);
-      for (int l = 0; l < num_rows; ++l) std::memcpy(rows + l * count + c, halves[l], sizeof halves[l]);
-    }
-  }
-}
-
-template <class T>
-void store_lanes(const Vec<accumulate_t<T>>* lanes, int64_t count, int num_rows, T* rows) {
-  store_lanes(lanes, count, num_rows, rows, AsTheyAre{});
 }
 
 // Calls function(begin, end) for groups of at most 64 of `count` elements: a sum of few groups' sums rounds

@@ -59,6 +59,7 @@ struct Batch {
   }
 
   void fwd(int64_t block, int64_t count, T* fused, T* stored_weights) {
+    blocks.write_to(fused);
     for (int64_t g = 0; g < count; ++g) {
       for (int64_t m = 0; m < M; ++m) {
         V s, t;
@@ -70,11 +71,12 @@ struct Batch {
     weigh(block, count);
     for (int64_t g = 0; g < count; ++g) {
       f.store_weights(weights.data() + g * M, (block + g) * L, stored_weights);
-      blocks.fuse(g, (block + g) * L, weights.data() + g * M, fused);
+      blocks.fuse(g, (block + g) * L, weights.data() + g * M);
     }
   }
 
   void bwd(int64_t block, int64_t count, const T* dfused, const T* dweights, T* dlogits) {
+    blocks.write_to(dlogits);
     for (int64_t g = 0; g < count; ++g) {
       blocks.load_gradient(g, (block + g) * L, dfused);
       for (int64_t m = 0; m < M; ++m) {
@@ -95,7 +97,7 @@ struct Batch {
       }
       for (int64_t m = 0; m < M; ++m) {
         const V dscore = w[m] * (dweight[m] - mean) / f.temperature / s[m];
-        blocks.gradients(g, m, first, w[m], dscore, s[m], means[g * M + m], dlogits);
+        blocks.gradients(g, m, first, w[m], dscore, s[m], means[g * M + m]);
       }
     }
   }
@@ -104,7 +106,7 @@ struct Batch {
 // Calls function(Batch) with the layout that is the quicker for the logits, as a type.
 template <class T, class Function>
 void with_layout(const Fusion<T>& f, Function&& function) {
-  if (f.stride_c == 1 && f.C >= kLanes<accumulate_t<T>>) {
+  if (f.stride_c == 1 && f.C >= 4 * kLanes<accumulate_t<T>>) {
     function(static_cast<Batch<T, RowBlocks<T>>*>(nullptr));
   } else {
     function(static_cast<Batch<T, LaneBlocks<T>>*>(nullptr));

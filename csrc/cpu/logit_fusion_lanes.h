@@ -22,18 +22,22 @@ class LaneBlocks {
   LaneBlocks(const Fusion<T>& fusion, int64_t num_blocks, bool is_backward)
       : f_(fusion),
         C_(fusion.C),
+        batch_(num_blocks * L),
         z_(num_blocks * fusion.M * C_),
         dfused_(is_backward ? num_blocks * C_ : 0) {}
 
+  // Where results go.
+  void write_to(T* target) { target_ = target; }
+
   // The sums of the softmax of modality m, of block g of those held, which begins with sample `first`.
   void sums(int64_t g, int64_t m, int64_t first, V& s_out, V& t_out) {
-    V* z = logits(g, m);
-    load_logits(m, first, z);
-    const V max = max_of(z);
-    V s = {}, t = {};
+    V *z = logits(g, m), s = {}, t = {};
+    const V max = load_logits(m, first, z);
+    const T* const target = m == 0 ? target_ + first * C_ : nullptr;
     for_groups(C_, [&](int64_t begin, int64_t end) {
       V group_s = {}, group_t = {};
       for (int64_t c = begin; c < end; ++c) {
+        if (target != nullptr) __builtin_prefetch(target + c * L, 1);
         const V x = f_.shifted(z[c], max), e = exp_nonpositive<A>(x);
         group_s += e;
         group_t += e * x;
@@ -43,36 +47,40 @@ class LaneBlocks {
     s_out = s, t_out = t;
   }
 
-  void fuse(int64_t g, int64_t first, const V* w, T* fused) {
+  void fuse(int64_t g, int64_t first, const V* w) {
     V* z = logits(g, 0);
     const bool has_zero = f_.has_zero_weight(w);
+    const T* const next = next_block(0, first);
     for (int64_t c = 0; c < C_; ++c) {
+      for (int64_t m = 0; m < f_.M && next != nullptr; ++m) f_.prefetch(next + m * f_.stride_m + c * L);
       V sum = has_zero ? f_.weighted(w[0], z[c]) : w[0] * z[c];
       for (int64_t m = 1; m < f_.M; ++m)
         sum += has_zero ? f_.weighted(w[m], z[m * C_ + c]) : w[m] * z[m * C_ + c];
       z[c] = sum;
     }
-    store_lanes(z, C_, f_.rows_from(first), fused + first * C_);
+    store_lanes(z, C_, f_.rows_from(first), target_ + first * C_, AsTheyAre{}, 0);
   }
 
   void load_gradient(int64_t g, int64_t first, const T* dfused) {
+    given_ = dfused;
     load_lanes(dfused + first * C_, C_, f_.N - first, 1, C_, dfused + f_.N * C_, dfused_.data() + g * C_,
-               AsTheyAre{});
+               AsTheyAre{}, 0);
   }
 
   // Also the product of the logits with dfused. What is left of the logits z: z - max for entropy, e for
   // certainty.
   void sums_and_product(int64_t g, int64_t m, int64_t first, V& s_out, V& t_out, V& product_out) {
     V* z = logits(g, m);
-    load_logits(m, first, z);
-    const V *dfused = dfused_.data() + g * C_, max = max_of(z);
+    const V *dfused = dfused_.data() + g * C_, max = load_logits(m, first, z);
     const V lowest = V{} + std::numeric_limits<A>::lowest();
     // What a logit's exponential is at most that is not the largest, or rounding would make it one.
+    T* const target = target_ + (m * f_.N + first) * C_;
     const V below_one = V{} + (1 - std::numeric_limits<A>::epsilon() / 2);
     V s = {}, t = {}, product = {};
     for_groups(C_, [&](int64_t begin, int64_t end) {
       V group_s = {}, group_t = {}, group_product = {};
       for (int64_t c = begin; c < end; ++c) {
+        __builtin_prefetch(target + c * L, 1);
         const V x = f_.shifted(z[c], max), e = exp_nonpositive<A>(x);
         // Where a class is excluded the fused logit is -inf whatever the weights are.
         group_product += dfused[c] * (z[c] < lowest ? V{} : z[c]);
@@ -86,8 +94,11 @@ class LaneBlocks {
   }
 
   // w dfused + dscore times the gradient of the score, but for the factor 1 / s.
-  void gradients(int64_t g, int64_t m, int64_t first, V w, V dscore, V s, V t_over_s, T* dlogits) {
+  void gradients(int64_t g, int64_t m, int64_t first, V w, V dscore, V s, V t_over_s) {
     V *e = logits(g, m), *dfused = dfused_.data() + g * C_;
+    const T *const next = next_block(m, first), *const next_dfused = given_ + (first + batch_) * C_;
+    for (int64_t c = 0; c < C_ && next != nullptr; ++c) f_.prefetch(next + c * L);
+    for (int64_t c = 0; c < C_ && m == 0; ++c) f_.prefetch(next_dfused + c * L);
     if (f_.score == kEntropy) {
       // p (ln p + H), with ln p + H = x - t / s.
       for (int64_t c = 0; c < C_; ++c)
@@ -103,17 +114,34 @@ class LaneBlocks {
       }
     }
     mask_absent(m, first, e);
-    store_lanes(e, C_, f_.rows_from(first), dlogits + (m * f_.N + first) * C_);
+    store_lanes(e, C_, f_.rows_from(first), target_ + (m * f_.N + first) * C_, AsTheyAre{}, 0);
   }
 
  private:
   V* logits(int64_t g, int64_t m) { return z_.data() + (g * f_.M + m) * C_; }
 
-  // Modality m of the samples from `first` on, 0 where it is absent.
-  void load_logits(int64_t m, int64_t first, V* z) const {
-    load_lanes(f_.logits + m * f_.stride_m + first * f_.stride_n, f_.stride_n, f_.N - first, f_.stride_c, C_,
-               f_.end(), z, AsTheyAre{});
+  // The same block of the next batch, if its rows lie one behind the other.
+  const T* next_block(int64_t m, int64_t first) const {
+    if (f_.stride_c != 1 || f_.stride_n != C_) return nullptr;
+    return f_.logits + m * f_.stride_m + (first + batch_) * C_;
+  }
+
+  // Finds the largest logit of each lane on the way.
+  struct Max {
+    V max = V{} - kInfinity<A>;
+    V operator()(V z, int64_t) {
+      max = larger<A>(z, max);
+      return z;
+    }
+  };
+
+  // Modality m of the samples from `first` on, 0 where it is absent; returns the largest ones.
+  V load_logits(int64_t m, int64_t first, V* z) const {
+    const V max = load_lanes(f_.logits + m * f_.stride_m + first * f_.stride_n, f_.stride_n, f_.N - first,
+                             f_.stride_c, C_, f_.end(), z, Max{}, 0)
+                      .max;
     mask_absent(m, first, z);
+    return f_.present == nullptr ? max : f_.lanes_present(m, first) ? max : V{};
   }
 
   void mask_absent(int64_t m, int64_t first, V* z) const {
@@ -123,19 +151,12 @@ class LaneBlocks {
     for (int64_t c = 0; c < C_; ++c) z[c] = from_bits<A>(bits_of<A>(z[c]) & here);
   }
 
-  V max_of(const V* z) const {
-    V maxima[4] = {z[0], z[0], z[0], z[0]};
-    int64_t c = 0;
-    for (; c + 4 <= C_; c += 4)
-      for (int i = 0; i < 4; ++i) maxima[i] = larger<A>(maxima[i], z[c + i]);
-    for (; c < C_; ++c) maxima[0] = larger<A>(maxima[0], z[c]);
-    return larger<A>(larger<A>(maxima[0], maxima[1]), larger<A>(maxima[2], maxima[3]));
-  }
-
   const Fusion<T>& f_;
-  const int64_t C_;
-  std::vector<V> z_;       // [blocks, M, C]
-  std::vector<V> dfused_;  // [blocks, C]
+  const int64_t C_, batch_;   // samples of a batch
+  T* target_ = nullptr;       // [N, C], backward [M, N, C]
+  const T* given_ = nullptr;  // [N, C], the gradient with respect to what is fused
+  std::vector<V> z_;          // [blocks, M, C]
+  std::vector<V> dfused_;     // [blocks, C]
 };
 
 }  // namespace

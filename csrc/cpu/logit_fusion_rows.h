@@ -19,6 +19,7 @@ class RowBlocks {
   using V = Vec<A>;
   using Mask = Vec<Int<A>>;
   static constexpr int L = kLanes<A>;
+  static constexpr Mask kNoClass = Mask{} + std::numeric_limits<Int<A>>::max();
   // Rows that are worked on side by side: nobody waits for the end of one chain of operations.
   static constexpr int R = std::min(4, L);
 
@@ -26,24 +27,31 @@ class RowBlocks {
   RowBlocks(const Fusion<T>& fusion, int64_t num_blocks, bool is_backward)
       : f_(fusion),
         C_(fusion.C),
+        batch_(num_blocks * L),
+        is_backward_(is_backward),
         maxima_(num_blocks * fusion.M),
         needs_care_(num_blocks * fusion.M),
+        tops_(is_backward ? num_blocks * fusion.M : 0),
         e_(is_backward ? num_blocks * fusion.M * L * C_ : 0),
         zeros_(fusion.present == nullptr ? 0 : C_) {
-    for (int l = 0; l < L; ++l) new_lanes_[l] = -Int<A>{l >= L - C_ % L};
+    for (int l = 0; l < L; ++l) new_lanes_[l] = -Int<A>{l >= L - C_ % L}, first_classes_[l] = l;
   }
+
+  // Where results go.
+  void write_to(T* target) { target_ = target; }
 
   void sums(int64_t g, int64_t m, int64_t first, V& s, V& t) {
     const T* rows[L];
     find_rows(m, first, rows);
-    if (find_maxima(g, m, rows)) {
+    if (find_maxima(g, m, first, rows)) {
       row_sums<true>(rows, maxima_[g * f_.M + m], s, t);
     } else {
       row_sums<false>(rows, maxima_[g * f_.M + m], s, t);
     }
   }
 
-  void fuse(int64_t, int64_t first, const V* w, T* fused) {
+  void fuse(int64_t, int64_t first, const V* w) {
+    T* const fused = target_;
     if (f_.present != nullptr || f_.has_zero_weight(w)) {
       fuse_with_zeros(first, w, fused);
     } else if (f_.M == 2) {
@@ -62,24 +70,25 @@ class RowBlocks {
     const T *rows[L], *dfused[L];
     find_rows(m, first, rows);
     f_.find_rows(dfused_ + first * C_, C_, first, dfused);
-    if (find_maxima(g, m, rows)) {
-      row_sums_and_products<true>(rows, dfused, maxima_[g * f_.M + m], exponentials(g, m), s, t, product);
+    if (find_maxima(g, m, first, rows)) {
+      row_sums_and_products<true>(g, m, rows, dfused, s, t, product);
     } else {
-      row_sums_and_products<false>(rows, dfused, maxima_[g * f_.M + m], exponentials(g, m), s, t, product);
+      row_sums_and_products<false>(g, m, rows, dfused, s, t, product);
     }
+    if (f_.score == kCertainty) find_tops(g, m, rows);
   }
 
   // w dfused + dscore times the gradient of the score, but for the factor 1 / s. Lanes without a sample write
   // that of the last one again.
-  void gradients(int64_t g, int64_t m, int64_t first, V w, V dscore, V s, V mean, T* dlogits) {
+  void gradients(int64_t g, int64_t m, int64_t first, V w, V dscore, V s, V mean) {
     const T *rows[L], *dfused[L];
     T* targets[L];
     find_rows(m, first, rows);
     f_.find_rows(dfused_ + first * C_, C_, first, dfused);
-    f_.find_rows(dlogits + (m * f_.N + first) * C_, C_, first, targets);
+    f_.find_rows(target_ + (m * f_.N + first) * C_, C_, first, targets);
     const V max = maxima_[g * f_.M + m];
     if (f_.score == kCertainty) {
-      certainty_gradients(rows, dfused, max, exponentials(g, m), w, dscore, s, targets);
+      certainty_gradients(rows, dfused, tops_[g * f_.M + m], exponentials(g, m), w, dscore, s, targets);
     } else if (needs_care_[g * f_.M + m]) {
       entropy_gradients<true>(rows, dfused, max, exponentials(g, m), w, dscore, mean, targets);
     } else {
@@ -134,8 +143,10 @@ class RowBlocks {
   }
 
   // Returns whether logits of the block are NaN, infinite, or so far apart that their differences may be.
-  bool find_maxima(int64_t g, int64_t m, const T* const* rows) {
-    const int64_t ahead = L * f_.stride_n;
+  bool find_maxima(int64_t g, int64_t m, int64_t first, const T* const* rows) {
+    // What this block will write, while others are read: a store that misses holds up those behind it.
+    const bool has_target = is_backward_ || m == 0;
+    const T* const target = target_ + ((is_backward_ ? m * f_.N : 0) + first) * C_;
     const V far = V{} + A(1e30);
     V highest[L], lowest = {};
     for (int l = 0; l < L; l += R) {
@@ -143,8 +154,7 @@ class RowBlocks {
       MMFAST_ROWS high[r] = load(rows[l + r]);
       for_vectors([&](int64_t c, auto) {
         MMFAST_ROWS {
-          // The rows a block further, while this one's are worked on.
-          __builtin_prefetch(rows[l + r] + c + ahead);
+          if (has_target) __builtin_prefetch(target + (l + r) * C_ + c, 1);
           const V z = load(rows[l + r] + c);
           high[r] = larger<A>(high[r], z), lowest = smaller<A>(lowest, z);
         }
@@ -160,6 +170,7 @@ class RowBlocks {
 
   template <bool is_careful>
   __attribute__((noinline)) void row_sums(const T* const* rows, V maxima, V& s_out, V& t_out) const {
+    const int64_t ahead = batch_ * f_.stride_n;
     V all_s[L], all_t[L];
     for (int l = 0; l < L; l += R) {
       V max[R], s[R] = {}, t[R] = {}, before_s[R] = {}, before_t[R] = {};
@@ -167,6 +178,7 @@ class RowBlocks {
       for_vectors(
           [&](int64_t c, auto is_overlapping) {
             MMFAST_ROWS {
+              f_.prefetch(rows[l + r] + c + ahead);
               const V x = shifted<is_careful>(load(rows[l + r] + c), max[r]);
               const V e = counted(exp_nonpositive<A>(x), is_overlapping);
               s[r] += e, t[r] += e * x;
@@ -179,9 +191,12 @@ class RowBlocks {
   }
 
   template <bool is_careful>
-  __attribute__((noinline)) void row_sums_and_products(const T* const* rows, const T* const* dfused, V maxima,
-                                                       A* kept,  // [L, C]
-                                                       V& s_out, V& t_out, V& product_out) const {
+  __attribute__((noinline)) void row_sums_and_products(int64_t g, int64_t m, const T* const* rows,
+                                                       const T* const* dfused, V& s_out, V& t_out,
+                                                       V& product_out) {
+    const V maxima = maxima_[g * f_.M + m];
+    A* const kept = exponentials(g, m);  // [L, C]
+    const int64_t ahead = batch_ * f_.stride_n;
     V all_s[L], all_t[L], products[L];
     const V lowest = V{} + std::numeric_limits<A>::lowest();
     for (int l = 0; l < L; l += R) {
@@ -190,6 +205,7 @@ class RowBlocks {
       for_vectors(
           [&](int64_t c, auto is_overlapping) {
             MMFAST_ROWS {
+              f_.prefetch(rows[l + r] + c + ahead);
               const V z = load(rows[l + r] + c), x = shifted<is_careful>(z, max[r]),
                       e = exp_nonpositive<A>(x);
               store(kept + (l + r) * C_ + c, e);
@@ -212,7 +228,6 @@ class RowBlocks {
   // `count` is M, where it may be a constant. Lanes without a sample write that of the last one again.
   template <class Count>
   __attribute__((noinline)) void fuse_all(int64_t first, const V* w, Count count, T* fused) const {
-    const int64_t ahead = L * C_;
     const T* rows[L];
     T* targets[L];
     f_.find_rows(0, first, rows);
@@ -220,7 +235,6 @@ class RowBlocks {
     for (int l = 0; l < L; l += R) {
       for_vectors([&](int64_t c, auto) {
         MMFAST_ROWS {
-          __builtin_prefetch(targets[l + r] + c + ahead, 1);
           V sum = w[0][l + r] * load(rows[l + r] + c);
           for (int64_t m = 1; m < count; ++m) sum += w[m][l + r] * load(rows[l + r] + m * f_.stride_m + c);
           store(targets[l + r] + c, sum);
@@ -245,14 +259,14 @@ class RowBlocks {
   __attribute__((noinline)) void entropy_gradients(const T* const* rows, const T* const* dfused, V maxima,
                                                    const A* e,  // [L, C]
                                                    V weights, V dscores, V means, T* const* targets) const {
-    const int64_t ahead = L * C_;
+    const int64_t ahead = batch_ * C_;
     for (int l = 0; l < L; l += R) {
       V max[R], w[R], dscore[R], mean[R];
       MMFAST_ROWS max[r] = V{} + maxima[l + r], mean[r] = V{} + means[l + r];
       MMFAST_ROWS w[r] = V{} + weights[l + r], dscore[r] = V{} + dscores[l + r];
       for_vectors([&](int64_t c, auto) {
         MMFAST_ROWS {
-          __builtin_prefetch(targets[l + r] + c + ahead, 1);
+          f_.prefetch(dfused[l + r] + c + ahead);
           // p (ln p + H), with ln p + H = x - t / s.
           const V x = shifted<is_careful>(load(rows[l + r] + c), max[r]);
           store(targets[l + r] + c,
@@ -262,31 +276,61 @@ class RowBlocks {
     }
   }
 
-  void certainty_gradients(const T* const* rows, const T* const* dfused, V maxima,
-                           const A* e,  // [L, C]
-                           V weights, V dscores, V s, T* const* targets) const {
-    const V scales = dscores / s;
-    for (int l = 0; l < L; ++l, e += C_) {
-      const V w = V{} + weights[l], scale = V{} + scales[l], max = V{} + maxima[l];
-      int64_t top = C_;
+  // The lowest class of the largest logit in each row; one beyond all classes where a logit is NaN.
+  __attribute__((noinline)) void find_tops(int64_t g, int64_t m, const T* const* rows) {
+    const V maxima = maxima_[g * f_.M + m];
+    V tops[L];
+    for (int l = 0; l < L; l += R) {
+      V max[R];
+      Mask top[R], classes = first_classes_;
+      MMFAST_ROWS max[r] = V{} + maxima[l + r], top[r] = kNoClass;
       for_vectors([&](int64_t c, auto) {
-        store(targets[l] + c, w * load(dfused[l] + c) - scale * load(e + c));
-        if (top == C_ && any(load(rows[l] + c) == max)) top = c;
+        classes = first_classes_ + static_cast<Int<A>>(c);
+        MMFAST_ROWS {
+          const Mask found = load(rows[l + r] + c) == max[r] ? classes : kNoClass;
+          top[r] = found < top[r] ? found : top[r];
+        }
       });
-      // The lowest class of the largest logit; none where a logit is NaN.
-      while (top < C_ && widen(rows[l][top]) != maxima[l]) ++top;
-      if (top < C_)
-        targets[l][top] = narrow<T>(weights[l] * widen(dfused[l][top]) - scales[l] * e[top] + dscores[l]);
+      MMFAST_ROWS tops[l + r] = from_bits<A>(top[r]);
+    }
+    tops_[g * f_.M + m] = bits_of<A>(reduce_lanes<A>(tops, [](V a, V b) {
+      return from_bits<A>(bits_of<A>(a) < bits_of<A>(b) ? bits_of<A>(a) : bits_of<A>(b));
+    }));
+  }
+
+  __attribute__((noinline)) void certainty_gradients(const T* const* rows, const T* const* dfused, Mask tops,
+                                                     const A* e,  // [L, C]
+                                                     V weights, V dscores, V s, T* const* targets) const {
+    const int64_t ahead = batch_ * C_;
+    const V scales = dscores / s;
+    for (int l = 0; l < L; l += R) {
+      V w[R], scale[R], dscore[R];
+      Mask top[R];
+      MMFAST_ROWS w[r] = V{} + weights[l + r], scale[r] = V{} + scales[l + r],
+                  dscore[r] = V{} + dscores[l + r];
+      MMFAST_ROWS top[r] = Mask{} + tops[l + r];
+      for_vectors([&](int64_t c, auto) {
+        const Mask classes = first_classes_ + static_cast<Int<A>>(c);
+        MMFAST_ROWS {
+          f_.prefetch(dfused[l + r] + c + ahead);
+          store(targets[l + r] + c, w[r] * load(dfused[l + r] + c) - scale[r] * load(e + (l + r) * C_ + c) +
+                                        (classes == top[r] ? dscore[r] : V{}));
+        }
+      });
     }
   }
 
   const Fusion<T>& f_;
-  const int64_t C_;
+  const int64_t C_, batch_;  // samples of a batch
+  const bool is_backward_;
+  T* target_ = nullptr;              // [N, C], backward [M, N, C]
   std::vector<V> maxima_;            // [blocks, M]
   std::vector<uint8_t> needs_care_;  // [blocks, M]
+  std::vector<Mask> tops_;           // [blocks, M], certainty's gradients
   std::vector<A> e_;                 // [blocks, M, L, C]
   std::vector<T> zeros_;             // [C], or empty
   const T* dfused_ = nullptr;        // [N, C]
+  Mask first_classes_ = {};          // 0, 1, 2, ...
   Mask new_lanes_ = {};              // those of a row's last vector that the one before it does not have
 };
 

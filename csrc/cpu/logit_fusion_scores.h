@@ -3,7 +3,7 @@
 #pragma once
 
 #include "codes.h"
-#include "lanes.h"
+#include "lanes_rows.h"
 #include "vec_math.h"
 
 namespace mmfast {
@@ -52,6 +52,10 @@ struct Fusion {
 
   // How many of the samples from `first` on there are in a block.
   int rows_from(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, N - first)); }
+
+  // What the next blocks are read from, while these are written: into the second cache, for the first is
+  // full.
+  static void prefetch(const T* address) { __builtin_prefetch(address, 0, 2); }
 
   // z - max, finite for a class that is excluded by a logit of -inf.
   static V shifted(V z, V max) { return larger<A>(V{} + MathConstants<A>::kLogSmallest * 2, z - max); }

@@ -230,26 +230,24 @@ inline void store(T* target, Vec<accumulate_t<T>> value) {
   std::memcpy(target, &packed, sizeof packed);
 }
 
-// The lower half of a vector to one array, the upper half to another.
-template <class T>
-inline void store_halves(T* lower, T* upper, Vec<accumulate_t<T>> value) {
+// The lower or the upper half of a vector.
+template <bool upper, class T>
+inline void store_half(T* target, Vec<accumulate_t<T>> value) {
   const Packed<T> packed = narrow<T>(value);
 #if MMFAST_ISA == 2
   if constexpr (sizeof packed == 64) {
     const __m512i bits = reinterpret_cast<__m512i>(packed.bits);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lower), _mm512_castsi512_si256(bits));
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_extracti64x4_epi64(bits, 1));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_extracti64x4_epi64(bits, upper));
   }
 #endif
-#if MMFAST_ISA >= 1
-  if constexpr (sizeof packed == 32) {
-    const __m256i bits = reinterpret_cast<__m256i>(packed.bits);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(lower), _mm256_castsi256_si128(bits));
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(upper), _mm256_extracti128_si256(bits, 1));
-  }
-#endif
-  std::memcpy(lower, &packed, sizeof packed / 2);
-  std::memcpy(upper, reinterpret_cast<const char*>(&packed) + sizeof packed / 2, sizeof packed / 2);
+  std::memcpy(target, reinterpret_cast<const char*>(&packed) + upper * sizeof packed / 2, sizeof packed / 2);
+}
+
+// The lower half to one array, the upper half to another.
+template <class T>
+inline void store_halves(T* lower, T* upper, Vec<accumulate_t<T>> value) {
+  store_half<false>(lower, value);
+  store_half<true>(upper, value);
 }
 
 // The first `count` elements of a vector, at most its lanes; 0 in the lanes behind them.
