@@ -340,6 +340,20 @@ def test_what_is_no_number_shows_in_its_own_sample(rule, value, backend, device)
     assert torch.equal(weights.isnan().any(0).cpu(), bad)
 
 
+@pytest.mark.parametrize("num_classes", [5, 33, 70], ids="C{}".format)
+@pytest.mark.parametrize("rule", RULES)
+def test_an_excluded_class_beside_a_sample_of_nan(rule, num_classes, backend, device):
+    logits, _ = make((2, 8, num_classes), device=device)
+    logits[0, 0, 3] = -torch.inf
+    logits[:, 1, 3] = torch.nan
+    gradients = [
+        gradient(functools.partial(RULES[rule][0], backend=name), logits, None, torch.float32)[:, 0]
+        for name in (backend, "reference")
+    ]
+    assert bool(gradients[0].isfinite().all())
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_layouts(rule, backend, device):
     logits, present = make((3, 33, 7), device=device)

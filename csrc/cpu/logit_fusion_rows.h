@@ -156,7 +156,8 @@ class RowBlocks {
         MMFAST_ROWS {
           if (has_target) __builtin_prefetch(target + (l + r) * C_ + c, 1);
           const V z = load(rows[l + r] + c);
-          high[r] = larger<A>(high[r], z), lowest = smaller<A>(lowest, z);
+          // In this order a NaN, which belongs to one row, is not taken for the lowest of all.
+          high[r] = larger<A>(high[r], z), lowest = smaller<A>(z, lowest);
         }
       });
       MMFAST_ROWS highest[l + r] = high[r];
