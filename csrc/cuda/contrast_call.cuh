@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "duc_loss_mma.cuh"
+#include "contrast_mma.cuh"
+#include "contrast_pack.cuh"
+#include "contrast_plain.cuh"
 #include "duc_loss_operands.h"
-#include "duc_loss_pack.cuh"
-#include "duc_loss_plain.cuh"
 
 namespace mmfast::duc {
 namespace {

@@ -4,8 +4,8 @@
 //   s_ij = q_i . k_j,  loss_i = log sum_j exp(s_ij / temperature) - s_ii / temperature
 //   residual_i = sum_j p_ij k_j - k_i,  p = softmax(s / temperature)
 //
-// duc_loss_pack.cuh lists each pair's columns and lays queries and keys out as a block's shared memory has
-// them; an engine (duc_loss_engines.cuh) sweeps the key tiles: scores, online softmax in registers, residual;
+// contrast_pack.cuh lists each pair's columns and lays queries and keys out as a block's shared memory has
+// them; an engine (contrast_engines.cuh) sweeps the key tiles: scores, online softmax in registers, residual;
 // the residuals then go back to their columns and are summed over teachers in order. The numbers of columns
 // stay on the device: every bucket that may hold a pair is launched. Few queries: keys split over blocks.
 // Floors for N queries and keys of d columns: 4 N^2 d operations on tensor cores, N^2 exponentials.

@@ -6,7 +6,7 @@
 // panels begin at multiples of 1,024 bytes. descriptor() says how wgmma reads it.
 //
 // Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
-#include "duc_loss_engines.cuh"
+#include "contrast_engines.cuh"
 #include "hopper.cuh"
 
 namespace mmfast::duc {

@@ -1,10 +1,11 @@
-// What goes before and after the sweeps of duc_loss: each pair's columns are listed and closed up, residuals
-// go back to their places and are summed over teachers, losses are reduced. Included by duc_loss.cu only.
+// What goes before and after the sweeps over keys: each pair's columns are listed and closed up, residuals go
+// back to their places and are summed over teachers, losses are reduced. Included by contrast_call.cuh and
+// contrast_plain.cuh only.
 #pragma once
 
 #include <algorithm>
 
-#include "duc_loss_engines.cuh"
+#include "contrast_engines.cuh"
 
 namespace mmfast::duc {
 namespace {

@@ -1,5 +1,6 @@
-// The engines of duc_loss: which kernels sweep the keys on which GPU. A new one is a file
-// duc_loss_sm<arch>.cu, which setup.py compiles for that architecture alone, and a row of kEngines.
+// What the host knows of a call of a loss that sweeps packed keys, and the engines of duc_loss: which kernels
+// sweep on which GPU. A new one is a file duc_loss_sm<arch>.cu, which setup.py compiles for that architecture
+// alone, and a row of kEngines.
 #pragma once
 
 #include "codes.h"
@@ -71,8 +72,8 @@ constexpr Tiling kSm90aTiling{{128, 128, 96, 64, 64}, 4};
 constexpr Tiling kMmaTiling{{64, 64, 32, 64, 64}, 3};
 
 void launch_sm90a(const Call& call, int bucket);  // duc_loss_sm90a.cu
-void launch_mma(const Call& call, int bucket);    // duc_loss.cu, by duc_loss_mma.cuh
-void launch_plain(const Call& call, int bucket);  // duc_loss.cu, by duc_loss_plain.cuh
+void launch_mma(const Call& call, int bucket);    // duc_loss.cu, by contrast_mma.cuh
+void launch_plain(const Call& call, int bucket);  // duc_loss.cu, by contrast_plain.cuh
 
 // The first that fits is taken.
 constexpr Engine kEngines[] = {
