@@ -119,11 +119,8 @@ Plan plan_of(const DucOperands& operands,
 template <class S>
 bool has_bucket(const CallOf<S>& call, const Tiling& tiling, int bucket) {
   const Columns& columns = call.columns;
-  if (columns.effective == nullptr) return tiling.bucket(columns.num_dims) == bucket;
-  if (call.sizes == nullptr) return bucket <= tiling.bucket(columns.num_dims);
-  return std::any_of(
-      call.sizes, call.sizes + columns.num_modalities * columns.num_modalities,
-      [&](int64_t size) { return size > 0 && tiling.bucket(static_cast<int>(size)) == bucket; });
+  if (columns.effective != nullptr && call.sizes == nullptr) return bucket <= tiling.bucket(columns.num_dims);
+  return num_pairs_of(call, tiling, bucket) > 0;
 }
 
 // Every bucket that may hold a pair gets a launch, in which the blocks of other pairs return at once.

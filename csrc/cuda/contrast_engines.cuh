@@ -3,6 +3,8 @@
 // alone, and a row of kEngines.
 #pragma once
 
+#include <algorithm>
+
 #include "codes.h"
 #include "duc_loss.cuh"
 
@@ -53,6 +55,19 @@ struct CallOf {
   void* stream;
 };
 using Call = CallOf<Sweep>;
+
+// How many pairs are known on the host to have as many columns as the bucket is for.
+template <class S>
+int num_pairs_of(const CallOf<S>& call, const Tiling& tiling, int bucket) {
+  const auto is_in = [&](int64_t size) {
+    return size > 0 && tiling.bucket(static_cast<int>(size)) == bucket;
+  };
+  const Columns& columns = call.columns;
+  if (columns.effective == nullptr) return is_in(columns.num_dims);
+  if (call.sizes == nullptr) return 0;
+  return static_cast<int>(
+      std::count_if(call.sizes, call.sizes + columns.num_modalities * columns.num_modalities, is_in));
+}
 
 struct Engine {
   int first_major, last_major;  // of compute capabilities

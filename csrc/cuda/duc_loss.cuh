@@ -36,11 +36,11 @@ struct Share {
   int pair, index;  // of the block's results: split P + pair
   int64_t first_tile, end_tile;
 
-  __device__ Share(const Sweep& sweep, int tile_keys) {
-    const int split = blockIdx.z / sweep.num_pairs;
+  __device__ Share(const Sweep& sweep, int tile_keys) : Share(sweep, tile_keys, blockIdx.z) {}
+  __device__ Share(const Sweep& sweep, int tile_keys, unsigned number) : index(static_cast<int>(number)) {
+    const int split = number / sweep.num_pairs;
     const int64_t num_tiles = ceil_div(sweep.num_keys, tile_keys);
-    pair = blockIdx.z % sweep.num_pairs;
-    index = blockIdx.z;
+    pair = number % sweep.num_pairs;
     first_tile = split * num_tiles / sweep.num_splits;
     end_tile = (split + 1) * num_tiles / sweep.num_splits;
   }
@@ -149,10 +149,10 @@ constexpr float kLargestReference = 4096;
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Where
 // one of a warp's rows is beyond kLargestReference, scores are subtracted before they are scaled: a large
 // one's rounding stays out of the exponent; halves of them, as the difference may be out of range where the
-// product is not. So they are where registers are `scarce`: a multiplication more. A row's sum is that of
-// this thread's columns. A tile that is not `is_edge` has no positive key of these rows and no place without
-// a key. Of so many exponentials of a row, `stride`, one is taken by exp2_polynomial.
-template <int keys, bool is_edge = true, bool scarce = false, int stride = 0>
+// product is not. A row's sum is that of this thread's columns. A tile that is not `is_edge` has no positive
+// key of these rows and no place without a key. Of so many exponentials of a row, `stride`, one is taken by
+// exp2_polynomial.
+template <int keys, bool is_edge = true, int stride = 0>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
@@ -177,14 +177,14 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = quad_reduce(top, Max());
     const float base = fmaxf(0.5f * top, rows.half_max[h]), reference = base * twice;
-    const bool fits = !scarce && fabsf(reference) <= kLargestReference;
+    const bool fits = fabsf(reference) <= kLargestReference;
     const float slack = fits ? fmaf(base, twice, -reference) : 0.0f;
     decay[h] = exp2_approx((rows.half_max[h] - base) * twice + (slack - rows.slack[h]));
     rows.half_max[h] = base, rows.slack[h] = slack;
     is_large |= !fits;
   }
-  if (!scarce) is_large = __any_sync(kFullMask, is_large);
-  if (!scarce && is_large) {
+  is_large = __any_sync(kFullMask, is_large);
+  if (is_large) {
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {
       const int h = i / 2 % 2;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
     for (int i = 0; i < keys / 8; ++i) {
 #pragma unroll
       for (int j = 4 * i + 2 * h; j < 4 * i + 2 * h + 2; ++j) {
-        const float x = scarce ? fmaf(s[j], 0.5f, -rows.half_max[h]) * twice : fmaf(s[j], factor, -reference);
+        const float x = fmaf(s[j], factor, -reference);
         const bool is_polynomial = stride != 0 && (2 * i + j % 2) % max(stride, 1) == stride / 2;
         s[j] = is_polynomial ? exp2_polynomial(x) : exp2_approx(x);
         sum += s[j];
