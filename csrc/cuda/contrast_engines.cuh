@@ -11,6 +11,8 @@
 namespace mmfast::duc {
 
 constexpr const char* kOp = "duc_loss_fwd";
+// Queries are packed up to a multiple of this, which all tiles divide.
+constexpr int64_t kQueryMultiple = 128;
 
 // Address and strides of a modality's features or keys.
 struct View {
@@ -43,6 +45,10 @@ template <class S>
 struct CallOf {
   Columns columns;
   S sweep;
+  // The sweep of those blocks of kQueryMultiple queries that are split: as `sweep`, from block 0 on, or what
+  // an engine that splits the rest does to the last ones, behind so many whole blocks of all pairs.
+  S parts;
+  int64_t num_whole;
   const View* views;     // [M, 2] on the host
   const int64_t* sizes;  // [M, M] on the host, columns of each pair; nullptr: not known here
   int num_sms;
@@ -76,6 +82,7 @@ struct Engine {
   // Half precision: sweeps the pairs of a bucket below `wide`, packed before. Else packs and sweeps all
   // pairs.
   void (*launch)(const Call& call, int bucket);
+  bool splits_rest = false;  // whether it sweeps some blocks whole, others in parts
 };
 
 constexpr int kLater = 1 << 16;
@@ -92,7 +99,7 @@ void launch_plain(const Call& call, int bucket);  // duc_loss.cu, by contrast_pl
 
 // The first that fits is taken.
 constexpr Engine kEngines[] = {
-    {9, 9, kBfloat16OrFloat16, kSm90aTiling, launch_sm90a},
+    {9, 9, kBfloat16OrFloat16, kSm90aTiling, launch_sm90a, true},
     {8, kLater, kBfloat16OrFloat16, kMmaTiling, launch_mma},
     {8, kLater, kFloat32Or64, {}, launch_plain},
 };

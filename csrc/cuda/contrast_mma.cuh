@@ -84,7 +84,7 @@ __device__ __forceinline__ void decay_rows(const SoftmaxRows&, float (&acc)[n], 
 template <class T>
 __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
                                              const SoftmaxRows& rows) {
-  store_losses(sweep, index, first_row, rows);
+  store_losses(sweep, index * sweep.num_queries, first_row, rows);
 }
 
 template <int panels, int keys, int stages_>

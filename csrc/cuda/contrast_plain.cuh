@@ -233,7 +233,7 @@ __device__ __forceinline__ void store_plain(const Sweep& sweep, const Share& sha
     if (row >= sweep.num_queries) continue;
     const int64_t place = share.index * sweep.num_queries + row;
     if (first_column == 0 && thread_column == 0)
-      store_loss(sweep, share.index, row, rows.sum[i], rows.max[i], rows.positive_score[i]);
+      store_loss(sweep, place, rows.sum[i], rows.max[i], rows.positive_score[i]);
     if (sweep.residual == nullptr) continue;
     const T divisor = divisor_of(sweep, rows.sum[i]);
 #pragma unroll

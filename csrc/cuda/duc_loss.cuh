@@ -18,15 +18,19 @@ using residual_t = std::conditional_t<std::is_same_v<T, __half>, float, T>;
 struct Sweep {
   const void* queries;  // packed, query_stride elements a pair
   const void* keys;     // packed, key_stride elements a pair
-  void* residual;       // [splits, P, N, residual_width]; nullptr: not wanted
-  void* losses;  // [P, N]; for several splits [3, splits, P, N]: maximum, sum and positive score of each row
+  void* residual;       // [splits, rows, residual_width]; nullptr: not wanted
+  void* losses;  // [rows]; for several splits [3, splits, rows]: maximum, sum and positive score of each row
   const int* counts;  // [P], columns in use; nullptr: num_columns in every pair
   int64_t query_stride, key_stride;
   int64_t num_queries, num_keys, width, residual_width, offset;
+  // Results are of the rows of all pairs, one after the other, from this one on: where it is not 0, others
+  // are swept whole.
+  int64_t first_result;
   int num_pairs, num_columns, num_splits;
   bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums, as always of float16
   double scale;     // log2(e) / temperature: exp(s / temperature) = 2^(s scale)
 
+  __host__ __device__ int64_t num_results() const { return num_pairs * num_queries - first_result; }
   __device__ int count(int pair) const { return counts == nullptr ? num_columns : counts[pair]; }
 };
 
@@ -36,14 +40,17 @@ struct Share {
   int pair, index;  // of the block's results: split P + pair
   int64_t first_tile, end_tile;
 
-  __device__ Share(const Sweep& sweep, int tile_keys) : Share(sweep, tile_keys, blockIdx.z) {}
-  __device__ Share(const Sweep& sweep, int tile_keys, unsigned number) : index(static_cast<int>(number)) {
-    const int split = number / sweep.num_pairs;
+  __device__ Share(const Sweep& sweep, int tile_keys) {
+    const int split = blockIdx.z / sweep.num_pairs;
     const int64_t num_tiles = ceil_div(sweep.num_keys, tile_keys);
-    pair = number % sweep.num_pairs;
+    pair = blockIdx.z % sweep.num_pairs;
+    index = blockIdx.z;
     first_tile = split * num_tiles / sweep.num_splits;
     end_tile = (split + 1) * num_tiles / sweep.num_splits;
   }
+
+  // Among the results: that of the pair's first row.
+  __device__ int64_t place(const Sweep& sweep) const { return index * sweep.num_queries; }
 };
 
 // The keys row by row, whose rows begin at multiples of 16 bytes.
@@ -250,18 +257,18 @@ __device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
 
 // Writes a row's loss, or what it will be made of.
 template <class A>
-__device__ void store_loss(const Sweep& sweep, int index, int64_t row, A sum, A max, A positive_score) {
-  A* const target = static_cast<A*>(sweep.losses) + index * sweep.num_queries + row;
+__device__ void store_loss(const Sweep& sweep, int64_t place, A sum, A max, A positive_score) {
+  A* const target = static_cast<A*>(sweep.losses) + place;
   if (sweep.num_splits == 1) {
     *target = loss_of(sum, max, positive_score, static_cast<A>(sweep.scale));
   } else {
-    const int64_t plane = sweep.num_splits * sweep.num_pairs * sweep.num_queries;
+    const int64_t plane = sweep.num_splits * sweep.num_results();
     target[0] = max, target[plane] = sum, target[2 * plane] = positive_score;
   }
 }
 
-// Writes the losses of a warp's 16 rows.
-__device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
+// Writes the losses of a warp's 16 rows; `place` as Share has it.
+__device__ __forceinline__ void store_losses(const Sweep& sweep, int64_t place, int64_t first_row,
                                              const SoftmaxRows& rows) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -269,13 +276,13 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
     const float sum = rows.sum[h] / exp2_approx(rows.slack[h]);
-    store_loss(sweep, index, row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
+    store_loss(sweep, place + row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
   }
 }
 
 // Writes, from first_column on, factor acc + own key's factor k of a warp's 16 rows, k their own keys.
-template <class T, int columns, int tile_keys, class Own>
-__device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& share, int64_t first_row,
+template <class T, int columns, int tile_keys, class Shared, class Own>
+__device__ __forceinline__ void store_sums(const Sweep& sweep, const Shared& share, int64_t first_row,
                                            const float (&factor)[2], const Own& own,
                                            const float (&acc)[columns / 2], int first_column, int count,
                                            int num_panels) {
@@ -290,8 +297,7 @@ __device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& shar
     const int r = static_cast<int>(positive_row - tile * tile_keys);
     const T* const positive =
         keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
-    const int64_t target =
-        ((share.index * sweep.num_queries + row) * sweep.residual_width + first_column) / 2 + t;
+    const int64_t target = ((share.place(sweep) + row) * sweep.residual_width + first_column) / 2 + t;
     const auto store = [&](auto* residual) {
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
@@ -315,8 +321,8 @@ __device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& shar
 }
 
 // The same of the residuals p k - positive key.
-template <class T, int columns, int tile_keys>
-__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
+template <class T, int columns, int tile_keys, class Shared>
+__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Shared& share, int64_t first_row,
                                                 const SoftmaxRows& rows, const float (&acc)[columns / 2],
                                                 int first_column, int count, int num_panels) {
   const float positive_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;

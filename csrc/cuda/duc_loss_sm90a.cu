@@ -127,54 +127,66 @@ struct Place {
   }
 };
 
+// What the host has shared out: `whole` sweeps the first items, of all keys, and `parts` the others.
+struct Work {
+  Sweep whole, parts;
+  int num_whole, num_items;
+  int per_pair, per_part;  // items of a pair; of a part of the keys
+  float scale;
+};
+
 // So many rows of queries of a pair, and a share of its keys.
 template <class Tile>
 struct Item {
-  Share share;
-  int64_t first_row;
-  int count;  // columns of the pair
+  bool is_part;
+  int pair, split;
+  int64_t first_row, first_tile, end_tile;
 
-  static __host__ __device__ int per_share(const Sweep& sweep) {
-    return static_cast<int>(ceil_div(sweep.num_queries, Tile::rows));
+  __device__ __forceinline__ Item(const Work& work, int number) {
+    is_part = number >= work.num_whole;
+    split = is_part ? (number - work.num_whole) / work.per_part : 0;
+    const int unit = number - split * work.per_part;
+    pair = unit / work.per_pair;
+    first_row = static_cast<int64_t>(unit % work.per_pair) * Tile::rows;
+    const int64_t num_tiles = ceil_div(work.whole.num_keys, Tile::keys);
+    const int num_splits = is_part ? work.parts.num_splits : 1;
+    first_tile = split * num_tiles / num_splits;
+    end_tile = (split + 1) * num_tiles / num_splits;
   }
-  static __host__ __device__ int number_of(const Sweep& sweep) {
-    return per_share(sweep) * sweep.num_pairs * sweep.num_splits;
-  }
-
-  __device__ __forceinline__ Item(const Sweep& sweep, int number)
-      : share(sweep, Tile::keys, number / per_share(sweep)),
-        first_row(static_cast<int64_t>(number % per_share(sweep)) * Tile::rows),
-        count(sweep.count(share.pair)) {}
 
   // Pairs of another number of columns are another kernel's.
-  __device__ __forceinline__ bool is_mine(const Tiling& tiling) const {
-    return count > 0 && tiling.bucket(count) == Tile::bucket;
+  __device__ __forceinline__ bool is_mine(const Work& work, const Tiling& tiling) const {
+    const int count = work.whole.count(pair);
+    return count > 0 && tiling.bucket(count) == Tile::bucket && first_row < work.whole.num_queries;
+  }
+  // As that of Share.
+  __device__ __forceinline__ int64_t place(const Sweep& sweep) const {
+    return split * sweep.num_results() + pair * sweep.num_queries - sweep.first_result;
   }
 };
 
 // Every block takes items in strides of the grid: what runs at one time goes over the same keys, and meets
 // them in L2.
 template <class Tile, class Run>
-__device__ __forceinline__ void for_each_item(const Sweep& sweep, const Tiling& tiling, const Run& run) {
-  const int num_items = Item<Tile>::number_of(sweep);
+__device__ __forceinline__ void for_each_item(const Work& work, const Tiling& tiling, const Run& run) {
 #pragma unroll 1
-  for (int number = blockIdx.x; number < num_items; number += gridDim.x) {
-    const Item<Tile> item(sweep, number);
-    if (item.is_mine(tiling)) run(item, number);
+  for (int number = blockIdx.x; number < work.num_items; number += gridDim.x) {
+    const Item<Tile> item(work, number);
+    if (item.is_mine(work, tiling)) run(item, number);
   }
 }
 
 // One thread: copies an item's queries, once the item before has no use for its own, then every key tile into
 // the next stage that the consumers have left.
 template <class T, class Tile>
-__device__ __forceinline__ void produce(const Sweep& sweep, const Share& share, int64_t first_row,
-                                        const Ring<Tile>& ring, Place<Tile>& place, int query_parity) {
+__device__ __forceinline__ void produce(const Sweep& sweep, const Item<Tile>& item, const Ring<Tile>& ring,
+                                        Place<Tile>& place, int query_parity) {
   constexpr int tile_size = Tile::keys * Tile::panels * kPanel;
-  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
-  const auto* const queries = static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
-                              first_row * (Tile::panels * kPanel);
+  const int num_tiles = static_cast<int>(item.end_tile - item.first_tile);
+  const auto* const queries = static_cast<const T*>(sweep.queries) + item.pair * sweep.query_stride +
+                              item.first_row * (Tile::panels * kPanel);
   const auto* const keys =
-      static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride + share.first_tile * tile_size;
+      static_cast<const T*>(sweep.keys) + item.pair * sweep.key_stride + item.first_tile * tile_size;
   mbarrier_wait(ring.query_done, query_parity);
   mbarrier_expect(ring.query_ready, Tile::query_bytes);
   bulk_copy(ring.queries, queries, Tile::query_bytes, ring.query_ready);
@@ -238,16 +250,15 @@ __device__ __forceinline__ void begin_note(volatile Note& note, const Sweep& swe
                                            int number, const Consumer<Tile>& consumer) {
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
-    const Share& share = item.share;
     const int64_t first = sweep.offset + consumer.first_group_row(item),
-                  first_key = share.first_tile * Tile::keys;
+                  first_key = item.first_tile * Tile::keys;
     note.number = number;
-    note.num_tiles = static_cast<int>(share.end_tile - share.first_tile);
+    note.num_tiles = static_cast<int>(item.end_tile - item.first_tile);
     note.num_keys = static_cast<int>(sweep.num_keys - first_key);
     note.first_positive = static_cast<int>(sweep.offset + consumer.first_row(item) - first_key);
-    note.begin = static_cast<int>(first / Tile::keys - share.first_tile);
-    note.end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - share.first_tile);
-    note.num_full = static_cast<int>(min(share.end_tile, sweep.num_keys / Tile::keys) - share.first_tile);
+    note.begin = static_cast<int>(first / Tile::keys - item.first_tile);
+    note.end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - item.first_tile);
+    note.num_full = static_cast<int>(min(item.end_tile, sweep.num_keys / Tile::keys) - item.first_tile);
   }
   __syncwarp();
 }
@@ -255,12 +266,10 @@ __device__ __forceinline__ void begin_note(volatile Note& note, const Sweep& swe
 // A warpgroup: sweeps the key tiles of an item. Scores of a tile are under way together with the residual of
 // the tile before, whose weights are ready.
 template <class T, class Tile, bool has_residual>
-__device__ __forceinline__ void consume(const Sweep& sweep, const Ring<Tile>& ring,
-                                        const Consumer<Tile>& consumer, volatile Note& note,
-                                        Place<Tile>& place, SoftmaxRows& rows,
+__device__ __forceinline__ void consume(float scale, const Ring<Tile>& ring, const Consumer<Tile>& consumer,
+                                        volatile Note& note, Place<Tile>& place, SoftmaxRows& rows,
                                         float (&acc)[Tile::columns / 2]) {
   constexpr int keys = Tile::keys;
-  const float scale = static_cast<float>(sweep.scale);
   const uint32_t values = ring.tiles + consumer.panels;
   float s[keys / 2], decay[2];
   uint32_t p[keys / 16][4];
@@ -343,16 +352,16 @@ __device__ __forceinline__ void finish(const Sweep& sweep, const Item<Tile>& ite
   finish_rows(rows);
   const int64_t first_row = consumer.first_row(item);
   const int first_column = Tile::is_split ? consumer.index * Tile::columns : 0;
-  if (first_column == 0) store_losses(sweep, item.share.index, first_row, rows);
+  if (first_column == 0) store_losses(sweep, item.place(sweep), first_row, rows);
   if constexpr (has_residual)
-    store_residuals<T, Tile::columns, Tile::keys>(sweep, item.share, first_row, rows, acc, first_column,
-                                                  item.count, Tile::panels);
+    store_residuals<T, Tile::columns, Tile::keys>(sweep, item, first_row, rows, acc, first_column,
+                                                  sweep.count(item.pair), Tile::panels);
 }
 
 // Grid: as many blocks as run at one time, or one for each item.
 template <class T, int bucket, bool has_residual>
 __global__ void __launch_bounds__(kBlock, 1)
-    duc_hopper_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
+    duc_hopper_kernel(const __grid_constant__ Work work, const __grid_constant__ Tiling tiling) {
   using Tile = Sm90aTile<bucket>;
   MMFAST_DYNAMIC_SHARED(shared);
   MMFAST_SHARED(uint64_t, barriers, [Ring<Tile>::barriers]);
@@ -367,8 +376,8 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (threadIdx.x != 0) return;
     Place<Tile> place{0, 1};
     int query_parity = 1;
-    for_each_item<Tile>(sweep, tiling, [&](const Item<Tile>& item, int) {
-      produce<T>(sweep, item.share, item.first_row, ring, place, query_parity);
+    for_each_item<Tile>(work, tiling, [&](const Item<Tile>& item, int) {
+      produce<T>(work.whole, item, ring, place, query_parity);
       query_parity ^= 1;
     });
   } else {
@@ -379,13 +388,14 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (threadIdx.x % kWarp == 0) note.query_parity = 0;
     // The first consumer begins, and takes up the other's last arrival at the end.
     if (consumer.index == 1) end_turn(consumer.index);
-    for_each_item<Tile>(sweep, tiling, [&](const Item<Tile>& item, int& number) {
-      begin_note(note, sweep, item, number, consumer);
+    for_each_item<Tile>(work, tiling, [&](const Item<Tile>& item, int& number) {
+      begin_note(note, work.whole, item, number, consumer);
       SoftmaxRows rows;
       float acc[Tile::columns / 2] = {};
-      consume<T, Tile, has_residual>(sweep, ring, consumer, note, place, rows, acc);
+      consume<T, Tile, has_residual>(work.scale, ring, consumer, note, place, rows, acc);
       number = note.number;
-      finish<T, Tile, has_residual>(sweep, Item<Tile>(sweep, number), consumer, rows, acc);
+      const Item<Tile> same(work, number);
+      finish<T, Tile, has_residual>(same.is_part ? work.parts : work.whole, same, consumer, rows, acc);
       if (threadIdx.x % kWarp == 0) note.query_parity ^= 1;
     });
     if (consumer.index == 0) begin_turn(consumer.index);
@@ -398,12 +408,23 @@ void launch(const Call& call) {
   const Sweep& sweep = call.sweep;
   const auto kernel = &duc_hopper_kernel<T, bucket, has_residual>;
   allow_shared_memory(kOp, kernel, Tile::shared_bytes);
-  const int num_items = Item<Tile>::number_of(sweep);
+  constexpr int per_block = kQueryMultiple / Tile::rows;
+  const auto items = [](int64_t blocks) { return static_cast<int>(blocks * per_block); };
+  const int64_t blocks = ceil_div(sweep.num_queries, kQueryMultiple),
+                rest = blocks * sweep.num_pairs - call.num_whole;
+  const int num_items = items(call.num_whole + rest * call.parts.num_splits);
+  const Work work{sweep,
+                  call.parts,
+                  items(call.num_whole),
+                  num_items,
+                  items(blocks),
+                  std::max(1, items(rest)),
+                  static_cast<float>(sweep.scale)};
   // Among items of other kernels some blocks would find more of their own than others: then each block takes
   // one, and the GPU hands them out.
   const bool is_alone = num_pairs_of(call, kSm90aTiling, bucket) == sweep.num_pairs;
   const int num_blocks = is_alone ? std::min(num_items, call.num_sms) : num_items;
-  MMFAST_LAUNCH((kernel), num_blocks, kBlock, Tile::shared_bytes, call.stream, sweep, kSm90aTiling);
+  MMFAST_LAUNCH((kernel), num_blocks, kBlock, Tile::shared_bytes, call.stream, work, kSm90aTiling);
 }
 
 template <class T, int bucket>
