@@ -60,15 +60,17 @@ View view_of(const DucOperands& operands, int64_t index) {
   return {reinterpret_cast<const void*>(view[0]), view[1], view[2]};
 }
 
-// In how many parts of the keys so many blocks of queries are swept fastest, the only ones left.
+// In how many parts of the keys so many blocks of queries are swept fastest, the only ones left: parts for
+// two rounds at most, which take memory.
 int64_t splits_of_rest(int64_t num_blocks, int64_t num_keys) {
   const auto duration = [&](int64_t splits) {
     const int64_t rounds = ceil_div(num_blocks * splits, kEnoughBlocks);
     const double merge = splits == 1 ? 0.0 : kMergeTiles + num_blocks * splits / kPartsPerTile;
     return rounds * (num_keys / 128.0 / splits + kEdgeTiles) + merge;
   };
+  const int64_t most = std::min({kMaxSplits, num_keys / kMinSplitKeys, 2 * kEnoughBlocks / num_blocks});
   int64_t best = 1;
-  for (int64_t splits = 2; splits <= std::min(kMaxSplits, num_keys / kMinSplitKeys); ++splits) {
+  for (int64_t splits = 2; splits <= most; ++splits) {
     if (duration(splits) < duration(best)) best = splits;
   }
   return best;
@@ -97,8 +99,8 @@ Layout layout_of(const DucOperands& operands, const int64_t* sizes, Dtype dtype,
   layout.num_splits = std::max<int64_t>(
       1, std::min({kMaxSplits, operands.num_keys / kMinSplitKeys, kEnoughBlocks / num_blocks}));
   layout.rest_splits = 1, layout.num_whole = num_blocks;
-  if (splits_rest && num_blocks > kEnoughBlocks) {
-    const int64_t rest = num_blocks % kEnoughBlocks;
+  const int64_t rest = num_blocks % kEnoughBlocks;
+  if (splits_rest && num_blocks > kEnoughBlocks && rest > 0) {
     layout.rest_splits = splits_of_rest(rest, operands.num_keys);
     if (layout.rest_splits > 1) layout.num_whole -= rest;
   }
