@@ -43,10 +43,11 @@ const Engine& engine_for(int major, Dtype dtype) {
                               std::to_string(major) + " and " + kDtypeNames[static_cast<int>(dtype)]);
 }
 
-// Whether an engine for the dtype splits the rest: memory is taken before one is chosen.
-bool may_split_rest(Dtype dtype) {
+// Whether an engine may split the rest of this call: memory is taken before one is chosen.
+bool may_split_rest(const DucOperands& operands, Dtype dtype) {
   return std::any_of(std::begin(kEngines), std::end(kEngines), [&](const Engine& engine) {
-    return engine.splits_rest && (engine.dtypes & bit(dtype)) != 0;
+    const bool is_wide = engine.tiling.bucket(static_cast<int>(operands.num_dims)) == engine.tiling.wide;
+    return engine.splits_rest && (engine.dtypes & bit(dtype)) && (operands.effective != nullptr || !is_wide);
   });
 }
 
@@ -83,14 +84,14 @@ void run(Call call, const Engine& engine, const Layout& layout, const Workspace&
 Plan duc_loss_plan(const DucOperands& operands,
                    const int64_t* sizes,  // [M, M] on the host: columns of a pair; nullptr: not known
                    bool has_residual, Dtype dtype) {
-  return plan_of(operands, sizes, has_residual, dtype, may_split_rest(dtype));
+  return plan_of(operands, sizes, has_residual, dtype, may_split_rest(operands, dtype));
 }
 
 void duc_loss_fwd(const DucOperands& operands,
                   const int64_t* sizes,  // [M, M] on the host: columns of a pair; nullptr: not known
                   const Workspace& workspace, const DucResults& out, double temperature, int64_t offset,
                   Reduction reduction, Dtype dtype, Stream stream) {
-  const Layout layout = layout_of(operands, sizes, dtype, may_split_rest(dtype));
+  const Layout layout = layout_of(operands, sizes, dtype, may_split_rest(operands, dtype));
   if (layout.num_pairs == 0) return;
   const DeviceGuard guard(kOp, stream.device);
   Call call{};
