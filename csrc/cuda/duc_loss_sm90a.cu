@@ -1,5 +1,7 @@
 // The sweep of duc_loss in half precision on Hopper, compiled for sm_90a alone: one thread has tiles copied
-// in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products.
+// in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products. A
+// block fills an SM, and takes item after item, rows of a pair's queries: the next one's queries come while
+// results are written. The last items may be parts of the keys, which duc_merge_kernel puts together.
 //
 // Layout: a panel, [rows][64 columns] of 16 bits with chunk c of 16 bytes of row r at place c ^ (r % 8), is
 // what PTX calls the 128-byte swizzle, Swizzle<3, 4, 3>: bits 4-6 of an address are changed by bits 7-9, so
