@@ -122,6 +122,56 @@ def test_full_tiles_on_hopper(dtype, num_dims, temperature, with_residual):
     check_part_of_keys(dtype, "cuda", 70, 512, num_dims, 230, "cpu", temperature, with_residual)
 
 
+# Five blocks of 128 queries, of which the emulated kernels sweep the last in two parts: a thread block takes
+# one of these items, some, or all.
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("num_dims", [64, 128, 256, 512])
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+def test_blocks_take_several_items_on_hopper(dtype, num_dims, with_residual, hopper):
+    check_part_of_keys(dtype, "cuda", 520, 530, num_dims, 10, with_residual=with_residual)
+    query, key = (torch.randn(rows, num_dims).to(dtype) / 8 for rows in (520, 530))
+    results = []
+    for num_sms in (1000, 1):
+        hopper.num_sms = num_sms
+        results.append(torch.ops.mmfast.info_nce_fwd(query, key, 2.0, 10, "none", with_residual, "cuda"))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+# Six pairs of one kernel, or of several, or some of them without columns: 18 blocks of queries, of which the
+# emulated kernels sweep the last two in parts, on Hopper and where the last pair has up to 512 columns.
+@pytest.mark.parametrize("is_prepared", [True, False])
+@pytest.mark.parametrize(
+    ("compute_capability", "numbers"),
+    [(9, (70, 90, 65)), (9, (70, 90, 0)), (9, (20, 90, 65)), (9, (5, 9, 520)), (8, (70, 90, 65))],
+    ids=str,
+)
+def test_blocks_take_items_of_several_pairs(compute_capability, numbers, is_prepared, hopper):
+    hopper.compute_capability = compute_capability
+    effective = torch.zeros(3, sum(numbers), dtype=torch.bool)
+    for modality, number in enumerate(numbers):
+        effective[modality, sum(numbers[:modality]) :][:number] = True
+    keys = list((torch.randn(3, 520, sum(numbers)) / 6).bfloat16())
+    features = [key[100:400] for key in keys]
+    dims = ops.DucDims(effective)
+    columns, sizes = (dims.columns, list(dims.sizes)) if is_prepared else (None, [])
+    arguments = (effective, columns, sizes, 2.0, 100, "none", True)
+    results = []
+    for num_sms in (1000, 1):
+        hopper.num_sms = num_sms
+        results.append(torch.ops.mmfast.duc_loss_fwd(features, keys, *arguments, "cuda"))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    truth, simple = (
+        torch.ops.mmfast.duc_loss_fwd(
+            [x.to(kind) for x in features], [x.to(kind) for x in keys], *arguments, "reference"
+        )
+        for kind in (torch.float64, torch.float32)
+    )
+    for mine, true, usual in zip(results[0], truth, simple, strict=True):
+        assert_close_to_truth(mine, true, usual.to(mine.dtype))
+
+
 def test_exponentials_beside_the_special_functions():
     if not emulation.compiler():
         pytest.skip("no C++ compiler for the emulation of CUDA")

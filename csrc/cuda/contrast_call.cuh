@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "duc_loss_mma.cuh"
+#include "contrast_mma.cuh"
+#include "contrast_pack.cuh"
+#include "contrast_plain.cuh"
 #include "duc_loss_operands.h"
-#include "duc_loss_pack.cuh"
-#include "duc_loss_plain.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -15,7 +15,18 @@ namespace {
 constexpr int64_t kMaxModalities = 256;
 // Where a call has fewer blocks, of kQueryMultiple queries of a pair, than a large GPU has SMs (an H100 132),
 // the keys are split: at most so often, and into so many at least. Fixed: the same bits on every GPU.
-constexpr int64_t kEnoughBlocks = 132, kMaxSplits = 8, kMinSplitKeys = 256;
+#ifdef MMFAST_EMULATED
+// Few, so that small calls take every path.
+constexpr int64_t kEnoughBlocks = 4, kEdgeTiles = 0, kMergeTiles = 0;
+#else
+constexpr int64_t kEnoughBlocks = 132;
+// What a block's beginning and end, and a merge, take, in the time of 128 keys; see
+// bench/results/duc_loss.md.
+constexpr int64_t kEdgeTiles = 6, kMergeTiles = 4;
+#endif
+// Parts of 128 rows that are written and read again in that time.
+constexpr double kPartsPerTile = 40;
+constexpr int64_t kMaxSplits = 8, kMinSplitKeys = 256;
 static_assert(kMaxSplits <= kWarp, "duc_merge_kernel takes a lane for each split");
 
 constexpr int64_t kMaxPairs = kMaxModalities * (kMaxModalities - 1), kMaxGridZ = 65535;
@@ -27,11 +38,14 @@ struct Layout {
   int64_t width;                 // columns that a pair's packed rows take
   int64_t query_rows, key_rows;  // of a pair, with those that fill up the last tile
   int64_t num_splits;            // of the keys
-  bool packs_keys_twice;         // float32 and float64: for the scores transposed, and by row
-  bool reads_keys;               // by row as they lie
-  bool is_direct;                // the sweep writes the residuals to their places
-  bool is_rounded;               // it leaves them in the operands' dtype, else in that of sums
-  int64_t residual_size;         // bytes of an element of those
+  // Of the last blocks of queries, which would begin a round of their own on a large GPU; 1: none. All before
+  // them are swept whole.
+  int64_t rest_splits, num_whole;
+  bool packs_keys_twice;  // float32 and float64: for the scores transposed, and by row
+  bool reads_keys;        // by row as they lie
+  bool is_direct;         // the sweep writes the residuals to their places
+  bool is_rounded;        // it leaves them in the operands' dtype, else in that of sums
+  int64_t residual_size;  // bytes of an element of those
 };
 
 // Whether rows are in one piece each, and begin and end at multiples of 16 bytes.
@@ -46,7 +60,23 @@ View view_of(const DucOperands& operands, int64_t index) {
   return {reinterpret_cast<const void*>(view[0]), view[1], view[2]};
 }
 
-Layout layout_of(const DucOperands& operands, const int64_t* sizes, Dtype dtype) {
+// In how many parts of the keys so many blocks of queries are swept fastest, the only ones left: parts for
+// two rounds at most, which take memory.
+int64_t splits_of_rest(int64_t num_blocks, int64_t num_keys) {
+  const auto duration = [&](int64_t splits) {
+    const int64_t rounds = ceil_div(num_blocks * splits, kEnoughBlocks);
+    const double merge = splits == 1 ? 0.0 : kMergeTiles + num_blocks * splits / kPartsPerTile;
+    return rounds * (num_keys / 128.0 / splits + kEdgeTiles) + merge;
+  };
+  const int64_t most = std::min({kMaxSplits, num_keys / kMinSplitKeys, 2 * kEnoughBlocks / num_blocks});
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= most; ++splits) {
+    if (duration(splits) < duration(best)) best = splits;
+  }
+  return best;
+}
+
+Layout layout_of(const DucOperands& operands, const int64_t* sizes, Dtype dtype, bool splits_rest) {
   const int64_t num_modalities = operands.num_modalities, num_samples = operands.num_samples;
   const bool takes_all = operands.effective == nullptr;
   const int64_t most_columns = sizes == nullptr
@@ -68,6 +98,12 @@ Layout layout_of(const DucOperands& operands, const int64_t* sizes, Dtype dtype)
   const int64_t num_blocks = layout.num_pairs * (layout.query_rows / kQueryMultiple);
   layout.num_splits = std::max<int64_t>(
       1, std::min({kMaxSplits, operands.num_keys / kMinSplitKeys, kEnoughBlocks / num_blocks}));
+  layout.rest_splits = 1, layout.num_whole = num_blocks;
+  const int64_t rest = num_blocks % kEnoughBlocks;
+  if (splits_rest && num_blocks > kEnoughBlocks && rest > 0) {
+    layout.rest_splits = splits_of_rest(rest, operands.num_keys);
+    if (layout.rest_splits > 1) layout.num_whole -= rest;
+  }
   layout.is_direct = takes_all && operands.num_dims % 2 == 0;
   dispatch_dtype("a contrastive loss", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -82,6 +118,12 @@ Layout layout_of(const DucOperands& operands, const int64_t* sizes, Dtype dtype)
   return layout;
 }
 
+// The first row, of all pairs' one after the other, behind the blocks that are swept whole.
+int64_t first_result_of(const Layout& layout, int64_t num_queries) {
+  const int64_t blocks = layout.query_rows / kQueryMultiple;
+  return layout.num_whole / blocks * num_queries + layout.num_whole % blocks * kQueryMultiple;
+}
+
 // What Python allocates for a call, a tensor each; all 0: there is nothing to sweep.
 struct Plan {
   int64_t packed;           // elements of the operands' dtype
@@ -93,23 +135,28 @@ struct Plan {
 struct Workspace {
   void* packed;    // [P, N + K, W], or [P, N + 2 K, W] where keys are packed twice; N, K rounded up
   void* residual;  // [P, N, W]
-  void* partial;   // [splits, P, N, W (if residuals) + 3]; unused for 1 split
+  void* partial;   // [splits, rows, W (if residuals) + 3]; unused for 1 split
   void* losses;    // [P, N]
   void* indices;   // [P (2 D + 1)]
 };
 
 Plan plan_of(const DucOperands& operands,
              const int64_t* sizes,  // [M, M] on the host: columns of a pair; nullptr: not known
-             bool has_residual, Dtype dtype) {
-  const Layout layout = layout_of(operands, sizes, dtype);
+             bool has_residual, Dtype dtype, bool splits_rest) {
+  const Layout layout = layout_of(operands, sizes, dtype, splits_rest);
   if (layout.num_pairs == 0) return {};
   const int64_t num_rows = layout.num_pairs * operands.num_samples;
   const int64_t packed_rows = layout.query_rows + layout.key_rows * (layout.packs_keys_twice ? 2 : 1);
   const int64_t residual = num_rows * layout.width, partial = (has_residual ? layout.width : 0) + 3;
+  const int64_t split_rows =
+      layout.num_splits > 1 ? layout.num_splits * num_rows
+      : layout.rest_splits > 1
+          ? layout.rest_splits * (num_rows - first_result_of(layout, operands.num_samples))
+          : 0;
   return {
       layout.num_pairs * packed_rows * layout.width,
       has_residual && !layout.is_direct ? residual * layout.residual_size : 0,
-      layout.num_splits > 1 ? layout.num_splits * num_rows * partial : 0,
+      split_rows * partial,
       num_rows,
       layout.num_pairs * (2 * operands.num_dims + 1),
   };
@@ -119,11 +166,8 @@ Plan plan_of(const DucOperands& operands,
 template <class S>
 bool has_bucket(const CallOf<S>& call, const Tiling& tiling, int bucket) {
   const Columns& columns = call.columns;
-  if (columns.effective == nullptr) return tiling.bucket(columns.num_dims) == bucket;
-  if (call.sizes == nullptr) return bucket <= tiling.bucket(columns.num_dims);
-  return std::any_of(
-      call.sizes, call.sizes + columns.num_modalities * columns.num_modalities,
-      [&](int64_t size) { return size > 0 && tiling.bucket(static_cast<int>(size)) == bucket; });
+  if (columns.effective != nullptr && call.sizes == nullptr) return bucket <= tiling.bucket(columns.num_dims);
+  return num_pairs_of(call, tiling, bucket) > 0;
 }
 
 // Every bucket that may hold a pair gets a launch, in which the blocks of other pairs return at once.
@@ -192,14 +236,20 @@ S place_sweep(CallOf<S>& call, const Layout& layout, const Workspace& workspace)
   }
   sweep.queries = queries, sweep.keys = keys;
   const S whole = sweep;
-  if (sweep.num_splits > 1) {
-    const bool has_residual = sweep.residual != nullptr;
-    const int64_t rows = sweep.num_pairs * sweep.num_queries;
+  S& parts = call.parts;
+  parts = whole, call.num_whole = layout.num_whole;
+  if (layout.rest_splits > 1) {
+    parts.num_splits = static_cast<int>(layout.rest_splits);
+    parts.first_result = first_result_of(layout, whole.num_queries);
+  }
+  if (parts.num_splits > 1) {
+    const bool has_residual = whole.residual != nullptr;
     A* const partial = static_cast<A*>(workspace.partial);
-    sweep.losses = partial + (has_residual ? sweep.num_splits * rows * sweep.width : 0);
-    sweep.residual = has_residual ? partial : nullptr;
-    sweep.is_rounded = false;
-    sweep.residual_width = sweep.width;
+    parts.losses = partial + (has_residual ? parts.num_splits * parts.num_results() * parts.width : 0);
+    parts.residual = has_residual ? partial : nullptr;
+    parts.is_rounded = false;
+    parts.residual_width = parts.width;
+    if (sweep.num_splits > 1) sweep = parts, call.num_whole = 0;
   }
   return whole;
 }

@@ -18,15 +18,19 @@ using residual_t = std::conditional_t<std::is_same_v<T, __half>, float, T>;
 struct Sweep {
   const void* queries;  // packed, query_stride elements a pair
   const void* keys;     // packed, key_stride elements a pair
-  void* residual;       // [splits, P, N, residual_width]; nullptr: not wanted
-  void* losses;  // [P, N]; for several splits [3, splits, P, N]: maximum, sum and positive score of each row
+  void* residual;       // [splits, rows, residual_width]; nullptr: not wanted
+  void* losses;  // [rows]; for several splits [3, splits, rows]: maximum, sum and positive score of each row
   const int* counts;  // [P], columns in use; nullptr: num_columns in every pair
   int64_t query_stride, key_stride;
   int64_t num_queries, num_keys, width, residual_width, offset;
+  // Results are of the rows of all pairs, one after the other, from this one on: where it is not 0, others
+  // are swept whole.
+  int64_t first_result;
   int num_pairs, num_columns, num_splits;
   bool is_rounded;  // the residual is in the operands' dtype, otherwise in that of sums, as always of float16
   double scale;     // log2(e) / temperature: exp(s / temperature) = 2^(s scale)
 
+  __host__ __device__ int64_t num_results() const { return num_pairs * num_queries - first_result; }
   __device__ int count(int pair) const { return counts == nullptr ? num_columns : counts[pair]; }
 };
 
@@ -44,6 +48,9 @@ struct Share {
     first_tile = split * num_tiles / sweep.num_splits;
     end_tile = (split + 1) * num_tiles / sweep.num_splits;
   }
+
+  // Among the results: that of the pair's first row.
+  __device__ int64_t place(const Sweep& sweep) const { return index * sweep.num_queries; }
 };
 
 // The keys row by row, whose rows begin at multiples of 16 bytes.
@@ -149,10 +156,10 @@ constexpr float kLargestReference = 4096;
 // Turns scores into 2^((s - max) scale), and gives the factors that what was summed so far must get. Where
 // one of a warp's rows is beyond kLargestReference, scores are subtracted before they are scaled: a large
 // one's rounding stays out of the exponent; halves of them, as the difference may be out of range where the
-// product is not. So they are where registers are `scarce`: a multiplication more. A row's sum is that of
-// this thread's columns. A tile that is not `is_edge` has no positive key of these rows and no place without
-// a key. Of so many exponentials of a row, `stride`, one is taken by exp2_polynomial.
-template <int keys, bool is_edge = true, bool scarce = false, int stride = 0>
+// product is not. A row's sum is that of this thread's columns. A tile that is not `is_edge` has no positive
+// key of these rows and no place without a key. Of so many exponentials of a row, `stride`, one is taken by
+// exp2_polynomial.
+template <int keys, bool is_edge = true, int stride = 0>
 __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows& rows, float (&decay)[2],
                                                int64_t first_key, int64_t first_positive, int64_t num_keys,
                                                float scale) {
@@ -177,14 +184,14 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
     for (int i = 1; i < keys / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     top = quad_reduce(top, Max());
     const float base = fmaxf(0.5f * top, rows.half_max[h]), reference = base * twice;
-    const bool fits = !scarce && fabsf(reference) <= kLargestReference;
+    const bool fits = fabsf(reference) <= kLargestReference;
     const float slack = fits ? fmaf(base, twice, -reference) : 0.0f;
     decay[h] = exp2_approx((rows.half_max[h] - base) * twice + (slack - rows.slack[h]));
     rows.half_max[h] = base, rows.slack[h] = slack;
     is_large |= !fits;
   }
-  if (!scarce) is_large = __any_sync(kFullMask, is_large);
-  if (!scarce && is_large) {
+  is_large = __any_sync(kFullMask, is_large);
+  if (is_large) {
 #pragma unroll
     for (int i = 0; i < keys / 2; ++i) {
       const int h = i / 2 % 2;
@@ -200,7 +207,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[keys / 2], SoftmaxRows
     for (int i = 0; i < keys / 8; ++i) {
 #pragma unroll
       for (int j = 4 * i + 2 * h; j < 4 * i + 2 * h + 2; ++j) {
-        const float x = scarce ? fmaf(s[j], 0.5f, -rows.half_max[h]) * twice : fmaf(s[j], factor, -reference);
+        const float x = fmaf(s[j], factor, -reference);
         const bool is_polynomial = stride != 0 && (2 * i + j % 2) % max(stride, 1) == stride / 2;
         s[j] = is_polynomial ? exp2_polynomial(x) : exp2_approx(x);
         sum += s[j];
@@ -250,18 +257,18 @@ __device__ __forceinline__ A divisor_of(const Sweep& sweep, A sum) {
 
 // Writes a row's loss, or what it will be made of.
 template <class A>
-__device__ void store_loss(const Sweep& sweep, int index, int64_t row, A sum, A max, A positive_score) {
-  A* const target = static_cast<A*>(sweep.losses) + index * sweep.num_queries + row;
+__device__ void store_loss(const Sweep& sweep, int64_t place, A sum, A max, A positive_score) {
+  A* const target = static_cast<A*>(sweep.losses) + place;
   if (sweep.num_splits == 1) {
     *target = loss_of(sum, max, positive_score, static_cast<A>(sweep.scale));
   } else {
-    const int64_t plane = sweep.num_splits * sweep.num_pairs * sweep.num_queries;
+    const int64_t plane = sweep.num_splits * sweep.num_results();
     target[0] = max, target[plane] = sum, target[2 * plane] = positive_score;
   }
 }
 
-// Writes the losses of a warp's 16 rows.
-__device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
+// Writes the losses of a warp's 16 rows; `place` as Share has it.
+__device__ __forceinline__ void store_losses(const Sweep& sweep, int64_t place, int64_t first_row,
                                              const SoftmaxRows& rows) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -269,13 +276,13 @@ __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int6
     const int64_t row = first_row + lane / 4 + 8 * h;
     if (lane % 4 != 0 || row >= sweep.num_queries) continue;
     const float sum = rows.sum[h] / exp2_approx(rows.slack[h]);
-    store_loss(sweep, index, row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
+    store_loss(sweep, place + row, sum, 2 * rows.half_max[h], rows.positive_score[h]);
   }
 }
 
 // Writes, from first_column on, factor acc + own key's factor k of a warp's 16 rows, k their own keys.
-template <class T, int columns, int tile_keys, class Own>
-__device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& share, int64_t first_row,
+template <class T, int columns, int tile_keys, class Shared, class Own>
+__device__ __forceinline__ void store_sums(const Sweep& sweep, const Shared& share, int64_t first_row,
                                            const float (&factor)[2], const Own& own,
                                            const float (&acc)[columns / 2], int first_column, int count,
                                            int num_panels) {
@@ -290,8 +297,7 @@ __device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& shar
     const int r = static_cast<int>(positive_row - tile * tile_keys);
     const T* const positive =
         keys + ((tile * num_panels + first_column / kPanel) * tile_keys + r) * kPanel + 2 * t;
-    const int64_t target =
-        ((share.index * sweep.num_queries + row) * sweep.residual_width + first_column) / 2 + t;
+    const int64_t target = ((share.place(sweep) + row) * sweep.residual_width + first_column) / 2 + t;
     const auto store = [&](auto* residual) {
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
@@ -315,8 +321,8 @@ __device__ __forceinline__ void store_sums(const Sweep& sweep, const Share& shar
 }
 
 // The same of the residuals p k - positive key.
-template <class T, int columns, int tile_keys>
-__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Share& share, int64_t first_row,
+template <class T, int columns, int tile_keys, class Shared>
+__device__ __forceinline__ void store_residuals(const Sweep& sweep, const Shared& share, int64_t first_row,
                                                 const SoftmaxRows& rows, const float (&acc)[columns / 2],
                                                 int first_column, int count, int num_panels) {
   const float positive_factor = sweep.num_splits == 1 ? 1.0f : 0.0f;

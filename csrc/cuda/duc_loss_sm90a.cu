@@ -1,12 +1,16 @@
 // The sweep of duc_loss in half precision on Hopper, compiled for sm_90a alone: one thread has tiles copied
-// in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products.
+// in bulk, two warpgroups multiply them (wgmma) in turns, one's exponentials beside the other's products. A
+// block fills an SM, and takes item after item, rows of a pair's queries: the next one's queries come while
+// results are written. The last items may be parts of the keys, which duc_merge_kernel puts together.
 //
 // Layout: a panel, [rows][64 columns] of 16 bits with chunk c of 16 bytes of row r at place c ^ (r % 8), is
 // what PTX calls the 128-byte swizzle, Swizzle<3, 4, 3>: bits 4-6 of an address are changed by bits 7-9, so
 // panels begin at multiples of 1,024 bytes. descriptor() says how wgmma reads it.
 //
 // Machine code: duc_hopper_kernel, 90a: HGMMA UBLKCP
-#include "duc_loss_engines.cuh"
+#include <algorithm>
+
+#include "contrast_engines.cuh"
 #include "hopper.cuh"
 
 namespace mmfast::duc {
@@ -15,9 +19,9 @@ namespace {
 constexpr int kGroup = 128, kConsumers = 2, kBlock = (1 + kConsumers) * kGroup;
 
 // Up to 256 columns each of the consumers has 64 queries; at 512 both have the same 64 and half the columns.
-template <int bucket>
+template <int bucket_>
 struct Sm90aTile {
-  static constexpr int panels = 1 << bucket, keys = kSm90aTiling.keys[bucket];
+  static constexpr int bucket = bucket_, panels = 1 << bucket, keys = kSm90aTiling.keys[bucket];
   static constexpr bool is_split = panels > 4;
   static constexpr int consumer_panels = is_split ? panels / kConsumers : panels;
   static constexpr int columns = consumer_panels * kPanel;
@@ -27,8 +31,6 @@ struct Sm90aTile {
   // What fits, up to four tiles, besides the barriers and the way to a multiple of 1,024.
   static constexpr int fitting = (225 * 1024 - query_bytes) / tile_bytes, stages = fitting < 4 ? fitting : 4;
   static constexpr int shared_bytes = 1024 + query_bytes + stages * tile_bytes;
-  // A thread keeps a tile's scores, its weights of 16 bits and sums of the residual.
-  static constexpr bool is_scarce = keys / 2 + keys / 4 + columns / 2 > 192;
   // One of so many exponentials is taken on the FMA pipe, 0: none. Where products are narrow, the pipe of
   // special functions binds: these shares make it as busy as the issue of instructions is, see
   // bench/results/loops.md. Not in tiles with positive keys: a loss that is 0 is that exactly.
@@ -68,7 +70,7 @@ __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync
 // Begins scores = q k^T over all panels of 64 queries and a key tile.
 template <class T, class Tile>
 __device__ __forceinline__ void begin_scores(float (&s)[Tile::keys / 2], uint32_t queries, uint32_t tile) {
-  const uint64_t q = descriptor(uniform(queries), 16), b = descriptor(tile, 16);
+  const uint64_t q = descriptor(uniform(queries), 16), b = descriptor(uniform(tile), 16);
 #pragma unroll
   for (int k = 0; k < Tile::panels * 4; ++k) {
     Wgmma<T, Tile::keys>::scores(s, advanced(q, k / 4 * (kQueryRows * kPanelRowBytes) + k % 4 * 32),
@@ -88,147 +90,227 @@ __device__ __forceinline__ void begin_weighted(float (&acc)[Tile::columns / 2],
   wgmma_commit();
 }
 
-// Addresses in shared memory: the queries, a ring of key tiles, and an mbarrier that the queries have come,
-// one a stage that its tile has come ("full") and one that all warps are done with it ("empty").
+// Addresses in shared memory: the queries, a ring of key tiles, and mbarriers: that the queries have come and
+// that all warps are done with them, and the same of every stage's tile ("full" and "empty").
 template <class Tile>
 struct Ring {
-  uint32_t queries, tiles, query_ready, full, empty;
+  static constexpr int barriers = 2 + 2 * Tile::stages;
+  uint32_t queries, tiles, query_ready, query_done, full, empty;
 
   __device__ __forceinline__ Ring(const void* shared, const uint64_t* barriers)
-      : queries(round_up(shared_address(shared), 1024)),
+      : queries(kept(round_up(shared_address(shared), 1024))),
         tiles(queries + Tile::query_bytes),
-        query_ready(shared_address(barriers)),
-        full(query_ready + 8),
+        query_ready(kept(shared_address(barriers))),
+        query_done(query_ready + 8),
+        full(query_done + 8),
         empty(full + 8 * Tile::stages) {}
 
   // By one thread, before a barrier of the block.
   __device__ __forceinline__ void init() const {
+    // A warp at a time is done with what it has read.
+    constexpr int warps = kConsumers * kGroup / kWarp;
     mbarrier_init(query_ready, 1);
+    mbarrier_init(query_done, warps);
     for (int stage = 0; stage < Tile::stages; ++stage) {
       mbarrier_init(full + 8 * stage, 1);
-      // A warp at a time is done with a tile.
-      mbarrier_init(empty + 8 * stage, kConsumers * kGroup / kWarp);
+      mbarrier_init(empty + 8 * stage, warps);
     }
     mbarrier_fence();
   }
 };
 
-// The first row of a block's queries.
+// Where a thread is in the ring of key tiles, from one item to the next.
 template <class Tile>
-__device__ __forceinline__ int64_t first_row_of_block() {
-  return static_cast<int64_t>(blockIdx.x) * Tile::rows;
+struct Place {
+  int stage = 0, parity;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  }
+};
+
+// What the host has shared out: `whole` sweeps the first items, of all keys, and `parts` the others.
+struct Work {
+  Sweep whole, parts;
+  int num_whole, num_items;
+  int per_pair, per_part;  // items of a pair; of a part of the keys
+  float scale;
+};
+
+// So many rows of queries of a pair, and a share of its keys.
+template <class Tile>
+struct Item {
+  bool is_part;
+  int pair, split;
+  int64_t first_row, first_tile, end_tile;
+
+  __device__ __forceinline__ Item(const Work& work, int number) {
+    is_part = number >= work.num_whole;
+    split = is_part ? (number - work.num_whole) / work.per_part : 0;
+    const int unit = number - split * work.per_part;
+    pair = unit / work.per_pair;
+    first_row = static_cast<int64_t>(unit % work.per_pair) * Tile::rows;
+    const int64_t num_tiles = ceil_div(work.whole.num_keys, Tile::keys);
+    const int num_splits = is_part ? work.parts.num_splits : 1;
+    first_tile = split * num_tiles / num_splits;
+    end_tile = (split + 1) * num_tiles / num_splits;
+  }
+
+  // Pairs of another number of columns are another kernel's.
+  __device__ __forceinline__ bool is_mine(const Work& work, const Tiling& tiling) const {
+    const int count = work.whole.count(pair);
+    return count > 0 && tiling.bucket(count) == Tile::bucket && first_row < work.whole.num_queries;
+  }
+  // As that of Share.
+  __device__ __forceinline__ int64_t place(const Sweep& sweep) const {
+    return split * sweep.num_results() + pair * sweep.num_queries - sweep.first_result;
+  }
+};
+
+// Every block takes items in strides of the grid: what runs at one time goes over the same keys, and meets
+// them in L2.
+template <class Tile, class Run>
+__device__ __forceinline__ void for_each_item(const Work& work, const Tiling& tiling, const Run& run) {
+#pragma unroll 1
+  for (int number = blockIdx.x; number < work.num_items; number += gridDim.x) {
+    const Item<Tile> item(work, number);
+    if (item.is_mine(work, tiling)) run(item, number);
+  }
 }
 
-// One thread: copies the queries, then every key tile into the next stage that the consumers have left.
+// One thread: copies an item's queries, once the item before has no use for its own, then every key tile into
+// the next stage that the consumers have left.
 template <class T, class Tile>
-__device__ __forceinline__ void produce(const Sweep& sweep, const Share& share, const Ring<Tile>& ring) {
+__device__ __forceinline__ void produce(const Sweep& sweep, const Item<Tile>& item, const Ring<Tile>& ring,
+                                        Place<Tile>& place, int query_parity) {
   constexpr int tile_size = Tile::keys * Tile::panels * kPanel;
-  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
-  const auto* const queries = static_cast<const T*>(sweep.queries) + share.pair * sweep.query_stride +
-                              first_row_of_block<Tile>() * (Tile::panels * kPanel);
+  const int num_tiles = static_cast<int>(item.end_tile - item.first_tile);
+  const auto* const queries = static_cast<const T*>(sweep.queries) + item.pair * sweep.query_stride +
+                              item.first_row * (Tile::panels * kPanel);
   const auto* const keys =
-      static_cast<const T*>(sweep.keys) + share.pair * sweep.key_stride + share.first_tile * tile_size;
+      static_cast<const T*>(sweep.keys) + item.pair * sweep.key_stride + item.first_tile * tile_size;
+  mbarrier_wait(ring.query_done, query_parity);
   mbarrier_expect(ring.query_ready, Tile::query_bytes);
   bulk_copy(ring.queries, queries, Tile::query_bytes, ring.query_ready);
-  int stage = 0, parity = 1;
 #pragma unroll 1
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    mbarrier_wait(ring.empty + 8 * stage, parity);
-    mbarrier_expect(ring.full + 8 * stage, Tile::tile_bytes);
-    bulk_copy(ring.tiles + stage * Tile::tile_bytes, keys + static_cast<int64_t>(tile) * tile_size,
-              Tile::tile_bytes, ring.full + 8 * stage);
-    if (++stage == Tile::stages) stage = 0, parity ^= 1;
+  for (int tile = 0; tile < num_tiles; ++tile, place.next()) {
+    mbarrier_wait(ring.empty + 8 * place.stage, place.parity);
+    mbarrier_expect(ring.full + 8 * place.stage, Tile::tile_bytes);
+    bulk_copy(ring.tiles + place.stage * Tile::tile_bytes, keys + static_cast<int64_t>(tile) * tile_size,
+              Tile::tile_bytes, ring.full + 8 * place.stage);
   }
 }
 
 // Which rows and columns a thread of a consumer has.
 template <class Tile>
 struct Consumer {
-  int index;                // 0 or 1
-  int64_t first_group_row;  // of its 64
-  int64_t first_row;        // of the 16 of its warp
-  uint32_t queries;         // the consumer's 64, in shared memory
-  uint32_t panels;          // bytes from the beginning of a key tile to those whose columns it sums
+  int index;         // 0 or 1
+  uint32_t queries;  // the consumer's 64, in shared memory
+  uint32_t panels;   // bytes from the beginning of a key tile to those whose columns it sums
 
   __device__ __forceinline__ explicit Consumer(const Ring<Tile>& ring)
       : index(threadIdx.x / kGroup - 1),
-        first_group_row(first_row_of_block<Tile>() + (Tile::is_split ? 0 : index * kQueryRows)),
-        first_row(first_group_row + 16 * static_cast<int>(threadIdx.x % kGroup / kWarp)),
         queries(ring.queries + (Tile::is_split ? 0 : index * (kQueryRows * Tile::panels * kPanelRowBytes))),
         panels(Tile::is_split ? index * (Tile::consumer_panels * Tile::panel_bytes) : 0) {}
 
-  // The two warpgroups begin their products in turns. The other's last arrival is taken up at the end.
-  __device__ __forceinline__ void begin_turn() const { named_barrier_sync(1 + index, kConsumers * kGroup); }
-  __device__ __forceinline__ void end_turn() const { named_barrier_arrive(2 - index, kConsumers * kGroup); }
+  // The first of its 64 rows, and of the 16 of its warp.
+  __device__ __forceinline__ int64_t first_group_row(const Item<Tile>& item) const {
+    return item.first_row + (Tile::is_split ? 0 : index * kQueryRows);
+  }
+  __device__ __forceinline__ int64_t first_row(const Item<Tile>& item) const {
+    return first_group_row(item) + 16 * static_cast<int>(threadIdx.x % kGroup / kWarp);
+  }
 };
 
-// Tiles of a share with the positive keys of a consumer's queries, and the ragged last one, whose scores need
-// masks: all four warps of a group multiply what one of them needs.
-template <class Tile>
-struct Edges {
-  int begin, end,
-      num_full;  // tiles with positive keys, from the share's first on; tiles before the ragged one
+// The two warpgroups begin their products in turns.
+__device__ __forceinline__ void begin_turn(int consumer) {
+  named_barrier_sync(1 + consumer, kConsumers * kGroup);
+}
+__device__ __forceinline__ void end_turn(int consumer) {
+  named_barrier_arrive(2 - consumer, kConsumers * kGroup);
+}
 
-  __device__ __forceinline__ Edges(const Sweep& sweep, const Share& share, const Consumer<Tile>& consumer) {
-    const int64_t first = sweep.offset + consumer.first_group_row;
-    begin = static_cast<int>(first / Tile::keys - share.first_tile);
-    end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - share.first_tile);
-    num_full = static_cast<int>(min(share.end_tile, sweep.num_keys / Tile::keys) - share.first_tile);
-  }
+// What a warp needs of its item between steady stretches of tiles alone: kept in shared memory, as registers
+// are scarce. Tiles and keys are counted from the first of the item's share.
+struct Note {
+  int number, query_parity;  // of the item; of its queries' barrier
+  int num_tiles, num_keys;
+  int first_positive;  // positive key of the warp's first row
+  // Tiles with positive keys of the warpgroup's queries, and those before the ragged last one. The others
+  // need no masks: all four warps of a group multiply what one of them needs.
+  int begin, end, num_full;
 
   // The first that needs masks, from `tile` on.
-  __device__ __forceinline__ int next(int tile) const {
+  __device__ __forceinline__ int next_edge(int tile) const volatile {
     return min(num_full, tile < end ? max(tile, begin) : num_full);
   }
 };
 
-// A warpgroup: sweeps the key tiles. Scores of a tile are under way together with the residual of the tile
-// before, whose weights are ready.
+// By all of a warp.
+template <class Tile>
+__device__ __forceinline__ void begin_note(volatile Note& note, const Sweep& sweep, const Item<Tile>& item,
+                                           int number, const Consumer<Tile>& consumer) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) {
+    const int64_t first = sweep.offset + consumer.first_group_row(item),
+                  first_key = item.first_tile * Tile::keys;
+    note.number = number;
+    note.num_tiles = static_cast<int>(item.end_tile - item.first_tile);
+    note.num_keys = static_cast<int>(sweep.num_keys - first_key);
+    note.first_positive = static_cast<int>(sweep.offset + consumer.first_row(item) - first_key);
+    note.begin = static_cast<int>(first / Tile::keys - item.first_tile);
+    note.end = static_cast<int>((first + kQueryRows - 1) / Tile::keys + 1 - item.first_tile);
+    note.num_full = static_cast<int>(min(item.end_tile, sweep.num_keys / Tile::keys) - item.first_tile);
+  }
+  __syncwarp();
+}
+
+// A warpgroup: sweeps the key tiles of an item. Scores of a tile are under way together with the residual of
+// the tile before, whose weights are ready.
 template <class T, class Tile, bool has_residual>
-__device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, const Ring<Tile>& ring,
-                                        const Consumer<Tile>& consumer, SoftmaxRows& rows,
+__device__ __forceinline__ void consume(float scale, const Ring<Tile>& ring, const Consumer<Tile>& consumer,
+                                        volatile Note& note, Place<Tile>& place, SoftmaxRows& rows,
                                         float (&acc)[Tile::columns / 2]) {
   constexpr int keys = Tile::keys;
-  const float scale = static_cast<float>(sweep.scale);
-  const int num_tiles = static_cast<int>(share.end_tile - share.first_tile);
   const uint32_t values = ring.tiles + consumer.panels;
   float s[keys / 2], decay[2];
   uint32_t p[keys / 16][4];
-  const auto release = [&](int stage) {
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(ring.empty + 8 * stage);
+  const auto release = [&](uint32_t barrier) {
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier);
   };
   const auto add_tile = [&](auto is_edge, int tile) {
-    const int64_t first_key = (share.first_tile + tile) * keys;
     constexpr bool edge = decltype(is_edge)::value;
     constexpr int stride = edge ? 0 : has_residual ? Tile::residual_stride : Tile::loss_stride;
-    online_softmax<keys, edge, Tile::is_scarce, stride>(
-        s, rows, decay, first_key, sweep.offset + consumer.first_row, sweep.num_keys, scale);
+    if constexpr (edge) {
+      online_softmax<keys>(s, rows, decay, tile * keys, note.first_positive, note.num_keys, scale);
+    } else {
+      online_softmax<keys, false, stride>(s, rows, decay, 0, 0, 0, scale);
+    }
   };
-  // The first consumer begins.
-  if (consumer.index == 1) consumer.end_turn();
 
-  mbarrier_wait(ring.query_ready, 0);
-  mbarrier_wait(ring.full, 0);
-  consumer.begin_turn();
+  mbarrier_wait(ring.query_ready, note.query_parity);
+  mbarrier_wait(ring.full + 8 * place.stage, place.parity);
+  begin_turn(consumer.index);
   wgmma_fence();
-  begin_scores<T, Tile>(s, consumer.queries, ring.tiles);
-  consumer.end_turn();
+  begin_scores<T, Tile>(s, consumer.queries, ring.tiles + place.stage * Tile::tile_bytes);
+  end_turn(consumer.index);
   wgmma_wait<0>();
   warpgroup_fence_operand(s);
   add_tile(std::true_type(), 0);
   round_weights<T, keys>(p, s);
-  int last_stage = 0, stage = 1, parity = 0;
+  int last_stage = place.stage;
+  place.next();
   const auto step = [&](auto is_edge, int tile) {
-    if constexpr (!has_residual) release(last_stage);
-    mbarrier_wait(ring.full + 8 * stage, parity);
-    consumer.begin_turn();
+    if constexpr (!has_residual) release(ring.empty + 8 * last_stage);
+    mbarrier_wait(ring.full + 8 * place.stage, place.parity);
+    begin_turn(consumer.index);
     warpgroup_fence_operand(s);
     warpgroup_fence_operand(acc);
     wgmma_fence();
-    begin_scores<T, Tile>(s, consumer.queries, ring.tiles + stage * Tile::tile_bytes);
+    begin_scores<T, Tile>(s, consumer.queries, ring.tiles + place.stage * Tile::tile_bytes);
     if constexpr (has_residual) begin_weighted<T, Tile>(acc, p, values + last_stage * Tile::tile_bytes);
     // The other consumer's products follow while this one takes exponentials.
-    consumer.end_turn();
+    end_turn(consumer.index);
     wgmma_wait<has_residual ? 1 : 0>();
     warpgroup_fence_operand(s);
     add_tile(is_edge, tile);
@@ -238,21 +320,22 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
       schedule_barrier(rows.sum[0] + rows.sum[1]);
       wgmma_wait<0>();
       warpgroup_fence_operand(acc);
-      release(last_stage);
+      release(ring.empty + 8 * last_stage);
       scale_rows(acc, decay);
       round_weights<T, keys>(p, s);
     }
-    last_stage = stage;
-    if (++stage == Tile::stages) stage = 0, parity ^= 1;
+    last_stage = place.stage;
+    place.next();
   };
-  const Edges<Tile> edges(sweep, share, consumer);
 #pragma unroll 1
-  for (int tile = 1; tile < num_tiles;) {
-    const int edge = edges.next(tile);
+  for (int tile = 1; tile < note.num_tiles;) {
+    const int edge = note.next_edge(tile);
 #pragma unroll 1
     for (; tile < edge; ++tile) step(std::false_type(), tile);
-    if (tile < num_tiles) step(std::true_type(), tile++);
+    if (tile < note.num_tiles) step(std::true_type(), tile++);
   }
+  // The next item's queries come while this one's last product and its results are under way.
+  release(ring.query_done);
   if constexpr (has_residual) {
     warpgroup_fence_operand(acc);
     wgmma_fence();
@@ -260,32 +343,31 @@ __device__ __forceinline__ void consume(const Sweep& sweep, const Share& share, 
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
   }
-  if (consumer.index == 0) consumer.begin_turn();
+  release(ring.empty + 8 * last_stage);
 }
 
 // Writes a consumer's losses and residuals.
 template <class T, class Tile, bool has_residual>
-__device__ __forceinline__ void finish(const Sweep& sweep, const Share& share, int count,
+__device__ __forceinline__ void finish(const Sweep& sweep, const Item<Tile>& item,
                                        const Consumer<Tile>& consumer, SoftmaxRows& rows,
                                        const float (&acc)[Tile::columns / 2]) {
   finish_rows(rows);
+  const int64_t first_row = consumer.first_row(item);
   const int first_column = Tile::is_split ? consumer.index * Tile::columns : 0;
-  if (first_column == 0) store_losses(sweep, share.index, consumer.first_row, rows);
+  if (first_column == 0) store_losses(sweep, item.place(sweep), first_row, rows);
   if constexpr (has_residual)
-    store_residuals<T, Tile::columns, Tile::keys>(sweep, share, consumer.first_row, rows, acc, first_column,
-                                                  count, Tile::panels);
+    store_residuals<T, Tile::columns, Tile::keys>(sweep, item, first_row, rows, acc, first_column,
+                                                  sweep.count(item.pair), Tile::panels);
 }
 
-// Grid: blocks of queries, 1, pairs.
+// Grid: as many blocks as run at one time, or one for each item.
 template <class T, int bucket, bool has_residual>
 __global__ void __launch_bounds__(kBlock, 1)
-    duc_hopper_kernel(Sweep sweep, const __grid_constant__ Tiling tiling) {
+    duc_hopper_kernel(const __grid_constant__ Work work, const __grid_constant__ Tiling tiling) {
   using Tile = Sm90aTile<bucket>;
-  const Share share(sweep, Tile::keys);
-  const int count = sweep.count(share.pair);
-  if (count == 0 || tiling.bucket(count) != bucket) return;
   MMFAST_DYNAMIC_SHARED(shared);
-  MMFAST_SHARED(uint64_t, barriers, [1 + 2 * Tile::stages]);
+  MMFAST_SHARED(uint64_t, barriers, [Ring<Tile>::barriers]);
+  MMFAST_SHARED(Note, notes, [kConsumers * kGroup / kWarp]);
   const Ring<Tile> ring(shared, barriers);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
@@ -293,14 +375,32 @@ __global__ void __launch_bounds__(kBlock, 1)
   // Registers are handed over at the head of the two branches, as setmaxnreg wants it.
   if (threadIdx.x < kGroup) {
     warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == 0) produce<T>(sweep, share, ring);
+    if (threadIdx.x != 0) return;
+    Place<Tile> place{0, 1};
+    int query_parity = 1;
+    for_each_item<Tile>(work, tiling, [&](const Item<Tile>& item, int) {
+      produce<T>(work.whole, item, ring, place, query_parity);
+      query_parity ^= 1;
+    });
   } else {
     warpgroup_reg_alloc<240>();
     const Consumer<Tile> consumer(ring);
-    SoftmaxRows rows;
-    float acc[Tile::columns / 2] = {};
-    consume<T, Tile, has_residual>(sweep, share, ring, consumer, rows, acc);
-    finish<T, Tile, has_residual>(sweep, share, count, consumer, rows, acc);
+    volatile Note& note = notes[threadIdx.x / kWarp - kGroup / kWarp];
+    Place<Tile> place{0, 0};
+    if (threadIdx.x % kWarp == 0) note.query_parity = 0;
+    // The first consumer begins, and takes up the other's last arrival at the end.
+    if (consumer.index == 1) end_turn(consumer.index);
+    for_each_item<Tile>(work, tiling, [&](const Item<Tile>& item, int& number) {
+      begin_note(note, work.whole, item, number, consumer);
+      SoftmaxRows rows;
+      float acc[Tile::columns / 2] = {};
+      consume<T, Tile, has_residual>(work.scale, ring, consumer, note, place, rows, acc);
+      number = note.number;
+      const Item<Tile> same(work, number);
+      finish<T, Tile, has_residual>(same.is_part ? work.parts : work.whole, same, consumer, rows, acc);
+      if (threadIdx.x % kWarp == 0) note.query_parity ^= 1;
+    });
+    if (consumer.index == 0) begin_turn(consumer.index);
   }
 }
 
@@ -310,8 +410,23 @@ void launch(const Call& call) {
   const Sweep& sweep = call.sweep;
   const auto kernel = &duc_hopper_kernel<T, bucket, has_residual>;
   allow_shared_memory(kOp, kernel, Tile::shared_bytes);
-  const dim3 grid(grid_blocks(sweep.num_queries, Tile::rows), 1, sweep.num_pairs * sweep.num_splits);
-  MMFAST_LAUNCH((kernel), grid, kBlock, Tile::shared_bytes, call.stream, sweep, kSm90aTiling);
+  constexpr int per_block = kQueryMultiple / Tile::rows;
+  const auto items = [](int64_t blocks) { return static_cast<int>(blocks * per_block); };
+  const int64_t blocks = ceil_div(sweep.num_queries, kQueryMultiple),
+                rest = blocks * sweep.num_pairs - call.num_whole;
+  const int num_items = items(call.num_whole + rest * call.parts.num_splits);
+  const Work work{sweep,
+                  call.parts,
+                  items(call.num_whole),
+                  num_items,
+                  items(blocks),
+                  std::max(1, items(rest)),
+                  static_cast<float>(sweep.scale)};
+  // Among items of other kernels some blocks would find more of their own than others: then each block takes
+  // one, and the GPU hands them out.
+  const bool is_alone = num_pairs_of(call, kSm90aTiling, bucket) == sweep.num_pairs;
+  const int num_blocks = is_alone ? std::min(num_items, call.num_sms) : num_items;
+  MMFAST_LAUNCH((kernel), num_blocks, kBlock, Tile::shared_bytes, call.stream, work, kSm90aTiling);
 }
 
 template <class T, int bucket>

@@ -80,6 +80,11 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// No code: a value in a register, which the compiler would otherwise compute anew where it is used.
+__device__ __forceinline__ uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 // A loop that is never entered, on a value that is never negative: the assembler, which would put the wait
 // that follows at the front of its block, has to leave it behind what computes the value.
 __device__ __forceinline__ void schedule_barrier(float x) {

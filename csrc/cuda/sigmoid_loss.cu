@@ -74,7 +74,7 @@ void run(CallOf<SigmoidSweep> call, const Layout& layout, const Workspace& works
 }
 
 Plan sigmoid_loss_plan(const DucOperands& operands, bool has_residual, Dtype dtype) {
-  return plan_of(operands, nullptr, has_residual, dtype);
+  return plan_of(operands, nullptr, has_residual, dtype, false);
 }
 
 void sigmoid_loss_fwd(const DucOperands& operands,  // of one modality, D at least 1
@@ -84,7 +84,7 @@ void sigmoid_loss_fwd(const DucOperands& operands,  // of one modality, D at lea
                       double temperature, double bias, int64_t offset, Reduction reduction, Dtype dtype,
                       Stream stream) {
   constexpr const char* op = "sigmoid_loss_fwd";
-  const Layout layout = layout_of(operands, nullptr, dtype);
+  const Layout layout = layout_of(operands, nullptr, dtype, false);
   const DeviceGuard guard(op, stream.device);
   CallOf<SigmoidSweep> call{};
   View list[2];

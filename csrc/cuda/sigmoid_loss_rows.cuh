@@ -1,5 +1,5 @@
 // What the sigmoid loss makes of scores, in the place of the online softmax of duc_loss: overloads of what
-// the sweeps of duc_loss_mma.cuh and duc_loss_plain.cuh call. Included by sigmoid_loss.cu only.
+// the sweeps of contrast_mma.cuh and contrast_plain.cuh call. Included by sigmoid_loss.cu only.
 #pragma once
 
 #include "contrast_call.cuh"

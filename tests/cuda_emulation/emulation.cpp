@@ -84,7 +84,7 @@ Range arguments_range;
 Body body;
 void* body_arguments;
 const char* kernel_name = "";
-int num_threads, num_running, current = -1, capability = 8;
+int num_threads, num_running, current = -1, capability = 8, multiprocessors = 2;
 int64_t num_blocks;
 jmp_buf scheduler;
 ucontext_t scheduler_context;
@@ -363,8 +363,7 @@ const char* cudaGetErrorString(cudaError_t status) {
 }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few SMs, so that persistent blocks loop.
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors
            : attribute == cudaDevAttrComputeCapabilityMajor ? capability
                                                             : 0;
   return cudaSuccess;
@@ -404,13 +403,13 @@ __attribute__((visibility("default"))) const mmfast::Entry* mmfast_emulated_entr
 // invalid argument and 2 for another error, with its text.
 __attribute__((visibility("default"))) int mmfast_emulated_call(
     const mmfast::Entry* entry, const mmfast::Argument* arguments, int64_t* results, const int64_t* ranges,
-    int64_t num_tensors, int compute_capability, unsigned seed, char* text, int64_t text_size) {
+    int64_t num_tensors, int compute_capability, int num_sms, unsigned seed, char* text, int64_t text_size) {
   tensors.clear();
   for (int64_t i = 0; i < num_tensors; ++i) {
     tensors.push_back(
         {reinterpret_cast<const unsigned char*>(ranges[2 * i]), static_cast<std::size_t>(ranges[2 * i + 1])});
   }
-  capability = compute_capability;
+  capability = compute_capability, multiprocessors = num_sms;
   order_source.seed(seed);
   try {
     entry->call(arguments, results);

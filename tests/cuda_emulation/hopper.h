@@ -41,6 +41,7 @@ void wgmma_wait() {
 }
 template <int n>
 void warpgroup_fence_operand(float (&)[n]) {}
+inline uint32_t kept(uint32_t value) { return value; }
 inline void schedule_barrier(float) {}
 
 template <class T, int n>

@@ -104,11 +104,12 @@ class EmulatedModule:
 
     Attributes:
         compute_capability: the major number that launchers see.
+        num_sms: multiprocessors that they see; few, so that persistent blocks loop.
         seed: of the order in which threads and blocks run.
     """
 
     def __init__(self, kernels: list[Path]) -> None:
-        self.compute_capability, self.seed = 8, 0
+        self.compute_capability, self.num_sms, self.seed = 8, 2, 0
         self._shown: list[tuple[weakref.ref, int, int]] = []
         self._library = ctypes.CDLL(str(build(kernels)))
         self._library.mmfast_emulated_entry.restype = ctypes.POINTER(_Entry)
@@ -142,6 +143,7 @@ class EmulatedModule:
             (ctypes.c_int64 * len(ranges))(*ranges),
             ctypes.c_int64(len(self._shown)),
             self.compute_capability,
+            self.num_sms,
             self.seed,
             text,
             ctypes.c_int64(len(text)),
@@ -160,7 +162,7 @@ def _module() -> EmulatedModule:
 def emulated() -> Iterator[EmulatedModule]:
     """Let the backend "cuda" run on CPU tensors, in the emulation, for a while."""
     module = _module()
-    module.compute_capability, module.seed, module._shown = 8, 0, []
+    module.compute_capability, module.num_sms, module.seed, module._shown = 8, 2, 0, []
     data_ptr, why_not, why_not_here = Tensor.data_ptr, _backend.why_not, _backend._why_not_here
     load_extension = _backend._load_extension
     deterministic = torch.are_deterministic_algorithms_enabled()

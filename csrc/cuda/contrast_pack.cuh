@@ -1,10 +1,11 @@
-// What goes before and after the sweeps of duc_loss: each pair's columns are listed and closed up, residuals
-// go back to their places and are summed over teachers, losses are reduced. Included by duc_loss.cu only.
+// What goes before and after the sweeps over keys: each pair's columns are listed and closed up, residuals go
+// back to their places and are summed over teachers, losses are reduced. Included by contrast_call.cuh and
+// contrast_plain.cuh only.
 #pragma once
 
 #include <algorithm>
 
-#include "duc_loss_engines.cuh"
+#include "contrast_engines.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -12,8 +13,8 @@ namespace {
 constexpr int kBlock = 256, kFinishBlock = 1024;
 // Modalities whose addresses fit in the arguments of one launch.
 constexpr int kMaxViews = 8;
-// Rows are packed up to multiples of these, which all tiles of queries, and of keys, divide.
-constexpr int64_t kQueryMultiple = 128, kKeyMultiple = 384;
+// Keys are packed up to a multiple of this, which all tiles divide.
+constexpr int64_t kKeyMultiple = 384;
 
 struct Views {
   View features[kMaxViews], keys[kMaxViews];
@@ -162,22 +163,26 @@ void launch_pack(const CallOf<S>& call, Kernel* kernel, int rows, const More&...
   }
 }
 
-// Puts the splits of the keys together; a warp takes a row of a pair. Grid: blocks of rows, pairs.
+// Puts the splits of the keys together; a warp takes a row of a pair.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     duc_merge_kernel(Sweep sweep, const __grid_constant__ Tiling tiling,
                      KeyRows rows_of_keys,                            // in wide floats
-                     const accumulate_t<T>* __restrict__ statistics,  // [3, splits, P, N]
-                     const accumulate_t<T>* __restrict__ partial,     // [splits, P, N, W]
+                     const accumulate_t<T>* __restrict__ statistics,  // [3, splits, rows]
+                     const accumulate_t<T>* __restrict__ partial,     // [splits, rows, W]
                      accumulate_t<T>* __restrict__ losses) {          // [P, N]
   using A = accumulate_t<T>;
-  const int lane = threadIdx.x % kWarp, pair = blockIdx.y, count = sweep.count(pair);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
-  if (count == 0 || row >= sweep.num_queries) return;
-  const int64_t place = pair * sweep.num_queries + row, split_stride = sweep.num_pairs * sweep.num_queries;
-  const int64_t plane = sweep.num_splits * split_stride;
+  const int64_t result = static_cast<int64_t>(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
+  if (result >= sweep.num_results()) return;
+  const int64_t place = sweep.first_result + result, row = place % sweep.num_queries;
+  const int lane = threadIdx.x % kWarp, pair = static_cast<int>(place / sweep.num_queries);
+  const int count = sweep.count(pair);
+  if (count == 0) return;
+  // Where some rows alone are split, those of duc_mma_wide_kernel are not.
+  if (sweep.first_result > 0 && tiling.bucket(count) == tiling.wide) return;
+  const int64_t split_stride = sweep.num_results(), plane = sweep.num_splits * split_stride;
   const bool is_split = lane < sweep.num_splits;
-  const A* const mine = statistics + lane * split_stride + place;
+  const A* const mine = statistics + lane * split_stride + result;
   const A max = is_split ? mine[0] : -INFINITY;
   const A top = warp_reduce(max, Max()),
           positive_score = warp_reduce(is_split ? mine[2 * plane] : A(0), Sum());
@@ -194,7 +199,8 @@ __global__ void __launch_bounds__(kBlock)
     A residual = 0;
     for (int split = 0; split < sweep.num_splits; ++split) {
       const A factor = __shfl_sync(kFullMask, weight, split);
-      if (column < count) residual += factor * partial[(split * split_stride + place) * sweep.width + column];
+      if (column < count)
+        residual += factor * partial[(split * split_stride + result) * sweep.width + column];
     }
     if (column >= count) continue;
     const int64_t positive_row = sweep.offset + row, target = place * sweep.residual_width + column;

@@ -1,4 +1,4 @@
-// The sweep of duc_loss in float32 and float64, without tensor cores: 256 threads, of which each holds a
+// The sweep over keys in float32 and float64, without tensor cores: 256 threads, of which each holds a
 // piece of the scores and of the residual in registers. All operands stream through shared memory in steps of
 // 16 dimensions for the scores and 16 keys for the residual, copied two steps ahead. Included by
 // contrast_call.cuh only.
@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "duc_loss_engines.cuh"
-#include "duc_loss_pack.cuh"
+#include "contrast_engines.cuh"
+#include "contrast_pack.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -168,7 +168,7 @@ __device__ __forceinline__ void plain_softmax(T (&s)[Tile::thread_rows][Tile::th
   }
 }
 
-// What a loss makes of scores, here the online softmax: sigmoid_loss.cu has its own of the same names.
+// What a loss makes of scores, here the online softmax: sigmoid_loss_rows.cuh has its own of the same names.
 template <class T, int rows>
 __device__ __forceinline__ PlainRows<T, rows> begin_plain_rows(const Sweep&) {
   return {};
@@ -233,7 +233,7 @@ __device__ __forceinline__ void store_plain(const Sweep& sweep, const Share& sha
     if (row >= sweep.num_queries) continue;
     const int64_t place = share.index * sweep.num_queries + row;
     if (first_column == 0 && thread_column == 0)
-      store_loss(sweep, share.index, row, rows.sum[i], rows.max[i], rows.positive_score[i]);
+      store_loss(sweep, place, rows.sum[i], rows.max[i], rows.positive_score[i]);
     if (sweep.residual == nullptr) continue;
     const T divisor = divisor_of(sweep, rows.sum[i]);
 #pragma unroll

@@ -1,4 +1,4 @@
-// The sweep of duc_loss in half precision on the tensor cores of sm_80 and later: 8 warps of 16 queries each,
+// The sweep over keys in half precision on the tensor cores of sm_80 and later: 8 warps of 16 queries each,
 // products by mma.sync, the scores' registers turned into weights and used as they lie. Up to 256 columns the
 // queries stay in shared memory and whole key tiles go by; beyond, panels of both do, and the residual's
 // columns are split over blocks. Included by contrast_call.cuh only.
@@ -7,7 +7,7 @@
 // Machine code: duc_mma_wide_kernel, 80 90 100 120: HMMA LDGSTS
 #pragma once
 
-#include "duc_loss_engines.cuh"
+#include "contrast_engines.cuh"
 
 namespace mmfast::duc {
 namespace {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void add_weighted(float* acc, const uint32_t (&p)[key
   }
 }
 
-// What a loss makes of scores, here the online softmax: sigmoid_loss.cu has its own of the same names.
+// What a loss makes of scores, here the online softmax: sigmoid_loss_rows.cuh has its own of the same names.
 __device__ __forceinline__ SoftmaxRows begin_rows(const Sweep&) { return {}; }
 
 template <class T, int keys>
@@ -84,7 +84,7 @@ __device__ __forceinline__ void decay_rows(const SoftmaxRows&, float (&acc)[n], 
 template <class T>
 __device__ __forceinline__ void store_losses(const Sweep& sweep, int index, int64_t first_row,
                                              const SoftmaxRows& rows) {
-  store_losses(sweep, index, first_row, rows);
+  store_losses(sweep, index * sweep.num_queries, first_row, rows);
 }
 
 template <int panels, int keys, int stages_>
