@@ -24,7 +24,8 @@ class LaneBlocks {
         C_(fusion.C),
         batch_(num_blocks * L),
         z_(num_blocks * fusion.M * C_),
-        dfused_(is_backward ? num_blocks * C_ : 0) {}
+        dfused_(is_backward ? num_blocks * C_ : 0),
+        e_(is_backward && fusion.score == kEntropy ? num_blocks * fusion.M * C_ : 0) {}
 
   // Where results go.
   void write_to(T* target) { target_ = target; }
@@ -67,14 +68,14 @@ class LaneBlocks {
                AsTheyAre{}, 0);
   }
 
-  // Also the product of the logits with dfused. What is left of the logits z: z - max for entropy, e for
-  // certainty.
+  // Also the product of the logits with dfused. What is left of the logits z: z - max, and e beside it, for
+  // entropy; e for certainty.
   void sums_and_product(int64_t g, int64_t m, int64_t first, V& s_out, V& t_out, V& product_out) {
-    V* z = logits(g, m);
+    V *z = logits(g, m), *kept = e_.empty() ? nullptr : e_.data() + (g * f_.M + m) * C_;
     const V *dfused = dfused_.data() + g * C_, max = load_logits(m, first, z);
+    const T* const target = target_ + (m * f_.N + first) * C_;
     const V lowest = V{} + std::numeric_limits<A>::lowest();
     // What a logit's exponential is at most that is not the largest, or rounding would make it one.
-    T* const target = target_ + (m * f_.N + first) * C_;
     const V below_one = V{} + (1 - std::numeric_limits<A>::epsilon() / 2);
     V s = {}, t = {}, product = {};
     for_groups(C_, [&](int64_t begin, int64_t end) {
@@ -86,7 +87,11 @@ class LaneBlocks {
         group_product += dfused[c] * (z[c] < lowest ? V{} : z[c]);
         group_s += e;
         group_t += e * x;
-        z[c] = f_.score == kEntropy ? x : ((x < 0) & (e == 1)) ? below_one : e;
+        if (kept != nullptr) {
+          z[c] = x, kept[c] = e;
+        } else {
+          z[c] = ((x < 0) & (e == 1)) ? below_one : e;
+        }
       }
       s += group_s, t += group_t, product += group_product;
     });
@@ -100,9 +105,9 @@ class LaneBlocks {
     for (int64_t c = 0; c < C_ && next != nullptr; ++c) f_.prefetch(next + c * L);
     for (int64_t c = 0; c < C_ && m == 0; ++c) f_.prefetch(next_dfused + c * L);
     if (f_.score == kEntropy) {
+      const V* kept = e_.data() + (g * f_.M + m) * C_;
       // p (ln p + H), with ln p + H = x - t / s.
-      for (int64_t c = 0; c < C_; ++c)
-        e[c] = w * dfused[c] + dscore * exp_nonpositive<A>(e[c]) * (e[c] - t_over_s);
+      for (int64_t c = 0; c < C_; ++c) e[c] = w * dfused[c] + dscore * kept[c] * (e[c] - t_over_s);
     } else {
       const V scale = dscore / s;
       Mask is_open = ~Mask{};
@@ -157,6 +162,7 @@ class LaneBlocks {
   const T* given_ = nullptr;  // [N, C], the gradient with respect to what is fused
   std::vector<V> z_;          // [blocks, M, C]
   std::vector<V> dfused_;     // [blocks, C]
+  std::vector<V> e_;          // [blocks, M, C], entropy's gradients
 };
 
 }  // namespace
