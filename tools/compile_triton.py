@@ -80,7 +80,6 @@ SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
         ("90", "_duc_loss_fwd_kernel", "fp16 BLOCK_D=256 BLOCK_N=128"): 104,
         ("100", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=16"): 64,
         ("100", "_additive_shapley_bwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=2048"): 4,
-        ("100", "_assign_kernel", "bf16 BLOCK_K=64"): 112,
         ("100", "_duc_loss_fwd_kernel", "ACC=fp64"): 12,
         ("90", "_sigmoid_loss_fwd_kernel", "fp32 fp64 PRECISION=ieee BLOCK_D=64 BLOCK_N=16"): 4,
         ("100", "_sigmoid_loss_fwd_kernel", "ACC=fp64"): 4,
