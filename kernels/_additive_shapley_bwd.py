@@ -127,6 +127,7 @@ def _additive_shapley_bwd_kernel(
     UNIT: tl.constexpr,  # of stride_pm
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
+    IS_ALL: tl.constexpr,  # whether M is LAST
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
@@ -140,7 +141,7 @@ def _additive_shapley_bwd_kernel(
     step = tl.cast(N, tl.int64) * C
     dphi_ptrs = dphi_ptr + offs_n * stride_dn
 
-    first = M - LAST
+    first = 0 if IS_ALL else M - LAST
     part0, label0 = _load_part(row_ptrs, label_ptrs, first, stride_pm, mask, mask_label, is_label, ACC)
     dphi0 = _load_dphi(dphi_ptrs, first, stride_dm, mask_n, ACC)
     dpart0 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
@@ -192,8 +193,9 @@ def _additive_shapley_bwd_kernel(
                 dpart2 += dx
         dbase += dz
         _add_to_members(dz, others, first, dp_ptrs, step, mask, BLOCK_N, BLOCK_C, ACC)
-        # The next coalition's loads may lie with other threads.
-        tl.debug_barrier()
+        if not IS_ALL:
+            # The next coalition's loads may lie with other threads.
+            tl.debug_barrier()
     last_ptrs = dp_ptrs + tl.cast(first, tl.int64) * step
     tl.store(last_ptrs, dpart0.to(element), mask=mask)
     if LAST > 1:
@@ -202,7 +204,9 @@ def _additive_shapley_bwd_kernel(
         tl.store(last_ptrs + 2 * step, dpart2.to(element), mask=mask)
     if UTILITY != _MARGIN:
         # Last, when little is held in registers.
-        dbase += _spread_nan(dphi_ptrs, dp_ptrs, M, step, stride_dm, mask_n, mask, is_label, BLOCK_N, ACC)
+        dbase += _spread_nan(
+            dphi_ptrs, dp_ptrs, LAST if IS_ALL else M, step, stride_dm, mask_n, mask, is_label, BLOCK_N, ACC
+        )
     if HAS_BIAS:
         dbias = tl.sum(tl.where(mask, dbase, 0.0), axis=0)
         tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * C + offs_c, dbias, mask=offs_c < C)

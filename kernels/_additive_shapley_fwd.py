@@ -54,6 +54,7 @@ def _additive_shapley_fwd_kernel(
     UNIT: tl.constexpr,  # of stride_pm, which is given in units of so many elements: `_unit`
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
+    IS_ALL: tl.constexpr,  # whether M is LAST
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,7 +66,7 @@ def _additive_shapley_fwd_kernel(
     )
     offs_m = tl.arange(0, BLOCK_M)
     is_before = offs_c[None, :] < y[:, None]
-    first = M - LAST
+    first = 0 if IS_ALL else M - LAST
     part0, label0 = _load_part(row_ptrs, label_ptrs, first, stride_pm, mask, mask_label, is_label, ACC)
     if LAST > 1:
         part1, label1 = _load_part(
@@ -83,8 +84,8 @@ def _additive_shapley_fwd_kernel(
         origin = tl.where(origin - origin == 0, origin, 0.0)
 
     phi = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-    begin = tl.program_id(1) * coalitions
-    for others in range(begin, begin + coalitions):
+    begin = 0 if IS_ALL else tl.program_id(1) * coalitions
+    for others in range(begin, 1 if IS_ALL else begin + coalitions):
         z, label, size = _sum_others(
             others, first, base, label_base, row_ptrs, label_ptrs, stride_pm, mask, mask_label, is_label, ACC
         )
