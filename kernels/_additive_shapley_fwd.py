@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._additive_shapley_samples import _empty_coalition, _load_part, _load_samples
+from ._additive_shapley_samples import _empty_coalition, _load_part, _load_samples, _of_rows
 from ._additive_shapley_utility import _CARDINALITY, _PROBABILITY, _utility
 
 
@@ -13,7 +13,7 @@ from ._additive_shapley_utility import _CARDINALITY, _PROBABILITY, _utility
 def _sum_others(
     others,  # the coalition of the modalities before the last LAST
     first,  # how many these are
-    base,  # [BLOCK_N, BLOCK_C], the logits without any modality
+    base,  # [parts, BLOCK_N, LANES], the logits without any modality
     label_base,  # [BLOCK_N], the label's
     row_ptrs,
     label_ptrs,
@@ -57,15 +57,16 @@ def _additive_shapley_fwd_kernel(
     IS_ALL: tl.constexpr,  # whether M is LAST
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ACC: tl.constexpr,
 ):
     stride_pm = tl.cast(stride_pm, tl.int64) * UNIT
     offs_n, offs_c, mask_n, mask, y, is_label, mask_label, row_ptrs, label_ptrs = _load_samples(
-        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
+        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C, LANES
     )
     offs_m = tl.arange(0, BLOCK_M)
-    is_before = offs_c[None, :] < y[:, None]
+    is_before = offs_c < _of_rows(y)
     first = 0 if IS_ALL else M - LAST
     part0, label0 = _load_part(row_ptrs, label_ptrs, first, stride_pm, mask, mask_label, is_label, ACC)
     if LAST > 1:
