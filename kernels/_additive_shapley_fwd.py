@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._additive_shapley_samples import _empty_coalition, _load_part, _load_samples
+from ._additive_shapley_samples import _empty_coalition, _load_part, _load_samples, _of_rows
 from ._additive_shapley_utility import _CARDINALITY, _PROBABILITY, _utility
 
 
@@ -13,7 +13,7 @@ from ._additive_shapley_utility import _CARDINALITY, _PROBABILITY, _utility
 def _sum_others(
     others,  # the coalition of the modalities before the last LAST
     first,  # how many these are
-    base,  # [BLOCK_N, BLOCK_C], the logits without any modality
+    base,  # [parts, BLOCK_N, LANES], the logits without any modality
     label_base,  # [BLOCK_N], the label's
     row_ptrs,
     label_ptrs,
@@ -54,18 +54,20 @@ def _additive_shapley_fwd_kernel(
     UNIT: tl.constexpr,  # of stride_pm, which is given in units of so many elements: `_unit`
     HAS_BIAS: tl.constexpr,
     LAST: tl.constexpr,
+    IS_ALL: tl.constexpr,  # whether M is LAST
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ACC: tl.constexpr,
 ):
     stride_pm = tl.cast(stride_pm, tl.int64) * UNIT
     offs_n, offs_c, mask_n, mask, y, is_label, mask_label, row_ptrs, label_ptrs = _load_samples(
-        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C
+        p_ptr, labels_ptr, N, C, stride_pn, stride_pc, stride_ln, BLOCK_N, BLOCK_C, LANES
     )
     offs_m = tl.arange(0, BLOCK_M)
-    is_before = offs_c[None, :] < y[:, None]
-    first = M - LAST
+    is_before = offs_c < _of_rows(y)
+    first = 0 if IS_ALL else M - LAST
     part0, label0 = _load_part(row_ptrs, label_ptrs, first, stride_pm, mask, mask_label, is_label, ACC)
     if LAST > 1:
         part1, label1 = _load_part(
@@ -83,8 +85,8 @@ def _additive_shapley_fwd_kernel(
         origin = tl.where(origin - origin == 0, origin, 0.0)
 
     phi = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-    begin = tl.program_id(1) * coalitions
-    for others in range(begin, begin + coalitions):
+    begin = 0 if IS_ALL else tl.program_id(1) * coalitions
+    for others in range(begin, 1 if IS_ALL else begin + coalitions):
         z, label, size = _sum_others(
             others, first, base, label_base, row_ptrs, label_ptrs, stride_pm, mask, mask_label, is_label, ACC
         )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._additive_shapley_samples import _classes, _of_rows
 from ._additive_shapley_utility import (
     _CARDINALITY,
     _MARGIN,
@@ -21,19 +22,19 @@ from ._common import _ELEMENT, _acc, _cdiv, _configuration, _on, _wide
 
 @triton.jit
 def _load_rows(
-    z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
+    z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, LANES, ACC
 ):
     """Return what the kernels over [N, S, C] need of a block of its N S rows, the label's logit apart."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = _classes(BLOCK_C, LANES)
     offs_n = offs_r >> LOG_S
     coalition = offs_r & ((1 << LOG_S) - 1)
     mask_r = offs_n < N
-    mask = mask_r[:, None] & (offs_c < C)[None, :]
+    mask = _of_rows(mask_r) & (offs_c < C)
     y = tl.load(labels_ptr + offs_n * stride_ln, mask=mask_r, other=0).to(tl.int64)
-    is_label = offs_c[None, :] == y[:, None]
+    is_label = offs_c == _of_rows(y)
     rows = z_ptr + offs_n * stride_zn + coalition * stride_zs
-    z = tl.load(rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
+    z = tl.load(_of_rows(rows) + offs_c.to(tl.int64) * stride_zc, mask=mask, other=float("-inf"))
     label = tl.load(rows + y * stride_zc, mask=mask_r & (y >= 0) & (y < C), other=0.0).to(ACC)
     z = tl.where(is_label, float("-inf"), z.to(ACC))
     return offs_r, offs_c, coalition, mask_r, mask, y, is_label, z, label
@@ -54,12 +55,25 @@ def _coalition_utilities_fwd_kernel(
     UTILITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     offs_r, offs_c, coalition, mask_r, _, y, _, z, label = _load_rows(
-        z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
+        z_ptr,
+        labels_ptr,
+        N,
+        C,
+        stride_zn,
+        stride_zs,
+        stride_zc,
+        stride_ln,
+        LOG_S,
+        BLOCK_N,
+        BLOCK_C,
+        LANES,
+        ACC,
     )
-    u = _utility(z, label, offs_c[None, :] < y[:, None], UTILITY)
+    u = _utility(z, label, offs_c < _of_rows(y), UTILITY)
     if UTILITY == _CARDINALITY:
         size = tl.zeros_like(coalition)
         for m in range(LOG_S):
@@ -86,17 +100,30 @@ def _coalition_utilities_bwd_kernel(
     UTILITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     offs_r, offs_c, coalition, mask_r, mask, _, is_label, z, label = _load_rows(
-        z_ptr, labels_ptr, N, C, stride_zn, stride_zs, stride_zc, stride_ln, LOG_S, BLOCK_N, BLOCK_C, ACC
+        z_ptr,
+        labels_ptr,
+        N,
+        C,
+        stride_zn,
+        stride_zs,
+        stride_zc,
+        stride_ln,
+        LOG_S,
+        BLOCK_N,
+        BLOCK_C,
+        LANES,
+        ACC,
     )
     du_ptrs = du_ptr + (offs_r >> LOG_S) * stride_dn + coalition * stride_ds
     du = tl.load(du_ptrs, mask=mask_r, other=0.0).to(ACC)
     dz = _dlogits(z, label, du, offs_c, is_label, UTILITY)
     if UTILITY != _MARGIN:
-        dz += tl.where(is_label, (du - du)[:, None], 0.0)
-    tl.store(dz_ptr + offs_r[:, None] * C + offs_c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        dz += tl.where(is_label, _of_rows(du - du), 0.0)
+    tl.store(dz_ptr + _of_rows(offs_r) * C + offs_c, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 def coalition_utilities_fwd(
@@ -168,7 +195,7 @@ def _row_configurations() -> list[tuple]:
         types = [x, "*i64", x, "i32", "i32", "i64", "i64", "i64"]
         for num_classes in (10, MAX_CLASSES) if dtype == _wide(dtype) else (10,):
             constants = {"LOG_S": 3, "UTILITY": 3, "stride_zc": 1, "ACC": _acc(dtype)}
-            constants |= _blocks(num_classes, _wide(dtype), "rows")
+            constants |= _blocks(num_classes, dtype, _wide(dtype), "rows")
             configurations.append(_configuration(_coalition_utilities_fwd_kernel, types, constants))
             types_bwd = [x, *types[:5], "i64", "i64", *types[5:]]
             configurations.append(_configuration(_coalition_utilities_bwd_kernel, types_bwd, constants))

@@ -28,6 +28,7 @@ def _assign_kernel(
     stride_xn,
     stride_xd,
     DOT: tl.constexpr,  # whether tiles are multiplied as such
+    PRECISION: tl.constexpr,  # of that product
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,7 +55,7 @@ def _assign_kernel(
             c = tl.load(c_ptrs, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
             squares += c * c
             if DOT:
-                products = tl.dot(x, tl.trans(c), products, input_precision="ieee")
+                products = tl.dot(x, tl.trans(c), products, input_precision=PRECISION)
             else:
                 products += tl.sum(x[:, None, :] * c[None, :, :], axis=2)
         # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid.
@@ -100,12 +101,27 @@ def _squared_distances_kernel(
     tl.store(distance_ptr + offs_n, tl.sum(squares, axis=1), mask=mask_n)
 
 
-def _assign_blocks(num_clusters: int, dtype: torch.dtype) -> dict:
-    """Return the tiles of the assignment: up to 64 centroids meet a sample that is read once."""
+def _assign_blocks(num_clusters: int, dtype: torch.dtype, device: str = "cuda") -> dict:
+    """Return the tiles of the assignment: up to 64 centroids meet a sample that is read once.
+
+    Args:
+        num_clusters: K.
+        dtype: of the features.
+        device: its type; on a CPU it is Triton's interpreter, which knows no products of pieces.
+    """
     if _wide(dtype) == torch.float64:
-        return {"DOT": False, "BLOCK_N": 16, "BLOCK_K": 8, "BLOCK_D": 16, "num_warps": 8}
-    if num_clusters <= 16:
-        # Found by compiling: others of this size spill on one architecture or another.
-        block_d = 16 if dtype == torch.float32 else 32
-        return {"DOT": True, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_D": block_d, "num_warps": 8}
-    return {"DOT": True, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 32, "num_warps": 8}
+        blocks = {"DOT": False, "BLOCK_N": 16, "BLOCK_K": 8, "BLOCK_D": 16, "num_warps": 8}
+        return blocks | {"PRECISION": "ieee"}
+    # Each factor in three pieces of bfloat16, of which six products are taken: of what float32 tells apart
+    # nothing is lost but the last place. Samples and centroids are about the mean, which takes float32.
+    precision = "bf16x6" if device == "cuda" else "ieee"
+    block_k = 16 if num_clusters <= 16 else 64
+    # Found by compiling: with more dimensions the pieces spill.
+    return {
+        "DOT": True,
+        "PRECISION": precision,
+        "BLOCK_N": 64,
+        "BLOCK_K": block_k,
+        "BLOCK_D": 16,
+        "num_warps": 4,
+    }

@@ -101,6 +101,7 @@ def additive_shapley_fwd(
             UNIT=unit,
             HAS_BIAS=bias is not None,
             LAST=last,
+            IS_ALL=num_modalities == last,
             BLOCK_M=triton.next_power_of_2(num_modalities),
             ACC=_acc(acc),
             enable_fp_fusion=True,
@@ -133,7 +134,7 @@ def additive_shapley_bwd(
     """
     num_modalities, num_samples, num_classes = partial_logits.shape
     acc = _wide(partial_logits.dtype)
-    blocks = _chosen(partial_logits, "bwd")
+    blocks = _chosen(partial_logits, "bwd" if num_modalities > 2 else "bwd2")
     last = _last(num_modalities, blocks, acc, "bwd")
     num_blocks = _cdiv(num_samples, blocks["BLOCK_N"])
     dtype = partial_logits.dtype if num_modalities == last else acc
@@ -161,6 +162,7 @@ def additive_shapley_bwd(
                 UNIT=unit,
                 HAS_BIAS=bias is not None,
                 LAST=last,
+                IS_ALL=num_modalities == last,
                 ACC=_acc(acc),
                 enable_fp_fusion=True,
                 **blocks,
@@ -187,14 +189,16 @@ def compile_configurations() -> list[tuple]:
                 "HAS_BIAS": True,
                 "ACC": _acc(dtype),
             }
-            blocks = _blocks(num_classes, acc, "fwd")
-            constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "fwd")}
+            blocks = _blocks(num_classes, dtype, acc, "fwd")
+            last = _last(num_modalities, blocks, acc, "fwd")
+            constants |= blocks | {"LAST": last, "IS_ALL": num_modalities == last}
             types = [x, labels, wide, wide, wide, size, size, size, size, stride, stride, stride]
             block_m = triton.next_power_of_2(num_modalities)
             configurations.add(_additive_shapley_fwd_kernel, types, {**constants, "BLOCK_M": block_m})
             if utility >= 2:
-                blocks = _blocks(num_classes, acc, "bwd")
-                constants |= blocks | {"LAST": _last(num_modalities, blocks, acc, "bwd")}
+                blocks = _blocks(num_classes, dtype, acc, "bwd" if num_modalities > 2 else "bwd2")
+                last = _last(num_modalities, blocks, acc, "bwd")
+                constants |= blocks | {"LAST": last, "IS_ALL": num_modalities == last}
                 types = [x, x, labels, wide, wide, wide, wide, *[size] * 3, *[stride] * 5]
                 configurations.add(_additive_shapley_bwd_kernel, types, constants)
         for out in (f"*{element}", wide):

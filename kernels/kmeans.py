@@ -17,7 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._class_order import _by_class, _chunk_blocks, _most_chunks, _order_configurations
-from ._common import _ELEMENT, _OPTIONS, _acc, _cdiv, _Configurations, _on, _row_blocks, _tuned_rows, _wide
+from ._common import (
+    _ELEMENT,
+    _OPTIONS,
+    _acc,
+    _cdiv,
+    _configuration,
+    _Configurations,
+    _on,
+    _row_blocks,
+    _tuned_rows,
+    _wide,
+)
 from ._kmeans_assign import _assign_blocks, _assign_kernel, _squared_distances_kernel
 from ._kmeans_update import (
     _MOVE_BLOCKS,
@@ -67,7 +78,7 @@ class _Lloyd:
     ) -> None:
         """Assign every sample to the nearest centroid and add to `changed` how many that changed."""
         num_samples, num_dims, *strides = self.samples
-        blocks = _assign_blocks(self.num_clusters, self.dtype)
+        blocks = _assign_blocks(self.num_clusters, self.dtype, self.features.device.type)
         # Operands of matrix products have at least 16 rows.
         least = 16 if blocks["DOT"] else 1
         kernel = f"assign K<={triton.next_power_of_2(self.num_clusters)}"
@@ -229,7 +240,8 @@ def compile_configurations() -> list[tuple]:
             blocks = _assign_blocks(num_clusters, dtype)
             types = [x, acc, acc, "*i32", "*i32", size, size, size, stride]
             if num_clusters == 64 or blocks["DOT"]:
-                add(_assign_kernel, types, constants | blocks)
+                matrix = ("warp",) if blocks["DOT"] else ()
+                configurations.append((*_configuration(_assign_kernel, types, constants | blocks), *matrix))
         for num_dims in (1, 512):
             types = [x, acc, index, index, acc, size, size, stride]
             add(_cluster_sums_kernel, types, constants | _chunk_blocks(num_dims, dtype))

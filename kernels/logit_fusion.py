@@ -4,9 +4,9 @@
     certainty  score_m = max_c p_c / T       = 1 / (s T)        t = sum_c e_c (z_c - max z)
     w = softmax_m(score),  fused = sum_m w_m z^m
 
-A block takes some samples with all their modalities. Where all classes fit into its tile the logits stay in
-registers from the first sum to the fusion; else they are read again, from L2, for the fusion. Backward makes
-the sums anew, and the product of dfused and z with them.
+A block takes some samples with all their modalities; how they lie in its threads, _logit_fusion_scores.py
+says. Where all classes fit the logits stay in registers from the first sum to the fusion; else they are read
+again, from L2, for the fusion. Backward makes the sums anew, and the product of dfused and z with them.
 Floor: (M + 1) N C + M N elements, backward (2 M + 1) N C; about 15 operations a logit, one of them an exp.
 Predicted and measured: bench/results/logit_fusion.md.
 """
@@ -21,24 +21,46 @@ from torch import Tensor
 from ._common import _ELEMENT, _acc, _bits, _cdiv, _Configurations, _from_bits, _on, _unit, _wide
 from ._logit_fusion_scores import (
     _ENTROPY,
+    _NO_CLASS,
+    _VANISHED,
     _accumulate,
-    _load_logits,
+    _finite_top,
+    _joined,
+    _lane_sums,
+    _load_parts,
     _load_present,
-    _no_classes,
-    _shifted,
+    _lowest_class,
+    _maxima,
     _weights,
 )
 from ._tuning import size_class, tuned
 
 
 @triton.jit
-def _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C):
-    # A weight can underflow to 0 at a low temperature; times an excluded class's logit it is to be -inf.
-    vanished = tl.where(z == float("-inf"), z, 0.0)
-    weighted = tl.where(w[:, :, None] == 0, vanished, w[:, :, None] * z)
-    fused = tl.sum(weighted, axis=1).to(fused_ptr.dtype.element_ty)
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    tl.store(fused_ptr + offs_n[:, None] * C + offs_c[None, :], fused, mask=mask)
+def _store_fused(
+    parts,  # each [BLOCK_M, BLOCK_N, LANES]
+    w,  # [BLOCK_M, BLOCK_N]
+    fused_ptr,
+    offs_n,  # [BLOCK_N, 1]
+    offs_c,  # [1, LANES]
+    N,
+    C,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    # A class that a modality excludes is to be -inf though the modality's weight underflow to 0, and 0 times
+    # -inf is NaN: which classes are excluded is told apart, and what then stands there is -inf, or NaN where
+    # the weights are.
+    excluded = float("-inf") + tl.sum(w, axis=0)[:, None]
+    ptrs = fused_ptr + offs_n.to(tl.int64) * C + offs_c
+    for k in tl.static_range(PARTS):
+        fused = tl.sum(w[:, :, None] * parts[k], axis=0)
+        fused = tl.where(tl.min(parts[k], axis=0) == float("-inf"), excluded, fused)
+        mask = offs_n < N
+        if not (ONE_TILE and k < PARTS - 1):
+            mask = mask & (offs_c < C - k * LANES)
+        tl.store(ptrs + k * LANES, fused.to(fused_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["temperature_bits", "M", "N", "stride_zm", "stride_hm"])
@@ -59,87 +81,101 @@ def _logit_fusion_fwd_kernel(
     SCORE: tl.constexpr,
     UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many elements: `_unit`
     HAS_PRESENT: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
+    ONE_TILE: tl.constexpr,  # whether PARTS is ceil(C / LANES)
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     stride_zm = tl.cast(stride_zm, tl.int64) * UNIT
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_c = tl.arange(0, BLOCK_C)
-    here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
-    row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    offs_c = tl.arange(0, LANES)
+    here = _load_present(present_ptr, offs_m, offs_n, M, N, stride_hm, stride_hn, HAS_PRESENT)
     temperature = _from_bits(temperature_bits, ACC)
+    lanes = offs_c[None, None, :]
+    is_row = here[:, :, None]
+    beyond = tl.where(is_row, float("-inf"), 0.0).to(z_ptr.dtype.element_ty)
+    z_ptrs = z_ptr + (offs_m[:, None] * stride_zm + offs_n[None, :] * stride_zn)[:, :, None]
+    z_ptrs += lanes.to(tl.int64) * stride_zc
     if ONE_TILE:
-        z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
-        top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
+        z = _load_parts(z_ptrs, is_row, lanes, C, stride_zc, beyond, PARTS, LANES, True, ACC)
+        top = _finite_top(tl.max(_maxima(z, PARTS), axis=2))
+        s, t, _ = _lane_sums(z, top[:, :, None], SCORE, PARTS)
+        s, t = tl.sum(s, axis=2), tl.sum(t, axis=2)
     else:
-        for start in range(0, C, BLOCK_C):
-            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
-            # The class of the maximum is for backward alone.
-            top, s, t, _ = _accumulate(z, start + offs_c, top, s, t, top_class, SCORE)
-    _, w = _weights(s, t, here, temperature, SCORE)
-    w_ptrs = w_ptr + offs_m[None, :] * N + offs_n[:, None]
-    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+        lane_top = tl.full((BLOCK_M, BLOCK_N, LANES), float("-inf"), ACC)
+        s = tl.zeros_like(lane_top)
+        t = tl.zeros_like(lane_top)
+        for start in range(0, C, PARTS * LANES):
+            part_ptrs = z_ptrs + tl.cast(start, tl.int64) * stride_zc
+            z = _load_parts(part_ptrs, is_row, lanes, C - start, stride_zc, beyond, PARTS, LANES, False, ACC)
+            lane_top, s, t = _accumulate(z, lane_top, s, t, SCORE, PARTS)
+        _, s, t = _joined(lane_top, s, t, SCORE)
+    _, _, w = _weights(s, t, here, temperature, SCORE)
+    w_ptrs = w_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    rows, columns = offs_n[:, None], offs_c[None, :]
     if ONE_TILE:
-        _store_fused(z, w, fused_ptr, offs_n, offs_c, N, C)
+        _store_fused(z, w, fused_ptr, rows, columns, N, C, PARTS, LANES, True)
     else:
-        for start in range(0, C, BLOCK_C):
-            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
-            _store_fused(z, w, fused_ptr, offs_n, start + offs_c, N, C)
+        for start in range(0, C, PARTS * LANES):
+            part_ptrs = z_ptrs + tl.cast(start, tl.int64) * stride_zc
+            z = _load_parts(part_ptrs, is_row, lanes, C - start, stride_zc, beyond, PARTS, LANES, False, ACC)
+            _store_fused(z, w, fused_ptr, rows, start + columns, N, C, PARTS, LANES, False)
 
 
 @triton.jit
-def _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC: tl.constexpr):
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    ptrs = df_ptr + offs_n[:, None] * stride_dfn + offs_c.to(tl.int64)[None, :] * stride_dfc
-    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _inner(z, dfused):
-    """Return sum_c dfused z; an excluded class's fused logit is -inf whatever the weights are."""
-    finite = tl.where(z == float("-inf"), 0.0, z)
-    return tl.sum(dfused[:, None, :] * finite, axis=2)
+def _inner(
+    parts,  # each [BLOCK_M, BLOCK_N, LANES]
+    dfused,  # each [1, BLOCK_N, LANES]
+    PARTS: tl.constexpr,
+):
+    """Return each lane's sum of dfused z; an excluded class is, whatever the weights are, and has none."""
+    product = tl.zeros_like(parts[0])
+    for k in tl.static_range(PARTS):
+        product += dfused[k] * tl.where(parts[k] == float("-inf"), 0.0, parts[k])
+    return product
 
 
 @triton.jit
 def _store_dlogits(
-    z,  # [BLOCK_N, BLOCK_M, BLOCK_C]
-    dfused,  # [BLOCK_N, BLOCK_C]
-    w,  # [BLOCK_N, BLOCK_M], as those that follow
-    dscore,
-    score,
-    top,
-    s,
+    parts,  # each [BLOCK_M, BLOCK_N, LANES]: z
+    exponentials,  # each [BLOCK_M, BLOCK_N, LANES]: exp(z - top)
+    dfused,  # each [1, BLOCK_N, LANES]
+    top,  # [BLOCK_M, BLOCK_N, 1], as those that follow
+    w,
+    scale,  # dscore / s or, of the certainty, dscore / s^2
+    mean,  # t / s or, of the certainty, dscore / s
     top_class,
     here,
     dz_ptr,
-    offs_n,
-    offs_m,
-    offs_c,
+    offs_m,  # [BLOCK_M, 1, 1]
+    offs_n,  # [1, BLOCK_N, 1]
+    offs_c,  # [1, 1, LANES]
     M,
     N,
     C,
     SCORE: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
-    x = _shifted(z, top)
-    p = tl.exp(x) / s[:, :, None]
-    if SCORE == _ENTROPY:
-        # p (ln p + entropy)
-        slope = tl.where(x == float("-inf"), 0.0, p * (x - (tl.log(s) + score)[:, :, None]))
-    else:
-        is_top = offs_c[None, None, :] == top_class[:, :, None]
-        slope = (tl.where(is_top, 1.0, 0.0) - p) / s[:, :, None]
-    dz = w[:, :, None] * dfused[:, None, :] + dscore[:, :, None] * slope
-    # Where a gradient or a neighbour is NaN, 0 times it would be.
-    dz = tl.where(here[:, :, None], dz, 0.0)
-    rows = offs_m[None, :, None] * N + offs_n[:, None, None]
-    mask = (offs_n < N)[:, None, None] & (offs_m < M)[None, :, None] & (offs_c < C)[None, None, :]
-    tl.store(dz_ptr + rows * C + offs_c[None, None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    ptrs = dz_ptr + (offs_m * N + offs_n) * C + offs_c
+    for k in tl.static_range(PARTS):
+        if SCORE == _ENTROPY:
+            # dscore p (ln p + entropy), with ln p + entropy = x - t / s
+            x = tl.maximum(parts[k] - top, _VANISHED)
+            slope = scale * exponentials[k] * (x - mean)
+        else:
+            slope = tl.where(offs_c + k * LANES == top_class, mean, 0.0) - scale * exponentials[k]
+        # Where a gradient or a neighbour is NaN, 0 times it would be.
+        dz = tl.where(here, w * dfused[k] + slope, 0.0)
+        mask = (offs_m < M) & (offs_n < N)
+        if not (ONE_TILE and k < PARTS - 1):
+            mask = mask & (offs_c < C - k * LANES)
+        tl.store(ptrs + k * LANES, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["temperature_bits", "M", "N", "stride_dwm", "stride_zm", "stride_hm"])
@@ -165,65 +201,138 @@ def _logit_fusion_bwd_kernel(
     SCORE: tl.constexpr,
     UNIT: tl.constexpr,  # of stride_zm, which is given in units of so many elements: `_unit`
     HAS_PRESENT: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # whether BLOCK_C >= C
+    ONE_TILE: tl.constexpr,  # whether PARTS is ceil(C / LANES)
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     stride_zm = tl.cast(stride_zm, tl.int64) * UNIT
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_c = tl.arange(0, BLOCK_C)
-    here = _load_present(present_ptr, offs_n, offs_m, N, M, stride_hm, stride_hn, HAS_PRESENT)
-    row_ptrs = z_ptr + offs_n[:, None] * stride_zn + offs_m[None, :] * stride_zm
-    top, s, t, top_class = _no_classes(BLOCK_N, BLOCK_M, ACC)
+    offs_c = tl.arange(0, LANES)
+    here = _load_present(present_ptr, offs_m, offs_n, M, N, stride_hm, stride_hn, HAS_PRESENT)
     temperature = _from_bits(temperature_bits, ACC)
-    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-    dw_ptrs = dw_ptr + offs_m[None, :] * stride_dwm + offs_n[:, None] * stride_dwn
+    lanes = offs_c[None, None, :]
+    is_row = here[:, :, None]
+    beyond = tl.where(is_row, float("-inf"), 0.0).to(z_ptr.dtype.element_ty)
+    z_ptrs = z_ptr + (offs_m[:, None] * stride_zm + offs_n[None, :] * stride_zn)[:, :, None]
+    z_ptrs += lanes.to(tl.int64) * stride_zc
+    samples, is_sample = offs_n[None, :, None], (offs_n < N)[None, :, None]
+    df_ptrs = df_ptr + samples * stride_dfn + lanes.to(tl.int64) * stride_dfc
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    dw_ptrs = dw_ptr + offs_m[:, None] * stride_dwm + offs_n[None, :] * stride_dwn
     dw = tl.load(dw_ptrs, mask=mask, other=0.0).to(ACC)
+    top_class = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     if ONE_TILE:
-        z = _load_logits(row_ptrs, here, offs_c, C, stride_zc, ACC)
-        dfused = _load_dfused(df_ptr, offs_n, offs_c, N, C, stride_dfn, stride_dfc, ACC)
-        top, s, t, top_class = _accumulate(z, offs_c, top, s, t, top_class, SCORE)
-        dw += _inner(z, dfused)
+        z = _load_parts(z_ptrs, is_row, lanes, C, stride_zc, beyond, PARTS, LANES, True, ACC)
+        dfused = _load_parts(df_ptrs, is_sample, lanes, C, stride_dfc, 0.0, PARTS, LANES, True, ACC)
+        top = tl.max(_maxima(z, PARTS), axis=2)
+        if SCORE != _ENTROPY:
+            top_class = tl.min(_lowest_class(z, top[:, :, None], lanes, PARTS, LANES), axis=2)
+        top = _finite_top(top)
+        s, t, exponentials = _lane_sums(z, top[:, :, None], SCORE, PARTS)
+        s, t = tl.sum(s, axis=2), tl.sum(t, axis=2)
+        inner = _inner(z, dfused, PARTS)
     else:
-        for start in range(0, C, BLOCK_C):
-            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
-            dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
-            top, s, t, top_class = _accumulate(z, start + offs_c, top, s, t, top_class, SCORE)
-            dw += _inner(z, dfused)
-    score, w = _weights(s, t, here, temperature, SCORE)
-    dscore = w * (dw - tl.sum(w * dw, axis=1)[:, None]) / temperature
+        lane_top = tl.full((BLOCK_M, BLOCK_N, LANES), float("-inf"), ACC)
+        lane_class = tl.zeros((BLOCK_M, BLOCK_N, LANES), tl.int32)
+        s = tl.zeros_like(lane_top)
+        t = tl.zeros_like(lane_top)
+        inner = tl.zeros_like(lane_top)
+        for start in range(0, C, PARTS * LANES):
+            offset = tl.cast(start, tl.int64)
+            part_ptrs, left = z_ptrs + offset * stride_zc, C - start
+            z = _load_parts(part_ptrs, is_row, lanes, left, stride_zc, beyond, PARTS, LANES, False, ACC)
+            part_ptrs = df_ptrs + offset * stride_dfc
+            dfused = _load_parts(part_ptrs, is_sample, lanes, left, stride_dfc, 0.0, PARTS, LANES, False, ACC)
+            if SCORE != _ENTROPY:
+                new_top = _maxima(z, PARTS)
+                found = _lowest_class(z, new_top, start + lanes, PARTS, LANES)
+                lane_class = tl.where(new_top > lane_top, found, lane_class)
+            lane_top, s, t = _accumulate(z, lane_top, s, t, SCORE, PARTS)
+            inner += _inner(z, dfused, PARTS)
+        top, s, t = _joined(lane_top, s, t, SCORE)
+        if SCORE != _ENTROPY:
+            top_class = tl.min(tl.where(lane_top == top[:, :, None], lane_class, _NO_CLASS), axis=2)
+        top = _finite_top(top)
+    dw += tl.sum(inner, axis=2)
+    r, mean, w = _weights(s, t, here, temperature, SCORE)
+    dscore = w * (dw - tl.sum(w * dw, axis=0)[None, :])
+    scale = dscore * r
+    if SCORE != _ENTROPY:
+        mean = scale / temperature
+        scale = mean * r
+    top, w, scale, mean = top[:, :, None], w[:, :, None], scale[:, :, None], mean[:, :, None]
+    top_class, modalities = top_class[:, :, None], offs_m[:, None, None]
     if ONE_TILE:
         _store_dlogits(
-            z, dfused, w, dscore, score, top, s, top_class, here,
-            dz_ptr, offs_n, offs_m, offs_c, M, N, C, SCORE,
+            z, exponentials, dfused, top, w, scale, mean, top_class, is_row,
+            dz_ptr, modalities, samples, lanes, M, N, C, SCORE, PARTS, LANES, True,
         )  # fmt: skip
     else:
-        for start in range(0, C, BLOCK_C):
-            z = _load_logits(row_ptrs, here, start + offs_c, C, stride_zc, ACC)
-            dfused = _load_dfused(df_ptr, offs_n, start + offs_c, N, C, stride_dfn, stride_dfc, ACC)
-            part = start + offs_c
+        for start in range(0, C, PARTS * LANES):
+            offset = tl.cast(start, tl.int64)
+            part_ptrs, left = z_ptrs + offset * stride_zc, C - start
+            z = _load_parts(part_ptrs, is_row, lanes, left, stride_zc, beyond, PARTS, LANES, False, ACC)
+            part_ptrs = df_ptrs + offset * stride_dfc
+            dfused = _load_parts(part_ptrs, is_sample, lanes, left, stride_dfc, 0.0, PARTS, LANES, False, ACC)
+            _, _, exponentials = _lane_sums(z, top, SCORE, PARTS)
             _store_dlogits(
-                z, dfused, w, dscore, score, top, s, top_class, here,
-                dz_ptr, offs_n, offs_m, part, M, N, C, SCORE,
+                z, exponentials, dfused, top, w, scale, mean, top_class, is_row,
+                dz_ptr, modalities, samples, start + lanes, M, N, C, SCORE, PARTS, LANES, False,
             )  # fmt: skip
 
 
-def _blocks(num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str) -> dict:
-    """Return the tile and the number of warps: 8 or, backward, 2 float32 elements of a tile a thread."""
-    held = (8 if kernel == "fwd" else 2) * 4 // _wide(dtype).itemsize
-    most = 512 * held
+def _power_of_2_within(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)
+
+
+def _blocks(
+    num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str, is_aligned: bool = False
+) -> dict:
+    """Return the tile and the number of warps.
+
+    Args:
+        num_modalities: M.
+        num_classes: C.
+        dtype: of the logits.
+        kernel: "fwd" or "bwd".
+        is_aligned: whether rows begin at multiples of 16 bytes, so that a thread reads so many at once.
+    """
+    vector = 16 // dtype.itemsize if is_aligned else 1
+    # Logits in the registers of a thread. What is done once for a row and a thread costs as much as some 15
+    # of them, so a thread has many of one row. Backward holds the exponentials, too.
+    held = 32 * 4 // _wide(dtype).itemsize
     block_m = triton.next_power_of_2(num_modalities)
-    block_c = min(triton.next_power_of_2(num_classes), max(1, most // block_m))
-    block_n = max(1, min(64, 128 * held // (block_m * block_c)))
-    num_warps = min(16, max(4, block_n * block_m * block_c // (32 * held)))
+    most = held if kernel == "fwd" else held * 3 // 4
+    most_parts = max(1, most // (block_m * vector))
+    # Threads that read different rows read far apart: at least so many to a row that what a warp reads at
+    # once lies in some 4 lines of a cache.
+    least = min(8, triton.next_power_of_2(_cdiv(num_classes * dtype.itemsize, 16)))
+    threads = max(least, triton.next_power_of_2(_cdiv(num_classes, most_parts * vector)))
+    lanes = min(threads * vector, max(vector, triton.next_power_of_2(num_classes)))
+    num_warps = max(4, threads // 32, triton.next_power_of_2(block_m * lanes // (32 * held)))
+    one_tile = num_warps <= 16
+    if one_tile:
+        parts = _cdiv(num_classes, lanes)
+    else:
+        # What is summed so far is held for every lane, and takes the registers of up to five parts. Backward
+        # sums nothing over modalities but what is one number a row.
+        num_warps, state = (4, held) if kernel == "fwd" else (8, held // 4)
+        lanes = 32 * num_warps * max(1, min(vector, state // block_m))
+        lanes = min(lanes, _power_of_2_within(32 * num_warps * state // block_m))
+        parts = max(1, min(8, 16 * num_warps * most // (block_m * lanes)))
+    row = block_m * parts * lanes
+    # All modalities of a sample are one thread's, unless they are too many.
+    block_n = min(32 * num_warps * vector // lanes, _power_of_2_within(32 * num_warps * held // row))
     return {
-        "ONE_TILE": block_c >= num_classes,
-        "BLOCK_N": block_n,
+        "ONE_TILE": one_tile,
+        "PARTS": parts,
+        "BLOCK_N": block_n if one_tile else 1,
         "BLOCK_M": block_m,
-        "BLOCK_C": block_c,
+        "LANES": lanes,
         "num_warps": num_warps,
     }
 
@@ -234,11 +343,13 @@ def _chosen(
 ) -> dict:
     """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
     num_modalities, num_samples, num_classes = logits.shape
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, kernel)
-    classes = f"C<={blocks['BLOCK_C']}" if blocks["ONE_TILE"] else "C in tiles"
+    is_aligned = _unit(logits) > 1 and logits.stride(2) == 1 and logits.data_ptr() % 16 == 0
+    blocks = _blocks(num_modalities, num_classes, logits.dtype, kernel, is_aligned)
+    parts, lanes = blocks["PARTS"], blocks["LANES"]
+    classes = f"C={parts}x{lanes}" if blocks["ONE_TILE"] else "C in tiles"
     key = f"{kernel} {logits.dtype} M<={blocks['BLOCK_M']} {classes} {size_class(num_samples)}"
     # One tile holds all classes, several may be of any size.
-    names = ("BLOCK_N",) if blocks["ONE_TILE"] else ("BLOCK_N", "BLOCK_C")
+    names = ("BLOCK_N",) if blocks["ONE_TILE"] else ("BLOCK_N", "LANES")
     return tuned("logit_fusion", key, blocks, logits.device, *names, "num_warps")
 
 
@@ -326,13 +437,16 @@ def logit_fusion_bwd(
 def compile_configurations() -> list[tuple]:
     """Return (kernel, signature, constexprs, options) of all that is to compile ahead of time."""
     configurations = _Configurations()
-    sizes, stride = ["i64", "i32", "i32", "i32"], "i64"
+    # Modalities and classes: short rows, rows read 16 bytes at a time, rows of several warps, several tiles.
+    shapes = [(2, 31), (3, 8), (2, 64), (2, 1000), (3, 10_000)]
     # Classes and score: all in float32, of half precision and float64 those that need most registers.
-    cases = [[(31, 0), (10_000, 1)], [(31, 0), (1000, 1), (10_000, 0), (10_000, 1)]]
+    cases = [[(31, 0), (64, 1), (10_000, 1)], [(31, 0), (64, 1), (1000, 1), (10_000, 0), (10_000, 1)]]
     for dtype, element in _ELEMENT.items():
         x, wide = f"*{element}", _wide(dtype)
-        # Modalities and classes: one tile, many samples in it, one tile of most threads, several tiles.
-        for num_modalities, num_classes in [(2, 31), (3, 8), (2, 1000), (3, 10_000)]:
+        for num_modalities, num_classes in shapes:
+            is_aligned = num_classes % 16 == 0
+            multiple = ":16" if is_aligned else ""
+            stride, row = "i64", "i64" + multiple
             for score in (0, 1):
                 if dtype != torch.float32 and (num_classes, score) not in cases[dtype == wide]:
                     continue
@@ -340,13 +454,15 @@ def compile_configurations() -> list[tuple]:
                 constants = {
                     "stride_zc": 1,
                     "SCORE": score,
-                    "UNIT": 1,
+                    "UNIT": 16 if is_aligned else 1,
                     "HAS_PRESENT": True,
                     "ACC": _acc(dtype),
                 }
-                types = [x, "*u8", x, x, *sizes, stride, stride, stride, stride]
-                configurations.add(_logit_fusion_fwd_kernel, types, {**constants, **_blocks(*shape, "fwd")})
-                constants |= {"stride_dfc": 1, **_blocks(*shape, "bwd")}
-                types = [x, x, x, "*u8", x, *sizes, *[stride] * 7]
+                y, sizes = x + multiple, ["i64", "i32", "i32", "i32" + multiple]
+                types = [y, "*u8", y, y, *sizes, stride, row, stride, stride]
+                blocks = _blocks(*shape, "fwd", is_aligned)
+                configurations.add(_logit_fusion_fwd_kernel, types, {**constants, **blocks})
+                constants |= {"stride_dfc": 1, **_blocks(*shape, "bwd", is_aligned)}
+                types = [y, y, y, "*u8", y, *sizes, row, stride, stride, stride, row, stride, stride]
                 configurations.add(_logit_fusion_bwd_kernel, types, constants)
     return configurations

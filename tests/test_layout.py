@@ -72,7 +72,8 @@ def test_readme_table_names_every_function():
     text = (ROOT / "README.md").read_text()
     table = text[text.index("| functions of") :].split("\n\n")[0]
     named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert named == {name for name in ops.__all__ if name[0].islower()}
+    # Of what is no function only the plan runs an op; the others are what ops return.
+    assert named == {name for name in ops.__all__ if name[0].islower()} | {"ReinitPlan"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
