@@ -118,7 +118,7 @@ class Row:
     peers: dict[str, Figure]
     missing: dict[str, str]
     work: Work
-    limit: str  # "copy", "read", "matrix" or "exp": which of the machine's limits is nearest
+    limit: str  # "copy", "read", "matrix", "fma" or "exp": which of the machine's limits is nearest
     limit_seconds: float
     ratios: dict[str, float] = field(default_factory=dict)  # the peer's seconds over ours
     backend: str = "?"  # what ran our call, as `ran` writes it; "?" in files of runs before it was noted
@@ -152,8 +152,11 @@ class Limits:
         # What is written costs as in a copy; what is read and little else is held against reading.
         name = "read" if 10 * work.written < work.read else "copy"
         seconds = {name: total / (self.read if name == "read" else self.copy)}
-        if rate := self.matrix.get(dtype_name(dtype)):
-            seconds["matrix"] = work.operations / rate
+        # On a CPU our kernels are up to twice as fast as torch.mm: it is no limit there.
+        for products, rates in (("fma", self.registers.get("multiply_add", {})), ("matrix", self.matrix)):
+            if rate := rates.get(dtype_name(dtype)):
+                seconds[products] = work.operations / rate
+                break
         functions = {"exponential": work.exponentials, "logarithm": work.logarithms}
         seconds["exp"] = sum(
             count / rate

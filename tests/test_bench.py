@@ -90,7 +90,11 @@ def test_the_limit_is_that_of_exponentials_where_they_take_longest():
     assert limits.nearest(work, torch.float32) == ("exp", pytest.approx(2e-6))
     # What was not measured of a dtype bounds nothing.
     assert limits.nearest(work, torch.float64)[0] == "copy"
-    assert limits.nearest(replace(work, operations=10**6), torch.float32) == ("matrix", pytest.approx(1e-5))
+    multiplied = replace(work, operations=10**6)
+    assert limits.nearest(multiplied, torch.float32) == ("matrix", pytest.approx(1e-5))
+    limits = replace(limits, registers=registers | {"multiply_add": {"float32": 2e11}})
+    assert limits.nearest(multiplied, torch.float32) == ("fma", pytest.approx(5e-6))
+    assert limits.nearest(multiplied, torch.bfloat16)[0] == "matrix"
 
 
 def test_registers_are_measured_by_kind_and_dtype():

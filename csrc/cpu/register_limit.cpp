@@ -71,11 +71,12 @@ int64_t register_limit_logarithm(Dtype dtype, int64_t rounds, int64_t num_thread
   return count;
 }
 
-// sum += factor * factor in every lane, of pairs of bfloat16 where `pairs` is true.
+// sum = sum * factor + factor in every lane, a product of each sum's own, or the compiler makes one for all;
+// where `pairs` is true sum += factor * factor of pairs of bfloat16.
 template <bool pairs, class V>
 __attribute__((always_inline)) inline void multiply_add(V& sum, V factor) {
   if constexpr (!pairs) {
-    sum += factor * factor;
+    sum = sum * factor + factor;
   } else {
 #if MMFAST_ISA == 2
     asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(factor));
@@ -87,6 +88,8 @@ template <class A, bool pairs>
 void multiply_add_rounds(int64_t rounds, int64_t num_threads) {
   on_threads(num_threads, [&] {
     Vec<A> sums[kChains] = {}, factor = Vec<A>{} + A(0.5);
+#pragma GCC unroll 24
+    for (Vec<A>& sum : sums) hide(sum);
     for (int64_t round = 0; round < rounds; ++round) {
       if (is_interrupted(kChains)) return;
       hide(factor);
