@@ -286,7 +286,9 @@ def _draw(axes: Any, members: Sequence[Row], styles: dict[str, dict[str, Any]]) 
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     distinct = sorted(set(sizes))
-    if len(distinct) <= 6 and all(high > 1.5 * low for low, high in pairwise(distinct)):
+    # Each size is a label where they do not run into each other.
+    least = (distinct[-1] / distinct[0]) ** 0.18
+    if len(distinct) <= 6 and all(high > max(1.5, least) * low for low, high in pairwise(distinct)):
         axes.set_xticks(distinct)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(alpha=0.3)
