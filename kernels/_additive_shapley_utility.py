@@ -132,6 +132,7 @@ def _chosen(
     length, num_samples, num_classes = logits.shape
     is_aligned = _unit(logits) > 1 and logits.stride(2) == 1 and logits.data_ptr() % 16 == 0
     blocks = _blocks(num_classes, logits.dtype, _wide(logits.dtype), kernel.split()[0], is_aligned)
-    key = f"{kernel} {logits.dtype} {length} C<={blocks['BLOCK_C']} {size_class(num_samples)}"
+    # Tiles that were stored for rows across a whole warp hold no longer.
+    key = f"{kernel} by lanes {logits.dtype} {length} C<={blocks['BLOCK_C']} {size_class(num_samples)}"
     # A tile holds all classes.
     return tuned("additive_shapley", key, blocks, logits.device, "BLOCK_N", "num_warps")

@@ -81,7 +81,7 @@ class _Lloyd:
         blocks = _assign_blocks(self.num_clusters, self.dtype, self.features.device.type)
         # Operands of matrix products have at least 16 rows.
         least = 16 if blocks["DOT"] else 1
-        kernel = f"assign K<={triton.next_power_of_2(self.num_clusters)}"
+        kernel = f"assign {blocks['PRECISION']} K<={triton.next_power_of_2(self.num_clusters)}"
         blocks = _tuned_rows("kmeans", kernel, self.features, blocks, "BLOCK_N", "BLOCK_K", least=least)
         _assign_kernel[(_cdiv(num_samples, blocks["BLOCK_N"]),)](
             self.features,

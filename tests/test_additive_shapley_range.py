@@ -29,12 +29,12 @@ def test_large_logits(dtype, utility, backend, device):
     assert_close_to_truth(actual, truth, reference.additive_shapley(partial_logits, bias=bias, **arguments))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-36])
-@pytest.mark.parametrize("shift", [0.0, 3.0, 60.0, -60.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-36, 1e33])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -6.0, 60.0, -60.0])
 @pytest.mark.parametrize("opposed", [0.0, 70.0])
 @pytest.mark.parametrize("utility", ["probability", "log_probability"])
 def test_where_products_of_exponentials_are_no_use(utility, opposed, shift, scale, backend, device):
-    """Modalities sure of different classes, logits far from 0, incoming gradients near the least numbers."""
+    """Modalities sure of different classes, logits far from 0, tiny and huge gradients coming in."""
     logits, labels, _ = make((3, 40, 7), device=device)
     logits += shift
     # Not in all samples: neighbours of such a sample are right, too.
@@ -55,6 +55,17 @@ def test_where_products_of_exponentials_are_no_use(utility, opposed, shift, scal
     simple = results(reference.additive_shapley, logits)
     for each in zip(actual, truth, simple, strict=True):
         assert_close_to_truth(*each)
+
+
+@pytest.mark.parametrize("num_modalities", [1, 2, 3, 4], ids="M{}".format)
+@pytest.mark.parametrize("utility", ["probability", "log_probability"])
+def test_one_class_has_no_gradient(utility, num_modalities, backend, device):
+    """Its probability is 1 whatever the logits are."""
+    logits, labels, bias = make((num_modalities, 20, 1), device=device)
+    leaves = [x.float().requires_grad_() for x in (logits, bias)]
+    phi = ops.additive_shapley(leaves[0], labels, leaves[1], utility=utility, backend=backend)
+    for gradient in torch.autograd.grad(phi.square().sum() + phi.sum(), leaves):
+        assert not gradient.any()
 
 
 def test_masked_classes_stay_masked(backend, device):

@@ -244,7 +244,8 @@ struct Shapley {
     }
   }
 
-  // Returns whether gradients are large enough to be divided by sums of exponentials, which may be large.
+  // Returns whether gradients are neither so small nor so large that they cannot be divided by sums of
+  // exponentials and multiplied by others, all between 2^-60 and e^20.
   template <int K>
   bool load_dphi(int64_t first, const T* dphi, Walk<A, K>& walk) const {
     if (first + L <= N && M <= 3) {
@@ -262,7 +263,7 @@ struct Shapley {
     }
     walk.has_unbounded_dphi = largest_sum - largest_sum != 0;
     walk.any_unbounded_dphi = any(walk.has_unbounded_dphi);
-    return !any((largest_sum > 0) & (largest_sum < A(1e-10)));
+    return !any((largest_sum > 0) & ((largest_sum < A(1e-10)) | (largest_sum > A(1e10))));
   }
 
   static A sum_lanes(V x) {

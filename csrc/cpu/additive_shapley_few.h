@@ -158,19 +158,23 @@ class FewModalities {
     const V *const all = e_.data(), *const bias = bias_;
     const Vec<Int<A>> labels = walk_.leaves.labels;
     const int num_rows = shapley_.rows(first);
-    V scale[J], weight[J], halves[K + 1];
+    V scale[J], label_gradient[J], halves[K + 1];
     MMFAST_UNROLL
     for (int j = 0; j < J; ++j) {
-      const V inverse = 1 / given.sums[j];
-      weight[j] = utility_ == kProbability ? du[j] * (given.y[j] * inverse) : du[j];
-      scale[j] = -weight[j] * inverse;
+      // A quotient, not a product with the inverse of the sum: 1 where there is one class.
+      const V p = given.y[j] / given.sums[j], weight = utility_ == kProbability ? du[j] * p : du[j];
+      scale[j] = -weight / given.sums[j];
+      label_gradient[j] = weight - weight * p;
     }
-    Leaves<A, K>::fold(weight, halves);
-    const auto at_label = [&](int64_t c, V x) { return labels == static_cast<Int<A>>(c) ? x : V{}; };
+    Leaves<A, K>::fold(label_gradient, halves);
+    // The label's gradient is not that of the others and more: what they had in common would not cancel.
+    const auto unless_label = [&](int64_t c, V x, V own) {
+      return labels == static_cast<Int<A>>(c) ? own : x;
+    };
     for (int64_t c = 0; c < C_ && bias != nullptr; ++c) {
       V x[J];
       std::copy_n(scale, J, x);
-      walk_.dbias[c] += bias[c] * polynomial<K>(all, x, 0, c) + at_label(c, weight[0]);
+      walk_.dbias[c] += unless_label(c, bias[c] * polynomial<K>(all, x, 0, c), label_gradient[0]);
     }
     each_modality(std::make_integer_sequence<int, K>{}, [&](auto modality) {
       constexpr int m = modality;
@@ -186,7 +190,7 @@ class FewModalities {
                     MMFAST_UNROLL
                     for (int j = 0; j < J / 2; ++j) x[j] = coefficients[j];
                     const V scaled = bias != nullptr ? bias[c] * e[c] : e[c];
-                    return scaled * polynomial<K - 1>(all, x, m, c) + at_label(c, own);
+                    return unless_label(c, scaled * polynomial<K - 1>(all, x, m, c), own);
                   });
     });
   }

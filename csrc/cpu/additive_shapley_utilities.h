@@ -57,8 +57,8 @@ struct Leaves {
   const V* label_partials;  // [K]
   int64_t C;
   Utility utility;
-  Mask labels;
-  bool is_bounded;
+  Mask labels = {};
+  bool is_bounded = true;
 
   // All sums x[j] of the K `terms`, `stride` apart, and `first`.
   static void subset_sums(V first, const V* terms, int64_t stride, V* x) {

@@ -277,7 +277,7 @@ class RowBlocks {
     }
   }
 
-  // The lowest class of the largest logit in each row; one beyond all classes where a logit is NaN.
+  // The lowest class of the largest logit in each row; any, or one beyond all classes, where a logit is NaN.
   __attribute__((noinline)) void find_tops(int64_t g, int64_t m, const T* const* rows) {
     const V maxima = maxima_[g * f_.M + m];
     V tops[L];
