@@ -125,8 +125,11 @@ def test_full_tiles_on_hopper(dtype, num_dims, temperature, with_residual):
 # Five blocks of 128 queries, of which the emulated kernels sweep the last in two parts: a thread block takes
 # one of these items, some, or all.
 @pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("num_dims", [64, 128, 256, 512])
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("num_dims", "dtype"),
+    [(64, torch.float16), *((size, torch.bfloat16) for size in (64, 128, 256, 512))],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_blocks_take_several_items_on_hopper(dtype, num_dims, with_residual, hopper):
     check_part_of_keys(dtype, "cuda", 520, 530, num_dims, 10, with_residual=with_residual)
     query, key = (torch.randn(rows, num_dims).to(dtype) / 8 for rows in (520, 530))
