@@ -27,17 +27,21 @@ SHAPES = (
     (10, 500, 31),
 )
 QUICK = ((2, 500, 31), (4, 2_000, 31))
-# Shapes at which the passes of a smooth utility are measured, too.
-NUM_SMOOTH = 4
+# Shapes at which the passes of the true class's probability are measured, too, and of the other utilities
+# that have a gradient.
+SMOOTH = ((2, 100_000, 31), (2, 30_000, 101), (2, 20_000, 309), (3, 100_000, 6), (4, 50_000, 31))
+OTHER = ((2, 100_000, 31), (3, 100_000, 6))
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield the published utility, which has no gradient, and all passes of the true class's probability."""
-    shapes = QUICK if options.quick else SHAPES
-    for shape in shapes:
+    """Yield the published utility, which has no gradient, and all passes of those that have one."""
+    for shape in QUICK if options.quick else SHAPES:
         yield from _passes("cardinality", *shape, options, ("forward",))
-    for shape in shapes[:NUM_SMOOTH]:
+    for shape in QUICK if options.quick else SMOOTH:
         yield from _passes("probability", *shape, options, DIRECTIONS)
+    for utility in ("log_probability", "margin"):
+        for shape in QUICK[:1] if options.quick else OTHER:
+            yield from _passes(utility, *shape, options, DIRECTIONS)
     # One that walks all orders of the modalities, a call of the model for each step.
     yield from _passes("probability", 3, 1_000, 31, options, ("forward",), with_captum=True)
 
@@ -53,7 +57,7 @@ def _passes(
 ) -> Iterator[Case]:
     device = options.device
     partials = torch.randn(num_modalities, num_samples, num_classes, device=device)
-    partials.requires_grad_(utility == "probability")
+    partials.requires_grad_(utility != "cardinality")
     labels = torch.randint(num_classes, (num_samples,), device=device)
 
     def ours(partials: Tensor) -> Tensor:
@@ -74,11 +78,12 @@ def _passes(
     read = partials.nbytes + labels.nbytes
     sums = num_samples * num_classes * 2**num_modalities
     # Coalitions' exponentials are products of the modalities'.
-    count = partials.numel() if utility == "probability" else 0
+    count = partials.numel() if utility in ("probability", "log_probability") else 0
+    logarithms = num_samples * 2**num_modalities if utility == "log_probability" else 0
     work = {
-        "forward": Work(read, values, sums, count),
+        "forward": Work(read, values, sums, count, logarithms),
         "backward": Work(read + values, partials.nbytes, 2 * sums, count),
-        "both": Work(2 * read + values, partials.nbytes + values, 3 * sums, 2 * count),
+        "both": Work(2 * read + values, partials.nbytes + values, 3 * sums, 2 * count, logarithms),
     }
     for direction in directions:
         yield Case(
@@ -107,8 +112,12 @@ def _make_materialised(
         logits = torch.einsum("sm,mnc->nsc", present, partials)
         if utility == "cardinality":
             values = sizes * (logits.argmax(-1) == labels[:, None])
+        elif utility == "margin":
+            label = logits.gather(-1, own).squeeze(-1)
+            values = label - logits.scatter(-1, own, -torch.inf).amax(-1)
         else:
-            values = logits.softmax(-1).gather(-1, own).squeeze(-1)
+            values = logits.log_softmax(-1) if utility == "log_probability" else logits.softmax(-1)
+            values = values.gather(-1, own).squeeze(-1)
         return torch.mm(values, weights)
 
     return materialised

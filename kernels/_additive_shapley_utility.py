@@ -104,16 +104,17 @@ def _blocks(
         num_classes: C.
         dtype: of the logits.
         acc: of sums.
-        kernel: fwd, bwd, bwd2 (of at most two modalities) or rows.
+        kernel: fwd, fwd8 (of more than four modalities), bwd, bwd2 (of at most two) or rows.
         is_aligned: whether rows begin at multiples of 16 bytes, so that a thread reads so many at once.
     """
     # Elements of one tile that a thread holds; backward holds eleven tiles, forward seven.
-    held = {"fwd": 8, "bwd": 2, "bwd2": 4, "rows": 4}[kernel] * 4 // acc.itemsize
+    held = {"fwd": 8, "fwd8": 4, "bwd": 2, "bwd2": 4, "rows": 4}[kernel] * 4 // acc.itemsize
     block_c = max(2, triton.next_power_of_2(num_classes))
     if block_c == MAX_CLASSES:
         # As many threads on an SM as in two blocks of half the warps, which spill.
         held = min(held, 4)
-    num_warps = min(16, max(4, block_c // (32 * held)))
+    # Found by compiling: with more warps, or more of a tile a thread, that of many modalities spills.
+    num_warps = min(16, max(1 if kernel == "fwd8" else 4, block_c // (32 * held)))
     block_n = min(128, max(1, 32 * num_warps * held // block_c))
     # A row's threads: few, as their sums go from one to another, and enough that what a warp reads at once
     # lies in some 8 lines of a cache. With one, neighbouring classes would be parts, and Triton would have

@@ -56,6 +56,11 @@ def _weights(num_modalities: int, device: torch.device, dtype: torch.dtype) -> T
     return weights
 
 
+def _fwd(num_modalities: int, acc: torch.dtype) -> str:
+    """Return what `_blocks` calls the forward kernel: tiles for many modalities are smaller, or it spills."""
+    return "fwd" if num_modalities <= 4 or acc == torch.float64 else "fwd8"
+
+
 def _last(num_modalities: int, blocks: dict, acc: torch.dtype, kernel: str) -> int:
     """Return how many modalities are decided in registers."""
     held = blocks["BLOCK_N"] * blocks["BLOCK_C"] * acc.itemsize // (4 * 32 * blocks["num_warps"])
@@ -76,7 +81,7 @@ def additive_shapley_fwd(
     if phi.numel() == 0:
         return phi
     acc = _wide(partial_logits.dtype)
-    blocks = _chosen(partial_logits, "fwd")
+    blocks = _chosen(partial_logits, _fwd(num_modalities, acc))
     last = _last(num_modalities, blocks, acc, "fwd")
     num_blocks = _cdiv(num_samples, blocks["BLOCK_N"])
     wanted = triton.next_power_of_2(_cdiv(_ENOUGH_BLOCKS, num_blocks))
@@ -189,7 +194,7 @@ def compile_configurations() -> list[tuple]:
                 "HAS_BIAS": True,
                 "ACC": _acc(dtype),
             }
-            blocks = _blocks(num_classes, dtype, acc, "fwd")
+            blocks = _blocks(num_classes, dtype, acc, _fwd(num_modalities, acc))
             last = _last(num_modalities, blocks, acc, "fwd")
             constants |= blocks | {"LAST": last, "IS_ALL": num_modalities == last}
             types = [x, labels, wide, wide, wide, size, size, size, size, stride, stride, stride]

@@ -4,8 +4,8 @@
     certainty  score_m = max_c p_c / T       = 1 / (s T)        t = sum_c e_c (z_c - max z)
     w = softmax_m(score),  fused = sum_m w_m z^m
 
-A block takes some samples with all their modalities; how they lie in its threads, _logit_fusion_scores.py
-says. Where all classes fit the logits stay in registers from the first sum to the fusion; else they are read
+A block takes some samples with all their modalities, as _logit_fusion_scores.py and _logit_fusion_tiles.py
+say. Where all classes fit, logits stay in registers from the first sum to the fusion; else they are read
 again, from L2, for the fusion. Backward makes the sums anew, and the product of dfused and z with them.
 Floor: (M + 1) N C + M N elements, backward (2 M + 1) N C; about 15 operations a logit, one of them an exp.
 Predicted and measured: bench/results/logit_fusion.md.
@@ -33,7 +33,7 @@ from ._logit_fusion_scores import (
     _maxima,
     _weights,
 )
-from ._tuning import size_class, tuned
+from ._logit_fusion_tiles import _blocks, _chosen
 
 
 @triton.jit
@@ -283,74 +283,6 @@ def _logit_fusion_bwd_kernel(
                 z, exponentials, dfused, top, w, scale, mean, top_class, is_row,
                 dz_ptr, modalities, samples, start + lanes, M, N, C, SCORE, PARTS, LANES, False,
             )  # fmt: skip
-
-
-def _power_of_2_within(size: int) -> int:
-    return 1 << max(0, size.bit_length() - 1)
-
-
-def _blocks(
-    num_modalities: int, num_classes: int, dtype: torch.dtype, kernel: str, is_aligned: bool = False
-) -> dict:
-    """Return the tile and the number of warps.
-
-    Args:
-        num_modalities: M.
-        num_classes: C.
-        dtype: of the logits.
-        kernel: "fwd" or "bwd".
-        is_aligned: whether rows begin at multiples of 16 bytes, so that a thread reads so many at once.
-    """
-    vector = 16 // dtype.itemsize if is_aligned else 1
-    # Logits in the registers of a thread. What is done once for a row and a thread costs as much as some 15
-    # of them, so a thread has many of one row. Backward holds the exponentials, too.
-    held = 32 * 4 // _wide(dtype).itemsize
-    block_m = triton.next_power_of_2(num_modalities)
-    most = held if kernel == "fwd" else held * 3 // 4
-    most_parts = max(1, most // (block_m * vector))
-    # Threads that read different rows read far apart: at least so many to a row that what a warp reads at
-    # once lies in some 4 lines of a cache.
-    least = min(8, triton.next_power_of_2(_cdiv(num_classes * dtype.itemsize, 16)))
-    threads = max(least, triton.next_power_of_2(_cdiv(num_classes, most_parts * vector)))
-    lanes = min(threads * vector, max(vector, triton.next_power_of_2(num_classes)))
-    num_warps = max(4, threads // 32, triton.next_power_of_2(block_m * lanes // (32 * held)))
-    one_tile = num_warps <= 16
-    if one_tile:
-        parts = _cdiv(num_classes, lanes)
-    else:
-        # What is summed so far is held for every lane, and takes the registers of up to five parts. Backward
-        # sums nothing over modalities but what is one number a row.
-        num_warps, state = (4, held) if kernel == "fwd" else (8, held // 4)
-        lanes = 32 * num_warps * max(1, min(vector, state // block_m))
-        lanes = min(lanes, _power_of_2_within(32 * num_warps * state // block_m))
-        parts = max(1, min(8, 16 * num_warps * most // (block_m * lanes)))
-    row = block_m * parts * lanes
-    # All modalities of a sample are one thread's, unless they are too many.
-    block_n = min(32 * num_warps * vector // lanes, _power_of_2_within(32 * num_warps * held // row))
-    return {
-        "ONE_TILE": one_tile,
-        "PARTS": parts,
-        "BLOCK_N": block_n if one_tile else 1,
-        "BLOCK_M": block_m,
-        "LANES": lanes,
-        "num_warps": num_warps,
-    }
-
-
-def _chosen(
-    logits: Tensor,  # [M, N, C]
-    kernel: str,
-) -> dict:
-    """Return the tile and the number of warps to launch with: the table's, or those stored for this GPU."""
-    num_modalities, num_samples, num_classes = logits.shape
-    is_aligned = _unit(logits) > 1 and logits.stride(2) == 1 and logits.data_ptr() % 16 == 0
-    blocks = _blocks(num_modalities, num_classes, logits.dtype, kernel, is_aligned)
-    parts, lanes = blocks["PARTS"], blocks["LANES"]
-    classes = f"C={parts}x{lanes}" if blocks["ONE_TILE"] else "C in tiles"
-    key = f"{kernel} {logits.dtype} M<={blocks['BLOCK_M']} {classes} {size_class(num_samples)}"
-    # One tile holds all classes, several may be of any size.
-    names = ("BLOCK_N",) if blocks["ONE_TILE"] else ("BLOCK_N", "LANES")
-    return tuned("logit_fusion", key, blocks, logits.device, *names, "num_warps")
 
 
 def _operands(present: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -77,11 +77,6 @@ SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
         ("90", "_additive_shapley_bwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=2048"): 4,
         ("90", "_duc_loss_fwd_kernel", "fp32 PRECISION=ieee BLOCK_D=64 BLOCK_N=16 BLOCK_K=32"): 16,
         ("90", "_duc_loss_fwd_kernel", "fp16 BLOCK_D=256 BLOCK_N=128"): 104,
-        ("90", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=0 BLOCK_C=16 LANES=2"): 12,
-        ("100", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=16"): 64,
-        ("120", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=0 BLOCK_C=16 LANES=2"): 12,
-        ("120", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=16 LANES=2"): 16,
-        ("120", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=4 BLOCK_C=16 LANES=2"): 4,
         ("100", "_additive_shapley_bwd_kernel", "ACC=fp32 UTILITY=3 BLOCK_C=2048"): 4,
         ("100", "_duc_loss_fwd_kernel", "ACC=fp64"): 12,
         ("90", "_sigmoid_loss_fwd_kernel", "fp32 fp64 PRECISION=ieee BLOCK_D=64 BLOCK_N=16"): 4,
@@ -97,8 +92,6 @@ SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
         ("120", "_sigmoid_loss_fwd_kernel", "bf16 BLOCK_D=128 WIDE=False BLOCK_N=128 HAS_RESIDUAL=True"): 8,
         ("120", "_sigmoid_loss_fwd_kernel", "bf16 BLOCK_C=64 WIDE=True"): 24,
         ("120", "_sigmoid_loss_fwd_kernel", "PRECISION=tf32"): 20,
-        ("80", "_logit_fusion_bwd_kernel", "fp16 SCORE=1 BLOCK_M=4 LANES=512"): 8,
-        ("120", "_additive_shapley_fwd_kernel", "ACC=fp32 UTILITY=0 BLOCK_C=16 LANES=2 BLOCK_M=8"): 20,
     },
 }
 

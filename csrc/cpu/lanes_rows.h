@@ -61,28 +61,27 @@ __attribute__((always_inline)) inline void visit_lanes(const Rows& rows, int64_t
     for (int i = 0; i < count; ++i) visit(columns[i], i);
     return;
   }
-  int64_t c = 0;
-  for (; c + kColumns <= count; c += kColumns) {
-    if (ahead != 0 && c % L == 0) {
+  for (int64_t next = 0; next < count; next += kColumns) {
+    const int64_t c = std::min(next, count - kColumns);
+    if (ahead != 0 && next % L == 0) {
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l) __builtin_prefetch(rows[l] + c + ahead);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kColumns; ++i) x[i] = Halves::template load_pair<T>(rows, c, i);
     Halves::to_columns(x);
+    if (c == next) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) visit(x[i], c + i);
+      for (int i = 0; i < kColumns; ++i) visit(x[i], c + i);
+    } else {
+      // The last columns, read together with some of those before them. Unrolled behind conditions what is
+      // summed up would not stay in registers.
+      V columns[kColumns];
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) columns[i] = x[i];
+      for (int64_t i = next; i < count; ++i) visit(columns[i - c], i);
+    }
   }
-  if (c == count) return;
-  // The last columns, read together with some of those before them.
-  const int64_t begin = count - kColumns;
-#pragma GCC unroll 8
-  for (int i = 0; i < kColumns; ++i) x[i] = Halves::template load_pair<T>(rows, begin, i);
-  Halves::to_columns(x);
-  V columns[kColumns];
-#pragma GCC unroll 8
-  for (int i = 0; i < kColumns; ++i) columns[i] = x[i];
-  for (; c < count; ++c) visit(columns[c - begin], c);
 }
 
 // Writes function(vector, column) of those columns into lanes[0] .. lanes[count - 1]. Returns the function,

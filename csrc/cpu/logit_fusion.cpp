@@ -96,7 +96,8 @@ struct Batch {
         mean += w[m] * dweight[m];
       }
       for (int64_t m = 0; m < M; ++m) {
-        const V dscore = w[m] * (dweight[m] - mean) / f.temperature / s[m];
+        // Weighted before they are subtracted: the difference itself may lie beyond the dtype.
+        const V dscore = (w[m] * dweight[m] - w[m] * mean) / f.temperature / s[m];
         blocks.gradients(g, m, first, w[m], dscore, s[m], means[g * M + m]);
       }
     }

@@ -101,7 +101,7 @@ struct SmallRows {
     if constexpr (M == 1) {
       values[0] = x[1] - x[0];
     } else {
-      nonfinite = fold(x, values);
+      nonfinite = M < 5 ? by_differences(x, values) : fold(x, values);
     }
     convert<Rows<M, L>>(values, rows, Players{});
     MMFAST_UNROLL
@@ -109,21 +109,41 @@ struct SmallRows {
     return nonfinite;
   }
 
-  // Values of the utilities x, which it overwrites; returns 0 unless one is NaN or infinite. Inlined, or x
-  // would go through memory.
-  __attribute__((always_inline)) V fold(V* x, V* values) const {
-    V shared, sum_of_values;
-    // A number added to all utilities changes no value: without the empty coalition's, nothing cancels.
-    const V origin = x[0];
-    // The empty one is then worth nothing, and of five players left in all the same: GCC makes better code of
-    // it.
-    constexpr int first = M < 5;
+  // Values of the utilities x, as the formula is written; returns 0 unless one is NaN or infinite. Sums over
+  // coalitions with a player and without, which `fold` shares among players, may be ten times as large as the
+  // value that is left of them, and cost as many operations up to four players. Inlined, or x would go
+  // through memory.
+  __attribute__((always_inline)) V by_differences(const V* x, V* values) const {
+    V sum_of_values;
     MMFAST_UNROLL
-    for (int i = first; i < S; ++i) {
+    for (int m = 0; m < M; ++m) {
+      // The top bit is that of the first player.
+      const int player = S >> (m + 1);
+      V sum;
+      MMFAST_UNROLL
+      for (int i = 0; i < S; ++i) {
+        if (i & player) continue;
+        const V gain = b[count_bits(i)] * (x[i | player] - x[i]);
+        sum = i == 0 ? gain : sum + gain;
+      }
+      values[m] = sum;
+      sum_of_values = m == 0 ? values[m] : sum_of_values + values[m];
+    }
+    return sum_of_values - sum_of_values;
+  }
+
+  // The same of five players, in fewer registers, which they fill; overwrites x.
+  __attribute__((always_inline)) V fold(V* x, V* values) const {
+    V shared = {}, sum_of_values;
+    // A number taken from all utilities changes no value: with one between those of nobody and of all, little
+    // cancels wherever one coalition outweighs the others.
+    const V origin = A(0.5) * x[0] + A(0.5) * x[S - 1];
+    MMFAST_UNROLL
+    for (int i = 0; i < S; ++i) {
       const int size = count_bits(i);
       const V utility = x[i] - origin;
       // b is 0 for all players together.
-      if (i != S - 1) shared = i == first ? b[size] * utility : shared + b[size] * utility;
+      if (i != S - 1) shared += b[size] * utility;
       x[i] = a[size] * utility;
     }
     // The top bit is folded first.
@@ -134,7 +154,7 @@ struct SmallRows {
       MMFAST_UNROLL
       for (int i = 1; i < half; ++i) sum += x[half + i];
       MMFAST_UNROLL
-      for (int i = first; i < half; ++i) x[i] += x[half + i];
+      for (int i = 0; i < half; ++i) x[i] += x[half + i];
       values[m] = sum - shared;
       sum_of_values = m == 0 ? values[m] : sum_of_values + values[m];
     }

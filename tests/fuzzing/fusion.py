@@ -125,10 +125,10 @@ def _fusion(draw: Draw, backend: str, small: bool, score: str) -> None:
     least = (shape[2] + shape[0] + 8) * grain(acc)
     bound = bound + least * (1 + ((w_finite + 1) / heat)[..., None] * (finite_slope + slope_error))
     bound = np.where(here[..., None], bound, 0)
-    # Products of large logits and gradients, their differences, and what a low temperature makes of those,
-    # may lie beyond the dtype although the gradient does not.
+    # Products of large logits and gradients, and what a low temperature makes of their differences, may lie
+    # beyond the dtype although the gradient does not.
     top = np.longdouble(torch.finfo(acc).max)
-    beyond = ((dw_size > top) | ((finite_off + off_error) / min(heat, 1) > top)).any(0)
+    beyond = ((dw_size > top) | ((finite_off + off_error) / heat > top)).any(0)
     check("dlogits", dlogits, truth, bound, dtype=dtype, loose=beyond[None, :, None])
     assert_unchanged(logits=logits, present=present, dweights=dweights, dfused=dfused)
 

@@ -21,18 +21,8 @@ _LARGEST = np.finfo(np.longdouble).max
 
 def _weights(num_players: int) -> np.ndarray:  # [S / 2]
     """Return |R|! (M - |R| - 1)! / M! of every coalition R of the others."""
-    return _shared(num_players)[: 2 ** (num_players - 1)]
-
-
-def _shared(num_players: int) -> np.ndarray:  # [S]
-    """Return |s|! (M - |s| - 1)! / M! of every coalition s, 0 for all players together."""
-    sizes = [s.bit_count() for s in range(2**num_players)]
-    return np.array(
-        [
-            1 / np.longdouble(num_players * math.comb(num_players - 1, size)) if size < num_players else 0
-            for size in sizes
-        ]
-    )
+    sizes = [r.bit_count() for r in range(2 ** (num_players - 1))]
+    return np.array([1 / np.longdouble(num_players * math.comb(num_players - 1, size)) for size in sizes])
 
 
 def _halves(table: np.ndarray, player: int) -> tuple[np.ndarray, np.ndarray]:  # [..., S / 2] each
@@ -50,23 +40,16 @@ def values_of(
     """Return phi_m = sum_R w(R) (v(R + m) - v(R)) and a bound of its error.
 
     S terms are added in any order, each with a weight that has been rounded: (S + 4) u sum w (|v| + |v|).
-    Folds subtract a sum over all coalitions from one over those with m, whose weights are larger by as much:
-    2 w(s) |v(s)| more for each s that has m. They take the utility of nobody from all others beforehand, so
-    that what all have in common costs no digits: |v(s)| + |v({})| in place of |v(s)|.
     """
     num_players, phi, bound = table.shape[-1].bit_length() - 1, [], []
     weights, error = _weights(num_players), error * np.ones_like(table)
-    shared = _shared(num_players)
     size = np.abs(np.where(np.isfinite(table), table, 0))
-    size[..., 1:] += size[..., :1]
     for player in range(num_players):
         without, present = _halves(table, player)
         phi.append((weights * (present - without)).sum(-1))
         sizes, errors = _halves(size, player), _halves(error, player)
         relative = gamma(table.shape[-1] + 4, u)
-        again = 2 * _halves(shared, player)[1] * sizes[1]
         bound.append((weights * (errors[0] + errors[1] + relative * (sizes[0] + sizes[1]))).sum(-1))
-        bound[-1] += relative * again.sum(-1)
     return np.stack(phi, -1), np.stack(bound, -1)
 
 
@@ -99,8 +82,14 @@ def table_of(
             split = target.reshape(*target.shape[:-1], 2 ** (num_players - 1 - player), 2, 2**player)
             split[..., 0, :] += without.reshape(split[..., 0, :].shape)
             split[..., 1, :] += present.reshape(split[..., 1, :].shape)
+    counts = [s.bit_count() for s in range(2**num_players)]
+    # 0 for all players together.
+    again = [
+        0 if n == num_players else 2 / np.longdouble(num_players * math.comb(num_players - 1, n))
+        for n in counts
+    ]
     members = np.arange(2**num_players)[:, None] >> np.arange(num_players) & 1  # [S, M]
-    size += 2 * _shared(num_players) * (np.abs(dphi) @ members.T)
+    size += np.array(again) * (np.abs(dphi) @ members.T)
     return table, gamma(2 * num_players + 4, u) * clean(size)
 
 
