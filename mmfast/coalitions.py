@@ -25,6 +25,15 @@ def present_key(modality: str) -> str:
     return modality + PRESENT_SUFFIX
 
 
+def rows_key(modality: str) -> str:
+    """Return the key of a batch that says which samples' values it holds of a modality, int64 [n].
+
+    Without it a batch of N samples holds those of all; what is not held has features 0.
+    """
+    # A dot is in no modality's name.
+    return modality + ".rows"
+
+
 def is_reserved(name: str) -> bool:
     """Whether a name cannot be a modality's: it would be taken for another key of a batch or state dict."""
     return name in RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name

@@ -98,6 +98,7 @@ ROOMS = (
     "errors",
     "files",
     "coalitions",
+    "nests",
     "distributed",
     "plots",
     "backend",
