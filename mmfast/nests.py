@@ -1,4 +1,4 @@
-"""Nests of tensors: a modality may be one tensor, or a dict, tuple or list of such, nested as its encoder likes."""
+"""Nests of tensors: a modality may be one tensor, or a dict, tuple or list of such."""
 
 from __future__ import annotations
 
