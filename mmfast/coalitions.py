@@ -34,6 +34,11 @@ def rows_key(modality: str) -> str:
     return modality + ".rows"
 
 
+def features_key(modality: str) -> str:
+    """Return the key of a batch that holds a modality's features, [N, D], where they are known already."""
+    return modality + ".features"
+
+
 def is_reserved(name: str) -> bool:
     """Whether a name cannot be a modality's: it would be taken for another key of a batch or state dict."""
     return name in RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name

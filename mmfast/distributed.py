@@ -45,6 +45,37 @@ def min_over_processes(number: int) -> int:
     return min(_gathered(number))
 
 
+@torch.no_grad()
+def max_over_processes(
+    values: Tensor,  # any shape, on the CPU
+) -> Tensor:  # same shape
+    """Return the largest of all processes, element by element."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+@torch.no_grad()
+def range_over_processes(
+    low: Tensor,  # any shape
+    high: Tensor,  # same shape
+) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest of all processes, element by element."""
+    return -_reduced(-low, dist.ReduceOp.MAX), _reduced(high, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, how: Any) -> Tensor:
+    if (group := world()) is None:
+        return values
+    # A backend of GPUs alone takes tensors that lie there.
+    place = values.device if _takes_cpu(group) else torch.device("cuda", torch.cuda.current_device())
+    found = values.to(place, torch.uint8 if values.dtype == torch.bool else values.dtype, copy=True)
+    dist.all_reduce(found, op=how, group=group)
+    return found.to(values.device, values.dtype)
+
+
+def _takes_cpu(group: dist.ProcessGroup) -> bool:
+    return dist.get_backend(group) != "nccl"
+
+
 def check_agreement(what: str, number: int) -> None:
     """Raise in every process unless all have the same number; one that went on would wait for ever."""
     found = _gathered(number)
@@ -86,3 +117,17 @@ def share_buffers(module: nn.Module) -> None:
     if (group := world()) is not None:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0, group=group)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return which of how many processes this one is."""
+    group = world()
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def gather_rows(own: Tensor) -> Tensor:
+    return own
+
+
+def merge_moments(m):
+    return m

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmfast import coalitions, ops
-from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.data.batches import evaluating, presence
+from mmfast.data.reader import Reader, evaluation_batches, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
+from mmfast.distributed import gather_rows, rank_and_size, sum_over_processes
 from mmfast.errors import check_one_of, describe, needs_train
 from mmfast.models.predictor import Predictor
 from mmfast.ops.additive_shapley import UTILITIES
@@ -100,8 +103,13 @@ def valuate(
     dataset: Any,
     *,
     utility: str = "cardinality",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     backend: str = "auto",
+    num_workers: int | None = None,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    pin_memory: bool | str | None = None,
+    prefetch: int | None = None,
+    fabric: Any | None = None,
 ) -> Valuation:
     """Return each modality's contribution to each sample of a data set, exact over all 2^M coalitions.
 
@@ -113,8 +121,12 @@ def valuate(
         model: a MultimodalModel, or a learner as `Trainer.learner`, whose prediction rule is then used.
         dataset: data set of {<modality>: [...], "label": int} samples, such as ArrayDataset.
         utility: "cardinality", "correct", "probability", "log_probability" or "margin".
-        batch_size: samples encoded at a time.
+        batch_size: samples encoded at a time; None: 256, or what the learner's trainer has.
         backend: of the ops underneath.
+        num_workers, collate_fn, pin_memory, prefetch: how samples are read, as `mmfast.Trainer` takes them;
+            None: as the learner's trainer reads them, for a model in this process.
+        fabric: a launched Lightning Fabric whose processes share the work; each gets the whole result. None:
+            this process does it alone, whether there are others or not.
 
     Raises:
         TypeError, ValueError: unknown utility, a data set that does not fit the model, or a model trained by
@@ -123,39 +135,72 @@ def valuate(
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
     module = _checked(model, dataset, utility)
+    given = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "collate_fn": collate_fn,
+        "pin_memory": pin_memory,
+        "prefetch": prefetch,
+    }
+    reader = replace(reader_of(module), **{key: value for key, value in given.items() if value is not None})
     check_samples(model.modalities, model.num_classes, "dataset", dataset)
-    every = coalitions.all_of(len(model.modalities))  # [S]
-    sizes = coalitions.sizes(len(model.modalities))  # |s|, [S]
-    found, labels, shown = [], [], []
-    correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
-    with fitting_threads(module, dataset, batch_size), evaluating(module):
-        for batch in evaluation_batches(module, dataset, batch_size):
-            features, label, present = model.encode(batch), batch["label"], presence(batch, model.modalities)
-            for part in _parts(len(label), len(every) * model.num_classes):
-                logits = model.coalition_logits([h[part] for h in features], every)  # [n, S, C]
-                right = _utilities(logits, label[part], "correct", backend)  # [n, S]
-                if utility == "correct":
-                    values = right
-                elif utility == "cardinality":
-                    values = right * sizes.to(right)
-                else:
-                    values = _utilities(logits, label[part], utility, backend)
-                if present is not None:
-                    rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
-                    values, right = values.gather(1, rest), right.gather(1, rest)
-                found.append(ops.shapley_values(values, backend=backend).float().cpu())
-                correct += right.double().sum(0).cpu()
-            labels.append(label.cpu())
+    autocast = contextlib.nullcontext if fabric is None else fabric.autocast
+    with _evaluating(module, dataset, reader), autocast():
+        return _valuated(module, dataset, utility, backend, reader, share=fabric is not None)
+
+
+def _valuated(
+    module: Any, dataset: Any, utility: str, backend: str, reader: Reader, *, share: bool
+) -> Valuation:
+    every = coalitions.all_of(len(module.modalities))  # [S]
+    sizes = coalitions.sizes(len(module.modalities))  # |s|, [S]
+    found: list[Tensor] = []
+    correct = 0
+    labels: list[Tensor] = []
+    shown: list[Tensor] = []
+    for features, label, present in _encoded(module, dataset, reader, share):
+        for part in _parts(len(label), len(every) * module.num_classes):
+            logits = module.coalition_logits([h[part] for h in features], every)  # [n, S, C]
+            right = _utilities(logits, label[part], "correct", backend)  # [n, S]
+            if utility == "correct":
+                values = right
+            elif utility == "cardinality":
+                values = right * sizes.to(right)
+            else:
+                values = _utilities(logits, label[part], utility, backend)
             if present is not None:
-                shown.append(present.T.cpu())
+                rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
+                values, right = values.gather(1, rest), right.gather(1, rest)
+            found.append(ops.shapley_values(values, backend=backend).float())
+            correct += right.double().sum(0)
+        labels.append(label)
+        if present is not None:
+            shown.append(present.T)
+    whole = gather_rows if share else _as_it_is
+    total = sum_over_processes if share else _as_it_is
     return Valuation(
-        torch.cat(found),
-        torch.cat(labels),
-        tuple(model.modalities),
+        whole(torch.cat(found)).cpu(),
+        whole(torch.cat(labels)).cpu(),
+        tuple(module.modalities),
         utility,
-        (correct / len(dataset)).float(),
-        torch.cat(shown) if shown else None,
+        (total(correct) / len(dataset)).float().cpu(),
+        whole(torch.cat(shown)).cpu() if shown else None,
     )
+
+
+def _encoded(
+    module: Any, dataset: Any, reader: Reader, share: bool
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:  # M x [n, D], [n], bool [M, n]
+    """Yield features, labels and presence batch by batch; of several processes, each its share."""
+    rank, world_size = rank_and_size() if share else (0, 1)
+    for batch in evaluation_batches(module, dataset, reader=reader, rank=rank, world_size=world_size):
+        yield module.encode(batch), batch["label"], presence(batch, module.modalities)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module, dataset: Any, reader: Reader) -> Iterator[None]:
+    with fitting_threads(module, dataset, reader.batch_size, reader), evaluating(module):
+        yield
 
 
 def contributions(
@@ -163,32 +208,59 @@ def contributions(
     dataset: Any,
     *,
     utility: str = "cardinality",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     backend: str = "auto",
     none_is_worthless: bool = False,
+    share: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
     """Return the contributions of `valuate` and which samples have which modality (None: all have all).
 
     Additive heads never form the coalitions' logits. `none_is_worthless` counts the empty coalition, which
-    under "correct" is worth 1 where the bias alone is right, as 0.
+    under "correct" is worth 1 where the bias alone is right, as 0. With `share` all processes of a run take
+    part, and each gets the whole.
     """
     module = _checked(model, dataset, utility)
-    found, shown = [], []
-    with fitting_threads(module, dataset, batch_size), evaluating(module):
-        for batch in evaluation_batches(module, dataset, batch_size):
-            features, present = model.encode(batch), presence(batch, model.modalities)
+    reader = reader_of(module) if batch_size is None else replace(reader_of(module), batch_size=batch_size)
+    whole = gather_rows if share else _as_it_is
+
+    def valued(sound: list[Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        found, shown = [], []
+        for features, labels, present in _encoded(module, dataset, reader, share):
             phi = batch_contributions(
-                model, features, batch["label"], present, utility=utility, backend=backend
+                model, features, labels, present, utility=utility, backend=backend, sound=sound
             )
             if none_is_worthless:
-                right = model.fuse(features, coalition=0).argmax(1) == batch["label"]
+                right = model.fuse(features, coalition=0).argmax(1) == labels
                 players = torch.ones_like(phi) if present is None else present.T.to(phi)
                 # v(none) stands in each player's value with the weight -1 / number of players.
                 phi = phi + right[:, None] * players / players.sum(1, keepdim=True).clamp(min=1)
-            found.append(phi)
+            found.append(phi.float())
             if present is not None:
                 shown.append(present.T)
-    return torch.cat(found).float().cpu(), torch.cat(shown).cpu() if shown else None
+        return torch.cat(found), torch.cat(shown) if shown else None
+
+    with _evaluating(module, dataset, reader):
+        phi, present = without_waiting(valued)
+    return whole(phi).cpu(), None if present is None else whole(present).cpu()
+
+
+Passed = TypeVar("Passed")
+
+
+def without_waiting(one_pass: Callable[[list[Tensor] | None], Passed]) -> Passed:
+    """Return what a pass over a data set gives that looks for NaN and infinite logits at its end alone.
+
+    Args:
+        one_pass: gives its argument to `batch_contributions` as `sound`. It is called again, with None, where
+            a batch was not sound: rare enough for a second pass.
+    """
+    sound: list[Tensor] = []
+    found = one_pass(sound)
+    return one_pass(None) if sound and not bool(sound[0]) else found
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
 
 
 def mean_contributions(
@@ -211,12 +283,21 @@ def batch_contributions(
     *,
     utility: str = "cardinality",
     backend: str = "auto",
+    sound: list[Tensor] | None = None,
 ) -> Tensor:  # [N, M]
-    """Return the contributions of one encoded batch."""
+    """Return the contributions of one encoded batch.
+
+    Where sums of logits may be NaN, each coalition's logits are looked at, which takes longer. To know, the
+    host waits for a GPU; with `sound`, a list, it does not, and whether this and the calls before gave right
+    values is the flag in it.
+    """
     if model.additive and present is None:
         partial, bias = model.partial_logits(features), model.bias
-        # Where sums may be NaN each coalition's logits are looked at.
-        if bool(partial.isfinite().all() & bias.isfinite().all()):
+        finite = partial.isfinite().all() & bias.isfinite().all()
+        if sound is not None and finite.device.type != "cpu":
+            sound[:] = [finite & sound[0] if sound else finite]
+            return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
+        if bool(finite):
             return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
     every = coalitions.all_of(len(features))
     values = []

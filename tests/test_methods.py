@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 import torch.nn.functional as F
 
 import mmfast
@@ -166,9 +167,7 @@ def test_the_loop_of_the_docstring_trains(name):
         "max_epochs": 30,
         "train": train,
         "val": val,
-        "loader": lambda entries: batches.loader(
-            entries, [part.tolist() for part in torch.arange(len(entries)).split(16)]
-        ),
+        "DataLoader": DataLoader,
         "accuracy_alone": {"m0": 0.4, "m1": 0.6},
     }
     exec(loop.replace("SampleValuation()", f"make({name!r})"), scope)

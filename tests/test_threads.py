@@ -12,6 +12,7 @@ from torch import nn
 
 import mmfast
 from mmfast.data import threads
+from mmfast.data.reader import Reader
 from mmfast.data.threads import fitting_threads
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
@@ -53,7 +54,7 @@ def test_work_decides(width, expected):
 def test_operations_are_those_of_products():
     model, _ = make_noting(8)
     # Two operations a multiplication: 6 x 8, 6 x 8 and 8 x 8 in the encoders, 16 x 3 in the head.
-    assert threads._count(model, SPLITS.train) == 2 * (48 + 48 + 64 + 48)
+    assert threads._count(model, SPLITS.train, Reader()) == 2 * (48 + 48 + 64 + 48)
 
 
 def test_the_number_comes_back_after_an_error():

@@ -169,7 +169,7 @@ def test_valuation_reads_the_plain_form_of_augmented_data(monkeypatch):
         learner.end_epoch(0, data, None)
         size, options, phi = seen[0]
         assert size == (50 if name == "sample-valuation" else 10)
-        assert options == {"utility": "correct", "none_is_worthless": True}
+        assert options == {"utility": "correct", "none_is_worthless": True, "share": True}
         if name == "sample-valuation":
             torch.testing.assert_close(phi, plain(learner, data.evaluation, **options)[0])
 

@@ -81,12 +81,65 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
         return f"ArrayDataset({len(self)} samples, {shapes}, {self.num_classes} classes)"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the samples lie."""
+        return self.labels.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return torch.float32
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's features."""
+        return sum(array[:1].nbytes for array in self.arrays.values())
+
+    def to(self, device: torch.device | str) -> ArrayDataset:
+        """Return the data set with its samples on a device, where batches are then made without any copy."""
+        return self._with(
+            arrays={name: array.to(device) for name, array in self.arrays.items()},
+            present={name: mask.to(device) for name, mask in self.present.items()},
+            labels=self.labels.to(device),
+        )
+
+    def gather(
+        self,
+        index: Tensor,  # [B] int64
+        modalities: Sequence[str] | None = None,
+        *,
+        labels: bool = True,
+    ) -> dict[str, Tensor]:
+        """Return the batch at indices that lie on the data set's device and are known to be in [0, N).
+
+        Args:
+            index: of the samples.
+            modalities: those to gather; None: all.
+            labels: with labels, and with the marks of which samples have which modality.
+        """
+        names = self.arrays if modalities is None else modalities
+        batch = {name: self.arrays[name].index_select(0, index) for name in names}
+        if labels:
+            batch |= {present_key(name): mask.index_select(0, index) for name, mask in self.present.items()}
+            batch[LABEL] = self.labels.index_select(0, index)
+        return batch
+
+    def get(self, index: Any, modalities: Sequence[str]) -> dict[str, Tensor]:
+        """Return what `data[index]` holds of some modalities, with the label; the others are not touched."""
+        key = index if isinstance(index, slice) else self._as_index(index)
+        return self._taken(key, modalities)
+
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         """Return one sample for an int, a batch `[B, ...]` for a slice or a list or 1-D array of ints."""
         key = index if isinstance(index, slice) else self._as_index(index)
-        sample = {name: _take(array, key) for name, array in self.arrays.items()}
+        return self._taken(key, self.modalities)
+
+    def _taken(self, key: Tensor | slice, modalities: Sequence[str]) -> dict[str, Tensor]:
+        sample = {name: _take(self.arrays[name], key) for name in modalities}
         for name, mask in self.present.items():
-            sample[present_key(name)] = _take(mask, key)
+            if name in modalities:
+                sample[present_key(name)] = _take(mask, key)
         sample[LABEL] = _take(self.labels, key)
         return sample
 
@@ -134,7 +187,7 @@ def _take(array: Tensor, key: Tensor | slice) -> Tensor:
         # torch slices know no negative step.
         start, stop, step = key.indices(len(array))
         return array[start:stop:step] if step > 0 else array[list(range(start, stop, step))]
-    return array.index_select(0, key) if key.ndim else array[int(key)]
+    return array.index_select(0, key.to(array.device)) if key.ndim else array[int(key)]
 
 
 def _to_tensor(name: str, value: Any, kinds: str, expected: str, dtype: torch.dtype) -> Tensor:

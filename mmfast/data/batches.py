@@ -1,21 +1,25 @@
-"""From data sets to batches: reproducible order, shards of processes, views with modalities hidden."""
+"""What batches are made of: a reproducible order, shards of processes, views with modalities hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
+from torch.utils.data import Dataset
 
 from mmfast.coalitions import present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
+from mmfast.nests import tensors
 
-# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown goes
-# through its encoder as it is, and loses its features then; what is lacking (`<m>__present`) goes as zeros.
+# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown, if
+# it is read at all, loses its features after the encoder; what is lacking (`<m>__present`) goes as zeros.
 SHOWN = "coalition"
+# Rows of a batch that each encoder gets at least, as batch norm needs.
+_MIN_ROWS = 2
 
 
 def takes_batches(dataset: Any) -> bool:
@@ -29,7 +33,7 @@ class Entries(Dataset):
     Args:
         base: data set of N samples.
         indices: [E] int64, the sample of each entry.
-        shown: bool [E, M], the modalities it shows; the others count as absent.
+        shown: bool [E, M], the modalities it shows; the others count as absent. A reader reads them alone.
     """
 
     def __init__(self, base: Any, indices: Tensor, shown: Tensor | None = None) -> None:
@@ -49,9 +53,27 @@ class Entries(Dataset):
         return sample
 
 
-def dataset_indices(entries: Any, chosen: Sequence[int]) -> list[int]:
+def dataset_indices(
+    entries: Any,
+    chosen: Tensor,  # [B] int64
+) -> Tensor:  # [B] int64
     """Return the samples of the data set that these entries of an epoch show."""
-    return entries.indices[list(chosen)].tolist() if isinstance(entries, Entries) else list(chosen)
+    return entries.indices[chosen] if isinstance(entries, Entries) else chosen
+
+
+def to_read(
+    shown: Tensor,  # bool [B, M]
+) -> Tensor:  # bool [B, M]
+    """Return what must be read of the samples of a batch: what is shown, of each modality at least two."""
+    counts = shown.sum(0)
+    few = counts < min(_MIN_ROWS, len(shown))
+    if not few.any():
+        return shown
+    read = shown.clone()
+    for m in few.nonzero().flatten().tolist():
+        hidden = (~shown[:, m]).nonzero().flatten()
+        read[hidden[: _MIN_ROWS - int(counts[m])], m] = True
+    return read
 
 
 def presence(
@@ -63,9 +85,8 @@ def presence(
     marked = [present_key(name) for name in modalities]
     if not any(key in batch for key in marked):
         return present
-    size = len(batch["label"]) if "label" in batch else len(batch[modalities[0]])
-    device = batch[modalities[0]].device
-    everyone = torch.ones(size, dtype=torch.bool, device=device)
+    example = batch[LABEL] if LABEL in batch else next(tensors(batch[modalities[0]]))
+    everyone = torch.ones(len(example), dtype=torch.bool, device=example.device)
     given = torch.stack([batch.get(key, everyone) for key in marked])
     return given if present is None else given & present
 
@@ -78,7 +99,7 @@ class Shard:
     processes' parts differ in size.
     """
 
-    batches: list[list[int]]
+    batches: list[Tensor]  # [B] int64 each
     scales: list[float]
 
 
@@ -94,88 +115,32 @@ def epoch_shard(
 
     A last batch with fewer than two samples for every process, as batch norm needs, joins the one before.
     """
-    order = torch.randperm(num_samples, generator=generator, device="cpu").tolist()
-    whole = [order[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+    order = torch.randperm(num_samples, generator=generator, device="cpu")
+    whole = list(order.split(batch_size))
     if len(whole) > 1 and len(whole[-1]) < 2 * world_size:
         runt = whole.pop()
-        whole[-1] += runt
+        whole[-1] = torch.cat([whole[-1], runt])
     parts = [batch[rank::world_size] for batch in whole]
     scales = [len(part) * world_size / len(batch) for part, batch in zip(parts, whole, strict=True)]
     return Shard(parts, scales)
 
 
-def loader(dataset: Any, batches: list[list[int]], num_workers: int = 0) -> DataLoader:
-    """Return a loader of the given batches of sample indices, with labels in int64."""
-    if takes_batches(dataset):
-        return DataLoader(
-            dataset, sampler=batches, batch_size=None, num_workers=num_workers, collate_fn=_convert
-        )
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate)
-
-
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return _with_long_labels(default_collate(samples))
-
-
-def _convert(batch: Any) -> dict[str, Tensor]:
-    return _with_long_labels(default_convert(batch))
-
-
-def _with_long_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    # torch's losses take no int32, which is what some platforms and files have.
-    return batch | {LABEL: batch[LABEL].long()} if LABEL in batch else batch
-
-
-def iterate(
-    dataset: Any,
-    batch_size: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield a data set in order, in batches on `device`; of several processes, each its share."""
-    order = range(rank, len(dataset), world_size)
-    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-    for batch in loader(dataset, batches):
-        yield {
-            key: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for key, value in batch.items()
-        }
-
-
-def evaluation_batches(
-    module: nn.Module, dataset: Any, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
-) -> Iterator[dict[str, Tensor]]:
-    """Yield a data set's batches in order, on the device and in the dtype of the module.
-
-    A data set whose samples are augmented gives its plain form as its attribute `evaluation`.
-    """
-    example = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
-    yield from iterate(
-        getattr(dataset, "evaluation", dataset),
-        batch_size,
-        example.device,
-        dtype=example.dtype,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
 class evaluating:
-    """Context: eval mode without gradients; every module gets its own mode back."""
+    """Context: eval mode without gradients, in the precision of training; modules get their modes back."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.no_grad = torch.no_grad()
 
     def __enter__(self) -> None:
         self.modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
-        self.no_grad.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            # Of a learner: what its trainer computes in, such as bfloat16.
+            stack.enter_context(getattr(self.module, "autocast", contextlib.nullcontext)())
+            self.contexts = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
-        self.no_grad.__exit__(*error)
+        self.contexts.__exit__(*error)
         for module, mode in self.modes:
             module.training = mode

@@ -12,13 +12,15 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmfast.data.batches import Entries, evaluating, evaluation_batches
+from mmfast.data.batches import Entries, evaluating
+from mmfast.data.reader import Reader, evaluation_batches, reader_of
 
 # Operations of a batch's forward pass up to which a second thread gains little: with 6 million, steps took
 # 0.46 ms with one thread and 0.40 with two, with 25 million 1.1 and 0.76; with 1.6 million 0.29 and 0.33.
@@ -31,13 +33,16 @@ _operations: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictio
 
 
 @contextlib.contextmanager
-def fitting_threads(module: Any, dataset: Any, batch_size: int) -> Iterator[None]:
+def fitting_threads(
+    module: Any, dataset: Any, batch_size: int, reader: Reader | None = None
+) -> Iterator[None]:
     """Let torch compute with one thread where batches of `module` are small; its own number comes back.
 
     Args:
         module: a learner, or a model.
         dataset: of whose samples the first are passed through it to count.
         batch_size: samples at a time.
+        reader: of the data set; None takes the learner's.
     """
     before = torch.get_num_threads()
     first = next(module.parameters(), None)
@@ -45,7 +50,7 @@ def fitting_threads(module: Any, dataset: Any, batch_size: int) -> Iterator[None
         yield
         return
     if module not in _operations:
-        _operations[module] = _count(module, dataset)
+        _operations[module] = _count(module, dataset, reader or reader_of(module))
     if _operations[module] * batch_size > _SMALL:
         yield
         return
@@ -56,15 +61,17 @@ def fitting_threads(module: Any, dataset: Any, batch_size: int) -> Iterator[None
         torch.set_num_threads(before)
 
 
-def _count(module: Any, dataset: Any) -> float:
+def _count(module: Any, dataset: Any, reader: Reader) -> float:
     """Return the operations that one sample takes in matrix products and convolutions."""
     plain = getattr(dataset, "evaluation", dataset)
     entries = Entries(plain, torch.arange(min(2, len(plain)), device="cpu"))
     # Of a learner the model alone: its own heads add little, and change from stage to stage.
     model = getattr(module, "model", module)
+    # Two samples are not worth workers.
+    here = replace(reader, num_workers=0)
     try:
         with evaluating(model), FlopCounterMode(display=False) as counter:
-            for batch in evaluation_batches(model, entries):
+            for batch in evaluation_batches(model, entries, reader=here):
                 model(batch)
     except Exception:
         # An encoder that cannot be counted, as a compiled one, keeps all threads.

@@ -36,6 +36,14 @@ class FrozenEncodersLearner(LateFusionLearner):
             return (self.model.head,)
         return tuple(module for module in (self.model.encoders, *self.children()) if module is not self.model)
 
+    @property
+    def encodes_once(self):
+        return self.in_head_stage
+
+    def start_epoch(self, epoch, train):
+        # Every process, as the batches of an epoch are shared out anew in each.
+        return self.keep(train, whole=True) if self.in_head_stage else train
+
     def train(self, mode=True):
         super().train(mode)
         if self.in_head_stage:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast import coalitions
-from mmfast.coalitions import PRESENT_SUFFIX
-from mmfast.data.batches import Entries, iterate, presence
+from mmfast.data.batches import Entries, presence
+from mmfast.data.reader import evaluation_batches
 from mmfast.distributed import broadcast_from_first
 from mmfast.methods.base import Learner
 from mmfast.valuation import contributions
@@ -19,44 +18,69 @@ class ResamplingLearner(Learner):
     """A learner whose `end_epoch` chooses the copies that the next epoch trains on besides all samples."""
 
     def build(self) -> None:
-        self.indices = torch.zeros(0, dtype=torch.int64, device="cpu")  # [E] sample of each copy
-        self.coalitions = torch.zeros_like(self.indices)  # [E] the modality it shows, as a coalition
+        # How many copies of each sample show modality m alone; a byte each, where they fit.
+        self.copies = torch.zeros(0, len(self.modalities), dtype=torch.uint8, device="cpu")  # [N, M]
 
     def contributions(self, data: Any) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
-        """Return contributions under the published value function, or under the released code's."""
-        if self.method.released:
-            return contributions(self, data, utility="correct", none_is_worthless=True)
-        return contributions(self, data)
+        """Return contributions under the published value function, or under the released code's.
+
+        Of several processes each values its share, and all get the whole.
+        """
+        released = {"utility": "correct", "none_is_worthless": True} if self.method.released else {}
+        return contributions(self, data, share=True, **released)
 
     def start_epoch(self, epoch, train):
-        if len(self.indices) == 0:
+        sample, modality = self.copies.nonzero(as_tuple=True)
+        if len(sample) == 0:
             return train
-        samples = torch.arange(len(train), device="cpu")
-        num_modalities = len(self.modalities)
-        full = torch.full_like(samples, coalitions.everyone(num_modalities))
-        shown = coalitions.members(torch.cat([full, self.coalitions]), num_modalities)
-        return Entries(train, torch.cat([samples, self.indices]), shown)
+        repeats = self.copies[sample, modality].long()
+        everyone = torch.arange(len(train), device="cpu")
+        shown = torch.ones(len(train), len(self.modalities), dtype=torch.bool, device="cpu")
+        alone = torch.eye(len(self.modalities), dtype=torch.bool, device="cpu")[modality]
+        return Entries(
+            train,
+            torch.cat([everyone, sample.repeat_interleave(repeats)]),
+            torch.cat([shown, alone.repeat_interleave(repeats, dim=0)]),
+        )
 
     def add_copies(
         self,
-        train: Any,
-        indices: Tensor,  # [E] int64
-        modalities: Tensor,  # [E] int64
+        counts: Tensor,  # [N, M] int64
+        present: Tensor | None,  # bool [N, M]
     ) -> None:
-        """Let the next epoch train on these samples once more, each showing one modality.
+        """Let the next epoch train on so many copies of each sample besides, each showing one modality.
 
-        Of several processes all take the first one's.
-
-        Copies that would show nothing, because their sample lacks the modality, are dropped.
+        Copies that would show nothing, because their sample lacks the modality, are left out. Of several
+        processes all take the first one's.
         """
-        if any(key.endswith(PRESENT_SUFFIX) for key in train[0]):
-            shown = coalitions.members(coalitions.alone(modalities), len(self.modalities))
-            entries = Entries(getattr(train, "evaluation", train), indices, shown)
-            batches = iterate(entries, 4096, torch.device("cpu"))
-            visible = [presence(batch, self.modalities).any(0) for batch in batches]  # type: ignore[union-attr]
-            keep = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *visible])
-            indices, modalities = indices[keep], modalities[keep]
-        self.indices, self.coalitions = broadcast_from_first((indices, coalitions.alone(modalities)))
+        if present is not None:
+            counts = counts * present
+        kind = torch.uint8 if int(counts.max()) < 256 else torch.int32
+        self.copies = broadcast_from_first(counts.to(kind))
+
+    def presence_of(
+        self,
+        train: Any,
+        samples: Tensor,  # [E] int64
+    ) -> Tensor | None:  # bool [N, M]
+        """Return which modalities these samples have, from passes made so far; those never seen are read.
+
+        None: all samples have all.
+        """
+        marks = self.reader.marks(train, self.modalities)
+        present, known = marks.over_processes()
+        unseen = samples[~known[samples]].unique()
+        if len(unseen):
+            # A loop of the user's own does not tell; every process reads them all.
+            plain = Entries(getattr(train, "evaluation", train), unseen)
+            for start, batch in zip(
+                range(0, len(unseen), self.reader.batch_size), evaluation_batches(self, plain), strict=True
+            ):
+                part = unseen[start : start + self.reader.batch_size]
+                found = presence(batch, self.modalities)
+                if found is not None:
+                    present[part] = found.T.cpu()
+        return None if bool(present.all()) else present
 
     def figures(
         self,
@@ -64,10 +88,10 @@ class ResamplingLearner(Learner):
     ) -> dict[str, float]:
         """Return what a valuation says in the log."""
         shares = {f"phi_{name}": value for name, value in zip(self.modalities, phi.tolist(), strict=True)}
-        return {"copies": float(len(self.indices)), **shares}
+        return {"copies": float(self.copies.sum()), **shares}
 
     def extra_state(self):
-        return {"indices": self.indices, "coalitions": self.coalitions}
+        return {"copies": self.copies}
 
     def load_extra_state(self, state):
-        self.indices, self.coalitions = state["indices"], state["coalitions"]
+        self.copies = state["copies"]

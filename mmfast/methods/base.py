@@ -7,7 +7,7 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
         learner.start_stage(stage)                       # freezes and unfreezes; make the optimizer after it
         optimizer = torch.optim.SGD(learner.trainable_parameters(), lr=1e-2)
         for epoch in range(stage.epochs):
-            batches = loader(learner.start_epoch(epoch, train))  # the epoch's own view of `train`
+            batches = DataLoader(learner.start_epoch(epoch, train), 16, shuffle=True)
             for b, batch in enumerate(batches):
                 for step in range(learner.steps_per_batch):
                     optimizer.zero_grad()
@@ -24,8 +24,9 @@ The trainer, or a user's own loop, drives a learner through these hooks, in this
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -33,8 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.coalitions import alone
-from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.coalitions import alone, features_key
+from mmfast.data.batches import evaluating, presence
+from mmfast.data.drawing import mixed
+from mmfast.data.kept import KeptFeatures, encode_once
+from mmfast.data.reader import Reader, evaluation_batches
+from mmfast.distributed import rank_and_size
 from mmfast.errors import describe
 from mmfast.models import MultimodalModel
 
@@ -111,6 +116,10 @@ class Learner(nn.Module):
         self.model = model
         self.seed = seed
         self.stage = Stage("train", 0)
+        # How data sets are read in passes of the method's own, and the precision of these: the trainer's.
+        self.reader = Reader()
+        self.autocast: Callable[[], Any] = contextlib.nullcontext
+        self._kept: dict[int, tuple[Any, KeptFeatures, bool]] = {}
         self.build()
         # What the user froze stays frozen; what a stage freezes is free again after it.
         self._wanted = [p.requires_grad for p in self.parameters()]
@@ -142,6 +151,7 @@ class Learner(nn.Module):
 
     def unfreeze(self) -> None:
         """Let what stages froze train again, when training is over; what the user froze stays so."""
+        self.forget()
         for p, wanted in zip(self.parameters(), self._wanted, strict=True):
             p.requires_grad_(wanted)
 
@@ -204,6 +214,19 @@ class Learner(nn.Module):
             if defined == old:
                 raise TypeError(f"{cls.__name__}.{old} would never be called: name it {new}")
 
+    @property
+    def encodes_once(self) -> bool:
+        """Whether encoders stay as they are all through the stage, so that features are kept."""
+        return False
+
+    def reads_again(self, epoch: int) -> bool:
+        """Whether validation data are read once more between this epoch's validation and the next epoch."""
+        return type(self).note_unimodal_accuracy is not Learner.note_unimodal_accuracy
+
+    def is_last(self, epoch: int) -> bool:
+        """Whether no epoch of the stage follows: what would serve the next one is not worth a pass."""
+        return epoch + 1 == self.stage.epochs
+
     def optimizer_reset_due(self) -> bool:
         """Whether the trainer must drop the optimizer's state before the next epoch."""
         return False
@@ -232,8 +255,9 @@ class Learner(nn.Module):
         return self.model.partial_logits(features)
 
     def encode(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the features of all modalities, M tensors [N, D]."""
-        return self.model.encode(batch)
+        """Return the features of all modalities, M tensors [N, D]; kept ones as they are."""
+        keys = [features_key(name) for name in self.modalities]
+        return [batch[key] for key in keys] if keys[0] in batch else self.model.encode(batch)
 
     def fuse(
         self,
@@ -245,12 +269,48 @@ class Learner(nn.Module):
         """Return the method's prediction from the features of the modalities that are present."""
         return self.model.fuse(features, coalition=coalition, present=present)
 
-    def modality_features(self, dataset: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def keep(self, dataset: Any, *, whole: bool = False) -> KeptFeatures:
+        """Encode a data set once, in eval mode; until `forget` passes over it take its features.
+
+        Args:
+            dataset: map-style.
+            whole: of several processes each gets the features of all samples, otherwise those of its share.
+        """
+        _, kept, is_whole = self._kept.get(id(dataset), (None, None, False))
+        if kept is None or (whole and not is_whole):
+            kept = encode_once(self, dataset, whole=whole)
+            self._kept[id(dataset)] = dataset, kept, whole or rank_and_size()[1] == 1
+        return kept
+
+    def forget(self) -> None:
+        """Drop the features that are kept, as encoders are about to change."""
+        self._kept.clear()
+
+    def batches(
+        self, dataset: Any, batch_size: int | None = None, *, share: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Yield a data set in order, not augmented, on the learner's device; what is kept is not read again.
+
+        Args:
+            dataset: map-style.
+            batch_size: None takes the reader's.
+            share: of several processes, each takes its own: samples rank, rank + world_size, ...
+        """
+        rank, world_size = rank_and_size() if share else (0, 1)
+        _, kept, is_whole = self._kept.get(id(dataset), (None, None, False))
+        if kept is not None and (is_whole or world_size > 1):
+            source, shares = kept, is_whole
+        else:
+            source, shares = dataset, True
+        rank, world_size = (rank, world_size) if shares else (0, 1)
+        yield from evaluation_batches(self, source, batch_size, rank=rank, world_size=world_size)
+
+    def modality_features(self, dataset: Any, *, share: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (m, features [n, D] in float32, labels [n]) batch by batch, in eval mode without gradients.
 
-        Samples that lack modality m are left out of its part.
+        Samples that lack modality m are left out of its part. `share` is that of `batches`.
         """
-        for batch in evaluation_batches(self, dataset):
+        for batch in self.batches(dataset, share=share):
             with evaluating(self):
                 present, features = presence(batch, self.modalities), self.encode(batch)
             for m, h in enumerate(features):
@@ -291,10 +351,7 @@ class Learner(nn.Module):
 
     def generator(self, *key: int) -> torch.Generator:
         """Return a generator that depends on the seed and `key` alone: a resumed run draws the same."""
-        state = self.seed & 0xFFFFFFFF
-        for number in key:
-            state = (state * 6364136223846793005 + number + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF
-        return torch.Generator("cpu").manual_seed(state)
+        return torch.Generator("cpu").manual_seed(mixed(self.seed, *key))
 
     def extra_state(self) -> dict[str, Any]:
         """Return state of training that is no parameter or buffer, as tensors and plain values.

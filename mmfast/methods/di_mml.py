@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.distributed import broadcast_from_first, share_of_batch, world
+from mmfast.distributed import (
+    broadcast_from_first,
+    merge_moments,
+    share_of_batch,
+    sum_over_processes,
+    world,
+)
 from mmfast.errors import check_one_of
 from mmfast.methods._frozen_encoders import FrozenEncodersLearner
 from mmfast.methods._late_fusion import repeat_for, unimodal_losses
@@ -44,22 +50,26 @@ class _DIMMLLearner(FrozenEncodersLearner):
             if epoch == self.method.e0:
                 self.effective.copy_(self._effective_dimensions(train))
             self._dims = ops.DucDims(self.effective) if epoch >= self.method.e0 else None
-        return train
+        return super().start_epoch(epoch, train)
 
     def _effective_dimensions(self, train) -> Tensor:  # bool [M, D]
-        """Return D^m for every modality over the training set, which is read twice and never held."""
+        """Return D^m for every modality over the training set, each process's share encoded once."""
+        self.keep(train)
         # Numbers of samples, which compare exactly: equal accuracies are never above their mean.
         right = torch.zeros(self.effective.shape, dtype=torch.int64, device=self.device)  # [M, D]
-        moments: dict[int, ops.ClassMoments] = {}
-        for m, h, labels in self.modality_features(train):
+        own: dict[int, ops.ClassMoments] = {}
+        for m, h, labels in self.modality_features(train, share=True):
             part = ops.class_moments(h, labels, self.num_classes)
-            moments[m] = moments[m].merge(part) if m in moments else part
-        for m, name in enumerate(self.modalities):
-            if m not in moments:
+            own[m] = own[m].merge(part) if m in own else part
+        moments = [merge_moments(own.get(m)) for m in range(len(self.modalities))]
+        for name, found in zip(self.modalities, moments, strict=True):
+            if found is None:
                 raise ValueError(f"di-mml needs samples with {name} in training, got none")
-        for m, h, labels in self.modality_features(train):
+        for m, h, labels in self.modality_features(train, share=True):
             accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
             right[m] += (len(labels) * accuracy.double()).round().long()
+        self.forget()
+        right = sum_over_processes(right)
         # E_j is `right` over the number of samples, which the comparison with its mean does not need.
         return broadcast_from_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
 

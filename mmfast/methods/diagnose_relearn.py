@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.distributed import broadcast_from_first
+from mmfast.distributed import broadcast_from_first, range_over_processes, sum_over_processes, world
 from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.models import MultimodalModel
 
@@ -20,7 +20,12 @@ def scale_to_unit(
     features: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
     """Return every dimension scaled to [-1, 1] by its own minimum and maximum; a constant one becomes 0."""
-    low, high = torch.aminmax(features, dim=0)
+    low, high = features.new_full((2, features.shape[1]), torch.inf) * torch.tensor([[1.0], [-1.0]]).to(
+        features
+    )
+    if len(features):
+        low, high = torch.aminmax(features, dim=0)
+    low, high = range_over_processes(low, high)
     span = high - low
     return torch.where(span > 0, 2 * (features - low) / torch.where(span > 0, span, 1.0) - 1, 0.0)
 
@@ -34,8 +39,14 @@ class _DiagnoseRelearnLearner(Learner):
         # By prefix: what is pulled where, and the plan for it.
         self._plans: dict[str, tuple[list[Tensor], list[Tensor], ops.ReinitPlan]] = {}
 
+    def reads_again(self, epoch):
+        return self._diagnoses(epoch)
+
+    def _diagnoses(self, epoch: int) -> bool:
+        return epoch in sorted(set(self.method.epochs))[: self.method.max_times] and not self.is_last(epoch)
+
     def end_epoch(self, epoch, train, val):
-        if epoch not in sorted(set(self.method.epochs))[: self.method.max_times]:
+        if not self._diagnoses(epoch):
             return {}
         if val is None:
             raise ValueError(
@@ -55,23 +66,27 @@ class _DiagnoseRelearnLearner(Learner):
 
     def _purities(self, dataset, epoch) -> list[float]:
         """Return the purity of the clusters of each modality's features, P^m."""
-        features: list[list[Tensor]] = [[] for _ in self.modalities]
-        labels: list[list[Tensor]] = [[] for _ in self.modalities]
-        for m, h, y in self.modality_features(dataset):
+        features = [[torch.zeros(0, dim, device=self.device)] for dim in self.model.dims]
+        labels = [[torch.zeros(0, dtype=torch.int64, device=self.device)] for _ in self.modalities]
+        for m, h, y in self.modality_features(dataset, share=True):
             features[m].append(h)
             labels[m].append(y)
-        for name, found in zip(self.modalities, features, strict=True):
-            if not found:
+        purities = []
+        for m, name in enumerate(self.modalities):
+            h, y = torch.cat(features[m]), torch.cat(labels[m])
+            total = int(sum_over_processes(torch.tensor(len(h), device=self.device)))
+            if total == 0:
                 raise ValueError(
                     f"diagnose-relearn needs samples with {name} in training and validation, got none"
                 )
-        purities = []
-        for m in range(len(self.modalities)):
-            h, y = scale_to_unit(torch.cat(features[m])), torch.cat(labels[m])
             clusters = ops.kmeans(
-                h, min(self.num_classes, len(h)), num_init=self.method.num_init, seed=self.seed + epoch
+                scale_to_unit(h),
+                min(self.num_classes, total),
+                num_init=self.method.num_init,
+                seed=self.seed + epoch,
+                group=world(),
             )
-            purities.append(ops.cluster_purity(clusters.assignments, y))
+            purities.append(ops.cluster_purity(clusters.assignments, y, group=world()))
         return purities
 
     def _relearn(self, prefix: str, alpha: float) -> None:

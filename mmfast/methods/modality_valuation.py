@@ -25,7 +25,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 class _ModalityValuationLearner(ResamplingLearner):
     def end_epoch(self, epoch, train, val):
         method = self.method
-        if epoch + 1 < method.warmup:
+        if epoch + 1 < method.warmup or self.is_last(epoch):
             return {}
         draw = self.generator(epoch)
         num_drawn = max(1, int(method.fraction * len(train)))
@@ -38,7 +38,9 @@ class _ModalityValuationLearner(ResamplingLearner):
         share = 2 / 3 * method.alpha * SHAPES[method.shape](gap)
         indices = torch.randint(len(train), (int(share * len(train)),), generator=draw, device="cpu")
         lowest = int(phi.nan_to_num(nan=torch.inf).argmin())
-        self.add_copies(train, indices, torch.full_like(indices, lowest))
+        counts = torch.zeros(len(train), len(self.modalities), dtype=torch.int64, device="cpu")
+        counts[:, lowest] = torch.bincount(indices, minlength=len(train))
+        self.add_copies(counts, self.presence_of(train, indices))
         return self.figures(phi)
 
 

@@ -35,13 +35,10 @@ def copy_counts(
 
 class _SampleValuationLearner(ResamplingLearner):
     def end_epoch(self, epoch, train, val):
-        if epoch + 1 < self.method.warmup:
+        if epoch + 1 < self.method.warmup or self.is_last(epoch):
             return {}
         phi, present = self.contributions(train)  # [N, M]
-        counts = copy_counts(phi, self.method.kappa, self.generator(epoch))
-        sample, modality = counts.nonzero(as_tuple=True)
-        repeats = counts[sample, modality]
-        self.add_copies(train, sample.repeat_interleave(repeats), modality.repeat_interleave(repeats))
+        self.add_copies(copy_counts(phi, self.method.kappa, self.generator(epoch)), present)
         return self.figures(mean_contributions(phi, present))
 
 

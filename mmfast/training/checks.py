@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mmfast.data.batches import Entries, evaluating, evaluation_batches
+from mmfast.data.batches import Entries, evaluating
+from mmfast.data.reader import evaluation_batches
 from mmfast.data.samples import check_samples
 from mmfast.errors import describe
 from mmfast.methods.base import Learner
@@ -35,5 +37,7 @@ def check_fits(learner: Learner, train: Any) -> None:
     """Raise what encoders or prediction have against two samples, before any training."""
     with evaluating(learner):
         few = Entries(getattr(train, "evaluation", train), torch.arange(min(2, len(train)), device="cpu"))
-        for batch in evaluation_batches(learner, few):
+        # Two samples are not worth workers.
+        here = replace(learner.reader, num_workers=0)
+        for batch in evaluation_batches(learner, few, reader=here):
             learner.predict(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.coalitions import present_key
-from mmfast.data.batches import iterate
+from mmfast.data.reader import Reader
 from mmfast.training.optimization import Optimization
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
@@ -105,13 +105,14 @@ def bad_inputs(
     return found
 
 
-def bad_inputs_of(dataset: Any, names: Sequence[str]) -> dict[str, list[int]]:
+def bad_inputs_of(dataset: Any, names: Sequence[str], reader: Reader | None = None) -> dict[str, list[int]]:
     """Return, by modality, the samples of a data set that hold NaN or infinite elements."""
     found: dict[str, list[int]] = {}
-    plain, size = getattr(dataset, "evaluation", dataset), 256
-    for number, batch in enumerate(iterate(plain, size, torch.device("cpu"))):
-        samples = range(number * size, number * size + len(batch["label"]))
-        for name, bad in bad_inputs(batch, samples, names).items():
+    reader = reader or Reader()
+    batches = torch.arange(len(dataset), device="cpu").split(reader.batch_size)
+    read = reader.read(dataset, batches, names, torch.device("cpu"), plain=True)
+    for samples, batch in zip(batches, read, strict=True):
+        for name, bad in bad_inputs(batch, samples.tolist(), names).items():
             found.setdefault(name, []).extend(bad)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassF1Score
 
-from mmfast.data.batches import evaluating, evaluation_batches, presence
+from mmfast.data.batches import evaluating, presence
 from mmfast.data.threads import fitting_threads
 from mmfast.methods.base import Learner
-from mmfast.valuation import batch_contributions
+from mmfast.valuation import batch_contributions, without_waiting
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Metrics:
     contribution: dict[str, float | None]  # mean Shapley value under `cardinality`
 
 
-def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> Metrics:
+def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int | None = None) -> Metrics:
     """Return the figures of a learner on a data set, read once; every process reads its part.
 
     A sample whose logits hold NaN counts as wrong, and a warning tells how many do.
@@ -42,52 +42,96 @@ def evaluate(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int 
     return metrics
 
 
-def measure(learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int = 256) -> tuple[Metrics, int]:
-    """Return the figures as `evaluate` does, and the number of samples whose logits hold NaN."""
-    names, classes = learner.modalities, learner.num_classes
-    fused = MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
-        }
-    ).to(learner.device)
-    alone = [MulticlassAccuracy(classes, average="micro").to(learner.device) for _ in names]
-    contribution = [MeanMetric().to(learner.device) for _ in names]
-    # What is NaN is said, not left out.
-    loss = MeanMetric(nan_strategy="disable").to(learner.device)
-    counts = torch.zeros(len(names), dtype=torch.int64, device="cpu")
-    num_nan = torch.zeros((), dtype=torch.int64, device=learner.device)
-    with fitting_threads(learner, dataset, batch_size), evaluating(learner), fabric.autocast():
-        for batch in evaluation_batches(
-            learner, dataset, batch_size, rank=fabric.global_rank, world_size=fabric.world_size
-        ):
-            labels, present = batch["label"], presence(batch, names)
-            features = learner.encode(batch)
-            logits = learner.fuse(features, present=present).float()
-            fused.update(_predicted(logits, labels), labels)
-            num_nan += logits.isnan().any(1).sum()
-            loss.update(F.cross_entropy(logits, labels), len(labels))
-            phi = batch_contributions(learner, features, labels, present)
-            for m, unimodal in enumerate(learner.own_logits(features)):
-                keep = slice(None) if present is None else present[m]
-                if len(labels[keep]):
-                    alone[m].update(_predicted(unimodal[keep].float(), labels[keep]), labels[keep])
-                    contribution[m].update(phi[keep, m])
-                counts[m] += len(labels[keep])
-    whole = {name: float(value) for name, value in fused.compute().items()}
-    counts = fabric.all_reduce(counts.to(learner.device), reduce_op="sum")  # type: ignore[assignment]
+def measure(
+    learner: Learner, dataset: Any, fabric: Fabric, *, batch_size: int | None = None
+) -> tuple[Metrics, int]:
+    """Return the figures as `evaluate` does, and the number of samples whose logits hold NaN.
 
-    def figures(metrics: Sequence[Metric]) -> dict[str, float | None]:
-        known = zip(names, metrics, counts.tolist(), strict=True)
-        return {name: float(metric.compute()) if count else None for name, metric, count in known}
+    What a batch gives stays on the device: the host waits for it at the end of the pass alone.
+    """
+    size = batch_size or learner.reader.batch_size
+    with fitting_threads(learner, dataset, size), evaluating(learner), fabric.autocast():
+        found = without_waiting(functools.partial(_measured, learner, dataset, size))
+    return found.metrics(fabric)
 
-    metrics = Metrics(
-        **whole,
-        loss=float(loss.compute()),
-        modality_accuracy=figures(alone),
-        contribution=figures(contribution),
-    )
-    return metrics, int(fabric.all_reduce(num_nan, reduce_op="sum"))  # type: ignore[arg-type]
+
+class _Figures:
+    """The sums of a pass so far, on the device."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.names, self.classes, device = learner.modalities, learner.num_classes, learner.device
+        # A million numbers are more than float32 adds up; MPS has no other.
+        real = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+        self.loss, self.right, self.num_nan = torch.zeros(3, 1, **real)
+        self.alone, self.contribution, self.counts = torch.zeros(3, len(self.names), **real)
+        self.num_samples = torch.zeros(1, **real)
+        self.predicted: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(
+        self,
+        logits: Tensor,  # [N, C]
+        own_logits: Tensor,  # [M, N, C]
+        phi: Tensor,  # [N, M]
+        labels: Tensor,  # [N]
+        present: Tensor | None,  # bool [M, N]
+    ) -> None:
+        """Take in a batch."""
+        logits = logits.float()
+        predicted = _predicted(logits, labels)
+        self.predicted.append(predicted)
+        self.labels.append(labels)
+        self.num_samples += len(labels)
+        self.right += (predicted == labels).sum()
+        self.num_nan += logits.isnan().any(1).sum()
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        if present is None:
+            present = torch.ones_like(own_logits[..., 0], dtype=torch.bool)
+        alone = torch.stack([_predicted(unimodal.float(), labels) for unimodal in own_logits])
+        self.alone += ((alone == labels) & present).sum(1)
+        # Not 0 times what it is where a sample lacks the modality: that may be NaN.
+        self.contribution += phi.T.masked_fill(~present, 0).to(self.contribution.dtype).sum(1)
+        self.counts += present.sum(1)
+
+    def metrics(self, fabric: Fabric) -> tuple[Metrics, int]:
+        """Return the figures of all processes' samples."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.loss.device)
+        f1 = MulticlassF1Score(self.classes, average="macro", validate_args=False).to(self.loss.device)
+        f1.update(torch.cat([nothing, *self.predicted]), torch.cat([nothing, *self.labels]))
+        sums = [self.loss, self.right, self.num_nan, self.num_samples]
+        sums += [self.alone, self.contribution, self.counts]
+        # All figures in one message, and the host waits for them once.
+        total = fabric.all_reduce(torch.cat(sums), reduce_op="sum").tolist()  # type: ignore[union-attr]
+        loss, right, num_nan, num_samples, *rest = total
+        count = len(self.names)
+        alone, contribution, counts = rest[:count], rest[count:-count], rest[-count:]
+        metrics = Metrics(
+            accuracy=right / num_samples,
+            macro_f1=float(f1.compute()),
+            loss=loss / num_samples,
+            modality_accuracy=self._means(alone, counts),
+            contribution=self._means(contribution, counts),
+        )
+        return metrics, int(num_nan)
+
+    def _means(self, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
+        each = zip(self.names, sums, counts, strict=True)
+        return {name: value / count if count else None for name, value, count in each}
+
+
+def _measured(learner: Learner, dataset: Any, batch_size: int, sound: list[Tensor] | None) -> _Figures:
+    figures = _Figures(learner)
+    for batch in learner.batches(dataset, batch_size, share=True):
+        labels, present = batch["label"], presence(batch, learner.modalities)
+        features = learner.encode(batch)
+        figures.add(
+            learner.fuse(features, present=present),
+            learner.own_logits(features),
+            batch_contributions(learner, features, labels, present, sound=sound),
+            labels,
+            present,
+        )
+    return figures
 
 
 def _predicted(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 
-from mmfast.data.batches import Shard, dataset_indices, epoch_shard, loader
+from mmfast.data.batches import Shard, dataset_indices, epoch_shard
+from mmfast.data.drawing import seed_host
+from mmfast.data.reader import model_place
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
@@ -36,7 +38,7 @@ class TrainingLoop:
     Attributes:
         learner: what is trained, in place.
         train, val: data sets; `val` may be None, then the last epoch is kept.
-        fabric, optimization, num_workers: how.
+        fabric, optimization: how.
         on_epoch: called with every epoch's entry of the history.
         on_state: called after every epoch with all it takes to go on from there.
         history: the entries so far.
@@ -47,7 +49,6 @@ class TrainingLoop:
     val: Any | None
     fabric: Fabric
     optimization: Optimization
-    num_workers: int
     on_epoch: Callable[[dict[str, Any]], None]
     on_state: Callable[[dict[str, Any]], None]
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -84,11 +85,15 @@ class TrainingLoop:
                     entry |= self._train_epoch(module, optimizer, index, stage, epoch)
                 scheduler.step()
                 if self.val is not None:
+                    if learner.encodes_once or learner.reads_again(epoch):
+                        learner.keep(self.val)
                     entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
                     unimodal = entry["val"]["modality_accuracy"]
                     if epoch >= stage.first_selectable:
                         best.update(learner, entry["val"]["accuracy"], list(unimodal.values()), epoch)
                 self._end_epoch(optimizer, epoch, entry)
+                if not learner.encodes_once:
+                    learner.forget()
                 self.history.append(entry)
                 self.on_epoch(entry)
                 self.on_state(
@@ -104,8 +109,11 @@ class TrainingLoop:
                     }
                 )
             best.restore(learner)
-            part, data = ("train", self.train) if self.val is None else ("val", self.val)
-            self._measure(data, part, stage, stage.epochs - 1)
+            if self.val is None:
+                self._measure(self.train, "train", stage, stage.epochs - 1)
+            elif learner.reads_again(stage.epochs - 1):
+                self._measure(self.val, "val", stage, stage.epochs - 1)
+            learner.forget()
             state, first_epoch = None, 0
 
     def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
@@ -116,7 +124,7 @@ class TrainingLoop:
         """
         found, num_nan = measure(self.learner, dataset, self.fabric)
         if num_nan:
-            bad = bad_inputs_of(dataset, self.learner.modalities)
+            bad = bad_inputs_of(dataset, self.learner.modalities, self.learner.reader)
             place = "validation" if part == "val" else "training"
             self._raise(
                 bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} sample{'s' * (num_nan > 1)}"
@@ -131,7 +139,10 @@ class TrainingLoop:
         """Train one epoch; return its mean loss and its seconds."""
         learner, fabric = self.learner, self.fabric
         # A seed of its own for every epoch: a resumed run needs no random state of the one before.
-        torch.manual_seed(learner.generator(index, epoch, fabric.global_rank).initial_seed())
+        seed = learner.generator(index, epoch, fabric.global_rank).initial_seed()
+        torch.manual_seed(seed)
+        # Models may draw from numpy and random; data sets draw by seeds of their batches.
+        seed_host(seed)
         begun = time.perf_counter()
         entries = learner.start_epoch(epoch, self.train)
         shard = epoch_shard(
@@ -145,16 +156,18 @@ class TrainingLoop:
         module.train()
         steps, is_alone = learner.steps_per_batch, world() is None
         losses = Losses(steps * len(shard.batches), fabric.device, is_alone)
-        batches = loader(entries, shard.batches, self.num_workers)
+        device, dtype = model_place(learner)
+        batches = learner.reader.read(
+            entries, shard.batches, learner.modalities, device, dtype=dtype, seed=seed
+        )
         for b, batch in enumerate(batches):
-            batch = fabric.to_device(batch)
             for step in range(steps):
                 optimizer.zero_grad()
                 loss = module(batch, step)
                 if (bad := losses.add(loss)) is not None:
                     # Of an earlier step the batch is gone, and read again.
                     content = batch if bad // steps == b else None
-                    self._diverged(entries, shard, bad // steps, stage, epoch, content)
+                    self._diverged(entries, shard, bad // steps, stage, epoch, seed, content)
                 fabric.backward(loss * shard.scales[b])
                 learner.edit_gradients(step, b / len(shard.batches))
                 optimizer.step()
@@ -162,7 +175,7 @@ class TrainingLoop:
         # All processes stop with the one whose loss was the first.
         first = min_over_processes(len(shard.batches) if bad is None else bad // steps)
         if first < len(shard.batches):
-            self._diverged(entries, shard, first, stage, epoch)
+            self._diverged(entries, shard, first, stage, epoch, seed)
         share_buffers(learner)
         scales = torch.tensor(shard.scales, device=fabric.device).repeat_interleave(steps)
         total = (losses.values * scales).sum()
@@ -176,6 +189,7 @@ class TrainingLoop:
         batch: int,
         stage: Stage,
         epoch: int,
+        seed: int,
         content: dict[str, Any] | None = None,
     ) -> None:
         """Raise what ends the run, with the cause as far as the data show it.
@@ -184,10 +198,13 @@ class TrainingLoop:
         where this batch is innocent.
         """
         modalities, chosen = self.learner.modalities, shard.batches[batch]
-        samples = dataset_indices(entries, chosen)
+        samples = dataset_indices(entries, chosen).tolist()
+        reader = self.learner.reader
         if content is None:
-            (content,) = loader(entries, [chosen])
-        bad = bad_inputs(content, samples, modalities) or bad_inputs_of(self.train, modalities)
+            here = replace(reader, num_workers=0)
+            found = here.read(entries, [chosen], modalities, torch.device("cpu"), seed=seed, first=batch)
+            (content,) = found
+        bad = bad_inputs(content, samples, modalities) or bad_inputs_of(self.train, modalities, reader)
         where = f"batch {batch + 1} of {len(shard.batches)}"
         self._raise(bad, "the training data", stage, epoch, where, batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
 from mmfast import methods
+from mmfast.data.drawing import kept_draws
+from mmfast.data.reader import Reader
 from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
@@ -60,7 +62,13 @@ class Trainer:
             resumed with the same ones, save for "source" and "skip_unreadable", how its data were read.
         progress: show a bar.
         on_epoch: called with every entry of `history`.
-        num_workers: of the data loaders.
+        num_workers: processes that read samples, for every pass over a data set; they stay for the whole fit.
+            0 reads in this process; data in memory (`ArrayDataset`) always are.
+        collate_fn: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them.
+        eval_batch_size: samples of a batch where nothing is trained.
+        pin_memory: whether batches lie in pinned memory before they are copied to a GPU; "auto": if there is
+            one.
+        prefetch: batches that each of `num_workers` reads ahead.
         settings: fields of Optimization, such as `max_epochs` and `lr`, to set on top of `optimization`.
 
     Attributes:
@@ -89,6 +97,10 @@ class Trainer:
         progress: bool = False,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
         num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        eval_batch_size: int = 256,
+        pin_memory: bool | str = "auto",
+        prefetch: int = 2,
         **settings: Any,
     ) -> None:
         if isinstance(method, type):
@@ -102,7 +114,7 @@ class Trainer:
         self.metadata = metadata or {}
         self.progress = progress
         self.on_epoch = on_epoch
-        self.num_workers = num_workers
+        self.reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
         devices, num_nodes = launchers.fit(devices)
@@ -159,9 +171,10 @@ class Trainer:
                 f"batch_size must be at least the number of devices = {self.fabric.world_size}, "
                 f"got {self.optimization.batch_size}"
             )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), kept_draws(), self.reader.staying():
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed)
+            learner.reader, learner.autocast = self.reader, self.fabric.autocast
             try:
                 check_weights(learner)
                 learner.to(self.fabric.device)
@@ -174,6 +187,9 @@ class Trainer:
                 # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
                 learner.abandon()
                 raise
+            finally:
+                # A learner is copied and sent about without its trainer's devices.
+                learner.autocast = contextlib.nullcontext
         learner.unfreeze()
         learner.zero_grad(set_to_none=True)
         learner.eval()
@@ -196,7 +212,6 @@ class Trainer:
                 val,
                 self.fabric,
                 self.optimization,
-                self.num_workers,
                 on_epoch=record,
                 on_state=lambda state: self._save(LAST, self._description() | state),
                 history=self.history,
@@ -220,6 +235,7 @@ class Trainer:
         state = checkpoint.load(Path(path) if path else self._out("restore") / MODEL)
         self._check_same(state, "method", "config")
         learner = self.method.bind(model, seed=self.seed)
+        learner.reader = self.reader
         learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
         try:
             learner.load_state_dict(state["learner"])
