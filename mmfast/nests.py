@@ -1,4 +1,4 @@
-"""Nests of tensors: a modality may be one tensor, or a dict, tuple or list of such, nested as its encoder likes."""
+"""Nests of tensors: a modality may be one tensor, or a dict, tuple or list of such, as its encoder likes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def leaves(nest: Any) -> Iterator[Any]:
             yield from leaves(value)
     else:
         yield nest
+
+
+def named_leaves(nest: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what `leaves` does, each with what errors call it: `text`, `text['mask']`, `text[0]`."""
+    if isinstance(nest, Mapping):
+        for key, value in nest.items():
+            yield from named_leaves(value, f"{name}[{key!r}]")
+    elif isinstance(nest, list | tuple):
+        for i, value in enumerate(nest):
+            yield from named_leaves(value, f"{name}[{i}]")
+    else:
+        yield name, nest
 
 
 def tensors(nest: Any) -> Iterator[Tensor]:
