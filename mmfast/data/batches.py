@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
-from mmfast.coalitions import present_key
+from mmfast.coalitions import SHOWN, present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
-
-# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown goes
-# through its encoder as it is, and loses its features then; what is lacking (`<m>__present`) goes as zeros.
-SHOWN = "coalition"
 
 
 def takes_batches(dataset: Any) -> bool:
