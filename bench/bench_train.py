@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mmfast import methods
-from mmfast.coalitions import members
+from mmfast.coalitions import SHOWN, members
 from mmfast.data import ArrayDataset
-from mmfast.data.batches import SHOWN
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel, build_model
 

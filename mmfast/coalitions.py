@@ -14,8 +14,11 @@ from torch import Tensor
 
 # End of the key of a batch that says which samples have a modality, bool [N].
 PRESENT_SUFFIX = "__present"
+# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown, if
+# it is read at all, loses its features after the encoder; what is lacking (`<m>__present`) goes as zeros.
+SHOWN = "coalition"
 # Keys of batches and files that are no modality's.
-RESERVED = ("label", "split", "group", "coalition")
+RESERVED = ("label", "split", "group", SHOWN)
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 

@@ -20,6 +20,18 @@ def leaves(nest: Any) -> Iterator[Any]:
         yield nest
 
 
+def named_leaves(nest: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what `leaves` does, each with what errors call it: `text`, `text['mask']`, `text[0]`."""
+    if isinstance(nest, Mapping):
+        for key, value in nest.items():
+            yield from named_leaves(value, f"{name}[{key!r}]")
+    elif isinstance(nest, list | tuple):
+        for i, value in enumerate(nest):
+            yield from named_leaves(value, f"{name}[{i}]")
+    else:
+        yield name, nest
+
+
 def tensors(nest: Any) -> Iterator[Tensor]:
     """Yield the tensors of a nest, in order."""
     return (leaf for leaf in leaves(nest) if isinstance(leaf, Tensor))

@@ -6,12 +6,11 @@ import textwrap
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 import mmfast
 from mmfast import methods
-from mmfast.data import batches
 from mmfast.methods import base
 from mmfast.models import build_model
 from support.learners import NUM_CLASSES, bind, make_data

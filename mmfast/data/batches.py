@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmfast.coalitions import present_key
+from mmfast.coalitions import SHOWN, present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
 from mmfast.nests import tensors
 
-# Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown, if
-# it is read at all, loses its features after the encoder; what is lacking (`<m>__present`) goes as zeros.
-SHOWN = "coalition"
 # Rows of a batch that each encoder gets at least, as batch norm needs.
 _MIN_ROWS = 2
 

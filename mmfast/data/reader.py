@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from mmfast.coalitions import PRESENT_SUFFIX, rows_key
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import SHOWN, Entries, takes_batches, to_read
-from mmfast.data.collate import collate
+from mmfast.data.collate import collate, takes_parts
 from mmfast.data.drawing import kept_draws, mixed, seed_host
 from mmfast.data.marks import Marks
 from mmfast.errors import describe
@@ -275,7 +275,7 @@ class _Source(Dataset):
         if takes_batches(dataset):
             batch = default_convert(dataset[torch.from_numpy(key.indices)])
             return _with_long_labels(batch if read is None else self._without_hidden(batch, read))
-        if read is not None and not getattr(self.collate, "takes_parts", False):
+        if read is not None and not takes_parts(self.collate):
             read = None
         samples = self._samples(dataset, key.indices.tolist(), read)
         batch = self.collate(samples)

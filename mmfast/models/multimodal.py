@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.coalitions import contains, is_reserved, members, num_coalitions, present_key
-from mmfast.errors import check_one_of, dtype_name, nearest_names
+from mmfast.coalitions import contains, is_reserved, members, num_coalitions, present_key, rows_key
+from mmfast.errors import check_one_of, dtype_name
 from mmfast.models._checks import check_features, check_present, check_size
+from mmfast.models._inputs import check_batch, encoded, without_absent
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
 
@@ -80,22 +81,37 @@ class MultimodalModel(nn.Module):
 
     def encode(
         self,
-        batch: Mapping[str, Tensor],  # modality -> [N, ...]; optionally <modality>__present -> bool [N]
+        batch: Mapping[str, Any],  # modality -> [N, ...], or a nest of such; see `encode`
     ) -> list[Tensor]:  # M tensors [N, D_m]
-        """Return each modality's features, zero for samples that `<modality>__present` marks as absent.
+        """Return each modality's features, zero for samples that lack it.
 
-        The encoder sees zeros in place of what the batch holds for absent samples, whatever that is: they
-        count in batch-norm statistics, but reach neither the head nor any gradient.
+        The encoder sees zeros in place of what the batch holds for samples that `<modality>__present` marks
+        as absent, whatever that is: they count in batch-norm statistics, but reach neither the head nor any
+        gradient. In a nest all tensors are zeros there, so a mask may be False throughout; an encoder that
+        divides by its sum must give something finite all the same (`mask.sum(1).clamp(min=1)`), for the
+        gradient of a NaN is NaN even where the feature is replaced. Or rows leave these samples out, as
+        `mmfast.data.pad` does: what has no row is not encoded, and counts in no statistics.
+
+        Args:
+            batch: by modality name, what its encoder takes: a tensor [N, ...], or a dict, tuple or list of
+                such, nested as it likes, which may hold None and numbers, too. Optional keys:
+                `<modality>__present`, bool [N]: which samples have it.
+                `<modality>.rows`, int64 [n]: the samples, each once, whose values the batch holds, in this
+                order; of all others the features are zero. With n = 0 the encoder is not called, and the
+                values may be missing. Values on a GPU are not read to check their range.
+                N is that of a modality without rows, else of `label`, of `<modality>__present`, or of
+                `coalition` (bool [N, M], which modalities a sample shows).
 
         Raises:
-            TypeError, ValueError: a modality is missing from the batch, is no tensor of a shape its encoder
-                takes, or has another number of samples; an encoder returns another shape than [N, D_m].
+            TypeError, ValueError: a modality is missing from the batch, holds no tensor, one of a shape its
+                encoder does not take, or of another number of samples; rows of other samples or another
+                dtype; an encoder returns another shape than [N, D_m].
         """
         return self._encode(batch, skip=())
 
     def encode_modality(
         self,
-        batch: Mapping[str, Tensor],  # modality -> [N, ...]; optionally <modality>__present -> bool [N]
+        batch: Mapping[str, Any],  # modality -> [N, ...], or a nest of such; see `encode`
         name: str,
     ) -> Tensor:  # [N, D_m]
         """Return the features of one modality; the others are not encoded and may be missing from the batch.
@@ -104,13 +120,12 @@ class MultimodalModel(nn.Module):
             TypeError, ValueError: as `encode`; or `name` is no modality of the model.
         """
         check_one_of("name", name, self.modalities, nearest_first=True)
-        others = tuple(other for other in self.modalities if other != name)
-        num_samples = self._check_batch(batch, skip=others)
+        num_samples = check_batch(batch, self.modalities, [name])
         return self._encode_one(batch, name, self.dims[self.modalities.index(name)], num_samples)
 
     def forward(
         self,
-        batch: Mapping[str, Tensor],  # modality -> [N, ...]; optionally <modality>__present -> bool [N]
+        batch: Mapping[str, Any],  # modality -> [N, ...], or a nest of such; see `encode`
         *,
         coalition: int | None = None,
         present: Tensor | None = None,  # bool [M, N]
@@ -224,10 +239,11 @@ class MultimodalModel(nn.Module):
 
     def _encode(
         self,
-        batch: Mapping[str, Tensor],
+        batch: Mapping[str, Any],
         skip: tuple[str, ...],  # modalities whose features are zero whatever the batch holds
     ) -> list[Tensor]:  # M tensors [N, D_m]
-        num_samples = self._check_batch(batch, skip)
+        needed = [name for name in self.modalities if name not in skip]
+        num_samples = check_batch(batch, self.modalities, needed)
         features = []
         for name, dim in zip(self.modalities, self.dims, strict=True):
             if name in skip:
@@ -237,48 +253,28 @@ class MultimodalModel(nn.Module):
         return features
 
     def _encode_one(
-        self, batch: Mapping[str, Tensor], name: str, dim: int, num_samples: int
+        self, batch: Mapping[str, Any], name: str, dim: int, num_samples: int
     ) -> Tensor:  # [N, D_m]
-        encoder, x, present = self.encoders[name], batch[name], None
+        encoder, rows, present = self.encoders[name], batch.get(rows_key(name)), None
+        count = num_samples if rows is None else rows.shape[0]
+        if rows is not None and count == 0:
+            return self.bias.new_zeros(num_samples, dim)
+        x = batch[name]
         if (key := present_key(name)) in batch:
             present = check_present(key, batch[key], "N", (num_samples,))
+            present = present if rows is None else present.index_select(0, rows)
             # NaN, a common filler, would reach weights by a gradient of zero times NaN.
-            x = x.masked_fill(~present.view(-1, *[1] * (x.dim() - 1)), 0)
+            x = without_absent(x, present)
         if isinstance(encoder, Encoder):
             encoder.check_input(x, name)
-        h = encoder(x)
-        if not isinstance(h, Tensor) or tuple(h.shape) != (num_samples, dim):
+        h = encoded(encoder, x, is_part=rows is not None)
+        if not isinstance(h, Tensor) or tuple(h.shape) != (count, dim):
             got = list(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(f"encoder {name!r} must return shape [N, D] = [{num_samples}, {dim}], got {got}")
+            letters = "N, D" if rows is None else "n, D"
+            raise ValueError(f"encoder {name!r} must return shape [{letters}] = [{count}, {dim}], got {got}")
         if present is not None:
             h = h.masked_fill(~present[:, None], 0.0)
-        return h
-
-    def _check_batch(self, batch: Mapping[str, Tensor], skip: tuple[str, ...]) -> int:
-        """Return N; raise unless the batch holds a tensor of N samples for each modality that is encoded."""
-        needed = [name for name in self.modalities if name not in skip]
-        for name in needed:
-            if name not in batch:
-                raise ValueError(
-                    f"batch must hold {', '.join(map(repr, self.modalities))}, but {name!r} is missing; "
-                    f"its keys are {nearest_names(name, batch) or 'none'}"
-                )
-        first = next((name for name in [*needed, *self.modalities] if name in batch), None)
-        if first is None:
-            raise ValueError(
-                f"batch must hold one of {', '.join(map(repr, self.modalities))} to tell N, got none"
-            )
-        for name in needed or [first]:
-            x = batch[name]
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-            if x.dim() == 0:
-                raise ValueError(f"{name} must have shape [N, ...], got a scalar")
-            if x.shape[0] != batch[first].shape[0]:
-                raise ValueError(
-                    f"{name} must hold N = {batch[first].shape[0]} samples as {first} does, got {x.shape[0]}"
-                )
-        return batch[first].shape[0]
+        return h if rows is None else h.new_zeros(num_samples, dim).index_copy(0, rows, h)
 
     def _check_coalition(self, name: str, value: Any) -> int:
         # int first: torch.compile cannot ask an int it traces as a symbol for __index__.

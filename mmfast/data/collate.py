@@ -1,0 +1,187 @@
+"""From samples to a batch: values stacked, nests leaf by leaf, samples that lack a modality told by rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from mmfast.coalitions import PRESENT_SUFFIX, rows_key
+from mmfast.data.arrays import LABEL
+from mmfast.errors import describe
+
+# Kinds of numpy's dtypes that torch has, too: bool, integers, floats.
+_KINDS = "biuf"
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the batch of some samples: what the loader makes unless it is given a `collate_fn`.
+
+    Equivalent to, where all samples have the same keys and hold tensors:
+
+        batch = torch.utils.data.default_collate(samples)
+        batch["label"] = batch["label"].long()
+
+    Args:
+        samples: N dicts; some may lack modalities that others have.
+
+    Returns:
+        By key: tensors, arrays, numbers and lists of numbers stacked to [N, ...]; dicts, tuples and lists of
+        such as the same nest with stacked leaves, None where a leaf is None in all samples; strings and
+        other values as a list of N. `label` is int64 [N], `<modality>__present` bool [N]. What some samples
+        lack holds the values of n others, and `rows_key` of its name says of which, int64 [n].
+
+    Raises:
+        ValueError: values that differ in shape, nests that differ in keys or length, a sample without label.
+    """
+    return assemble(samples, stack)
+
+
+# The loader hands samples that lack modalities to such a function alone.
+collate.takes_parts = True  # type: ignore[attr-defined]
+
+
+def takes_parts(collate_fn: Any) -> bool:
+    """Whether a function, or `functools.partial` of one, takes samples that lack modalities of others."""
+    while isinstance(collate_fn, functools.partial):
+        collate_fn = collate_fn.func
+    return bool(getattr(collate_fn, "takes_parts", False))
+
+
+def assemble(
+    samples: Sequence[Mapping[str, Any]],
+    join: Callable[[str, list[Any]], Any],
+) -> dict[str, Any]:
+    """Return the batch of some samples as `collate` does, with `join(name, values)` for values of a key."""
+    try:
+        alike = len(set(map(len, samples))) == 1
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]} if alike else None
+    except KeyError:
+        columns = None
+    if columns is None:
+        return _assemble_parts(samples, join)
+    return {key: _joined(key, values, join) for key, values in columns.items()}
+
+
+def _assemble_parts(
+    samples: Sequence[Mapping[str, Any]],
+    join: Callable[[str, list[Any]], Any],
+) -> dict[str, Any]:
+    """Return the batch of samples that differ in their keys."""
+    batch = {}
+    for key in dict.fromkeys(key for sample in samples for key in sample):
+        if key.endswith(PRESENT_SUFFIX):
+            # Without the flag a sample has the modality if it holds its values.
+            name = key.removesuffix(PRESENT_SUFFIX)
+            batch[key] = _joined(key, [sample.get(key, name in sample) for sample in samples], join)
+            continue
+        rows = [row for row, sample in enumerate(samples) if key in sample]
+        if key == LABEL and len(rows) < len(samples):
+            raise ValueError(f"all samples must have {LABEL!r}, got {len(samples) - len(rows)} without")
+        batch[key] = _joined(key, [samples[row][key] for row in rows], join)
+        if len(rows) < len(samples):
+            batch[rows_key(key)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return batch
+
+
+def stack(name: str, values: list[Any]) -> Any:
+    """Return the values that samples have of one key as one: [n, ...], a nest of such, or a list.
+
+    Args:
+        name: what errors call them.
+        values: of n samples, at least one.
+    """
+    first = values[0]
+    if is_array(first):
+        return _stacked(name, values)
+    if not isinstance(first, Mapping | list | tuple):
+        return values
+    _check_alike(name, values)
+    if isinstance(first, Mapping):
+        return {key: _inner(f"{name}[{key!r}]", [value[key] for value in values]) for key in first}
+    items = [_inner(f"{name}[{i}]", list(each)) for i, each in enumerate(zip(*values, strict=True))]
+    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a sample's value is one array: a tensor, an array of numbers, a number, a list of numbers."""
+    if isinstance(value, Tensor | int | float):
+        return True
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in _KINDS
+    # A named tuple is a nest, whatever it holds.
+    while isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        if len(value) == 0:
+            return True
+        value = value[0]
+    return isinstance(value, int | float) or (isinstance(value, np.generic) and value.dtype.kind in _KINDS)
+
+
+def as_array(
+    name: str,
+    value: Any,
+) -> Tensor:  # any shape
+    """Return an array of a sample as a tensor on the CPU.
+
+    Raises:
+        TypeError: `value` is no array of numbers.
+    """
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be an array of numbers, got {describe(value)}") from None
+
+
+def _joined(key: str, values: list[Any], join: Callable[[str, list[Any]], Any]) -> Any:
+    if key == LABEL:
+        # torch's losses take no int32, which is what some platforms and files have.
+        return _stacked(key, values).long()
+    if key.endswith(PRESENT_SUFFIX):
+        return _stacked(key, values).bool()
+    return join(key, values)
+
+
+def _inner(name: str, values: list[Any]) -> Any:
+    return None if all(value is None for value in values) else stack(name, values)
+
+
+def _stacked(
+    name: str,
+    values: list[Any],  # n arrays of one shape
+) -> Tensor:  # [n, ...]
+    if isinstance(values[0], list | tuple):
+        # torch would make a list of tensors, one for each position.
+        values = [as_array(name, value) for value in values]
+    try:
+        # In a worker it stacks into memory that processes share.
+        return default_collate(values)
+    except (TypeError, ValueError, RuntimeError):
+        # Numbers beside arrays, or other shapes: which, torch's own words name by no key.
+        arrays = [as_array(name, value) for value in values]
+        shape = list(arrays[0].shape)
+        other = next((list(array.shape) for array in arrays if list(array.shape) != shape), None)
+        if other is None:
+            return torch.stack(arrays)
+        raise ValueError(
+            f"{name} must have one shape in all samples of a batch, got {shape} and {other}: "
+            f"cut them, or give collate_fn=mmfast.data.pad"
+        ) from None
+
+
+def _check_alike(name: str, values: Sequence[Any]) -> None:
+    """Raise ValueError unless all nests have the keys of the first, or as many items."""
+    first = values[0]
+    kind, form = (Mapping, set) if isinstance(first, Mapping) else (list | tuple, len)
+    for value in values:
+        if not isinstance(value, kind) or is_array(value):
+            got = f"{describe(first)} and {describe(value)}"
+            raise ValueError(f"{name} must be the same nest in all samples of a batch, got {got}")
+        if form(value) != form(first):
+            what = "the same keys" if kind is Mapping else "as many items"
+            got = " and ".join(str(list(each) if kind is Mapping else len(each)) for each in (first, value))
+            raise ValueError(f"{name} must have {what} in all samples of a batch, got {got}")
