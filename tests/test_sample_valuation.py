@@ -105,4 +105,4 @@ def test_released_code_copies_samples_that_are_right_throughout(monkeypatch):
         monkeypatch.setattr(type(learner), "partial_logits", lambda self, features, right=right: right)
         learner.end_epoch(0, data, None)
         # phi is 1 each under |S| [correct], 1/2 each under [correct]: one copy per modality.
-        assert len(learner.indices) == (24 if released else 0)
+        assert learner.copies.sum() == (24 if released else 0)
