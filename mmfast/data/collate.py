@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from mmfast.errors import describe
 
 # Kinds of numpy's dtypes that torch has, too: bool, integers, floats.
 _KINDS = "biuf"
+# What becomes of n arrays at a place of a nest, such as ("text", "ids"): a tensor [n, ...].
+Join = Callable[[tuple[Any, ...], list[Any]], Any]
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -34,12 +36,14 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         By key: tensors, arrays, numbers and lists of numbers stacked to [N, ...]; dicts, tuples and lists of
         such as the same nest with stacked leaves, None where a leaf is None in all samples; strings and
         other values as a list of N. `label` is int64 [N], `<modality>__present` bool [N]. What some samples
-        lack holds the values of n others, and `rows_key` of its name says of which, int64 [n].
+        lack holds the values of n others, and `<key>.rows` says of which, int64 [n]; a modality that none
+        has is marked by `<modality>.rows` of n = 0 alone, where there is `<modality>__present`.
 
     Raises:
-        ValueError: values that differ in shape, nests that differ in keys or length, a sample without label.
+        TypeError, ValueError: values that differ in shape, nests that differ in keys or length, a sample
+            without label.
     """
-    return assemble(samples, stack)
+    return assemble(samples, lambda key, values: joined((key,), values))
 
 
 # The loader hands samples that lack modalities to such a function alone.
@@ -57,55 +61,71 @@ def assemble(
     samples: Sequence[Mapping[str, Any]],
     join: Callable[[str, list[Any]], Any],
 ) -> dict[str, Any]:
-    """Return the batch of some samples as `collate` does, with `join(name, values)` for values of a key."""
+    """Return the batch of some samples as `collate` does, with `join(key, values)` for values of a key."""
     try:
         alike = len(set(map(len, samples))) == 1
         columns = {key: [sample[key] for sample in samples] for key in samples[0]} if alike else None
     except KeyError:
         columns = None
     if columns is None:
-        return _assemble_parts(samples, join)
-    return {key: _joined(key, values, join) for key, values in columns.items()}
-
-
-def _assemble_parts(
-    samples: Sequence[Mapping[str, Any]],
-    join: Callable[[str, list[Any]], Any],
-) -> dict[str, Any]:
-    """Return the batch of samples that differ in their keys."""
-    batch = {}
-    for key in dict.fromkeys(key for sample in samples for key in sample):
-        if key.endswith(PRESENT_SUFFIX):
-            # Without the flag a sample has the modality if it holds its values.
-            name = key.removesuffix(PRESENT_SUFFIX)
-            batch[key] = _joined(key, [sample.get(key, name in sample) for sample in samples], join)
-            continue
-        rows = [row for row, sample in enumerate(samples) if key in sample]
-        if key == LABEL and len(rows) < len(samples):
-            raise ValueError(f"all samples must have {LABEL!r}, got {len(samples) - len(rows)} without")
-        batch[key] = _joined(key, [samples[row][key] for row in rows], join)
-        if len(rows) < len(samples):
-            batch[rows_key(key)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        batch = _assemble_parts(samples, join)
+    else:
+        batch = {key: _joined_key(key, values, join) for key, values in columns.items()}
+    for key in list(batch):
+        if key.endswith(PRESENT_SUFFIX) and (name := key.removesuffix(PRESENT_SUFFIX)) not in batch:
+            batch[rows_key(name)] = _rows([])
     return batch
 
 
-def stack(name: str, values: list[Any]) -> Any:
-    """Return the values that samples have of one key as one: [n, ...], a nest of such, or a list.
+def joined(place: tuple[Any, ...], values: list[Any], join: Join | None = None) -> Any:
+    """Return the values that n >= 1 samples have of one key as one: [n, ...], a nest of such, or a list.
 
     Args:
-        name: what errors call them.
-        values: of n samples, at least one.
+        place: of the values: the key, and what leads into the nest.
+        values: of the samples.
+        join: of arrays; None stacks them.
     """
-    first = values[0]
+    first, join = values[0], join or stacked
     if is_array(first):
-        return _stacked(name, values)
+        return join(place, values)
+    if len(place) > 1 and first is None and all(value is None for value in values):
+        return None
     if not isinstance(first, Mapping | list | tuple):
         return values
-    _check_alike(name, values)
+    _check_alike(place, values)
     if isinstance(first, Mapping):
-        return {key: _inner(f"{name}[{key!r}]", [value[key] for value in values]) for key in first}
-    items = [_inner(f"{name}[{i}]", list(each)) for i, each in enumerate(zip(*values, strict=True))]
+        return {key: joined((*place, key), [value[key] for value in values], join) for key in first}
+    items = [joined((*place, i), list(each), join) for i, each in enumerate(zip(*values, strict=True))]
     return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+
+
+def stacked(
+    place: tuple[Any, ...],
+    values: list[Any],  # n arrays of one shape
+    *,
+    hint: str = "cut them, or give collate_fn=mmfast.data.pad",
+) -> Tensor:  # [n, ...]
+    """Return arrays as one tensor.
+
+    Raises:
+        TypeError, ValueError: what is no array; arrays of several shapes, with what may be done about it.
+    """
+    if isinstance(values[0], list | tuple):
+        # torch would make a list of tensors, one for each position.
+        values = [as_array(name_of(place), value) for value in values]
+    try:
+        # In a worker it stacks into memory that processes share.
+        return default_collate(values)
+    except (TypeError, ValueError, RuntimeError):
+        # Numbers beside arrays, or other shapes: which, torch's own words name by no key.
+        arrays = [as_array(name_of(place), value) for value in values]
+        shape = list(arrays[0].shape)
+        other = next((list(array.shape) for array in arrays if list(array.shape) != shape), None)
+        if other is None:
+            return torch.stack(arrays)
+        raise ValueError(
+            f"{name_of(place)} must have one shape in all samples of a batch, got {shape} and {other}: {hint}"
+        ) from None
 
 
 def is_array(value: Any) -> bool:
@@ -131,51 +151,66 @@ def as_array(
     Raises:
         TypeError: `value` is no array of numbers.
     """
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        return value
     try:
         return torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be an array of numbers, got {describe(value)}") from None
 
 
-def _joined(key: str, values: list[Any], join: Callable[[str, list[Any]], Any]) -> Any:
+def arrays_of(place: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield place and value of a sample's arrays and of what is none; lists of numbers stay whole."""
+    if is_array(value) or not isinstance(value, Mapping | list | tuple):
+        yield place, value
+        return
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, inner in items:
+        yield from arrays_of((*place, key), inner)
+
+
+def name_of(place: tuple[Any, ...]) -> str:
+    """Return a place as errors print it: `text`, `text['ids']`, `text[0]`."""
+    return str(place[0]) + "".join(f"[{key!r}]" for key in place[1:])
+
+
+def _assemble_parts(
+    samples: Sequence[Mapping[str, Any]],
+    join: Callable[[str, list[Any]], Any],
+) -> dict[str, Any]:
+    """Return the batch of samples that differ in their keys."""
+    batch = {}
+    for key in dict.fromkeys(key for sample in samples for key in sample):
+        if key.endswith(PRESENT_SUFFIX):
+            # Without the flag a sample has the modality if it holds its values.
+            name = key.removesuffix(PRESENT_SUFFIX)
+            batch[key] = _joined_key(key, [sample.get(key, name in sample) for sample in samples], join)
+            continue
+        rows = [row for row, sample in enumerate(samples) if key in sample]
+        if key == LABEL and len(rows) < len(samples):
+            raise ValueError(f"all samples must have {LABEL!r}, got {len(samples) - len(rows)} without")
+        batch[key] = _joined_key(key, [samples[row][key] for row in rows], join)
+        if len(rows) < len(samples):
+            batch[rows_key(key)] = _rows(rows)
+    return batch
+
+
+def _rows(rows: list[int]) -> Tensor:  # [n] int64
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _joined_key(key: str, values: list[Any], join: Callable[[str, list[Any]], Any]) -> Any:
     if key == LABEL:
         # torch's losses take no int32, which is what some platforms and files have.
-        return _stacked(key, values).long()
+        return stacked((key,), values).long()
     if key.endswith(PRESENT_SUFFIX):
-        return _stacked(key, values).bool()
+        return stacked((key,), values).bool()
     return join(key, values)
 
 
-def _inner(name: str, values: list[Any]) -> Any:
-    return None if all(value is None for value in values) else stack(name, values)
-
-
-def _stacked(
-    name: str,
-    values: list[Any],  # n arrays of one shape
-) -> Tensor:  # [n, ...]
-    if isinstance(values[0], list | tuple):
-        # torch would make a list of tensors, one for each position.
-        values = [as_array(name, value) for value in values]
-    try:
-        # In a worker it stacks into memory that processes share.
-        return default_collate(values)
-    except (TypeError, ValueError, RuntimeError):
-        # Numbers beside arrays, or other shapes: which, torch's own words name by no key.
-        arrays = [as_array(name, value) for value in values]
-        shape = list(arrays[0].shape)
-        other = next((list(array.shape) for array in arrays if list(array.shape) != shape), None)
-        if other is None:
-            return torch.stack(arrays)
-        raise ValueError(
-            f"{name} must have one shape in all samples of a batch, got {shape} and {other}: "
-            f"cut them, or give collate_fn=mmfast.data.pad"
-        ) from None
-
-
-def _check_alike(name: str, values: Sequence[Any]) -> None:
+def _check_alike(place: tuple[Any, ...], values: Sequence[Any]) -> None:
     """Raise ValueError unless all nests have the keys of the first, or as many items."""
-    first = values[0]
+    first, name = values[0], name_of(place)
     kind, form = (Mapping, set) if isinstance(first, Mapping) else (list | tuple, len)
     for value in values:
         if not isinstance(value, kind) or is_array(value):
