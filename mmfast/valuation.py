@@ -143,7 +143,7 @@ def valuate(
         "prefetch": prefetch,
     }
     reader = replace(reader_of(module), **{key: value for key, value in given.items() if value is not None})
-    check_samples(model.modalities, model.num_classes, "dataset", dataset)
+    check_samples(model.modalities, model.num_classes, "dataset", dataset, collate_fn=reader.collate_fn)
     autocast = contextlib.nullcontext if fabric is None else fabric.autocast
     with _evaluating(module, dataset, reader), autocast():
         return _valuated(module, dataset, utility, backend, reader, share=fabric is not None)

@@ -118,6 +118,33 @@ def test_a_flag_that_samples_lack_follows_from_their_values():
     assert collate(given)["audio__present"].tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("filler", [None, {"ids": [0, 0]}, {}, "nothing"])
+def test_what_stands_for_an_absent_nest_has_no_row(filler):
+    given = samples({"ids": [1, 2]}, filler, {"ids": [3, 4]}, key="text")
+    for i, each in enumerate(given):
+        each["text__present"] = torch.tensor(i != 1)
+    found = collate(given)
+    assert found["text"]["ids"].tolist() == [[1, 2], [3, 4]]
+    assert found["text.rows"].tolist() == [0, 2]
+    assert found["text__present"].tolist() == [True, False, True]
+    assert set(collate(given[1:2])) == {"audio", "label", "text__present", "text.rows"}
+    assert collate(given[1:2])["text.rows"].shape == (0,)
+
+
+def test_arrays_that_stand_for_absence_stay():
+    # Zeros in their place count in batch norm, as `MultimodalModel.encode` says.
+    found = collate([sample(i, audio__present=i != 1) for i in range(3)])
+    assert found["audio"].shape == (3, 3)
+    assert "audio.rows" not in found
+    mixed = collate([sample(0, audio__present=True), sample(1, audio__present=False) | {"audio": None}])
+    assert mixed["audio.rows"].tolist() == [0]
+
+
+def test_flags_that_the_first_sample_lacks_are_found():
+    given = [sample(0, text=[1]), sample(1, text=None, text__present=False)]
+    assert collate(given)["text.rows"].tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from mmfast.coalitions import PRESENT_SUFFIX, rows_key
+from mmfast.coalitions import PRESENT_SUFFIX, present_key, rows_key
 from mmfast.data.arrays import LABEL
 from mmfast.errors import describe
 
 # Kinds of numpy's dtypes that torch has, too: bool, integers, floats.
 _KINDS = "biuf"
+_ARRAYS = {Tensor, np.ndarray}
 # What becomes of n arrays at a place of a nest, such as ("text", "ids"): a tensor [n, ...].
 Join = Callable[[tuple[Any, ...], list[Any]], Any]
 
@@ -35,15 +36,17 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         By key: tensors, arrays, numbers and lists of numbers stacked to [N, ...]; dicts, tuples and lists of
         such as the same nest with stacked leaves, None where a leaf is None in all samples; strings and
-        other values as a list of N. `label` is int64 [N], `<modality>__present` bool [N]. What some samples
-        lack holds the values of n others, and `<key>.rows` says of which, int64 [n]; a modality that none
-        has is marked by `<modality>.rows` of n = 0 alone, where there is `<modality>__present`.
+        other values as a list of N. `label` is int64 [N], `<modality>__present` bool [N].
+        A key that some samples lack holds the values of n others, and `<key>.rows` says of which, int64 [n].
+        So does a modality that `<modality>__present` marks as absent where a sample holds no array in its
+        place, but None or a nest: the encoder sees no zeros there, of which a mean over a mask would make
+        NaN. Where no sample has it `<modality>.rows` of n = 0 stands alone.
 
     Raises:
         TypeError, ValueError: values that differ in shape, nests that differ in keys or length, a sample
             without label.
     """
-    return assemble(samples, lambda key, values: joined((key,), values))
+    return assemble(without_absent(samples, arrays=False), lambda key, values: joined((key,), values))
 
 
 # The loader hands samples that lack modalities to such a function alone.
@@ -55,6 +58,24 @@ def takes_parts(collate_fn: Any) -> bool:
     while isinstance(collate_fn, functools.partial):
         collate_fn = collate_fn.func
     return bool(getattr(collate_fn, "takes_parts", False))
+
+
+def without_absent(samples: Sequence[Mapping[str, Any]], *, arrays: bool) -> Sequence[Mapping[str, Any]]:
+    """Return samples without what stands for modalities that they lack; arrays stay unless `arrays`."""
+    # Samples of as many keys have the same ones, but for parts of samples that others read whole.
+    told_by = samples[:1] if len(set(map(len, samples))) == 1 else samples
+    names = {key.removesuffix(PRESENT_SUFFIX) for sample in told_by for key in sample if _is_flag(key)}
+    if not arrays:
+        names = {name for name in names if not {type(sample.get(name)) for sample in samples} <= _ARRAYS}
+    if not names:
+        return samples
+
+    def kept(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        absent = {name for name in names if not sample.get(present_key(name), True)}
+        gone = {name for name in absent if name in sample and (arrays or not is_array(sample[name]))}
+        return {key: value for key, value in sample.items() if key not in gone} if gone else sample
+
+    return [kept(sample) for sample in samples]
 
 
 def assemble(
@@ -72,7 +93,7 @@ def assemble(
     else:
         batch = {key: _joined_key(key, values, join) for key, values in columns.items()}
     for key in list(batch):
-        if key.endswith(PRESENT_SUFFIX) and (name := key.removesuffix(PRESENT_SUFFIX)) not in batch:
+        if _is_flag(key) and (name := key.removesuffix(PRESENT_SUFFIX)) not in batch:
             batch[rows_key(name)] = _rows([])
     return batch
 
@@ -181,7 +202,7 @@ def _assemble_parts(
     """Return the batch of samples that differ in their keys."""
     batch = {}
     for key in dict.fromkeys(key for sample in samples for key in sample):
-        if key.endswith(PRESENT_SUFFIX):
+        if _is_flag(key):
             # Without the flag a sample has the modality if it holds its values.
             name = key.removesuffix(PRESENT_SUFFIX)
             batch[key] = _joined_key(key, [sample.get(key, name in sample) for sample in samples], join)
@@ -195,6 +216,10 @@ def _assemble_parts(
     return batch
 
 
+def _is_flag(key: str) -> bool:
+    return key.endswith(PRESENT_SUFFIX)
+
+
 def _rows(rows: list[int]) -> Tensor:  # [n] int64
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
@@ -203,7 +228,7 @@ def _joined_key(key: str, values: list[Any], join: Callable[[str, list[Any]], An
     if key == LABEL:
         # torch's losses take no int32, which is what some platforms and files have.
         return stacked((key,), values).long()
-    if key.endswith(PRESENT_SUFFIX):
+    if _is_flag(key):
         return stacked((key,), values).bool()
     return join(key, values)
 

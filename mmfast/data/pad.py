@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmfast.coalitions import PRESENT_SUFFIX, is_reserved
-from mmfast.data.collate import arrays_of, as_array, assemble, is_array, joined, name_of, stacked
+from mmfast.coalitions import is_reserved
+from mmfast.data.collate import (
+    arrays_of,
+    as_array,
+    assemble,
+    is_array,
+    joined,
+    name_of,
+    stacked,
+    without_absent,
+)
 from mmfast.errors import describe
 
 _VALUES, _MASK = "values", "mask"
@@ -78,7 +87,7 @@ def pad(
             return {_VALUES: nest, _MASK: mask}
         return {**nest, _MASK: nest[_MASK].bool() if _MASK in nest else mask}
 
-    return assemble([_without_absent(sample) for sample in samples], join)
+    return assemble(without_absent(samples, arrays=True), join)
 
 
 pad.takes_parts = True  # type: ignore[attr-defined]
@@ -94,15 +103,6 @@ def _check_options(names: Any, multiple_of: Any, max_length: Any) -> None:
             raise TypeError(f"{option} must be an int, got {describe(given)}")
         if given < 1:
             raise ValueError(f"{option} must be at least 1, got {given}")
-
-
-def _without_absent(sample: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a sample without what it holds in the place of modalities that it lacks."""
-    absent = [key for key in sample if key.endswith(PRESENT_SUFFIX) and not sample[key]]
-    if not absent:
-        return sample
-    names = {key.removesuffix(PRESENT_SUFFIX) for key in absent}
-    return {key: value for key, value in sample.items() if key not in names}
 
 
 def _is_padded(key: str, values: Sequence[Any], names: Sequence[str] | None) -> bool:
@@ -147,7 +147,7 @@ def _size(array: Any) -> int | None:
     """Return the first dimension of an array; None of a number and of what is no array."""
     if isinstance(array, list | tuple):
         return len(array)
-    shape = getattr(array, "shape", ())
+    shape: Any = getattr(array, "shape", ())
     return shape[0] if len(shape) else None
 
 

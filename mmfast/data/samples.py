@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from mmfast.coalitions import present_key
 from mmfast.data.arrays import ENCODE, LABEL, ArrayDataset
+from mmfast.data.collate import arrays_of, as_array, is_array, name_of
 from mmfast.data.splits import Splits
 from mmfast.errors import describe
 
@@ -26,8 +27,12 @@ def check_samples(
     dataset: Any,
     *,
     whole: bool = False,
+    collate_fn: Callable | None = None,
 ) -> None:
     """Raise unless `dataset` holds labelled samples of the modalities.
+
+    A modality of a sample is an array of numbers, or a nest of such: dicts, tuples and lists, with None where
+    there is nothing. What else a sample holds is its own matter.
 
     Args:
         modalities: that every sample must have.
@@ -36,9 +41,12 @@ def check_samples(
         dataset: map-style data set. All its labels are checked where it has them as an attribute `labels`,
             those of its first samples otherwise.
         whole: every class and every modality must occur, as in a training set.
+        collate_fn: what makes batches of samples. With one they may differ in shape, a modality may hold what
+            is no array for it to turn into one, and nothing is asked of what samples lack.
 
     Raises:
-        TypeError: no data set of dicts, labels that are no integers, features that are no numbers.
+        TypeError: no data set of dicts, or one that is read in its own order alone, labels that are no
+            integers, features that are no numbers.
         ValueError: no samples, a missing modality, labels out of range or of another length, samples that
             differ in shape, NaN or infinite numbers, an absent class.
     """
@@ -46,9 +54,15 @@ def check_samples(
     size = len(dataset)
     if size == 0:
         raise ValueError(f"{name} must hold at least one sample, got none")
-    shapes: dict[str, list[int]] = {}
+    first: dict[str, tuple[int, dict[str, list[int]]]] = {}
     for index in range(1 if isinstance(dataset, ArrayDataset) else min(_FEW, size)):
-        _check_sample(modalities, num_classes, name, index, dataset[index], shapes)
+        sample = dataset[index]
+        _check_keys(modalities, name, sample)
+        for key in modalities:
+            found = _check_modality(key, name, index, sample, is_free=collate_fn is not None)
+            if collate_fn is None and found:
+                _check_alike(key, name, first.setdefault(key, (index, found)), (index, found))
+        _check_label(num_classes, name, index, sample[LABEL])
     masks = getattr(dataset, "present", None)
     for key, mask in masks.items() if isinstance(masks, Mapping) else ():
         if whole and key in modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
@@ -92,40 +106,77 @@ def _check_kind(name: str, dataset: Any) -> None:
             f"{name} must be a data set of samples, got {describe(dataset)}: "
             "mmfast.data.ArrayDataset({<modality>: array}, labels) makes one"
         )
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            f"{name} must be a data set with len({name}) and {name}[index], got {describe(dataset)}"
-        )
+    is_stream = isinstance(dataset, IterableDataset)
+    if is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        text = f"{name} must be a data set with len({name}) and {name}[index], got {describe(dataset)}"
+        if is_stream or hasattr(dataset, "__iter__"):
+            text += (
+                ", which gives samples in its own order alone; they are read by index, again and again: in "
+                "the seed's order, as copies, for valuation. Read it into a list, or write a class with "
+                "__len__ and __getitem__"
+            )
+        raise TypeError(text)
 
 
-def _check_sample(
-    modalities: Sequence[str],
-    num_classes: int,
-    name: str,
-    index: int,
-    sample: Any,
-    shapes: dict[str, list[int]],  # of the samples before, by modality
-) -> None:
+def _check_keys(modalities: Sequence[str], name: str, sample: Any) -> None:
     if not isinstance(sample, Mapping):
         raise TypeError(f"samples of {name} must be {_EXPECTED}, got {describe(sample)}")
     for key in (*modalities, LABEL):
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
-    for key in modalities:
-        where = f"{key} of sample {index} of {name}"
-        try:
-            value = torch.as_tensor(sample[key], device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{where} must be an array of numbers, got {describe(sample[key])}") from None
-        if bool(torch.as_tensor(sample.get(present_key(key), True))):
-            check_finite(where, value)
-        expected = shapes.setdefault(key, list(value.shape))
-        if list(value.shape) != expected:
+
+
+def _check_modality(
+    key: str,
+    name: str,
+    index: int,
+    sample: Mapping[str, Any],
+    *,
+    is_free: bool,  # to hold what is no array
+) -> dict[str, list[int]]:
+    """Return the shapes of a sample's arrays of a modality, by their names; none where it lacks it."""
+    is_present = bool(torch.as_tensor(sample.get(present_key(key), True)))
+    shapes: dict[str, list[int]] = {}
+    if not is_present and (is_free or not is_array(sample[key])):
+        return shapes
+    for place, value in arrays_of((key,), sample[key]):
+        where = f"{name_of(place)} of sample {index} of {name}"
+        if not is_array(value):
+            if is_free or (value is None and len(place) > 1):
+                continue
+            raise TypeError(f"{where} must be an array of numbers, got {describe(value)}")
+        array = as_array(where, value)
+        if is_present:
+            check_finite(where, array)
+        shapes[name_of(place)] = list(array.shape)
+    if not shapes and not is_free:
+        raise TypeError(
+            f"{key} of sample {index} of {name} must hold an array of numbers, got {describe(sample[key])}"
+        )
+    return shapes
+
+
+def _check_alike(
+    key: str,
+    name: str,
+    first: tuple[int, Mapping[str, list[int]]],  # a sample and the shapes of its arrays, by their names
+    other: tuple[int, Mapping[str, list[int]]],
+) -> None:
+    (one, expected), (index, found) = first, other
+    if set(found) != set(expected):
+        raise ValueError(
+            f"{key} must hold the same arrays in all samples of {name}, got {', '.join(expected)} in "
+            f"sample {one} and {', '.join(found)} in sample {index}"
+        )
+    for array, shape in found.items():
+        if shape != expected[array]:
             raise ValueError(
-                f"{key} must have one shape in all samples of {name}, got {expected} in sample 0 and "
-                f"{list(value.shape)} in sample {index}: cut or pad them"
+                f"{array} must have one shape in all samples of {name}, got {expected[array]} in sample "
+                f"{one} and {shape} in sample {index}: cut them, or give collate_fn=mmfast.data.pad"
             )
-    label = sample[LABEL]
+
+
+def _check_label(num_classes: int, name: str, index: int, label: Any) -> None:
     shape = getattr(label, "shape", ())
     if isinstance(label, str | bytes):
         raise TypeError(f"label of sample {index} of {name} must be an integer, got a string: {ENCODE}")

@@ -89,8 +89,9 @@ class MultimodalModel(nn.Module):
         as absent, whatever that is: they count in batch-norm statistics, but reach neither the head nor any
         gradient. In a nest all tensors are zeros there, so a mask may be False throughout; an encoder that
         divides by its sum must give something finite all the same (`mask.sum(1).clamp(min=1)`), for the
-        gradient of a NaN is NaN even where the feature is replaced. Or rows leave these samples out, as
-        `mmfast.data.pad` does: what has no row is not encoded, and counts in no statistics.
+        gradient of a NaN is NaN even where the feature is replaced. Rows leave these samples out, as they
+        do in the batches that mmfast makes of nests: what has no row is not encoded, and counts in no
+        statistics.
 
         Args:
             batch: by modality name, what its encoder takes: a tensor [N, ...], or a dict, tuple or list of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,14 @@ from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 
 
-def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool = False) -> None:
+def check_data(
+    model: MultimodalModel,
+    name: str,
+    dataset: Any,
+    *,
+    whole: bool = False,
+    collate_fn: Callable | None = None,
+) -> None:
     """Raise unless `dataset` holds labelled samples of the model's modalities, as `check_samples` does.
 
     Args:
@@ -23,6 +31,7 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
         name: what errors call the data set.
         dataset: map-style data set.
         whole: every class and every modality must occur, as in a training set.
+        collate_fn: what makes batches of its samples, which may then differ in shape.
     """
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"model must be a mmfast.MultimodalModel, got {describe(model)}")
@@ -30,7 +39,7 @@ def check_data(model: MultimodalModel, name: str, dataset: Any, *, whole: bool =
         raise ValueError(
             "model must have C = 2 classes at least to be trained, got 1: all data have one label"
         )
-    check_samples(model.modalities, model.num_classes, name, dataset, whole=whole)
+    check_samples(model.modalities, model.num_classes, name, dataset, whole=whole, collate_fn=collate_fn)
 
 
 def check_fits(learner: Learner, train: Any) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.coalitions import present_key
-from mmfast.data.reader import Reader
+from mmfast.coalitions import present_key, rows_key
+from mmfast.data.reader import Reader, model_place
+from mmfast.models import MultimodalModel
+from mmfast.nests import mapped, tensors
 from mmfast.training.optimization import Optimization
 
 # Steps between looks at losses that lie on a GPU, each taken while the device works on.
 _EVERY = 64
 _SHOWN = 5
+# In place of a weight that is no longer finite.
+_SOME_WEIGHT = 0.02
 
 
 # How the error's text begins.
@@ -88,21 +94,30 @@ class Losses:
 
 
 def bad_inputs(
-    batch: Mapping[str, Any],  # <name>: [N, ...]
+    batch: Mapping[str, Any],  # <name>: [N, ...], or a nest of such; of its rows alone, where it has them
     samples: Sequence[int],  # the N indices in the data set
     names: Sequence[str],
 ) -> dict[str, list[int]]:
     """Return, by modality, the samples of a batch that hold NaN or infinite elements."""
     found = {}
     for name in names:
-        values = torch.as_tensor(batch[name])
-        if values.is_floating_point():
-            rows = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
-            # Of a sample that lacks the modality nothing is read.
-            rows = rows & batch.get(present_key(name), torch.ones_like(rows))
-            if bool(rows.any()):
-                found[name] = [samples[row] for row in rows.nonzero().flatten().tolist()]
+        # Of a sample that lacks the modality nothing is read.
+        present, rows = batch.get(present_key(name)), batch.get(rows_key(name))
+        bad = [_not_finite(value) for value in tensors(batch.get(name)) if value.is_floating_point()]
+        if not bad:
+            continue
+        held = torch.arange(len(samples), device=bad[0].device) if rows is None else rows
+        blamed = held[torch.stack(bad).any(0) & (present is None or present[held])]
+        if len(blamed):
+            found[name] = [samples[row] for row in blamed.tolist()]
     return found
+
+
+def _not_finite(
+    value: Tensor,  # [n, ...]
+) -> Tensor:  # bool [n]
+    finite = value.isfinite()
+    return ~(finite.flatten(1).all(1) if value.ndim > 1 else finite)
 
 
 def bad_inputs_of(dataset: Any, names: Sequence[str], reader: Reader | None = None) -> dict[str, list[int]]:
@@ -115,6 +130,52 @@ def bad_inputs_of(dataset: Any, names: Sequence[str], reader: Reader | None = No
         for name, bad in bad_inputs(batch, samples.tolist(), names).items():
             found.setdefault(name, []).extend(bad)
     return found
+
+
+def spoilt_by_absence(model: MultimodalModel, dataset: Any, reader: Reader) -> list[str]:
+    """Return the modalities of whose absence an encoder makes NaN, which its gradient brings to the weights.
+
+    An encoder sees zeros in place of a modality that a sample lacks, unless rows leave the sample out.
+    """
+    asked, found = {name for name in model.modalities if _is_trained(model.encoders[name])}, []
+    batches = torch.arange(len(dataset), device="cpu").split(reader.batch_size)
+    device, dtype = model_place(model)
+    for batch in reader.read(dataset, batches, model.modalities, device, dtype=dtype, plain=True):
+        asked &= {name for name in asked if present_key(name) in batch}
+        if not asked:
+            break
+        for name in sorted(asked):
+            present, rows = batch[present_key(name)], batch.get(rows_key(name))
+            if name in batch and not bool((present if rows is None else present[rows]).all()):
+                asked.remove(name)
+                found += [name] * _makes_nan(model.encoders[name], batch[name])
+    return found
+
+
+def _is_trained(encoder: nn.Module) -> bool:
+    return any(p.requires_grad for p in encoder.parameters())
+
+
+@torch.no_grad()
+def _makes_nan(
+    encoder: nn.Module,
+    nest: Any,  # tensors [N, ...]
+) -> bool:
+    """Whether an encoder with finite weights makes NaN or infinite features of zeros."""
+    encoder = copy.deepcopy(encoder).eval()
+    for value in itertools.chain(encoder.parameters(), encoder.buffers()):
+        # It may have its NaN by now.
+        value.copy_(value.nan_to_num(_SOME_WEIGHT, _SOME_WEIGHT, _SOME_WEIGHT))
+    return not bool(encoder(mapped(torch.zeros_like, nest)).isfinite().all())
+
+
+def absence_text(names: Sequence[str]) -> str:
+    """Return the sentence about encoders that make NaN of what stands for absence."""
+    text = " and ".join(names)
+    return (
+        f"the encoder of {text} makes NaN of the zeros that it sees in place of samples without {text}: let "
+        "it divide by mask.sum(1).clamp(min=1), or let collate_fn=mmfast.data.pad leave these samples out"
+    )
 
 
 def input_text(part: str, bad: Mapping[str, Sequence[int]]) -> str:

@@ -21,10 +21,12 @@ from mmfast.training.divergence import (
     PREDICTIONS,
     DivergedError,
     Losses,
+    absence_text,
     bad_inputs,
     bad_inputs_of,
     cause_text,
     input_text,
+    spoilt_by_absence,
 )
 from mmfast.training.evaluation import Metrics, measure
 from mmfast.training.optimization import Optimization
@@ -217,8 +219,10 @@ class TrainingLoop:
         where: str,
         batch: int | None = None,
     ) -> None:
-        cause = input_text(part, bad)
-        if not bad:
+        cause, learner = input_text(part, bad), self.learner
+        if not bad and (names := spoilt_by_absence(learner.model, self.train, learner.reader)):
+            cause = absence_text(names)
+        elif not bad:
             cause = cause_text(
                 lr=self.optimization.lr,
                 precision=self.fabric.strategy.precision.precision,

@@ -159,9 +159,9 @@ class Trainer:
         However it ends, what training froze is free again and no gradient is left on the model; where it
         does not finish, its modules are in the modes they were in, and it keeps the weights it had by then.
         """
-        check_data(model, "train", train, whole=True)
+        check_data(model, "train", train, whole=True, collate_fn=self.reader.collate_fn)
         if val is not None:
-            check_data(model, "val", val)
+            check_data(model, "val", val, collate_fn=self.reader.collate_fn)
         elif self.method.needs_validation:
             raise ValueError(f"{self.method.name} needs a validation split, got val=None")
         if not self.fabric._launched:
@@ -223,7 +223,7 @@ class Trainer:
         Raises:
             ValueError: `model` is not what this trainer has fitted, or the data do not fit it.
         """
-        check_data(model, "test", test)
+        check_data(model, "test", test, collate_fn=self.reader.collate_fn)
         if self.learner is None or self.learner.model is not model:
             raise ValueError(
                 "model must be the one this trainer has fitted, got another: call fit or restore first"
