@@ -135,7 +135,7 @@ def valuate(
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
     module = _checked(model, dataset, utility)
-    given = {
+    given: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,
         "collate_fn": collate_fn,
@@ -155,7 +155,7 @@ def _valuated(
     every = coalitions.all_of(len(module.modalities))  # [S]
     sizes = coalitions.sizes(len(module.modalities))  # |s|, [S]
     found: list[Tensor] = []
-    correct = 0
+    correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
     labels: list[Tensor] = []
     shown: list[Tensor] = []
     for features, label, present in _encoded(module, dataset, reader, share):
@@ -172,7 +172,7 @@ def _valuated(
                 rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
                 values, right = values.gather(1, rest), right.gather(1, rest)
             found.append(ops.shapley_values(values, backend=backend).float())
-            correct += right.double().sum(0)
+            correct = correct.to(right.device) + right.double().sum(0)
         labels.append(label)
         if present is not None:
             shown.append(present.T)

@@ -213,13 +213,13 @@ def test_the_table_shows_what_was_chosen(chosen):
 
 def test_valuation_of_such_a_model_takes_the_same(npz, chosen, tmp_path):
     folder = chosen[0] / "runs" / "joint-seed0"
-    learner, splits, _ = restore(folder)
+    trainer, splits, _ = restore(folder)
     expected = data.load(
         npz, modalities=("video", "sequence", "image"), encoders={"sequence": "image", "video": "gru"}
     )
     assert splits.shapes == expected.shapes == {"video": (3, 40), "sequence": (1, 5, 2), "image": (2, 3, 4)}
     assert torch.equal(splits.test.arrays["sequence"], expected.test.arrays["sequence"])
-    assert type(learner.model.encoders["video"]) is GRUEncoder
+    assert type(trainer.learner.model.encoders["video"]) is GRUEncoder
     result = CliRunner().invoke(app, ["valuate", "--model", str(folder), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "coalitions.json").read_text())

@@ -14,16 +14,19 @@ from mmfast.cli.flags import (
     Accelerator,
     BatchSize,
     Data,
+    DataOnDevice,
     Devices,
     Dim,
     Encoders,
     Epochs,
+    EvalBatchSize,
     Fusion,
     LearningRate,
     LrGamma,
     LrStep,
     Modalities,
     Momentum,
+    NumWorkers,
     OptimizerName,
     Overwrite,
     Precision,
@@ -82,6 +85,9 @@ def compare(
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
     precision: Precision = "32-true",
+    num_workers: NumWorkers = 0,
+    eval_batch_size: EvalBatchSize = 256,
+    data_on_device: DataOnDevice = "auto",
     overwrite: Overwrite = False,
     traceback: Traceback = False,
 ) -> None:
@@ -195,6 +201,9 @@ def train(
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
     precision: Precision = "32-true",
+    num_workers: NumWorkers = 0,
+    eval_batch_size: EvalBatchSize = 256,
+    data_on_device: DataOnDevice = "auto",
     overwrite: Overwrite = False,
     traceback: Traceback = False,
 ) -> None:
@@ -274,10 +283,14 @@ def valuate(
     ] = None,
     skip_unreadable: SkipUnreadable = False,
     accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    num_workers: NumWorkers = 0,
+    eval_batch_size: EvalBatchSize = 256,
     traceback: Traceback = False,
 ) -> None:
     """Print what each modality contributes to a trained model, exactly, over all coalitions of modalities."""
     with plain_errors(traceback):
+        from mmfast.cli.options import parse_devices
         from mmfast.data.splits import PARTS
         from mmfast.errors import check_one_of
         from mmfast.experiments.setup import restore
@@ -286,10 +299,19 @@ def valuate(
 
         check_one_of("split", split, PARTS)
         check_one_of("utility", utility, UTILITIES)
-        learner, splits, state = restore(
-            model, data, accelerator=accelerator, skip_unreadable=skip_unreadable
+        trainer, splits, state = restore(
+            model,
+            data,
+            skip_unreadable=skip_unreadable,
+            accelerator=accelerator,
+            devices=parse_devices(devices),
+            num_workers=num_workers,
+            eval_batch_size=eval_batch_size,
         )
-        valuation = valuate(learner, getattr(splits, split), utility=utility)
+        assert trainer.learner is not None
+        valuation = valuate(trainer.learner, getattr(splits, split), utility=utility, fabric=trainer.fabric)
+        if not trainer.fabric.is_global_zero:
+            return
         beside = model if model.is_dir() else model.parent
         out = out or beside / f"valuation-{split}"
         facts = {key: state[key] for key in ("method", "seed")} | {"data": splits.description, "split": split}

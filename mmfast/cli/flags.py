@@ -179,6 +179,19 @@ Devices = Annotated[str, typer.Option(help="Number of devices a run trains on, o
 Precision = Annotated[
     str, typer.Option(help="32-true, bf16-mixed, 16-mixed or another of Lightning Fabric's.")
 ]
+NumWorkers = Annotated[
+    int, typer.Option(min=0, help="Processes that read the files of a FOLDER; 0 reads them in this one.")
+]
+EvalBatchSize = Annotated[
+    int, typer.Option(min=1, help="Samples of a batch where nothing is trained, on each device.")
+]
+DataOnDevice = Annotated[
+    str,
+    typer.Option(
+        help="Whether the data lie on the device all the time: yes, no, or auto, which is yes if they fill "
+        "at most a quarter of a GPU's free memory."
+    ),
+]
 Probe = Annotated[
     bool,
     typer.Option(

@@ -138,6 +138,11 @@ def parse_encoders(assignments: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def parse_devices(text: str) -> int | str:
+    """Return devices as Lightning Fabric takes them: their number, or "auto"."""
+    return int(text) if text.isdigit() else text
+
+
 def make_setup(
     source: str,
     split_seed: int,
@@ -145,6 +150,7 @@ def make_setup(
     devices: str,
     *,
     skip_unreadable: bool = False,
+    num_workers: int = 0,
     modalities: str | None = None,
     encoders: Iterable[str] | None = None,
     **settings: Any,
@@ -162,13 +168,19 @@ def make_setup(
     return Setup(
         source=source,
         splits=data.load(
-            source, seed=split_seed, skip_unreadable=skip_unreadable, modalities=names, encoders=kinds
+            source,
+            seed=split_seed,
+            skip_unreadable=skip_unreadable,
+            modalities=names,
+            encoders=kinds,
+            num_workers=num_workers,
         ),
         optimization=optimization,
         modalities=names,
         encoders=kinds,
-        devices=int(devices) if devices.isdigit() else devices,
+        devices=parse_devices(devices),
         skip_unreadable=skip_unreadable,
+        num_workers=num_workers,
         **settings,
     )
 
@@ -186,7 +198,8 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
         base: settings to use where none is given.
     """
     settings = {field.name: given[_OPTIONS.get(field.name, field.name)] for field in fields(Optimization)}
-    rest = ("dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities")
+    rest = ["dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities"]
+    rest += ["num_workers", "eval_batch_size", "data_on_device"]
     return make_setup(
         given["data"],
         given["split_seed"],

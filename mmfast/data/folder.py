@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mmfast.data.channels import channels_first
 from mmfast.data.media import choose_frames, read_array, read_image
@@ -30,6 +33,7 @@ def load_folder(
     size: int = 64,
     frames: int = 3,
     skip_unreadable: bool = False,
+    num_workers: int = 0,
 ) -> Splits:
     """Read a folder of raw media, one folder per class, optionally under `train`, `val` and `test`.
 
@@ -55,6 +59,7 @@ def load_folder(
         frames: Pictures taken from a video, spread evenly.
         skip_unreadable: Leave out files that cannot be read: their samples lack the modality, and a sample
             without any other file is left out whole. The description tells how many.
+        num_workers: Processes that read files; 0 reads them in this one.
 
     Raises:
         ImportError: recordings or pictures without the package that reads them.
@@ -69,9 +74,10 @@ def load_folder(
     samples = find_samples(path)
     total = sum(len(files) for sample in samples for files in sample.files.values())
     bad = Unreadable(path)
-    read = _reader(samples, bad, mels=mels, seconds=seconds, size=size, frames=frames)
+    rate, num_samples = _audio_length(samples, seconds, bad)
+    read = _Decoder(bad, rate, num_samples, mels, size, frames)
     names = sorted({name for sample in samples for name in sample.files})
-    stacks = {name: _stack(name, samples, read) for name in names}
+    stacks = {name: _stack(name, samples, read, num_workers) for name in names}
     if bad.reasons and not skip_unreadable:
         raise bad.error(total, "skip_unreadable=True (--skip-unreadable) leaves such files out")
     arrays, masks = {}, {}
@@ -114,40 +120,55 @@ def _what_is_left_out(num_files: int, num_samples: int) -> str:
     return text
 
 
-def _reader(
-    samples: Sequence[Sample],
-    bad: Unreadable,
-    *,
-    mels: int,
-    seconds: float | None,
-    size: int,
-    frames: int,
-) -> Callable[[list[Path]], Tensor | None]:
-    """Return the function that turns the files of one modality of a sample into features, None if unreadable.
+@dataclass
+class _Decoder:
+    """Turns the files of one modality of a sample into features; what cannot be read is noted in `bad`."""
 
-    What cannot be read is noted in `bad`.
-    """
-    rate, num_samples = _audio_length(samples, seconds, bad)
+    bad: Unreadable
+    rate: int  # samples of sound a second, 0 without any
+    num_samples: int  # of a recording
+    mels: int
+    size: int
+    frames: int
 
-    def read_recording(file: Path) -> Tensor:  # [1, mels, frames]
-        recording = read_sound(file, stop=max(num_samples, fft_size(rate)))
-        return log_mel(recording, rate, num_samples=num_samples, mels=mels)
-
-    def read_picture(file: Path) -> Tensor:  # [3, size, size]
-        return read_image(file, size)
-
-    def read(files: list[Path]) -> Tensor | None:
+    def __call__(self, files: list[Path]) -> Tensor | None:
+        """Return features, None where they are unreadable."""
         suffix = files[0].suffix.lower()
         if len(files) > 1:
             # All of them, so that every bad frame is reported.
-            pictures = [bad.attempt(read_picture, file) for file in choose_frames(files, frames)]
+            pictures = [self.bad.attempt(self._picture, file) for file in choose_frames(files, self.frames)]
             good = [picture for picture in pictures if picture is not None]
             return torch.stack(good) if len(good) == len(pictures) else None
         if suffix in PICTURES:
-            return bad.attempt(read_picture, files[0])
-        return bad.attempt(read_recording if suffix in SOUNDS else read_array, files[0])
+            return self.bad.attempt(self._picture, files[0])
+        return self.bad.attempt(self._recording if suffix in SOUNDS else read_array, files[0])
 
-    return read
+    def _recording(self, file: Path) -> Tensor:  # [1, mels, frames]
+        recording = read_sound(file, stop=max(self.num_samples, fft_size(self.rate)))
+        return log_mel(recording, self.rate, num_samples=self.num_samples, mels=self.mels)
+
+    def _picture(self, file: Path) -> Tensor:  # [3, size, size]
+        return read_image(file, self.size)
+
+
+class _Files(Dataset):
+    """The features of one modality, sample by sample, and what was found unreadable on the way."""
+
+    def __init__(self, files: list[list[Path]], read: _Decoder) -> None:
+        self.files = files
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, dict[Path, str]]:
+        known = set(self.read.bad.reasons)
+        features = self.read(self.files[index])
+        return features, {file: why for file, why in self.read.bad.reasons.items() if file not in known}
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _audio_length(samples: Sequence[Sample], seconds: float | None, bad: Unreadable) -> tuple[int, int]:
@@ -171,20 +192,23 @@ def _audio_length(samples: Sequence[Sample], seconds: float | None, bad: Unreada
 
 
 def _stack(
-    name: str, samples: Sequence[Sample], read: Callable[[list[Path]], Tensor | None]
+    name: str, samples: Sequence[Sample], read: _Decoder, num_workers: int
 ) -> tuple[Tensor | None, np.ndarray]:  # [N, ...], bool [N]
     """Read one modality of all samples: zeros and False where a sample has no readable file."""
     stacked: Tensor | None = None
     mask = np.zeros(len(samples), bool)
-    for row, sample in enumerate(samples):
-        features = read(sample.files[name]) if name in sample.files else None
+    rows = [row for row, sample in enumerate(samples) if name in sample.files]
+    files = _Files([samples[row].files[name] for row in rows], read)
+    found = DataLoader(files, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    for row, (features, reasons) in zip(rows, found, strict=True):
+        read.bad.reasons.update(reasons)
         if features is None:
             continue
         if stacked is None:
-            stacked, first = features.new_zeros(len(samples), *features.shape), sample.files[name][0]
+            stacked, first = features.new_zeros(len(samples), *features.shape), samples[row].files[name][0]
         if features.shape != stacked.shape[1:]:
             raise ValueError(
-                f"{sample.files[name][0]}: must have the shape of {first}, {list(stacked.shape[1:])}, "
+                f"{samples[row].files[name][0]}: must have the shape of {first}, {list(stacked.shape[1:])}, "
                 f"got {list(features.shape)}"
             )
         stacked[row], mask[row] = features, True

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mmfast.coalitions import features_key, present_key
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import evaluating, presence
+from mmfast.data.devices import fits_on
 from mmfast.data.reader import evaluation_batches, reader_of
 from mmfast.distributed import gather_rows, rank_and_size
 
@@ -109,7 +110,7 @@ def _encoded(
 ) -> Iterator[tuple[Tensor, list[Tensor], Tensor | None]]:  # [n], M x [n, D_m], bool [n, M]
     """Yield labels, features and marks batch by batch; of several processes all yield as many."""
     rank, world_size = rank_and_size()
-    size = reader_of(learner).batch_size
+    size = reader_of(learner).evaluation_size(dataset)
     steps = -(-len(range(0, len(dataset), world_size)) // size)
     batches = evaluation_batches(learner, dataset, rank=rank, world_size=world_size)
     example: tuple[Tensor, list[Tensor], Tensor | None] | None = None
@@ -137,11 +138,6 @@ def _make_room(rows: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:
     if device.type == "cpu" and total > MAX_BYTES:
         return {key: _mapped_file(shapes[key], value.dtype) for key, value in rows.items()}
     return {key: torch.empty(shapes[key], dtype=value.dtype, device=device) for key, value in rows.items()}
-
-
-def fits_on(device: torch.device, num_bytes: int) -> bool:
-    """Whether so many bytes are at most a quarter of what is free on a GPU; anywhere else they are."""
-    return device.type != "cuda" or num_bytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def _mapped_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

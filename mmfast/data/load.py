@@ -24,6 +24,7 @@ def load(
     skip_unreadable: bool = False,
     modalities: Sequence[str] | None = None,
     encoders: Mapping[str, str] | None = None,
+    num_workers: int = 0,
 ) -> Splits:
     """Load a data set, split into train, validation and test.
 
@@ -36,6 +37,7 @@ def load(
         modalities: Names of those to use, in the order of the coalition bits; by default all.
         encoders: What to take a modality as, "vector", "sequence", "image" or "video", by its name; or the
             encoder to take it by. Which shapes can be taken so is said in `mmfast/data/views.py`.
+        num_workers: Processes that read the files of a folder; 0 reads them in this one.
 
     Raises:
         ValueError: a source that is none of these, and whatever its reader refuses.
@@ -44,14 +46,26 @@ def load(
         if Path(source).suffix == ".npz" and Path(source).is_file():
             whole = load_npz(source, seed=seed, standardize=False, modalities=modalities)
         else:
-            whole = load(source, seed=seed, standardize=False, skip_unreadable=skip_unreadable)
+            whole = load(
+                source,
+                seed=seed,
+                standardize=False,
+                skip_unreadable=skip_unreadable,
+                num_workers=num_workers,
+            )
         chosen = choose(whole, modalities, encoders)
         return chosen.standardize() if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)
     path = Path(source)
     if path.is_dir():
-        return load_folder(path, seed=seed, standardize=standardize, skip_unreadable=skip_unreadable)
+        return load_folder(
+            path,
+            seed=seed,
+            standardize=standardize,
+            skip_unreadable=skip_unreadable,
+            num_workers=num_workers,
+        )
     if path.is_file() and path.suffix == ".npz":
         return load_npz(path, seed=seed, standardize=standardize)
     if path.is_file() and path.suffix.lower() in _TABLES:

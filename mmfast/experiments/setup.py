@@ -15,11 +15,13 @@ import torch
 
 import mmfast
 from mmfast import data, methods, models
-from mmfast.data import Splits
+from mmfast.data import ArrayDataset, Splits
+from mmfast.data.devices import fits_on
+from mmfast.data.splits import PARTS
 from mmfast.data.views import choose
+from mmfast.errors import check_one_of
 from mmfast.files import plain
 from mmfast.methods import Method
-from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
 from mmfast.training import checkpoint
@@ -28,6 +30,9 @@ from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
 from mmfast.training.optimization import Optimization
 from mmfast.training.trainer import LAST, MODEL, Trainer
+
+# Whether data lie on the device all the time.
+DATA_ON_DEVICE = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Setup:
         encoders: what modalities are taken as, or the encoders that take them, where given.
         probe: measure every modality by a logistic regression on its frozen features, too.
         skip_unreadable: files of a FOLDER that cannot be read were left out.
+        num_workers: processes that read files and samples.
+        eval_batch_size: samples of a batch where nothing is trained.
+        data_on_device: one of DATA_ON_DEVICE; "auto" puts data on a GPU if they fill at most a quarter of its
+            free memory.
     """
 
     source: str
@@ -59,6 +68,21 @@ class Setup:
     skip_unreadable: bool = False
     modalities: tuple[str, ...] | None = None
     encoders: Mapping[str, str] = field(default_factory=dict)
+    num_workers: int = 0
+    eval_batch_size: int = 256
+    data_on_device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
+
+    def parts_on(self, device: torch.device) -> dict[str, ArrayDataset]:
+        """Return training, validation and test data where runs on a device are to find them."""
+        parts = {part: getattr(self.splits, part) for part in PARTS}
+        size = sum(len(part) * part.sample_bytes for part in parts.values())
+        fits = device.type == "cuda" and fits_on(device, size)
+        if self.data_on_device == "yes" or (self.data_on_device == "auto" and fits):
+            parts = {name: part.to(device) for name, part in parts.items()}
+        return parts
 
     def model(self, seed: int) -> MultimodalModel:
         """Return the untrained model of a seed, the same for every method."""
@@ -112,6 +136,8 @@ class Setup:
                 precision=self.precision,
                 out_dir=out_dir,
                 metadata=self.metadata(),
+                num_workers=self.num_workers,
+                eval_batch_size=self.eval_batch_size,
                 **options,
             )
         except RuntimeError as error:
@@ -158,9 +184,11 @@ def make_run(
     """
     begun = time.perf_counter()
     trainer = setup.trainer(method, seed, out_dir, **options)
-    model, splits = setup.model(seed), setup.splits
-    learner = trainer.fit(model, splits.train, splits.val, resume=resume)
-    metrics = trainer.test(model, splits.test)
+    model = setup.model(seed)
+    trainer.launch()
+    parts = setup.parts_on(trainer.fabric.device)
+    learner = trainer.fit(model, parts["train"], parts["val"], resume=resume)
+    metrics = trainer.test(model, parts["test"])
     seconds = sum(entry["seconds"] for entry in trainer.history)
     entry = {
         "method": method.name,
@@ -178,7 +206,7 @@ def make_run(
         "history": trainer.history,
     }
     if setup.probe:
-        entry["probe"] = probe(learner, splits.train, splits.test)
+        entry["probe"] = probe(learner, parts["train"], parts["test"])
     return plain(entry | {"wall_seconds": time.perf_counter() - begun})
 
 
@@ -199,17 +227,17 @@ def restore(
     path: Path,
     source: str | None = None,
     *,
-    accelerator: str = "auto",
     skip_unreadable: bool = False,
-) -> tuple[Learner, Splits, dict[str, Any]]:
-    """Return the trained learner of a checkpoint, its data, and what the checkpoint says about the run.
+    **options: Any,
+) -> tuple[Trainer, Splits, dict[str, Any]]:
+    """Return the trainer of a checkpoint with its learner, its data, and what the checkpoint tells.
 
     Args:
         path: `model.ckpt`, or the folder it lies in.
         source: other data than the model was trained on, of the same modalities and classes.
-        accelerator: as Lightning Fabric takes it.
         skip_unreadable: leave out files of a folder that cannot be read, which is done for a model trained
             so in any case.
+        options: further fields of Setup, such as `accelerator` and `devices`.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -237,6 +265,7 @@ def restore(
         seed=facts["split_seed"] or 0,
         standardize=False,
         skip_unreadable=skip_unreadable,
+        num_workers=options.get("num_workers", 0),
     )
     chosen, encoders = facts.get("modalities"), facts.get("encoders", {})
     # Where some are missing the shapes below say which.
@@ -260,13 +289,15 @@ def restore(
         Optimization(**state["optimization"]),
         facts["dim"],
         facts["fusion"],
-        accelerator,
         skip_unreadable=skip_unreadable,
         modalities=None if chosen is None else tuple(chosen),
         encoders=encoders,
+        **options,
     )
     trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
-    return trainer.restore(setup.model(state["seed"]), file), splits, state
+    trainer.launch()
+    trainer.restore(setup.model(state["seed"]), file)
+    return trainer, splits, state
 
 
 def _finished_runs(path: Path) -> list[Path]:

@@ -55,6 +55,9 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
         "accelerator": setup.accelerator,
         "devices": setup.devices,
         "precision": setup.precision,
+        "num-workers": setup.num_workers,
+        "eval-batch-size": setup.eval_batch_size,
+        "data-on-device": setup.data_on_device,
     }
     words = ["train", "--resume"]
     words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable

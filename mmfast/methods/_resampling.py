@@ -26,8 +26,9 @@ class ResamplingLearner(Learner):
 
         Of several processes each values its share, and all get the whole.
         """
-        released = {"utility": "correct", "none_is_worthless": True} if self.method.released else {}
-        return contributions(self, data, share=True, **released)
+        if self.method.released:
+            return contributions(self, data, utility="correct", none_is_worthless=True, share=True)
+        return contributions(self, data, share=True)
 
     def start_epoch(self, epoch, train):
         sample, modality = self.copies.nonzero(as_tuple=True)
@@ -72,14 +73,12 @@ class ResamplingLearner(Learner):
         unseen = samples[~known[samples]].unique()
         if len(unseen):
             # A loop of the user's own does not tell; every process reads them all.
-            plain = Entries(getattr(train, "evaluation", train), unseen)
-            for start, batch in zip(
-                range(0, len(unseen), self.reader.batch_size), evaluation_batches(self, plain), strict=True
-            ):
-                part = unseen[start : start + self.reader.batch_size]
-                found = presence(batch, self.modalities)
-                if found is not None:
+            entries, start = Entries(getattr(train, "evaluation", train), unseen), 0
+            for batch in evaluation_batches(self, entries):
+                part = unseen[start : start + len(batch["label"])]
+                if (found := presence(batch, self.modalities)) is not None:
                     present[part] = found.T.cpu()
+                start += len(part)
         return None if bool(present.all()) else present
 
     def figures(

@@ -31,7 +31,10 @@ class _ModalityValuationLearner(ResamplingLearner):
         num_drawn = max(1, int(method.fraction * len(train)))
         subset = torch.randint(len(train), (num_drawn,), generator=draw, device="cpu")
         plain = getattr(train, "evaluation", train)
-        phi = mean_contributions(*self.contributions(Entries(plain, subset)))  # [M]
+        # Who is drawn more than once counts as often, and is read once.
+        drawn, position = subset.unique(return_inverse=True)
+        values, present = self.contributions(Entries(plain, drawn))
+        phi = mean_contributions(values[position], None if present is None else present[position])  # [M]
         # A modality that no drawn sample has cannot be compared.
         known = phi[~phi.isnan()]
         gap = float(known.max() - known.min())

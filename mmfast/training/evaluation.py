@@ -61,7 +61,10 @@ class _Figures:
     def __init__(self, learner: Learner) -> None:
         self.names, self.classes, device = learner.modalities, learner.num_classes, learner.device
         # A million numbers are more than float32 adds up; MPS has no other.
-        real = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+        real: dict[str, Any] = {
+            "device": device,
+            "dtype": torch.float32 if device.type == "mps" else torch.float64,
+        }
         self.loss, self.right, self.num_nan = torch.zeros(3, 1, **real)
         self.alone, self.contribution, self.counts = torch.zeros(3, len(self.names), **real)
         self.num_samples = torch.zeros(1, **real)

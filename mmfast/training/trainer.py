@@ -137,6 +137,11 @@ class Trainer:
         method, settings = PUBLISHED[preset]
         return cls(method, optimization=Optimization(**settings), **options)
 
+    def launch(self) -> None:
+        """Start the other processes, where there are several and no launcher has; `fit` does it otherwise."""
+        if not self.fabric._launched:
+            self.fabric.launch()
+
     def fit(
         self, model: MultimodalModel, train: Any, val: Any | None = None, *, resume: bool = False
     ) -> Learner:
@@ -164,8 +169,7 @@ class Trainer:
             check_data(model, "val", val, collate_fn=self.reader.collate_fn)
         elif self.method.needs_validation:
             raise ValueError(f"{self.method.name} needs a validation split, got val=None")
-        if not self.fabric._launched:
-            self.fabric.launch()
+        self.launch()
         if self.optimization.batch_size < self.fabric.world_size:
             raise ValueError(
                 f"batch_size must be at least the number of devices = {self.fabric.world_size}, "

@@ -1,0 +1,227 @@
+"""Batches as they are read on the host: gathered from memory, or sample by sample, here or in a worker."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_convert
+
+from mmfast.coalitions import PRESENT_SUFFIX, rows_key
+from mmfast.data.arrays import LABEL
+from mmfast.data.batches import takes_batches, to_read
+from mmfast.data.collate import collate, takes_parts
+from mmfast.data.drawing import kept_draws, mixed, seed_host
+from mmfast.errors import describe
+from mmfast.nests import mapped
+
+Batch = dict[str, Any]
+
+# Bytes of batches that are gathered together from memory.
+_GATHERED_BYTES = 2**18
+
+
+class Key(NamedTuple):
+    """What a batch is made of; arrays of numpy, which go to workers by value."""
+
+    indices: np.ndarray  # [B] int64
+    read: np.ndarray | None  # bool [B, M]: modalities to read of each sample; None: all
+    plain: bool  # of the data set's form without augmentation
+    seed: int
+
+
+def make_keys(
+    indices: Sequence[Tensor],  # [B] int64 each
+    shown: Sequence[Tensor] | None,  # bool [B, M] each
+    plain: bool,
+    seed: int,
+    first: int,
+) -> Iterator[Key]:
+    for number, index in enumerate(indices):
+        read = None if shown is None else to_read(shown[number]).numpy()
+        yield Key(index.numpy(), read, plain, mixed(seed, first + number))
+
+
+def in_memory(dataset: Any) -> bool:
+    """Whether a data set gathers batches by itself, from indices that are known to be in range."""
+    return hasattr(dataset, "gather") and takes_batches(dataset)
+
+
+def gathered(
+    dataset: Any,
+    indices: Sequence[Tensor],  # [B] int64 each
+    shown: Sequence[Tensor] | None,  # bool [B, M] each
+    modalities: Sequence[str],
+) -> Iterator[Batch]:
+    if shown is None:
+        # All indices go to the device together, and small batches are gathered several at a time.
+        sizes = [len(index) for index in indices]
+        every = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *indices]).to(dataset.device)
+        several = max(1, _GATHERED_BYTES // max(1, dataset.sample_bytes * max(sizes, default=1)))
+        start = 0
+        for first in range(0, len(sizes), several):
+            group = sizes[first : first + several]
+            end = start + sum(group)
+            yield from _split(dataset.gather(every[start:end]), group)
+            start = end
+        return
+    for index, mask in zip(indices, shown, strict=True):
+        yield _parts_of_batch(dataset, index, to_read(mask), modalities)
+
+
+def _split(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
+    if len(sizes) == 1:
+        yield batch
+        return
+    pieces = [value.split(sizes) for value in batch.values()]
+    for values in zip(*pieces, strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def _parts_of_batch(
+    dataset: Any,
+    index: Tensor,  # [B] int64
+    read: Tensor,  # bool [B, M]
+    modalities: Sequence[str],
+) -> Batch:
+    batch = dataset.gather(index.to(dataset.device), ())
+    for m, name in enumerate(modalities):
+        rows = read[:, m].nonzero().flatten()
+        if len(rows) < len(index):
+            batch[rows_key(name)] = rows
+        batch |= dataset.gather(index[rows].to(dataset.device), (name,), labels=False)
+    return batch
+
+
+class Source(Dataset):
+    """What reads the batches of a data set, in this process or in a worker's.
+
+    Args:
+        dataset: of samples, or one that takes batches.
+        modalities: names of the M modalities.
+        collate_fn: from samples to a batch; None for the default.
+    """
+
+    def __init__(self, dataset: Any, modalities: tuple[str, ...], collate_fn: Callable | None) -> None:
+        self.dataset = dataset
+        self.modalities = modalities
+        self.collate = collate_fn or collate
+        self.is_own = collate_fn is not None
+
+    def form(self, plain: bool) -> Any:
+        """Return the data set, or what it gives where nothing is to be augmented."""
+        return getattr(self.dataset, "evaluation", self.dataset) if plain else self.dataset
+
+    def __getitem__(self, key: Key) -> Batch:
+        # A worker's generators are its own.
+        seed_host(key.seed)
+        return self._fetch(key)
+
+    def fetch_here(self, key: Key) -> Batch:
+        """Return a batch; the generators of this process stay as they are."""
+        with kept_draws():
+            return self[key]
+
+    def _fetch(self, key: Key) -> Batch:
+        dataset, read = self.form(key.plain), key.read
+        if takes_batches(dataset):
+            batch = default_convert(dataset[torch.from_numpy(key.indices)])
+            return _with_long_labels(batch if read is None else self._without_hidden(batch, read))
+        if read is not None and not takes_parts(self.collate):
+            read = None
+        samples = self._samples(dataset, key.indices.tolist(), read)
+        batch = self.collate(samples)
+        if self.is_own and not isinstance(batch, Mapping):
+            raise TypeError(f"collate_fn must return a dict of the batch's values, got {describe(batch)}")
+        return _with_long_labels(dict(batch))
+
+    def _samples(self, dataset: Any, indices: list[int], read: np.ndarray | None) -> list[Any]:
+        if hasattr(dataset, "__getitems__") and (read is None or not hasattr(dataset, "get")):
+            samples = dataset.__getitems__(indices)
+        elif read is None or not hasattr(dataset, "get"):
+            samples = [dataset[index] for index in indices]
+        else:
+            return _with_all_marks(
+                [
+                    dataset[index] if mask.all() else dict(dataset.get(index, self._names(mask)))
+                    for index, mask in zip(indices, read, strict=True)
+                ]
+            )
+        if read is None:
+            return samples
+        hidden = [{name for name, shown in zip(self.modalities, mask) if not shown} for mask in read]
+        return [
+            {key: value for key, value in sample.items() if key not in names}
+            for sample, names in zip(samples, hidden, strict=True)
+        ]
+
+    def _names(self, mask: np.ndarray) -> tuple[str, ...]:
+        return tuple(itertools.compress(self.modalities, mask))
+
+    def _without_hidden(self, batch: Batch, read: np.ndarray) -> Batch:
+        batch = dict(batch)
+        for m, name in enumerate(self.modalities):
+            if not read[:, m].all():
+                rows = batch[rows_key(name)] = torch.from_numpy(read[:, m].nonzero()[0])
+                batch[name] = mapped(functools.partial(torch.index_select, dim=0, index=rows), batch[name])
+        return batch
+
+
+def _with_all_marks(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples that all tell whether they have a modality, if one does; what is not read is absent."""
+    marks = {key: False for sample in samples for key in sample if key.endswith(PRESENT_SUFFIX)}
+    return [marks | sample for sample in samples] if marks else samples
+
+
+def _with_long_labels(batch: Batch) -> Batch:
+    # torch's losses take no int32, which is what some platforms and files have.
+    if isinstance(batch.get(LABEL), Tensor) and batch[LABEL].dtype != torch.int64:
+        batch[LABEL] = batch[LABEL].long()
+    return batch
+
+
+class _Order:
+    """The keys of the pass under way, which a DataLoader asks for at the beginning of each."""
+
+    def __init__(self) -> None:
+        self.keys: Iterator[Key] = iter(())
+        self.length = 0
+
+    def __iter__(self) -> Iterator[Key]:
+        return self.keys
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Pool:
+    """Workers that read one data set, pass after pass."""
+
+    def __init__(self, source: Source, num_workers: int, prefetch: int, pin: bool) -> None:
+        self.order = _Order()
+        self.source = source  # holds the data set, by whose identity the pool is found
+        self.loader = DataLoader(
+            source,
+            sampler=self.order,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=True,
+            prefetch_factor=prefetch,
+            pin_memory=pin,
+            collate_fn=_as_it_is,
+            # Not the generator that dropout draws from: results do not depend on the number of workers.
+            generator=torch.Generator("cpu"),
+        )
+
+    def read(self, keys: Iterator[Key], length: int) -> Iterator[Batch]:
+        self.order.keys, self.order.length = keys, length
+        return iter(self.loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
