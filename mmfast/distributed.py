@@ -93,15 +93,10 @@ def range_over_processes(
 def _reduced(values: Tensor, how: Any) -> Tensor:
     if (group := world()) is None:
         return values
-    # A backend of GPUs alone takes tensors that lie there.
-    place = values.device if _takes_cpu(group) else torch.device("cuda", torch.cuda.current_device())
-    found = values.to(place, torch.uint8 if values.dtype == torch.bool else values.dtype, copy=True)
+    numbers = values.to(torch.uint8) if values.dtype == torch.bool else values.clone()
+    found = _reachable(numbers, group)
     dist.all_reduce(found, op=how, group=group)
     return found.to(values.device, values.dtype)
-
-
-def _takes_cpu(group: dist.ProcessGroup) -> bool:
-    return dist.get_backend(group) != "nccl"
 
 
 def check_agreement(what: str, number: int) -> None:
@@ -270,11 +265,3 @@ def rank_and_size() -> tuple[int, int]:
     """Return which of how many processes this one is."""
     group = world()
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-
-
-def gather_rows(own: Tensor) -> Tensor:
-    return own
-
-
-def merge_moments(m):
-    return m
