@@ -18,6 +18,7 @@ from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import gather_rows, rank_and_size, sum_over_processes
 from mmfast.errors import check_one_of, describe, needs_train
+from mmfast.models._checks import nobody_waits_for
 from mmfast.models.predictor import Predictor
 from mmfast.ops.additive_shapley import UTILITIES
 
@@ -294,7 +295,7 @@ def batch_contributions(
     if model.additive and present is None:
         partial, bias = model.partial_logits(features), model.bias
         finite = partial.isfinite().all() & bias.isfinite().all()
-        if sound is not None and finite.device.type != "cpu":
+        if sound is not None and not nobody_waits_for(finite):
             sound[:] = [finite & sound[0] if sound else finite]
             return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
         if bool(finite):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmfast.models import MLP, MultimodalModel
+from mmfast.nests import mapped
 
 N, WORDS, DIM = 4, 5, 3
 
@@ -201,6 +202,15 @@ def test_features_of_rows_have_the_dtype_of_the_encoder():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [h.dtype for h in model.encode(given)] == [torch.bfloat16] * 2
         assert model(given).dtype == torch.bfloat16
+
+
+def test_no_value_is_read_to_encode():
+    # On the meta device there are none; on a GPU a look at one would wait for it.
+    model, batch = make()
+    given = in_rows(batch, text=[0, 3]) | {"text__present": torch.tensor([True, True, True, False])}
+    features = model.to("meta").train().encode(mapped(lambda x: x.to("meta"), given))
+    assert [h.shape for h in features] == [(N, DIM), (N, DIM)]
+    assert all(h.is_meta for h in features)
 
 
 def test_compile_fullgraph_of_nests_and_rows():

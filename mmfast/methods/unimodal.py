@@ -53,7 +53,8 @@ class _UnimodalLearner(SeparateLearner):
 
     def combine(self, logits, present):
         if present is None:
-            return logits[self.score.argmax()]
+            # Not as a Python index, which a GPU would be waited for.
+            return logits.index_select(0, self.score.argmax()[None])[0]
         best = self.score[:, None].masked_fill(~present, -torch.inf).argmax(0)  # [N]
         chosen = logits.gather(0, best[None, :, None].expand_as(logits[:1]))[0]
         return chosen.masked_fill(~present.any(0)[:, None], 0.0)

@@ -27,6 +27,11 @@ def check_dropout(value: float) -> float:
     return value
 
 
+def nobody_waits_for(value: Tensor) -> bool:
+    """Whether the host may read a tensor's values without waiting for a device."""
+    return value.device.type == "cpu"
+
+
 def check_present(name: str, value: object, letters: str, sizes: tuple[int, ...]) -> Tensor:
     """Return `value`; raise unless it is a bool tensor of shape `sizes`, written with `letters` ("M, N")."""
     if not isinstance(value, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmfast.coalitions import contains, is_reserved, members, num_coalitions, present_key, rows_key
 from mmfast.errors import check_one_of, dtype_name
-from mmfast.models._checks import check_features, check_present, check_size
+from mmfast.models._checks import check_features, check_present, check_size, nobody_waits_for
 from mmfast.models._inputs import check_batch, encoded, without_absent
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
@@ -221,7 +221,8 @@ class MultimodalModel(nn.Module):
         num_samples, num_coalitions = features[0].shape[0], member.shape[0]
         if self.additive:
             partial = self.head.partial_logits(features)
-            if not torch.compiler.is_compiling() and bool(partial.isfinite().all()):
+            is_known = not torch.compiler.is_compiling() and nobody_waits_for(partial)
+            if is_known and bool(partial.isfinite().all()):
                 return self.bias + torch.matmul(member.to(partial.dtype), partial.transpose(0, 1))
             # In a product NaN and infinity would reach coalitions that they are no members of.
             added = (torch.where(member[:, m, None], own[:, None], 0.0) for m, own in enumerate(partial))
