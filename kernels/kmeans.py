@@ -62,11 +62,19 @@ def _count_pairs_kernel(
 class _Lloyd:
     """The samples about their mean, and the steps of an iteration on them."""
 
-    def __init__(self, features: Tensor, num_clusters: int):
+    def __init__(
+        self,
+        features: Tensor,  # [N, D]
+        num_clusters: int,
+        offset: Tensor | None = None,  # [D] in ACC, in place of the mean
+    ):
         self.features, self.num_clusters = features, num_clusters
         self.dtype = _wide(features.dtype)
-        variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
-        self.variance = variance.mean(dtype=torch.float64)
+        if offset is None:
+            variance, self.offset = torch.var_mean(features.to(self.dtype), 0, correction=0)
+            self.variance = variance.mean(dtype=torch.float64)
+        else:
+            self.offset, self.variance = offset.contiguous(), offset.new_zeros((), dtype=torch.float64)
         self.acc = _acc(features.dtype)
         self.samples = (features.shape[0], features.shape[1], *features.stride())
         self.assignments = features.new_full((features.shape[0],), -1, dtype=torch.int32)
@@ -202,6 +210,20 @@ def kmeans_lloyd(
         inertia = lloyd.squared_distances(centroids).double().sum().to(lloyd.dtype)
     centroids += lloyd.offset
     return centroids, lloyd.assignments.long(), inertia, torch.tensor(num_iter, device="cpu")
+
+
+def kmeans_assign(
+    features: Tensor,  # [N, D], N and D at least 1
+    offset: Tensor,  # [D] in ACC
+    centroids: Tensor,  # [K, D] in ACC, less the offset
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], float64 [K, D], int64 [K]
+    """Return the nearest centroid of each sample, the clusters' sums less the offset, and their sizes."""
+    with _on(features.device):
+        lloyd, centroids = _Lloyd(features, centroids.shape[0], offset), centroids.contiguous()
+        lloyd.assign(centroids)
+        # A cluster without samples stays where it is, and counts 0 times.
+        mean, count, _ = lloyd.move(centroids, lloyd.assignments)
+    return lloyd.assignments.long(), mean.double() * count[:, None], count
 
 
 def pair_counts(

@@ -61,12 +61,14 @@ class _DIMMLLearner(FrozenEncodersLearner):
         for m, h, labels in self.modality_features(train, share=True):
             part = ops.class_moments(h, labels, self.num_classes)
             own[m] = own[m].merge(part) if m in own else part
-        moments = [merge_moments(own.get(m)) for m in range(len(self.modalities))]
-        for name, found in zip(self.modalities, moments, strict=True):
-            if found is None:
+        means = []
+        for m, name in enumerate(self.modalities):
+            moments = merge_moments(own.get(m), self.device)
+            if moments is None:
                 raise ValueError(f"di-mml needs samples with {name} in training, got none")
+            means.append(moments.mean)
         for m, h, labels in self.modality_features(train, share=True):
-            accuracy = ops.dimension_accuracy(h, labels, moments[m].mean)
+            accuracy = ops.dimension_accuracy(h, labels, means[m])
             right[m] += (len(labels) * accuracy.double()).round().long()
         self.forget()
         right = sum_over_processes(right)

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
-from numbers import Real
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmfast import backend as _backend
-from mmfast.errors import describe
-from mmfast.ops._checks import (
-    check_choice,
-    check_float,
-    check_integer,
-    check_labels,
-    check_same_device,
-    check_shape,
-    check_tensor,
-    shape_text,
-)
+from mmfast.ops._kmeans_checks import check_clustering, check_purity, exponent_of, is_shared, scaled
 from mmfast.ops._launch import DTYPE_CODE, as_int64, outside_autocast, strided, with_contiguous_rows
 from mmfast.ops._registration import define
 from mmfast.reference import kmeans as _reference
 from mmfast.reference._common import accumulation_dtype, row_chunks
+from mmfast.reference._kmeans_group import Shares
+from mmfast.reference._kmeans_steps import assign_about
 
 # Entries of a table of clusters and classes, of 8 bytes each.
 _MAX_TABLE_NUMEL = 2**22
@@ -50,6 +42,7 @@ def kmeans(
     max_iter: int = 300,
     tol: float = 1e-4,
     seed: int = 0,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> KMeans:
     """Return the clustering of samples around K centroids by Lloyd's iterations, the best of several starts.
@@ -71,40 +64,52 @@ def kmeans(
         tol: a start ends when the centroids' summed squared movement falls to `tol` times the mean variance
             of a dimension, or when no assignment changes.
         seed: of the draws, which are the same on every device.
+        group: a torch.distributed process group: the samples are those of all its processes, in order of
+            rank, of which each passes its own (N may differ, and be 0). All pass the same options; centroids
+            to start from are those of the group's first process. Iterations exchange sums and sizes of the
+            clusters, no samples but seeds and what empty clusters take. None: this process alone.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         KMeans(centroids [K, D], assignments int64 [N], inertia [], num_iter), floats in float32 for half
         precision, else in the dtype of `features`. A cluster that loses its last sample takes the one
-        farthest from its centroid.
+        farthest from its centroid. Over a group assignments are those of this process's samples, and all
+        else is the same in every process, bit for bit: what one process with all samples finds, up to
+        rounding.
 
     Raises:
         TypeError: `features` or `init` is no tensor of a floating dtype, or an option no number of its kind.
         ValueError: a shape is wrong, K lies outside [1, N], a feature or centroid is not finite, or an option
-            is out of range.
+            is out of range. Over a group, where K exceeds the samples of all or processes pass different
+            options, too; what is wrong in one process raises in each.
 
     Source: Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++: the
     advantages of careful seeding", 2007.
     """
-    exponent = _exponent(_check(features, num_clusters, init), features.dtype)
-    _check_options(num_init, max_iter, tol, seed)
-    _backend.check_name(backend)
-    generator = torch.Generator("cpu").manual_seed(int(seed))
+    options = {"num_init": num_init, "max_iter": max_iter, "tol": tol, "seed": seed}
+    facts = check_clustering(features, num_clusters, init, options, backend, group)
+    exponent = exponent_of(max(fact.largest for fact in facts), features.dtype)
     if exponent:
-        features = _scaled(features, -exponent)
-        init = _scaled(init, -exponent) if isinstance(init, Tensor) else init
+        features = scaled(features, -exponent)
+        init = scaled(init, -exponent) if isinstance(init, Tensor) else init
+    seeds: Callable = functools.partial(_reference.seed_centroids, features)
+    iterate: Callable = functools.partial(_lloyd, features, backend)
+    if group is not None and is_shared(group):
+        shares = Shares(
+            features, [fact.num_samples for fact in facts], group, functools.partial(_assign, backend)
+        )
+        seeds, iterate = shares.seed_centroids, shares.lloyd
+    generator = torch.Generator("cpu").manual_seed(int(seed))
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
-        start = (
-            init if isinstance(init, Tensor) else _reference.seed_centroids(features, num_clusters, generator)
-        )
-        result = torch.ops.mmfast.kmeans_lloyd(features, start, int(max_iter), float(tol), backend)
+        start = init if isinstance(init, Tensor) else seeds(num_clusters, generator)
+        result = iterate(start, int(max_iter), float(tol))
         if best is None or bool(result[2] < best[2]):
             best = result
     assert best is not None
     centroids, assignments, inertia, num_iter = best
     if exponent:
-        centroids, inertia = _scaled(centroids, exponent), _scaled(inertia, 2 * exponent)
+        centroids, inertia = scaled(centroids, exponent), scaled(inertia, 2 * exponent)
     return KMeans(centroids, assignments, inertia, int(num_iter))
 
 
@@ -112,6 +117,7 @@ def cluster_purity(
     assignments: Tensor,  # [N]
     labels: Tensor,  # [N]
     *,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> float:
     """Return the share of samples that belong to the commonest class of their cluster.
@@ -124,6 +130,8 @@ def cluster_purity(
     Args:
         assignments: [N] of an integer dtype, each sample's cluster, from 0.
         labels: [N] of an integer dtype, each sample's class, from 0.
+        group: a torch.distributed process group: the samples are those of all its processes, of which each
+            passes its own (N may differ, and be 0), and the purity is that of all. None: this process alone.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -131,99 +139,25 @@ def cluster_purity(
 
     Raises:
         TypeError: `assignments` or `labels` is no tensor of an integer dtype.
-        ValueError: shapes differ, there is no sample, or a number is negative.
+        ValueError: shapes differ, there is no sample, or a number is negative; over a group in every process.
 
     Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024 (purity).
     """
-    check_tensor("assignments", assignments)
-    check_shape("assignments", assignments, "N", (None,))
-    check_labels("assignments", assignments, assignments.shape[0])
-    check_labels("labels", labels, assignments.shape[0])
-    check_same_device(assignments=assignments, labels=labels)
-    if labels.shape[0] == 0:
-        raise ValueError("labels must hold at least one sample, got shape [0]")
-    for name, value in (("assignments", assignments), ("labels", labels)):
-        if int(value.min()) < 0:
-            raise ValueError(f"{name} must not be negative, got {int(value.min())}")
-    _backend.check_name(backend)
+    check_purity(assignments, labels, backend, group)
+    if group is not None and is_shared(group):
+        cells = _cells(assignments.long(), labels.long())
+        return _reference.purity_of_cells(_reference.gathered_cells(cells, group))
     return float(torch.ops.mmfast.cluster_purity(assignments, labels, backend))
 
 
-def _check(features: Tensor, num_clusters: int, init: str | Tensor) -> float:
-    """Raise unless all is as it should be; return the largest magnitude of a feature or given centroid."""
-    check_float("features", features)
-    check_shape("features", features, "N, D", (None, None))
-    check_integer("num_clusters", num_clusters)
-    if not 1 <= num_clusters <= features.shape[0]:
-        raise ValueError(
-            f"num_clusters must lie in [1, N] = [1, {features.shape[0]}], got {num_clusters} "
-            f"for features {shape_text(features.shape)}"
-        )
-    if isinstance(init, Tensor):
-        check_float("init", init)
-        check_shape("init", init, "K, D", (num_clusters, features.shape[1]))
-        check_same_device(features=features, init=init)
-    else:
-        check_choice("init", init, ("k-means++",))
-    largest = 0.0
-    for name, value in (("features", features), ("init", init)):
-        if isinstance(value, Tensor) and value.numel() > 0:
-            # The extremes tell in one read; a mask of all elements costs as much as several iterations.
-            low, high = _extremes(value)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                num_bad = sum(int((~part.isfinite()).sum()) for part in _parts(value))
-                raise ValueError(f"{name} must be finite, got {num_bad} NaN or infinite values")
-            largest = max(largest, -low, high)
-    return largest
+def _lloyd(features: Tensor, backend: str, start: Tensor, max_iter: int, tol: float) -> tuple[Tensor, ...]:
+    return torch.ops.mmfast.kmeans_lloyd(features, start, max_iter, tol, backend)
 
 
-def _extremes(
-    x: Tensor,  # [N, D] or [K, D], not empty
-) -> tuple[float, float]:
-    """Return the least and the largest element; NaN where one is."""
-    lows, highs = zip(*[part.aminmax() for part in _parts(x)], strict=True)
-    low, high = torch.stack([torch.stack(lows).amin(), torch.stack(highs).amax()]).tolist()
-    return low, high
-
-
-def _parts(
-    x: Tensor,  # [N, D] or [K, D], not empty
-) -> list[Tensor]:
-    """Return `x`, some rows at a time where it does not lie in one piece: torch copies that."""
-    return [x] if x.is_contiguous() else [x[rows] for rows in row_chunks(x, *x.shape)]
-
-
-def _exponent(largest: float, dtype: torch.dtype) -> int:
-    """Return the power of two to divide by, so that squared distances stay in range; mostly 0."""
-    exponent = math.frexp(largest)[1]
-    return exponent if abs(exponent) > (400 if dtype == torch.float64 else 40) else 0
-
-
-def _scaled(
-    x: Tensor,  # any shape
-    exponent: int,
-) -> Tensor:  # like `x`, of the dtype of accumulation
-    """Return x * 2^exponent, rounded nowhere but where it has no such number."""
-    x = x.to(accumulation_dtype(x.dtype))
-    # Step by step: the whole power may have no number either.
-    while exponent != 0:
-        step = max(-100, min(100, exponent))
-        x, exponent = x * 2.0**step, exponent - step
-    return x
-
-
-def _check_options(num_init: int, max_iter: int, tol: float, seed: int) -> None:
-    for name, value in (("num_init", num_init), ("max_iter", max_iter)):
-        check_integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if isinstance(tol, bool) or not isinstance(tol, Real):
-        raise TypeError(f"tol must be a number, got {describe(tol)}")
-    if not 0 <= tol < float("inf"):
-        raise ValueError(f"tol must be finite and not negative, got {tol}")
-    check_integer("seed", seed)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
+def _assign(
+    backend: str, features: Tensor, offset: Tensor, centroids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.mmfast.kmeans_assign(features, offset, centroids, backend)
 
 
 def _lloyd_cpu(
@@ -259,6 +193,54 @@ def _lloyd_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [K, D], int64 [N], [], int64 []
     run = _backend.kernels("kmeans").kmeans_lloyd if features.shape[1] > 0 else _reference.lloyd
     return run(features, start, max_iter, tol)
+
+
+def _assign_cpu(
+    features: Tensor,  # [N, D]
+    offset: Tensor,  # [D]
+    centroids: Tensor,  # [K, D]
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], float64 [K, D], int64 [K]
+    """Assign by torch's product of matrices, add in C++: the module has no function for one assignment.
+
+    Samples are taken less the offset, some rows at a time, as products and sums of those lose less.
+    """
+    assignments, total, count = _assign_fake(features, offset, centroids, "cpu")
+    total.zero_(), count.zero_()
+    half_norms = centroids.square().sum(1, keepdim=True) / 2
+    for rows in row_chunks(features, len(features), max(centroids.shape)):
+        x = features[rows].to(offset.dtype) - offset
+        # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid; clusters first is faster.
+        nearest = torch.addmm(half_norms, centroids, x.T, alpha=-1).min(0).indices
+        num_members, mean, _ = torch.ops.mmfast.class_moments_fwd(x, nearest, len(centroids), "cpu")
+        # The mean of no samples is NaN.
+        total += (mean.double() * num_members[:, None]).nan_to_num_(0.0)
+        count += num_members
+        assignments[rows] = nearest
+    return assignments, total, count
+
+
+def _assign_triton(
+    features: Tensor,  # [N, D]
+    offset: Tensor,  # [D]
+    centroids: Tensor,  # [K, D]
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], float64 [K, D], int64 [K]
+    run = _backend.kernels("kmeans").kmeans_assign if features.numel() > 0 else assign_about
+    return run(features, offset, centroids)
+
+
+def _cells(
+    assignments: Tensor,  # int64 [N]
+    labels: Tensor,  # int64 [N]
+) -> Tensor:  # int64 [cells, 3]: cluster, class, number of samples
+    """Return how many samples each pair of cluster and class has, by a table where it is not too large."""
+    if len(labels) == 0:
+        return labels.new_empty(0, 3)
+    num_clusters, num_classes = int(assignments.max()) + 1, int(labels.max()) + 1
+    if num_clusters * num_classes > max(len(labels), _MAX_TABLE_NUMEL):
+        return _reference.cells_of(assignments, labels)
+    counts = torch.bincount(assignments * num_classes + labels)
+    place = counts.nonzero().squeeze(1)
+    return torch.stack([place // num_classes, place % num_classes, counts[place]], 1)
 
 
 def _has_table(run: Callable) -> Callable:
@@ -320,6 +302,14 @@ def _lloyd_fake(features, start, max_iter, tol, backend):
     )
 
 
+def _assign_fake(features, offset, centroids, backend):
+    return (
+        features.new_empty(features.shape[0], dtype=torch.int64),
+        features.new_empty(centroids.shape, dtype=torch.float64),
+        features.new_empty(centroids.shape[0], dtype=torch.int64),
+    )
+
+
 def _purity_fake(assignments, labels, backend):
     return labels.new_empty((), dtype=torch.float64)
 
@@ -332,6 +322,15 @@ define(
     reference=outside_autocast(_reference.lloyd),
     cpu=outside_autocast(_lloyd_cpu),
     triton=outside_autocast(_lloyd_triton),
+)
+define(
+    "kmeans",
+    "kmeans_assign(Tensor features, Tensor offset, Tensor centroids, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_assign_fake,
+    reference=outside_autocast(assign_about),
+    cpu=outside_autocast(_assign_cpu),
+    triton=outside_autocast(_assign_triton),
 )
 define(
     "kmeans",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mmfast.distributed import gather_objects, gather_parts
 from mmfast.reference._common import accumulation_dtype, row_chunks
+from mmfast.reference._kmeans_group import Shares
+from mmfast.reference._kmeans_steps import assign, assign_about, squared_distances
 
 
 def kmeans(
@@ -19,13 +25,20 @@ def kmeans(
     max_iter: int = 300,
     tol: float = 1e-4,
     seed: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # [K, D], int64 [N], [], number of iterations
     """Return centroids, assignments, inertia and iterations of the restart with the lowest inertia."""
     generator = torch.Generator("cpu").manual_seed(seed)
+    seeds: Callable = functools.partial(seed_centroids, features)
+    iterate: Callable = functools.partial(lloyd, features)
+    if group is not None:
+        sizes = gather_objects(len(features), group)
+        shares = Shares(features, sizes, group, assign_about)
+        seeds, iterate = shares.seed_centroids, shares.lloyd
     best = None
     for _ in range(1 if isinstance(init, Tensor) else num_init):
-        start = init if isinstance(init, Tensor) else seed_centroids(features, num_clusters, generator)
-        result = lloyd(features, start, max_iter, tol)
+        start = init if isinstance(init, Tensor) else seeds(num_clusters, generator)
+        result = iterate(start, max_iter, tol)
         if best is None or result[2] < best[2]:
             best = result
     assert best is not None
@@ -43,44 +56,17 @@ def seed_centroids(
     draws = torch.rand(num_clusters, num_trials, generator=generator, dtype=torch.float64, device="cpu")
     draws = draws.to(x.device)
     chosen = [(draws[0, :1] * num_samples).long()]
-    nearest = _squared_distances(x, x[chosen[0]])[0]
+    nearest = squared_distances(x, x[chosen[0]])[0]
     for step in range(1, num_clusters):
         cumulative = nearest.double().cumsum(0)
         # Where all points coincide with seeds the sum is 0 and the first point is drawn again.
         trials = torch.searchsorted(cumulative, draws[step] * cumulative[-1], right=True)
         trials = trials.clamp_max(num_samples - 1)
-        candidates = torch.minimum(_squared_distances(x, x[trials]), nearest)
+        candidates = torch.minimum(squared_distances(x, x[trials]), nearest)
         best = candidates.sum(1).argmin()
         nearest = candidates[best]
         chosen.append(trials[best][None])
     return x[torch.cat(chosen)]
-
-
-def _squared_distances(
-    x: Tensor,  # [N, D]
-    points: Tensor,  # [T, D]
-) -> Tensor:  # [T, N]
-    return torch.stack([(x - point).square().sum(1) for point in points])
-
-
-def _assign(
-    x: Tensor,  # [N, D]
-    centroids: Tensor,  # [K, D]
-) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], [K, D], int64 [K]
-    """Return the nearest centroid of each sample, and the sum and number of each cluster's samples."""
-    assignments = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    total = torch.zeros_like(centroids)
-    count = assignments.new_zeros(len(centroids))
-    half_norms = centroids.square().sum(1, keepdim=True) / 2
-    for rows in row_chunks(x, len(x), len(centroids)):
-        # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid; clusters first is faster.
-        scores = torch.addmm(half_norms, centroids, x[rows].T, alpha=-1)
-        assignments[rows] = scores.min(0).indices
-        # A product with the one-hot matrix adds in a fixed order; adding by index does not on a GPU.
-        member = scores.zero_().scatter_(0, assignments[None, rows], 1)
-        total.addmm_(member, x[rows])
-        count += member.sum(1).long()
-    return assignments, total, count
 
 
 def _fill_empty(
@@ -114,7 +100,7 @@ def lloyd(
     previous, settled, num_iter = None, False, 0
     while num_iter < max_iter and not settled:
         num_iter += 1
-        assignments, total, count = _assign(x, centroids)
+        assignments, total, count = assign(x, centroids)
         all_used = bool((count > 0).all())
         if not all_used:
             _fill_empty(x, centroids, assignments, total, count)
@@ -125,7 +111,7 @@ def lloyd(
         previous = assignments
         if shift <= threshold:
             break
-    assignments = previous if settled and previous is not None else _assign(x, centroids)[0]
+    assignments = previous if settled and previous is not None else assign(x, centroids)[0]
     inertia = x.new_zeros(())
     for rows in row_chunks(x, *x.shape):
         inertia += (x[rows] - centroids.index_select(0, assignments[rows])).square().sum()
@@ -135,9 +121,42 @@ def lloyd(
 def cluster_purity(
     assignments: Tensor,  # [N]
     labels: Tensor,  # [N]
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> float:
     """Return the share of samples that belong to the commonest class of their cluster."""
-    return float(purity(assignments, labels))
+    if group is None:
+        return float(purity(assignments, labels))
+    return purity_of_cells(gathered_cells(cells_of(assignments, labels), group))
+
+
+def cells_of(
+    assignments: Tensor,  # [N]
+    labels: Tensor,  # [N]
+) -> Tensor:  # int64 [cells, 3]: cluster, class, number of samples
+    """Return how many samples each pair of cluster and class has, of those that occur."""
+    # Clusters and classes are counted where they occur: their numbers may be as large as int64 holds.
+    pairs, counts = torch.stack([assignments.long(), labels.long()]).unique(dim=1, return_counts=True)
+    return torch.cat([pairs, counts[None]]).T
+
+
+def gathered_cells(
+    own: Tensor,  # int64 [cells, 3], of this process's samples
+    group: dist.ProcessGroup,
+) -> Tensor:  # int64 [all processes' cells, 3], on the CPU
+    """Return the cells of all processes of a group, one after the other."""
+    sizes = gather_objects(len(own), group)
+    parts = gather_parts(own, sizes, group).cpu()
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def purity_of_cells(
+    cells: Tensor,  # int64 [cells, 3], on the CPU
+) -> float:
+    """Return the purity of samples that are counted by cluster and class, some cells more than once."""
+    pairs, place = cells[:, :2].unique(dim=0, return_inverse=True)
+    counts = cells.new_zeros(len(pairs)).index_add_(0, place, cells[:, 2])
+    return int(_largest(pairs[:, 0], counts).sum()) / int(counts.sum())
 
 
 def purity(
@@ -145,9 +164,14 @@ def purity(
     labels: Tensor,  # [N]
 ) -> Tensor:  # float64 []
     """Return the purity as a tensor."""
-    # Clusters and classes are counted where they occur: their numbers may be as large as int64 holds.
-    cells = torch.stack([assignments.long(), labels.long()])
-    (clusters, _), counts = cells.unique(dim=1, return_counts=True)
+    clusters, _, counts = cells_of(assignments, labels).unbind(1)
+    return _largest(clusters, counts).sum().double() / len(labels)
+
+
+def _largest(
+    clusters: Tensor,  # int64 [cells]
+    counts: Tensor,  # int64 [cells]
+) -> Tensor:  # int64 [cells]; 0 beyond the clusters there are
+    """Return the number of samples of each cluster's commonest class."""
     clusters = clusters.unique(return_inverse=True)[1]
-    largest = torch.zeros_like(counts).scatter_reduce_(0, clusters, counts, "amax")
-    return largest.sum().double() / len(labels)
+    return torch.zeros_like(counts).scatter_reduce_(0, clusters, counts, "amax")

@@ -147,6 +147,16 @@ def kmeans(device, dtype, backend):
 
 
 @call_of("kmeans")
+def kmeans_assign(device, dtype, backend):
+    """What kmeans calls over a group alone."""
+    features = _random(N, D, device=device, dtype=dtype)
+    wide = features[:5].to(torch.promote_types(dtype, torch.float32))
+    offset = wide.mean(0)
+    centroids = wide - offset
+    return [features], lambda: list(torch.ops.mmfast.kmeans_assign(features, offset, centroids, backend))
+
+
+@call_of("kmeans")
 def cluster_purity(device, dtype, backend):
     labels, clusters = _labels(device, N), _labels(device, N).flip(0)
 
