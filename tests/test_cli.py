@@ -179,14 +179,28 @@ def test_two_processes_reach_the_figures_of_one(npz, tmp_path):
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=1e-6)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["contribution"] == pytest.approx(one["contribution"], abs=1e-5)
+    words = ["--model", tmp_path / "two", "--accelerator", "cpu", "--eval-batch-size", 5]
+    done = mmfast("valuate", *words, "--devices", 2, "--out", tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Mean contribution") == 1
+    assert valuate(*words, "--out", tmp_path / "alone").exit_code == 0
+    shared, alone = (rows_of(tmp_path / name / "valuation.csv") for name in ("shared", "alone"))
+    assert [row["label"] for row in shared] == [row["label"] for row in alone]
+    for name in "abc":
+        values = [[float(row[name]) for row in rows] for rows in (shared, alone)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def test_valuation_prints_and_writes_contributions(trained, tmp_path):
     result = valuate("--model", trained[0], "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "a + b + c" in result.stdout or "all modalities" in result.stdout
-    with open(tmp_path / "valuation.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "valuation.csv")
     facts = json.loads((tmp_path / "coalitions.json").read_text())
     assert len(rows) == facts["samples"] == 24
     assert list(rows[0]) == ["sample", "label", "a", "b", "c"]

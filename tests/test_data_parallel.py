@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent
 EXACT = [
@@ -51,6 +52,10 @@ def figures(case):
         trainer.method = dataclasses.replace(trainer.method, contrast="sigmoid")
     trainer.fit(model, train, val)
     found = trainer.test(model, test)
+    # Each process values its share, and has the whole.
+    valued = mmfast.valuate(trainer.learner, test, fabric=trainer.fabric)
+    assert valued.labels.tolist() == test.labels.tolist()
+    values[case] = valued.contributions.tolist()
     losses = [entry["loss"] for entry in trainer.history]
     return [*losses, found.loss, found.accuracy, found.macro_f1, *found.contribution.values()]
 
@@ -65,8 +70,10 @@ def digest(name):
     tensors = {{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}}
     return {{k: hashlib.sha256(v.contiguous().numpy().tobytes()).hexdigest() for k, v in tensors.items()}}
 
+values = {{}}
 result = {{"exact": {{case: figures(case) for case in {EXACT!r}}}}}
 result["digest"] = {{name: digest(name) for name in {NORMALIZED!r}}}
+result["values"] = values
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(result, file)
 # A process that ends while the other still talks to it is killed by its own threads.
@@ -103,6 +110,13 @@ def runs(tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("case", EXACT)
 def test_two_processes_reach_the_metrics_of_one(case, runs):
     assert runs[2][0]["exact"][case] == pytest.approx(runs[1][0]["exact"][case], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_processes_value_their_shares_of_the_samples(case, runs):
+    (alone,), (one, other) = runs[1], runs[2]
+    assert one["values"][case] == other["values"][case]
+    torch.testing.assert_close(torch.tensor(one["values"][case]), torch.tensor(alone["values"][case]))
 
 
 @pytest.mark.parametrize("name", NORMALIZED)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("soundfile")
@@ -180,6 +181,21 @@ def test_left_out_files_are_absent_modalities_and_samples(spoilt):
         for name in ("audio", "pose"):
             assert (part.arrays[name][~part.present[name]] == 0).all()
             assert (part.arrays[name][part.present[name]].flatten(1) != 0).any(1).all()
+
+
+def test_workers_read_what_one_process_does(spoilt):
+    here, there = (load_folder(spoilt, skip_unreadable=True, num_workers=number) for number in (0, 2))
+    assert here.description == there.description
+    for part in ("train", "val", "test"):
+        one, other = getattr(here, part), getattr(there, part)
+        for name in one.modalities:
+            assert torch.equal(one.arrays[name], other.arrays[name])
+    texts = []
+    for number in (0, 2):
+        with pytest.raises(ValueError, match="cannot be read") as found:
+            load_folder(spoilt, num_workers=number)
+        texts.append(str(found.value))
+    assert texts[0] == texts[1]
 
 
 def test_without_bad_files_nothing_changes_or_is_said(tmp_path):

@@ -148,10 +148,19 @@ def test_modality_level_valuation_needs_the_samples_it_draws(tool, tmp_path):
     assert [one.train for one in needed] == [80, 80 + 2 * len(drawn), 80]
 
 
-@pytest.mark.parametrize("words", [[], ["--absent", "0.3", "--no-labels"]])
+@pytest.mark.parametrize("words", [[], ["--absent", "0.3", "--no-labels"], ["--num-workers", "1"]])
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_no_method_decodes_less_than_the_least(name, words, tool, tmp_path):
+def test_every_method_decodes_the_least(name, words, tool, tmp_path):
     row, data = ran(tool, tmp_path, name, *words)
+    for part in ("train", "val"):
+        # And the few samples that are read to see what is wrong.
+        made = sum(row["decodes"][part]["in"].values())
+        assert 0 <= made - row["least"][part] <= 2 * FEW, part
+        assert sum(row["behind"][part].values()) == 0
+        if row["workers_started"]:
+            assert row["decodes"][part]["in"]["main"] <= 2 * FEW
+    # One for each data set, which stays until the end.
+    assert row["workers_started"] in (0, 3)
     for epoch in row["epochs"]:
         for part in ("train", "val"):
             assert sum(epoch[part].values()) >= epoch["least"][part]

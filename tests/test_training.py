@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,6 +237,65 @@ def test_features_of_a_modality_are_those_of_samples_that_have_it():
     for m, keep in ((0, slice(None)), (1, present)):
         torch.testing.assert_close(torch.cat([h for h, _ in found[m]]), expected[m][keep])
         assert torch.equal(torch.cat([labels for _, labels in found[m]]), full.labels[keep])
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_pass_of_a_fit_computes_in_the_precision_of_training(name):
+    data, val = make_data(60), make_data(30, seed=0)
+    torch.manual_seed(0)
+    model = build_model(data.shapes, NUM_CLASSES, dim=8)
+    seen = []
+
+    def look(module, inputs):
+        # Two samples are looked at beforehand, to count what they cost.
+        if len(inputs[0]) > 2:
+            seen.append((module.training, torch.is_autocast_enabled("cpu")))
+
+    for encoder in model.encoders.values():
+        encoder.register_forward_pre_hook(look)
+    options = {"warmup": 1} if "valuation" in name else {}
+    options |= {"e0": 1, "head_epochs": 2} if name == "di-mml" else {}
+    options |= {"epochs": (0,)} if name == "diagnose-relearn" else {}
+    trainer = mmfast.Trainer(
+        methods.make(name, **options), max_epochs=3, accelerator="cpu", precision="bf16-mixed"
+    )
+    trainer.fit(model, data, val)
+    assert set(seen) == {(True, True), (False, True)}
+    # What is copied or sent to another process afterwards takes no trainer along.
+    assert copy.deepcopy(trainer.learner).autocast is contextlib.nullcontext
+
+
+def test_features_in_float64_are_trained_on_as_they_are_evaluated():
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            sample = make_data(60)[index]
+            return sample | {name: sample[name].to(self.dtype) for name in ("m0", "m1")}
+
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = build_model(make_data().shapes, NUM_CLASSES, dim=8)
+        trainer = mmfast.Trainer("joint", max_epochs=2, accelerator="cpu")
+        trainer.fit(model, Own(dtype), Own(dtype))
+        losses.append([(entry["loss"], entry["val"]["loss"]) for entry in trainer.history])
+    assert losses[0] == losses[1]
+
+
+def test_a_fit_leaves_the_hosts_generators_alone():
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    before, data = state(), make_data(60)
+    model = build_model(data.shapes, NUM_CLASSES, dim=8)
+    torch.set_rng_state(torch.tensor(before[0], dtype=torch.uint8))
+    mmfast.Trainer("joint", max_epochs=1, accelerator="cpu").fit(model, data)
+    assert state() == before
 
 
 def test_unimodal_answers_by_the_accuracies_of_its_own_epoch():

@@ -113,10 +113,21 @@ class TrainingLoop:
             best.restore(learner)
             if self.val is None:
                 self._measure(self.train, "train", stage, stage.epochs - 1)
-            elif learner.reads_again(stage.epochs - 1):
-                self._measure(self.val, "val", stage, stage.epochs - 1)
+            else:
+                # What restored weights reach on validation data is known from their epochs.
+                learner.note_unimodal_accuracy(self._restored_accuracy(best, stage))
             learner.forget()
             state, first_epoch = None, 0
+
+    def _restored_accuracy(self, best: BestWeights, stage: Stage) -> dict[str, float | None]:
+        """Return each modality's accuracy alone at the epoch that its encoder's weights are of."""
+        entries = self.history[-stage.epochs :]
+        found = {}
+        for name in self.learner.modalities:
+            epoch = best.epoch_of(f"model.encoders.{name}.")
+            entry = entries[-1 if epoch is None else epoch]
+            found[name] = entry["val"]["modality_accuracy"][name]
+        return found
 
     def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
         """Return the learner's figures by the predictions it makes when it knows those of each modality.

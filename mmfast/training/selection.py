@@ -33,6 +33,11 @@ class BestWeights:
             }
             self.parts[part] = {"score": score, "epoch": epoch, "weights": weights}
 
+    def epoch_of(self, prefix: str) -> int | None:
+        """Return the epoch of the best weights under a prefix; None: the last ones stay."""
+        epochs = (kept["epoch"] for part, kept in self.parts.items() if prefix.startswith(part))
+        return next(epochs, None)
+
     def restore(self, learner: Learner) -> None:
         """Put the best weights back; without any, the learner stays as it is."""
         for kept in self.parts.values():
