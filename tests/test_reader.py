@@ -295,6 +295,19 @@ def test_parts_of_batches_from_memory():
         assert torch.equal(batch["b__present"], dataset.present["b"][entries.indices[index]])
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_data_on_a_device_give_batches_there(parts):
+    device = torch.device("meta")
+    dataset = make_arrays(3).to(device)
+    assert dataset.device == dataset[0]["a"].device == dataset[:5]["b"].device == device
+    shown = torch.rand(N, 2, generator=torch.Generator().manual_seed(2)) < 0.6
+    entries = Entries(dataset, torch.arange(N), shown if parts else None)
+    for batch in Reader().read(entries, in_batches(8), NAMES, device, dtype=torch.float32):
+        assert {value.device for value in batch.values()} == {device}
+        assert (SHOWN in batch) == parts
+        assert len(batch["label"]) == 8
+
+
 def test_evaluation_takes_the_plain_form_in_order_and_in_shares():
     class Augmented(Drawing):
         evaluation = make_arrays(4)

@@ -121,7 +121,8 @@ class Reader:
             found = self._noted(found, self.marks(base, modalities), indices, shown)
         if shown is not None:
             found = ({**batch, SHOWN: mask} for batch, mask in zip(found, shown))
-        if in_memory(form) and form.device == device and dtype in (form.dtype, None):
+        if in_memory(form) and form.device == device and dtype in (form.dtype, None) and shown is None:
+            # All of it is where it must be.
             yield from found
             return
         move = functools.partial(to_device, modalities=modalities, device=device, dtype=dtype)

@@ -188,6 +188,11 @@ def input_text(part: str, bad: Mapping[str, Sequence[int]]) -> str:
     return f"NaN or infinite numbers in {part}: {'; '.join(each)}"
 
 
+def has_finite_weights(module: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(p.isfinite().all()) for p in module.parameters())
+
+
 def check_weights(module: nn.Module) -> None:
     """Raise ValueError if a model's weights are NaN or infinite before it is trained."""
     bad = [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]

@@ -25,6 +25,7 @@ from mmfast.training.divergence import (
     bad_inputs,
     bad_inputs_of,
     cause_text,
+    has_finite_weights,
     input_text,
     spoilt_by_absence,
 )
@@ -111,11 +112,12 @@ class TrainingLoop:
                     }
                 )
             best.restore(learner)
-            if self.val is None:
-                self._measure(self.train, "train", stage, stage.epochs - 1)
-            else:
+            if self.val is not None:
                 # What restored weights reach on validation data is known from their epochs.
                 learner.note_unimodal_accuracy(self._restored_accuracy(best, stage))
+            elif learner.reads_again(stage.epochs - 1) or not has_finite_weights(learner):
+                # The last step is one that no loss has seen.
+                self._measure(self.train, "train", stage, stage.epochs - 1)
             learner.forget()
             state, first_epoch = None, 0
 
