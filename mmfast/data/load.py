@@ -46,7 +46,7 @@ def load(
         else:
             whole = load(source, seed=seed, standardize=False, skip_unreadable=skip_unreadable)
         chosen = choose(whole, modalities, encoders)
-        return chosen.standardize() if standardize else chosen
+        return chosen.standardize(in_place=True) if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)
     path = Path(source)
