@@ -44,7 +44,8 @@ def plot_valuation(
         if len(values) == 0:
             axes.set_title(f"{name}: in no sample", fontsize=10)
             continue
-        axes.hist(values, edges, weights=np.full(len(values), 100 / len(values)), color=COLORS[0], alpha=0.85)
+        counts = np.histogram(values, edges)[0]
+        axes.hist(edges[:-1], edges, weights=100 * counts / len(values), color=COLORS[0], alpha=0.85)
         axes.axvline(values.mean(), color=COLORS[1], linewidth=1.8, linestyle="--")
         axes.set_title(f"{name}: mean {values.mean():.2f}", fontsize=10)
     figure.supxlabel(f"Contribution to a sample ({utility}; dashed: mean)", fontsize=10)

@@ -27,6 +27,8 @@ _COUNTING = ("cardinality", "correct")
 # Logits of all coalitions are held for as many samples at a time as fit in this many elements (64 MB in
 # float32).
 _MAX_ELEMENTS = 2**24
+# Rows of a table that are written at a time.
+_ROWS = 2**16
 
 
 @dataclass(frozen=True)
@@ -68,28 +70,46 @@ class Valuation:
 
     def columns(self) -> dict[str, list]:
         """Return the table one row a sample: its index, label, and each modality's contribution."""
-        table: dict[str, list] = {"sample": list(range(len(self.labels))), "label": self.labels.tolist()}
-        for m, name in enumerate(self.modalities):
-            table[name] = self.contributions[:, m].tolist()
-        return table
+        return {name: column.tolist() for name, column in self._rows(0, len(self.labels)).items()}
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV."""
         import csv
 
-        table = self.columns()
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(table)
-            writer.writerows(zip(*table.values(), strict=True))
+            writer.writerow(self._rows(0, 0))
+            for start in range(0, len(self.labels), _ROWS):
+                columns = self._rows(start, start + _ROWS).values()
+                writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the table as Parquet."""
+        """Write the table as Parquet: integers in 64 bits, contributions in float64; row groups of 65,536."""
         with needs_train("to_parquet"):
             import pyarrow
-            import pyarrow.parquet
+            from pyarrow.parquet import ParquetWriter
 
-        pyarrow.parquet.write_table(pyarrow.table(self.columns()), path)
+        kinds = {torch.int64: pyarrow.int64(), torch.float64: pyarrow.float64()}
+
+        def array(column: Tensor) -> Any:
+            # Of numpy's arrays pyarrow asks whether they are pandas's, and imports that for it.
+            content = pyarrow.py_buffer(column.contiguous().numpy())
+            return pyarrow.Array.from_buffers(kinds[column.dtype], len(column), [None, content])
+
+        schema = pyarrow.schema((name, kinds[column.dtype]) for name, column in self._rows(0, 0).items())
+        with ParquetWriter(path, schema) as writer:
+            for start in range(0, len(self.labels), _ROWS):
+                columns = self._rows(start, start + _ROWS).values()
+                batch = [array(column) for column in columns]
+                writer.write_batch(pyarrow.RecordBatch.from_arrays(batch, schema=schema))
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:  # [n] int64 or float64 each
+        """Return some rows of the table."""
+        labels = self.labels[start:stop].long()
+        table = {"sample": torch.arange(start, start + len(labels), device="cpu"), "label": labels}
+        for m, name in enumerate(self.modalities):
+            table[name] = self.contributions[start:stop, m].double()
+        return table
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: a histogram of contributions per modality."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, present_key
-from mmfast.data.channels import is_channels_last, permutation
+from mmfast.data.features import Features, as_array, as_tensor, check_shape, features_of, gather, whole
 from mmfast.errors import describe, unknown_modalities
 
 LABEL = "label"
-_RANKS = "[N, D], [N, T, F], [N, C, H, W] or [N, T, C, H, W]"
-# Samples looked at together where a whole-array temporary would double the memory.
-CHUNK = 4096
 ENCODE = "np.unique(labels, return_inverse=True)[1] makes integers of names"
-_NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 
 
 class ArrayDataset(Dataset[dict[str, Tensor]]):
@@ -50,19 +46,14 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         group: Any | None = None,  # [N]
         num_classes: int | None = None,
     ) -> None:
-        self.labels = _check_labels(labels, num_classes)  # [N]
-        size = len(self.labels)
-        largest = int(self.labels.max()) if size else -1
-        self.num_classes: int = largest + 1 if num_classes is None else num_classes
-        if not arrays:
-            raise ValueError("arrays must hold at least one modality, got none")
-        for name in arrays:
-            _check_name(name)
-        self.present = _check_present(present or {}, tuple(arrays), size)
+        found = check(arrays, labels, present=present, group=group, num_classes=num_classes)
+        self.labels = found.labels  # [N]
+        self.num_classes = found.num_classes
+        self.present = found.present  # [N] each
         self.arrays = {
-            name: _check_features(name, array, size, self.present.get(name)) for name, array in arrays.items()
-        }
-        self.group = None if group is None else _check_group(group, size)
+            name: whole(name, features, self.present.get(name)) for name, features in found.features.items()
+        }  # [N, ...] each
+        self.group = found.group  # [N]
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -161,9 +152,14 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
 
     def _with(self, **changes: Any) -> ArrayDataset:
         """Return a copy with attributes that are known to be valid replaced, without checking them again."""
-        other = object.__new__(ArrayDataset)
-        other.__dict__.update(self.__dict__, **changes)
-        return other
+        return ArrayDataset._of(**{**self.__dict__, **changes})
+
+    @staticmethod
+    def _of(**attributes: Any) -> ArrayDataset:
+        """Return the data set with attributes that are known to be valid."""
+        made = object.__new__(ArrayDataset)
+        made.__dict__.update(attributes)
+        return made
 
     def _as_index(self, index: Any) -> Tensor:  # [] or [B]
         key = torch.as_tensor(index, device="cpu")
@@ -190,31 +186,79 @@ def _take(array: Tensor, key: Tensor | slice) -> Tensor:
     return array.index_select(0, key.to(array.device)) if key.ndim else array[int(key)]
 
 
-def _to_tensor(name: str, value: Any, kinds: str, expected: str, dtype: torch.dtype) -> Tensor:
-    """Convert to `dtype` on the CPU, refusing kinds (numpy's letters) that would change meaning."""
-    if isinstance(value, Tensor):
-        source: Tensor | np.ndarray = value.detach().cpu()
-        kind = "b" if value.dtype == torch.bool else "c" if value.is_complex() else "i"
-        kind = "f" if value.is_floating_point() else kind
-    else:
-        try:
-            source = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name} must be one array, got rows of unequal shape") from error
-        kind = source.dtype.kind
-    # An empty list has no dtype of its own.
-    if kind not in kinds and 0 not in source.shape:
-        raise TypeError(f"{name} must be {expected}, got {source.dtype}")
-    if isinstance(source, np.ndarray):
-        # torch warns about memory it must not write: a read-only array is copied. Overflow is counted later.
-        with np.errstate(over="ignore"):
-            source = torch.from_numpy(np.require(source, _NUMPY[dtype], ["C", "W"]))
-    return source.to(dtype).contiguous()
+@dataclass(frozen=True)
+class Checked:
+    """Samples that fit together, before their features are read.
+
+    Attributes:
+        features: [N, ...] of each modality.
+        labels: int64 [N].
+        present: bool [N] of some modalities.
+        group: [N], or None.
+        num_classes: C.
+    """
+
+    features: Mapping[str, Features]
+    labels: Tensor  # [N]
+    present: Mapping[str, Tensor]  # [N] each
+    group: np.ndarray | None  # [N]
+    num_classes: int
+
+    def parts(self, rows: Sequence[np.ndarray]) -> list[ArrayDataset]:  # [n] each, ascending
+        """Return the samples at each of some lists of rows, in memory of their own; features are read once.
+
+        Raises:
+            ValueError: features that are NaN or infinite.
+        """
+        arrays = {
+            name: gather(name, features, self.present.get(name), rows)
+            for name, features in self.features.items()
+        }
+        parts = []
+        for index, own in enumerate(rows):
+            key = torch.from_numpy(own)
+            part = ArrayDataset._of(
+                labels=self.labels[key],
+                num_classes=self.num_classes,
+                present={name: mask[key] for name, mask in self.present.items()},
+                arrays={name: gathered[index] for name, gathered in arrays.items()},
+                group=None if self.group is None else self.group[own],
+            )
+            parts.append(part)
+        return parts
+
+
+def check(
+    arrays: Mapping[str, Any],  # [N, ...] each
+    labels: Any,  # [N]
+    *,
+    present: Mapping[str, Any] | None,  # [N] each
+    group: Any | None,  # [N]
+    num_classes: int | None,
+) -> Checked:
+    """Return what `ArrayDataset` is given, or raise as it does; what features hold is seen later.
+
+    To be called by what users call: warnings go to the caller of that.
+    """
+    found = _check_labels(labels, num_classes)
+    size = len(found)
+    if num_classes is None:
+        num_classes = int(found.max()) + 1 if size else 0
+    if not arrays:
+        raise ValueError("arrays must hold at least one modality, got none")
+    for name in arrays:
+        _check_name(name)
+    masks = _check_present(present or {}, tuple(arrays), size)
+    features = {}
+    for name, array in arrays.items():
+        features[name] = features_of(name, array)
+        check_shape(name, features[name], size)
+    return Checked(features, found, masks, None if group is None else _check_group(group, size), num_classes)
 
 
 def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
     try:
-        tensor = _to_tensor("labels", labels, "iu", "integers", torch.int64)
+        tensor = as_tensor(as_array("labels", labels, "iu", "integers"), torch.int64)
     except TypeError as error:
         if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind in "SU":
             raise TypeError(f"{error}: {ENCODE}") from None
@@ -239,35 +283,6 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_features(name: str, array: Any, size: int, mask: Tensor | None) -> Tensor:  # [N, ...]
-    tensor = _to_tensor(name, array, "biuf", "real numbers", torch.float32)
-    if not 2 <= tensor.ndim <= 5:
-        raise ValueError(f"{name} must have shape {_RANKS}, got {list(tensor.shape)}")
-    if len(tensor) != size:
-        raise ValueError(
-            f"{name} must have shape [N, ...] with N = {size} as labels, got {list(tensor.shape)}"
-        )
-    if 0 in tensor.shape[1:]:
-        raise ValueError(f"{name} must have at least one feature, got shape {list(tensor.shape)}")
-    if is_channels_last(tensor.shape):
-        shape, axes = list(tensor.shape), permutation(tensor.ndim)
-        warnings.warn(
-            f"{name} should have its channels before height and width, got shape {shape}, which looks like "
-            f"channels last; if it is, give numpy.transpose({name}, {axes}) or {name}.permute{axes}",
-            UserWarning,
-            stacklevel=4,
-        )
-    if mask is not None and not mask.all():
-        # Makes a copy: the caller's memory is not ours to write.
-        tensor = torch.where(mask.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0.0)
-    bad = sum(int((~torch.isfinite(chunk)).sum()) for chunk in tensor.split(CHUNK))
-    if bad:
-        raise ValueError(
-            f"{name} must be finite in float32, got {bad} NaN or infinite of {tensor.numel()} values"
-        )
-    return tensor
-
-
 def _check_present(
     present: Mapping[str, Any], modalities: Sequence[str], size: int
 ) -> dict[str, Tensor]:  # [N] each
@@ -277,7 +292,8 @@ def _check_present(
     masks = {}
     for name in modalities:
         if name in present:
-            mask = _to_tensor(f"present[{name!r}]", present[name], "b", "bool", torch.bool)
+            given = as_array(f"present[{name!r}]", present[name], "b", "bool")
+            mask = as_tensor(given, torch.bool)
             if tuple(mask.shape) != (size,):
                 raise ValueError(f"present[{name!r}] must have shape [N] = [{size}], got {list(mask.shape)}")
             masks[name] = mask

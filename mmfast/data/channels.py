@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 _LAYOUTS = {4: ("[N, H, W, C]", "[N, C, H, W]"), 5: ("[N, T, H, W, C]", "[N, T, C, H, W]")}
@@ -26,12 +25,12 @@ def permutation(rank: int) -> tuple[int, ...]:
 
 
 def channels_first(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return arrays or tensors with channels first, and a note on each that was turned."""
+    """Return arrays, tensors or members of files with channels first, and a note on each that was turned."""
     turned, notes = dict(arrays), []
     for name, array in arrays.items():
         if is_channels_last(array.shape):
             axes = permutation(array.ndim)
-            turned[name] = array.permute(axes) if isinstance(array, Tensor) else np.transpose(array, axes)
+            turned[name] = np.transpose(array, axes) if isinstance(array, np.ndarray) else array.permute(axes)
             last, first = _LAYOUTS[array.ndim]
             notes.append(f"{name} was {last} and became {first}")
     return turned, notes

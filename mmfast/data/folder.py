@@ -96,11 +96,12 @@ def load_folder(
         notes.append(_what_is_left_out(len(bad.reasons), int((~kept).sum())))
     # Of all samples: a class that loses its last one is refused, not forgotten.
     class_names = sorted({sample.label for sample in samples})
+    number = {name: label for label, name in enumerate(class_names)}
     remaining = [sample for sample, keep in zip(samples, kept) if keep]
     try:
         splits = Splits.from_arrays(
             arrays,
-            [class_names.index(sample.label) for sample in remaining],
+            [number[sample.label] for sample in remaining],
             split=[sample.part for sample in remaining] if samples[0].part else None,
             present={name: mask for name, mask in masks.items() if not mask.all()},
             class_names=class_names,

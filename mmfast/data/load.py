@@ -54,7 +54,7 @@ def load(
                 num_workers=num_workers,
             )
         chosen = choose(whole, modalities, encoders)
-        return chosen.standardize() if standardize else chosen
+        return chosen.standardize(in_place=True) if standardize else chosen
     if source == "htad":
         return load_htad(standardize=standardize)
     path = Path(source)

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
-from mmfast.coalitions import PRESENT_SUFFIX
+from mmfast.coalitions import PRESENT_SUFFIX, RESERVED
 from mmfast.data.channels import channels_first
+from mmfast.data.members import BROKEN, Member, read_header
 from mmfast.data.splits import Splits
-
-# What numpy, zipfile and zlib raise for damaged files; zipfile NotImplementedError for methods of compression
-# it does not know.
-_BROKEN = (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def load_npz(
@@ -36,6 +25,9 @@ def load_npz(
     modalities: Sequence[str] | None = None,
 ) -> Splits:
     """Read a data set from an `.npz` file.
+
+    The features of each part are gathered in float32 from blocks of the file, which is closed then: that
+    takes the memory of these features and little more, compressed or not, whatever dtype the file has.
 
     Args:
         path: File with `label` `[N]` (integers or strings) and one array `[N, ...]` per modality under its
@@ -52,62 +44,112 @@ def load_npz(
             and what `Splits.from_arrays` refuses. Every message begins with the path.
     """
     path = Path(path)
-    arrays = _read(path)
-    if "label" not in arrays:
-        close = get_close_matches("label", arrays, n=1)
+    with _open(path) as archive:
+        arrays = _arrays(path, archive)
+        try:
+            return _splits(arrays, path.stem, seed=seed, standardize=standardize, modalities=modalities)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {_damage(arrays) or error}") from error
+
+
+def _splits(
+    arrays: Mapping[str, np.ndarray | Member],
+    name: str,
+    *,
+    seed: int,
+    standardize: bool,
+    modalities: Sequence[str] | None,
+) -> Splits:
+    """Return the data set of a file's arrays; of those that are not taken, only whether they are damaged."""
+    features = dict(arrays)
+    if "label" not in features:
+        close = get_close_matches("label", features, n=1)
         hint = f" (is {close[0]!r} meant?)" if close else ""
-        raise ValueError(
-            f"{path}: must hold an array named label, got {', '.join(arrays) or 'no array'}{hint}"
-        )
-    label, split, group = (arrays.pop(key, None) for key in ("label", "split", "group"))
+        raise ValueError(f"must hold an array named label, got {', '.join(features) or 'no array'}{hint}")
+    label, split, group = (features.pop(key, None) for key in ("label", "split", "group"))
     present = {
-        key.removesuffix(PRESENT_SUFFIX): arrays.pop(key)
-        for key in list(arrays)
+        key.removesuffix(PRESENT_SUFFIX): features.pop(key)
+        for key in list(features)
         if key.endswith(PRESENT_SUFFIX)
     }
-    if modalities and set(modalities) <= set(arrays):
-        arrays = {key: array for key, array in arrays.items() if key in modalities}
+    if modalities and set(modalities) <= set(features):
+        _read_through({key: array for key, array in features.items() if key not in modalities})
+        features = {key: array for key, array in features.items() if key in modalities}
         present = {key: mask for key, mask in present.items() if key in modalities}
-    turned, notes = channels_first(arrays)
-    try:
-        splits = Splits.from_arrays(
-            turned,
-            label,
-            split=split,
-            group=group,
-            present=present,
-            seed=seed,
-            standardize=standardize,
-            name=path.stem,
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    turned, notes = channels_first(features)
+    splits = Splits.from_arrays(
+        turned,
+        label,
+        split=split,
+        group=group,
+        present=present,
+        seed=seed,
+        standardize=standardize,
+        name=name,
+    )
     return splits.with_notes(notes)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _open(path: Path) -> np.lib.npyio.NpzFile:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         archive = np.load(path, allow_pickle=False)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: not a readable .npz file: {error}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(
             f"{path}: must be an .npz archive of named arrays (numpy.savez), got a single .npy array"
         )
-    arrays: dict[str, np.ndarray] = {}
-    with archive:
-        for key in archive.files:
-            try:
-                arrays[key] = archive[key]
-            except _BROKEN as error:
-                if "Object arrays" in str(error):
-                    raise ValueError(
-                        f"{path}: array {key!r} holds Python objects, which are never unpickled; "
-                        "save it with a numeric or string dtype"
-                    ) from None
-                raise ValueError(f"{path}: array {key!r} is damaged: {error}") from error
-            if not isinstance(arrays[key], np.ndarray):
-                raise ValueError(f"{path}: member {key!r} is not a .npy array")
+    return archive
+
+
+def _arrays(path: Path, archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray | Member]:
+    """Return the arrays of a file: what may be features is read later, the rest is here."""
+    arrays: dict[str, np.ndarray | Member] = {}
+    files = cast(zipfile.ZipFile, archive.zip)
+    for key, name in zip(archive.files, files.namelist(), strict=True):
+        try:
+            array = _later(files, name, key)
+            arrays[key] = archive[key] if array is None else array
+        except BROKEN as error:
+            if "Object arrays" in str(error):
+                raise ValueError(
+                    f"{path}: array {key!r} holds Python objects, which are never unpickled; "
+                    "save it with a numeric or string dtype"
+                ) from None
+            raise ValueError(f"{path}: array {key!r} is damaged: {error}") from error
+        if not isinstance(arrays[key], np.ndarray | Member):
+            raise ValueError(f"{path}: member {key!r} is not a .npy array")
     return arrays
+
+
+def _later(archive: zipfile.ZipFile, name: str, key: str) -> Member | None:
+    """Return an array that can be read block by block, None for what is small or of another kind."""
+    if key in RESERVED or key.endswith(PRESENT_SUFFIX):
+        return None
+    with archive.open(name) as stream:
+        if stream.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+            return None
+    with archive.open(name) as stream:
+        header = read_header(stream)
+    if header is None or header[2].kind not in "biuf" or len(header[0]) < 2:
+        return None
+    return Member(archive, name, key, header)
+
+
+def _damage(arrays: Mapping[str, np.ndarray | Member]) -> str:
+    """Return what is damaged, "" if nothing: whatever else is wrong with the data may follow from it."""
+    try:
+        _read_through(arrays)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _read_through(arrays: Mapping[str, np.ndarray | Member]) -> None:
+    """Raise ValueError for what is damaged among arrays that are not read yet."""
+    for array in arrays.values():
+        if isinstance(array, Member):
+            for _ in array.blocks():
+                pass

@@ -16,7 +16,7 @@ from mmfast.coalitions import PRESENT_SUFFIX, rows_key
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import takes_batches, to_read
 from mmfast.data.collate import collate, takes_parts
-from mmfast.data.drawing import kept_draws, mixed, seed_host
+from mmfast.data.seeds import kept_draws, mixed, seed_host
 from mmfast.errors import describe
 from mmfast.nests import mapped
 

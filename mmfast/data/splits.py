@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmfast.data.arrays import ArrayDataset
+from mmfast.data.arrays import ArrayDataset, Checked, check
 from mmfast.data.standardize import Scaling, scale, scaling_of
 
 PARTS = ("train", "val", "test")
@@ -60,7 +60,7 @@ class Splits:
         name: str = "arrays",
         split_note: str = "split as given",
     ) -> Splits:
-        """Split arrays in memory into train, validation and test.
+        """Split arrays in memory into train, validation and test, each in float32 and memory of its own.
 
         Args:
             arrays: One array per modality name, shapes as in `ArrayDataset`.
@@ -80,15 +80,16 @@ class Splits:
                 or modalities without a training sample.
         """
         encoded, names = _encode_labels(labels, class_names)
-        data = ArrayDataset(arrays, encoded, present=present, group=group, num_classes=len(names))
-        given = None if split is None else _check_split(split, len(data))
+        data = check(arrays, encoded, present=present, group=group, num_classes=len(names))
+        given = None if split is None else _check_split(split, len(encoded))
         if given is not None and data.group is not None:
             _check_groups(given, data.group)
         parts, drawn = _complete_split(given, encoded, data.group, seed)
-        train, val, test = (data.subset(np.flatnonzero(parts == part)) for part in PARTS)
-        _check_training_part(train, names)
-        sizes = ", ".join(f"{part} {np.count_nonzero(parts == part):,}" for part in PARTS)
-        shapes = describe_shapes(data.shapes)
+        rows = [np.flatnonzero(parts == part) for part in PARTS]
+        _check_training_part(data, rows[0], names)
+        train, val, test = data.parts(rows)
+        sizes = ", ".join(f"{part} {len(own):,}" for part, own in zip(PARTS, rows, strict=True))
+        shapes = describe_shapes(train.shapes)
         splits = cls(
             train=train,
             val=val,
@@ -97,24 +98,29 @@ class Splits:
             class_names=names,
             name=name,
             split_seed=seed if drawn else None,
-            description=f"{name}: {len(data):,} samples, {shapes}, {len(names)} classes; {sizes}; "
+            description=f"{name}: {len(encoded):,} samples, {shapes}, {len(names)} classes; {sizes}; "
             + (drawn or split_note),
         )
-        return splits.standardize() if standardize else splits
+        return splits.standardize(in_place=True) if standardize else splits
 
     def with_notes(self, notes: Iterable[str]) -> Splits:
         """Return these splits with remarks on how the data were read added to the description."""
         return replace(self, description="; ".join([self.description, *notes]))
 
-    def standardize(self, scaling: Scaling | None = None) -> Splits:
+    def standardize(self, scaling: Scaling | None = None, *, in_place: bool = False) -> Splits:
         """Return these splits with features scaled to mean 0 and standard deviation 1 over the training part.
 
         Per feature for vectors and sequences, per channel for images and video. What is constant in training
-        becomes 0 everywhere; absent samples stay 0 and do not count. `scaling` of other splits may be given,
-        as a model that was trained on those needs it.
+        becomes 0 everywhere; absent samples stay 0 and do not count.
+
+        Args:
+            scaling: That of other splits, as a model that was trained on those needs it.
+            in_place: Write over the features of these splits, which takes no second copy of the data: for
+                splits that nothing else uses, and that are not used afterwards.
         """
         scaling = scaling_of(self.train) if scaling is None else scaling
-        train, val, test = (scale(part, scaling) for part in (self.train, self.val, self.test))
+        parts = (self.train, self.val, self.test)
+        train, val, test = (scale(part, scaling, in_place=in_place) for part in parts)
         return replace(self, train=train, val=val, test=test, scaling=scaling)
 
 
@@ -250,8 +256,9 @@ def _check_split(split: Any, size: int) -> np.ndarray:  # [N] of PARTS
     if parts.shape != (size,):
         raise ValueError(f"split must have shape [N] = [{size}], got {list(parts.shape)}")
     parts = parts.astype(str)
-    unknown = sorted(set(parts.tolist()) - set(PARTS))
-    if unknown:
+    others = parts[~np.isin(parts, PARTS)]
+    if len(others):
+        unknown = [str(part) for part in np.unique(others)]
         raise ValueError(f"split must hold only train, val and test, got {', '.join(map(repr, unknown[:5]))}")
     missing = [part for part in ("train", "test") if part not in parts]
     if missing:
@@ -270,11 +277,15 @@ def _check_groups(parts: np.ndarray, group: np.ndarray) -> None:
         raise ValueError(f"each group must lie in one split, got {len(names)} in several: {shown}")
 
 
-def _check_training_part(train: ArrayDataset, class_names: Sequence[str]) -> None:
-    seen = set(train.labels.tolist())
-    absent = [name for label, name in enumerate(class_names) if label not in seen]
+def _check_training_part(
+    data: Checked,
+    rows: np.ndarray,  # of the training part
+    class_names: Sequence[str],
+) -> None:
+    counts = np.bincount(data.labels.numpy()[rows], minlength=len(class_names))
+    absent = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if absent:
         raise ValueError(f"every class must have training samples, got none of {', '.join(absent)}")
-    for name, mask in train.present.items():
-        if not mask.any():
+    for name, mask in data.present.items():
+        if not mask.numpy()[rows].any():
             raise ValueError(f"every modality must be present in a training sample, got none with {name}")

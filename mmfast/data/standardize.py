@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mmfast.data.arrays import CHUNK, ArrayDataset
+from mmfast.data.arrays import ArrayDataset
+from mmfast.data.features import CHUNK
 
 # The axis with statistics of its own, by rank: D of [N, D], F of [N, T, F], C of [N, (T,) C, H, W].
 _CHANNEL_AXIS = {2: 1, 3: 2, 4: 1, 5: 2}
@@ -22,33 +25,49 @@ def scaling_of(train: ArrayDataset) -> Scaling:
     return {name: _moments(array, train.present.get(name)) for name, array in train.arrays.items()}
 
 
-def scale(part: ArrayDataset, scaling: Scaling) -> ArrayDataset:
-    """Return the data set with every channel shifted by its mean and divided by its standard deviation."""
-    return part._with(
-        arrays={
-            name: _scale(array, *scaling[name], part.present.get(name)) for name, array in part.arrays.items()
-        }
-    )
+def scale(part: ArrayDataset, scaling: Scaling, *, in_place: bool = False) -> ArrayDataset:
+    """Return the data set with every channel shifted by its mean and divided by its standard deviation.
+
+    `in_place` writes over the features of `part`.
+    """
+    arrays = {}
+    for name, array in part.arrays.items():
+        out = array if in_place else torch.empty_like(array)
+        _scale(array, *scaling[name], part.present.get(name), out)
+        arrays[name] = out
+    return part._with(arrays=arrays)
 
 
 def _moments(
     array: Tensor,  # [N, ...]
-    mask: Tensor | None,  # [N]
+    mask: Tensor | None,  # bool [N]
 ) -> tuple[list[float], list[float]]:  # twice [channels]
     """Return the mean and the inverse standard deviation per channel, 0 for a constant one."""
-    rows = torch.arange(len(array), device="cpu") if mask is None else mask.nonzero().view(-1)
+    size = len(array) if mask is None else int(mask.sum())
     axis = _CHANNEL_AXIS[array.ndim]
     dims = [dim for dim in range(array.ndim) if dim != axis]
-    count = len(rows) * (array[0].numel() // array.shape[axis])
+    count = size * (array[0].numel() // array.shape[axis])
     total, square = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
-    for chunk in rows.split(CHUNK):
-        total = total + array[chunk].double().sum(dims, keepdim=True)
+    for chunk in _chunks(array, mask):
+        total = total + chunk.double().sum(dims, keepdim=True)
     mean = total / count
-    for chunk in rows.split(CHUNK):
-        square = square + (array[chunk].double() - mean).square().sum(dims, keepdim=True)
+    for chunk in _chunks(array, mask):
+        square = square + (chunk.double() - mean).square().sum(dims, keepdim=True)
     std = (square / count).sqrt()
     inverse = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
     return mean.view(-1).tolist(), inverse.view(-1).tolist()
+
+
+def _chunks(
+    array: Tensor,  # [N, ...]
+    mask: Tensor | None,  # bool [N]
+) -> Iterator[Tensor]:  # [n, ...] each
+    """Yield the samples that have the modality; the size of a chunk decides how sums are rounded."""
+    if mask is None:
+        yield from array.split(CHUNK)
+        return
+    for rows in mask.nonzero().view(-1).split(CHUNK):
+        yield array[rows]
 
 
 def _scale(
@@ -56,11 +75,13 @@ def _scale(
     mean: list[float],
     inverse: list[float],
     mask: Tensor | None,  # bool [N]
-) -> Tensor:  # [N, ...]
+    out: Tensor,  # [N, ...]
+) -> None:
+    """Write the scaled features into `out`, which may be `array`."""
     shape = [1] * array.ndim
     shape[_CHANNEL_AXIS[array.ndim]] = -1
     shift, factor = (torch.tensor(x, dtype=array.dtype, device="cpu").view(shape) for x in (mean, inverse))
-    scaled = (array - shift) * factor
+    for chunk, scaled in zip(array.split(CHUNK), out.split(CHUNK), strict=True):
+        torch.sub(chunk, shift, out=scaled).mul_(factor)
     if mask is not None:
-        scaled[~mask] = 0
-    return scaled
+        out.masked_fill_(~mask.view(-1, *[1] * (out.ndim - 1)), 0)

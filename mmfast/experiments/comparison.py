@@ -15,7 +15,6 @@ from mmfast.experiments.setup import (
     PlannedRun,
     Setup,
     diverged_entry,
-    fingerprint,
     machine,
     make_run,
     versions,
@@ -122,7 +121,7 @@ class Comparison:
                 "shapes": splits.shapes,
                 "classes": splits.class_names,
                 "split_seed": splits.split_seed,
-                "fingerprint": fingerprint(splits),
+                "fingerprint": setup.fingerprint,
             },
             "configuration": {
                 **asdict(setup.optimization),

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import mmfast
 from mmfast import data, methods, models
 from mmfast.data import ArrayDataset, Splits
 from mmfast.data.devices import fits_on
+from mmfast.data.features import row_blocks
 from mmfast.data.splits import PARTS
 from mmfast.data.views import choose
 from mmfast.errors import check_one_of
@@ -100,6 +102,11 @@ class Setup:
         """The encoders that are chosen by name; what a modality is taken as is seen in its shape."""
         return {name: encoder for name, encoder in self.encoders.items() if encoder in ENCODERS}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of `splits`, which is taken once: it reads all of the data."""
+        return fingerprint(self.splits)
+
     def metadata(self) -> dict[str, Any]:
         """Return the plain values that `restore` rebuilds model and data from."""
         path = Path(self.source)
@@ -117,7 +124,7 @@ class Setup:
             "fusion": self.fusion,
             "skip_unreadable": self.skip_unreadable,
             "scaling": plain(self.splits.scaling),
-            "data": fingerprint(self.splits),
+            "data": self.fingerprint,
         }
 
     def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
@@ -135,7 +142,8 @@ class Setup:
                 devices=self.devices,
                 precision=self.precision,
                 out_dir=out_dir,
-                metadata=self.metadata(),
+                # Only checkpoints hold it, and it takes a look at all of the data.
+                metadata=None if out_dir is None else self.metadata(),
                 num_workers=self.num_workers,
                 eval_batch_size=self.eval_batch_size,
                 **options,
@@ -279,7 +287,7 @@ def restore(
             f"data must have classes {', '.join(facts['classes'])}, got {', '.join(splits.class_names)}"
         )
     if facts["scaling"] is not None:
-        splits = splits.standardize(facts["scaling"])
+        splits = splits.standardize(facts["scaling"], in_place=True)
     config = {
         key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()
     }
@@ -320,7 +328,9 @@ def fingerprint(splits: Splits) -> str:
         }
         for name, tensor in tensors.items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+            # In blocks: what is not contiguous is copied.
+            for rows in row_blocks(len(tensor), tensor[:1].nbytes):
+                digest.update(np.ascontiguousarray(tensor[rows].numpy()).data)
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,13 +268,13 @@ def show_valuation(console: Console, valuation: Valuation) -> None:
     for header in ("Modality", "Mean contribution", "± std over samples", "Negative on"):
         table.add_column(header, justify="left" if header == "Modality" else "right")
     for m, name in enumerate(valuation.modalities):
-        column = valuation.column(m).tolist()
-        if not column:
+        column = valuation.column(m).double()
+        if not len(column):
             table.add_row(name, "–", "–", "in no sample")
             continue
-        spread = statistics.stdev(column) if len(column) > 1 else 0.0
-        below = sum(value < 0 for value in column) / len(column)
-        table.add_row(name, f"{statistics.fmean(column):.3f}", f"{spread:.3f}", f"{100 * below:.1f}%")
+        spread = float(column.std()) if len(column) > 1 else 0.0
+        below = int((column < 0).sum()) / len(column)
+        table.add_row(name, f"{float(column.mean()):.3f}", f"{spread:.3f}", f"{100 * below:.1f}%")
     console.print(table)
     console.print()
     accuracy = valuation.coalition_accuracy.tolist()

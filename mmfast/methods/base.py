@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from mmfast.coalitions import alone, features_key
 from mmfast.data.batches import evaluating, presence
-from mmfast.data.drawing import mixed
 from mmfast.data.kept import KeptFeatures, encode_once
 from mmfast.data.reader import Reader, evaluation_batches
+from mmfast.data.seeds import mixed
 from mmfast.distributed import rank_and_size
 from mmfast.errors import describe
 from mmfast.models import MultimodalModel

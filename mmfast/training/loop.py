@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from mmfast.data.batches import Shard, dataset_indices, epoch_shard
 from mmfast.data.devices import model_place
-from mmfast.data.drawing import seed_host
+from mmfast.data.seeds import seed_host
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage

@@ -15,8 +15,8 @@ from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
 from mmfast import methods
-from mmfast.data.drawing import kept_draws
 from mmfast.data.reader import Reader
+from mmfast.data.seeds import kept_draws
 from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
