@@ -25,6 +25,17 @@ def sum_over_processes(
     return values
 
 
+@torch.no_grad()
+def max_over_processes(
+    values: Tensor,  # any shape, on the device of the run
+) -> Tensor:  # same shape
+    """Return the largest of each value over all processes."""
+    values = values.detach().clone()
+    if (group := world()) is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
 def share_of_batch(
     present: Tensor,  # bool [..., N]
 ) -> Tensor:  # [...]
@@ -40,14 +51,12 @@ def share_of_batch(
 
 def min_over_processes(number: int) -> int:
     """Return the least number of all processes."""
-    if world() is None:
-        return number
-    return min(_gathered(number))
+    return min(gathered(number))
 
 
 def check_agreement(what: str, number: int) -> None:
     """Raise in every process unless all have the same number; one that went on would wait for ever."""
-    found = _gathered(number)
+    found = gathered(number)
     if len(set(found)) > 1:
         counts = ", ".join(map(str, found))
         raise ValueError(
@@ -55,11 +64,12 @@ def check_agreement(what: str, number: int) -> None:
         )
 
 
-def _gathered(number: int) -> list[int]:
+def gathered(value: Any) -> list[Any]:
+    """Return what each process has, plain values and tensors on the CPU, in order of rank."""
     if (group := world()) is None:
-        return [number]
+        return [value]
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, number, group=group)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 

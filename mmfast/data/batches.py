@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, default_conve
 
 from mmfast.coalitions import present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
+from mmfast.data.workers import outlive_sigterm
 
 # Key of a batch, bool [N, M]: which of its modalities each sample shows in this epoch. What is not shown goes
 # through its encoder as it is, and loses its features then; what is lacking (`<m>__present`) goes as zeros.
@@ -106,11 +107,10 @@ def epoch_shard(
 
 def loader(dataset: Any, batches: list[list[int]], num_workers: int = 0) -> DataLoader:
     """Return a loader of the given batches of sample indices, with labels in int64."""
+    options: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": outlive_sigterm}
     if takes_batches(dataset):
-        return DataLoader(
-            dataset, sampler=batches, batch_size=None, num_workers=num_workers, collate_fn=_convert
-        )
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate)
+        return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=_convert, **options)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, **options)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
