@@ -75,7 +75,7 @@ def min_over_processes(number: int) -> int:
 
 @torch.no_grad()
 def max_over_processes(
-    values: Tensor,  # any shape, on the CPU
+    values: Tensor,  # any shape
 ) -> Tensor:  # same shape
     """Return the largest of all processes, element by element."""
     return _reduced(values, dist.ReduceOp.MAX)

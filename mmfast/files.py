@@ -20,10 +20,16 @@ _count = itertools.count()
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
-    """Yield a file that takes the place of `path` when it is complete; a failure leaves `path` as it was."""
+def replacing(path: Path, mode: str, *, part_of: Path | None = None) -> Iterator[IO[Any]]:
+    """Yield a file that takes the place of `path` when it is complete; a failure leaves `path` as it was.
+
+    Args:
+        path: of the file.
+        mode: "w" or "wb".
+        part_of: the file that the user knows, where `path` is a part of it; a full disk is told of that.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
+    remove_drafts(path.parent, re.escape(path.name))
     # A name of its own: two processes that write the same file must not write the same draft.
     draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_count)}.tmp")
     try:
@@ -34,7 +40,8 @@ def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
         os.replace(draft, path)
     except Exception as error:
         if (full := _full_disk(error)) is not None:
-            text = f"{full.strerror}; {path} is as it was: make room, and give the same command again"
+            known = part_of or path
+            text = f"{full.strerror}; {known} is as it was: make room, and give the same command again"
             raise OSError(full.errno, text) from error
         raise
     finally:
@@ -50,10 +57,10 @@ def _full_disk(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove drafts of processes of this machine that were killed while they wrote."""
-    pattern = re.compile(re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.tmp")
-    for draft in path.parent.glob(f"{path.name}.*.tmp"):
+def remove_drafts(folder: Path, names: str) -> None:
+    """Remove drafts of files of these names, a pattern, by processes of this machine that were killed."""
+    pattern = re.compile(f"(?:{names})" + re.escape(f".{socket.gethostname()}-") + r"(\d+)-\d+\.tmp")
+    for draft in folder.glob("*.tmp"):
         found = pattern.fullmatch(draft.name)
         if found and not _is_alive(int(found[1])):
             draft.unlink(missing_ok=True)

@@ -440,7 +440,7 @@ def test_a_run_on_several_devices_has_diverged_if_it_says_so(status, monkeypatch
     text = "the loss is NaN or infinite in epoch 1 of 2, batch 2 of 3: why"
     done = subprocess.CompletedProcess([], status, stderr=f"a warning\nmmfast: {text}\n")
     monkeypatch.setattr(subprocesses, "train_arguments", lambda *_: [])
-    monkeypatch.setattr(subprocesses.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(subprocesses, "run_to_its_end", lambda _: done)
     planned = SimpleNamespace(method=SimpleNamespace(name="joint"), seed=0)
     with pytest.raises(DivergedError, match=f"^{text}$"):
         subprocesses.run_in_subprocess(None, planned, tmp_path)

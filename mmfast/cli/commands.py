@@ -104,6 +104,7 @@ def compare(
         from mmfast.experiments.summary import summarize
         from mmfast.experiments.tables import show
         from mmfast.training.optimization import Optimization
+        from mmfast.training.stopping import Stopped
 
         chosen = make_methods(methods, settings or ())
         setup = setup_of(context.params, Optimization())
@@ -121,11 +122,11 @@ def compare(
             console.print(f"{total - len(left)} of {total} runs: already in {out / RESULTS}.", soft_wrap=True)
         try:
             _make_runs(console, comparison, left, total)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as end:
             known = len(comparison.results.content["runs"])
             counted = f"{known} run{'s' * (known != 1)} in {out / RESULTS}"
             print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(_status(end)) from None
         summaries = summarize(comparison.results.content["runs"], [method.name for method in chosen], seeds)
         finite = [summary for summary in summaries if summary.runs]
         files = [RESULTS, *(plot_comparison(finite, out) if finite else [])]
@@ -141,6 +142,13 @@ def compare(
         if lost := [summary.title for summary in summaries if not summary.runs]:
             print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)
             raise typer.Exit(DIVERGED)
+
+
+def _status(end: BaseException) -> int:
+    """Return the exit status of a command that Ctrl-C has ended, or SIGTERM."""
+    from mmfast.training.stopping import Stopped
+
+    return end.status if isinstance(end, Stopped) else 130
 
 
 def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None:
@@ -219,6 +227,7 @@ def train(
         from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
         from mmfast.training.divergence import DivergedError
+        from mmfast.training.stopping import Stopped
 
         chosen, base = method_and_optimization(method, preset, settings or ())
         if resume and overwrite:
@@ -239,10 +248,10 @@ def train(
             entry = make_run(
                 setup, chosen, seed, out, resume=resume, loggers=kinds, progress=console.is_terminal and first
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as end:
             if first:
                 print(f"\nmmfast: stopped; the same command with --resume goes on in {out}.", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(_status(end)) from None
         except DivergedError as error:
             if first:
                 print(f"mmfast: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from mmfast.data.arrays import LABEL
 from mmfast.data.batches import takes_batches, to_read
 from mmfast.data.collate import collate, takes_parts
 from mmfast.data.seeds import kept_draws, mixed, seed_host
+from mmfast.data.workers import outlive_sigterm
 from mmfast.errors import describe
 from mmfast.nests import mapped
 
@@ -214,6 +215,7 @@ class Pool:
             prefetch_factor=prefetch,
             pin_memory=pin,
             collate_fn=_as_it_is,
+            worker_init_fn=outlive_sigterm,
             # Not the generator that dropout draws from: results do not depend on the number of workers.
             generator=torch.Generator("cpu"),
         )

@@ -22,6 +22,7 @@ from mmfast.experiments.setup import (
 from mmfast.experiments.subprocesses import run_in_subprocess
 from mmfast.files import locked, plain
 from mmfast.methods import METHODS, Method
+from mmfast.training import checkpoint
 from mmfast.training.divergence import DivergedError
 from mmfast.training.launchers import refuse_launcher
 from mmfast.training.trainer import LAST, MODEL, alone_in
@@ -181,5 +182,6 @@ def clear_run(folder: Path) -> None:
         BlockingIOError: another process trains there.
     """
     with alone_in(folder):
-        for name in (LAST, MODEL, METRICS):
-            (folder / name).unlink(missing_ok=True)
+        for name in (LAST, MODEL):
+            checkpoint.remove(folder / name)
+        (folder / METRICS).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from mmfast.experiments.results import METRICS
 from mmfast.experiments.setup import PlannedRun, Setup
 from mmfast.methods.base import format_value
 from mmfast.training.divergence import LOSS, PREDICTIONS, DivergedError
+from mmfast.training.stopping import STATUS, Stopped, listening
 
 # Exit status of a run whose loss is NaN or infinite.
 DIVERGED = 3
@@ -21,9 +22,14 @@ _SAYS = "mmfast: "
 
 
 def run_in_subprocess(setup: Setup, planned: PlannedRun, folder: Path) -> dict[str, Any]:
-    """Make a run on several devices in processes of its own: Fabric launches them once per program."""
+    """Make a run on several devices in processes of its own: Fabric launches them once per program.
+
+    Raises:
+        DivergedError, Stopped: as `Trainer.fit` in those processes.
+        ValueError, RuntimeError: they failed.
+    """
     command = [sys.executable, "-m", "mmfast", *train_arguments(setup, planned, folder)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = run_to_its_end(command)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         # Of several processes' lines, the one that says what is wrong.
@@ -35,6 +41,34 @@ def run_in_subprocess(setup: Setup, planned: PlannedRun, folder: Path) -> dict[s
         kind = ValueError if done.returncode == 2 else RuntimeError
         raise kind(f"{planned.method.name} with seed {planned.seed} failed: {said}")
     return json.loads((folder / METRICS).read_text())
+
+
+def run_to_its_end(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command whose stderr is wanted; SIGTERM is passed on to it, and waits for its end.
+
+    Raises:
+        Stopped: it was stopped so.
+    """
+    process: subprocess.Popen[str] | None = None
+
+    def pass_on() -> None:
+        if process is not None:
+            process.terminate()
+
+    with listening(pass_on) as stop:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if stop.asked:
+            # It came before there was anyone to pass it on to.
+            pass_on()
+        try:
+            _, said = process.communicate()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if stop.asked or process.returncode == STATUS:
+        raise Stopped("the run was stopped by SIGTERM")
+    return subprocess.CompletedProcess(command, process.returncode, stderr=said)
 
 
 def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str]:

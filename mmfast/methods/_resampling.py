@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.coalitions import members
 from mmfast.data.batches import Entries, presence
 from mmfast.data.reader import evaluation_batches
 from mmfast.distributed import broadcast_from_first
@@ -56,8 +57,7 @@ class ResamplingLearner(Learner):
         """
         if present is not None:
             counts = counts * present
-        kind = torch.uint8 if int(counts.max()) < 256 else torch.int32
-        self.copies = broadcast_from_first(counts.to(kind))
+        self.copies = broadcast_from_first(_compact(counts))
 
     def presence_of(
         self,
@@ -93,4 +93,16 @@ class ResamplingLearner(Learner):
         return {"copies": self.copies}
 
     def load_extra_state(self, state):
-        self.copies = state["copies"]
+        if "copies" in state:
+            self.copies = state["copies"]
+            return
+        # A checkpoint from when each copy had an entry: its sample, and what it shows as a coalition.
+        samples, shown = state["indices"], members(state["coalitions"], len(self.modalities)).long()
+        counts = torch.zeros(int(samples.amax()) + 1 if len(samples) else 0, len(self.modalities)).long()
+        self.copies = _compact(counts.index_add_(0, samples, shown))
+
+
+def _compact(
+    counts: Tensor,  # int64, any shape
+) -> Tensor:  # uint8 or int32, same shape
+    return counts.to(torch.uint8 if counts.numel() == 0 or int(counts.max()) < 256 else torch.int32)

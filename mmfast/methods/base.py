@@ -1,5 +1,10 @@
 """What a method is: a dataclass of the paper's symbols, and the learner it makes of a model.
 
+A run goes on in another process from `learner.state_dict()`, the optimizer's state and torch's random state:
+after `start_stage` comes `learner.load_state_dict(...)`, then a new optimizer and its state; and in an epoch
+that was stopped within, after any batch, `resume_epoch` is called in place of `start_epoch`. To predict, a
+learner that was just bound and `load_state_dict` are enough: one of several stages enters that of the state.
+
 The trainer, or a user's own loop, drives a learner through these hooks, in this order:
 
     learner = mmfast.methods.SampleValuation().bind(model, seed=0)
@@ -41,16 +46,8 @@ from mmfast.data.reader import Reader, evaluation_batches
 from mmfast.data.seeds import mixed
 from mmfast.distributed import rank_and_size
 from mmfast.errors import describe
+from mmfast.methods._state import ResumableModule, Stage
 from mmfast.models import MultimodalModel
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of training with its own trainable parameters and optimizer."""
-
-    name: str
-    epochs: int
-    first_selectable: int = 0  # model selection looks at epochs from this one on
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,12 @@ def check_numbers(method: Method, **ranges: tuple[float, float]) -> None:
             raise ValueError(f"{field} of {method.name} must be {span}, got {describe(value)}")
 
 
-class Learner(nn.Module):
+class Learner(ResumableModule):
     """A model with what its method adds (heads, projectors, counters), and the hooks that training calls.
 
-    Everything that must survive a restart is a parameter, a buffer, or in `extra_state`. A learner answers
-    to the same calls as a model (`encode`, `fuse`, `modalities`), so it can be valuated like one.
+    Everything that must survive a restart is a parameter, a buffer, or in `extra_state`, and so in the state
+    dict. A learner answers to the same calls as a model (`encode`, `fuse`, `modalities`), so it can be
+    valuated like one.
     """
 
     protocol: ClassVar[str] = "masked"  # how the accuracy of one modality alone is taken
@@ -135,6 +133,9 @@ class Learner(nn.Module):
     def stages(self, max_epochs: int) -> list[Stage]:
         """Return the stages of a run whose first stage has `max_epochs` epochs."""
         return [Stage("train", max_epochs)]
+
+    def _has_stages(self) -> bool:
+        return type(self).stages is not Learner.stages
 
     def frozen(self) -> Sequence[nn.Module]:
         """Return the modules that the current stage does not train."""
@@ -352,13 +353,3 @@ class Learner(nn.Module):
     def generator(self, *key: int) -> torch.Generator:
         """Return a generator that depends on the seed and `key` alone: a resumed run draws the same."""
         return torch.Generator("cpu").manual_seed(mixed(self.seed, *key))
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return state of training that is no parameter or buffer, as tensors and plain values.
-
-        Predictions need none of it: a finished run's checkpoint goes without.
-        """
-        return {}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `extra_state` gave."""

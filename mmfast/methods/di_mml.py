@@ -49,8 +49,23 @@ class _DIMMLLearner(FrozenEncodersLearner):
         if not self.in_head_stage:
             if epoch == self.method.e0:
                 self.effective.copy_(self._effective_dimensions(train))
-            self._dims = ops.DucDims(self.effective) if epoch >= self.method.e0 else None
+            self._contrast_from(epoch)
         return super().start_epoch(epoch, train)
+
+    def resume_epoch(self, epoch, train):
+        # The effective dimensions are those of the weights that the epoch began with.
+        self._contrast_from(epoch)
+        return super().start_epoch(epoch, train)
+
+    def _contrast_from(self, epoch: int) -> None:
+        contrasts = not self.in_head_stage and epoch >= self.method.e0
+        self._dims = ops.DucDims(self.effective) if contrasts else None
+
+    def extra_state(self):
+        return {"contrasts": self._dims is not None}
+
+    def load_extra_state(self, state):
+        self._dims = ops.DucDims(self.effective) if state["contrasts"] else None
 
     def _effective_dimensions(self, train) -> Tensor:  # bool [M, D]
         """Return D^m for every modality over the training set, each process's share encoded once."""

@@ -50,14 +50,15 @@ class Losses:
         num_steps: of the epoch.
         device: of the losses.
         is_alone: whether this process may stop by itself; several stop together, at the epoch's end.
+        first: step to begin with, of an epoch that was stopped within.
     """
 
-    def __init__(self, num_steps: int, device: torch.device, is_alone: bool) -> None:
+    def __init__(self, num_steps: int, device: torch.device, is_alone: bool, first: int = 0) -> None:
         # Whatever the default dtype is: in float16 a loss of 70,000 would be infinite.
         self.values = torch.zeros(num_steps, device=device, dtype=torch.float32)
         self.is_alone = is_alone
         self._on_its_way: tuple[Tensor, Any] | None = None
-        self._count = 0
+        self._count = first
 
     def add(self, loss: Tensor) -> int | None:
         """Keep a loss, a scalar; return the first step known to have one that is not finite."""

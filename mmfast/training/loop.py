@@ -32,6 +32,8 @@ from mmfast.training.divergence import (
 from mmfast.training.evaluation import Metrics, measure
 from mmfast.training.optimization import Optimization
 from mmfast.training.selection import BestWeights
+from mmfast.training.state import Cut, learner_state, load_state
+from mmfast.training.stopping import Stop, Stopped
 
 
 @dataclass
@@ -43,7 +45,8 @@ class TrainingLoop:
         train, val: data sets; `val` may be None, then the last epoch is kept.
         fabric, optimization: how.
         on_epoch: called with every epoch's entry of the history.
-        on_state: called after every epoch with all it takes to go on from there.
+        on_state: called after every epoch, and where one is stopped within, with all it takes to go on.
+        stop: whether to.
         history: the entries so far.
     """
 
@@ -54,6 +57,7 @@ class TrainingLoop:
     optimization: Optimization
     on_epoch: Callable[[dict[str, Any]], None]
     on_state: Callable[[dict[str, Any]], None]
+    stop: Stop = field(default_factory=Stop)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, state: dict[str, Any] | None) -> None:
@@ -61,31 +65,39 @@ class TrainingLoop:
 
         Raises:
             DivergedError: a loss is NaN or infinite.
+            Stopped: it was to stop, and has given its state.
         """
         learner = self.learner
         # Before any state is loaded: an optimizer's is as wide as its parameters.
         self.fabric.strategy.precision.convert_module(learner)
         first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
+        cut = Cut(**state["cut"]) if state and state.get("cut") else None
         for index, stage in enumerate(learner.stages(self.optimization.max_epochs)):
             if index < first_stage:
                 continue
             learner.start_stage(stage)
             if state:
-                learner.load_state_dict(state["learner"])
-                learner.load_extra_state(state["extra"])
+                load_state(learner, state["learner"])
+                if "extra" in state:
+                    # A checkpoint of format 1.
+                    learner.load_extra_state(state["extra"])
             optimizer = self.optimization.make_optimizer(learner.trainable_parameters())
             scheduler = self.optimization.make_scheduler(optimizer)
-            best = BestWeights()
+            best = BestWeights.of(learner, state["best"] if state else {})
             if state:
                 optimizer.load_state_dict(state["optimizer"])
                 self.fabric.strategy.precision.load_state_dict(state["precision"])
                 scheduler.load_state_dict(state["scheduler"])
-                best = BestWeights(state["best"])
             module, optimizer = self.fabric.setup(learner, optimizer)
+            standing = index, optimizer, scheduler, best
             for epoch in range(first_epoch, stage.epochs):
                 entry: dict[str, Any] = {"stage": stage.name, "epoch": epoch}
                 with fitting_threads(learner, self.train, self.optimization.batch_size):
-                    entry |= self._train_epoch(module, optimizer, index, stage, epoch)
+                    figures, cut = self._train_epoch(module, optimizer, index, stage, epoch, cut)
+                if cut is not None:
+                    self.on_state(self._state(*standing, epoch - 1, cut))
+                    self._stopped(f"after batch {cut.batch} of {cut.num_batches} in", epoch, stage)
+                entry |= figures
                 scheduler.step()
                 if self.val is not None:
                     if learner.encodes_once or learner.reads_again(epoch):
@@ -99,18 +111,9 @@ class TrainingLoop:
                     learner.forget()
                 self.history.append(entry)
                 self.on_epoch(entry)
-                self.on_state(
-                    {
-                        "stage": index,
-                        "epoch": epoch,
-                        "learner": learner.state_dict(),
-                        "extra": learner.extra_state(),
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(),
-                        "precision": self.fabric.strategy.precision.state_dict(),
-                        "best": best.parts,
-                    }
-                )
+                self.on_state(self._state(*standing, epoch))
+                if self.stop.due(now=True):
+                    self._stopped("after", epoch, stage)
             best.restore(learner)
             if self.val is not None:
                 # What restored weights reach on validation data is known from their epochs.
@@ -131,6 +134,33 @@ class TrainingLoop:
             found[name] = entry["val"]["modality_accuracy"][name]
         return found
 
+    def _state(
+        self,
+        index: int,
+        optimizer: Any,
+        scheduler: Any,
+        best: BestWeights,
+        epoch: int,
+        cut: Cut | None = None,
+    ) -> dict[str, Any]:
+        """Return all it takes to go on after an epoch of a stage, or within the one behind that."""
+        return {
+            "stage": index,
+            "epoch": epoch,
+            "cut": vars(cut) if cut else None,
+            "learner": learner_state(self.learner, best.parts),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "best": best.parts,
+        }
+
+    def _stopped(self, where: str, epoch: int, stage: Stage) -> None:
+        text = (
+            f"stopped by SIGTERM {where} epoch {epoch + 1} of {stage.epochs}: resume=True goes on from there"
+        )
+        raise Stopped(text, rank=self.fabric.global_rank)
+
     def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
         """Return the learner's figures by the predictions it makes when it knows those of each modality.
 
@@ -149,17 +179,18 @@ class TrainingLoop:
         return found
 
     def _train_epoch(
-        self, module: Any, optimizer: Any, index: int, stage: Stage, epoch: int
-    ) -> dict[str, float]:
-        """Train one epoch; return its mean loss and its seconds."""
+        self, module: Any, optimizer: Any, index: int, stage: Stage, epoch: int, cut: Cut | None
+    ) -> tuple[dict[str, float], Cut | None]:
+        """Train an epoch, or the rest of one; return its mean loss and seconds, and where it was stopped."""
         learner, fabric = self.learner, self.fabric
         # A seed of its own for every epoch: a resumed run needs no random state of the one before.
         seed = learner.generator(index, epoch, fabric.global_rank).initial_seed()
         torch.manual_seed(seed)
         # Models may draw from numpy and random; data sets draw by seeds of their batches.
         seed_host(seed)
-        begun = time.perf_counter()
-        entries = learner.start_epoch(epoch, self.train)
+        begun = time.perf_counter() - (cut.seconds if cut else 0)
+        start = learner.resume_epoch if cut else learner.start_epoch
+        entries = start(epoch, self.train)
         shard = epoch_shard(
             len(entries),
             self.optimization.batch_size,
@@ -168,14 +199,19 @@ class TrainingLoop:
             world_size=fabric.world_size,
         )
         check_agreement("samples of an epoch", len(entries))
+        if cut:
+            cut.check(len(shard.batches))
         module.train()
-        steps, is_alone = learner.steps_per_batch, world() is None
-        losses = Losses(steps * len(shard.batches), fabric.device, is_alone)
+        steps, is_alone, first = learner.steps_per_batch, world() is None, cut.batch if cut else 0
+        losses = Losses(steps * len(shard.batches), fabric.device, is_alone, steps * first)
         device, dtype = model_place(learner)
         batches = learner.reader.read(
-            entries, shard.batches, learner.modalities, device, dtype=dtype, seed=seed
+            entries, shard.batches[first:], learner.modalities, device, dtype=dtype, seed=seed, first=first
         )
-        for b, batch in enumerate(batches):
+        if cut:
+            cut.set_random_state(fabric.global_rank, fabric.device)
+        stopped_at = None
+        for b, batch in enumerate(batches, first):
             for step in range(steps):
                 optimizer.zero_grad()
                 loss = module(batch, step)
@@ -186,16 +222,25 @@ class TrainingLoop:
                 fabric.backward(loss * shard.scales[b])
                 learner.edit_gradients(step, b / len(shard.batches))
                 optimizer.step()
+            if self.stop.due(now=b + 1 == len(shard.batches)):
+                stopped_at = b + 1
+                break
         bad = losses.first_bad()
         # All processes stop with the one whose loss was the first.
-        first = min_over_processes(len(shard.batches) if bad is None else bad // steps)
-        if first < len(shard.batches):
-            self._diverged(entries, shard, first, stage, epoch, seed)
+        worst = min_over_processes(len(shard.batches) if bad is None else bad // steps)
+        if worst < len(shard.batches):
+            self._diverged(entries, shard, worst, stage, epoch, seed)
         share_buffers(learner)
         scales = torch.tensor(shard.scales, device=fabric.device).repeat_interleave(steps)
-        total = (losses.values * scales).sum()
-        mean = fabric.all_reduce(total, reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
-        return {"loss": float(mean), "seconds": time.perf_counter() - begun}
+        scaled = losses.values * scales
+        if cut:
+            scaled[: steps * first] = cut.losses_of(fabric.global_rank, fabric.world_size)
+        seconds = time.perf_counter() - begun
+        if stopped_at is not None:
+            done = scaled[: steps * stopped_at]
+            return {}, Cut.after(stopped_at, len(shard.batches), done, seconds)
+        mean = fabric.all_reduce(scaled.sum(), reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
+        return {"loss": float(mean), "seconds": seconds}, None
 
     def _diverged(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfast.methods.base import Learner
+from mmfast.training.checkpoint import Parted
+from mmfast.training.state import Part, groups_of, load_state, weights_of
+from mmfast.training.writing import snapshot
 
 
 class BestWeights:
@@ -13,11 +16,19 @@ class BestWeights:
 
     Attributes:
         parts: by the prefixes of a part's entries in the state dict, its {"score", "epoch", "weights"} at the
-            earliest epoch of the highest score.
+            earliest epoch of the highest score. Weights lie on the CPU, as what a checkpoint keeps apart.
     """
 
-    def __init__(self, parts: dict[tuple[str, ...], dict[str, Any]] | None = None) -> None:
-        self.parts = parts or {}
+    def __init__(self) -> None:
+        self.parts: dict[Part, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, learner: Learner, parts: Mapping[Part, Mapping[str, Any]]) -> BestWeights:
+        """Return the best weights of a learner that a checkpoint holds, in which they are plain dicts."""
+        found = cls()
+        for part, kept in parts.items():
+            found.parts[part] = {**kept, "weights": _parted(learner, part, kept["weights"])}
+        return found
 
     def update(
         self, learner: Learner, accuracy: float, unimodal_accuracy: Sequence[float | None], epoch: int
@@ -26,12 +37,12 @@ class BestWeights:
         for part, score in _apart(learner, learner.selection_scores(accuracy, unimodal_accuracy)).items():
             if part in self.parts and score <= self.parts[part]["score"]:
                 continue
-            weights = {
-                key: value.detach().clone()
-                for key, value in learner.state_dict().items()
-                if key.startswith(part)
+            weights = {key: value for key, value in weights_of(learner).items() if key.startswith(part)}
+            self.parts[part] = {
+                "score": score,
+                "epoch": epoch,
+                "weights": _parted(learner, part, snapshot(weights)),
             }
-            self.parts[part] = {"score": score, "epoch": epoch, "weights": weights}
 
     def epoch_of(self, prefix: str) -> int | None:
         """Return the epoch of the best weights under a prefix; None: the last ones stay."""
@@ -41,17 +52,22 @@ class BestWeights:
     def restore(self, learner: Learner) -> None:
         """Put the best weights back; without any, the learner stays as it is."""
         for kept in self.parts.values():
-            learner.load_state_dict(kept["weights"], strict=False)
+            load_state(learner, kept["weights"].entries, strict=False)
 
 
-def _apart(learner: Learner, scores: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+def _parted(learner: Learner, part: Part, weights: dict[str, Any]) -> Parted:
+    groups = [[key for key in group if key in weights] for group in groups_of(learner, [part])]
+    return Parted(weights, groups, fixed=True)
+
+
+def _apart(learner: Learner, scores: dict[Part, float]) -> dict[Part, float]:
     """Return the scores with parts that share weights taken as one, by the mean of their scores.
 
     Of a layer that two encoders share, each would put back its own best epoch over the other's.
     """
     if len(scores) < 2:
         return scores
-    groups: list[tuple[list[tuple[str, ...]], set[int]]] = []
+    groups: list[tuple[list[Part], set[int]]] = []
     entries = learner.state_dict(keep_vars=True)
     for part in scores:
         mine = {id(value) for key, value in entries.items() if key.startswith(part)}

@@ -28,8 +28,11 @@ from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import Metrics, evaluate
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.optimization import Optimization
+from mmfast.training.state import weights_of
+from mmfast.training.stopping import Stop, Stopped, listening
+from mmfast.training.writing import Writer
 
-LAST = "last.ckpt"  # where a run stands, written after every epoch
+LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
 # What other trainers call the settings of this one.
 _OTHER_NAMES = {
@@ -160,9 +163,16 @@ class Trainer:
                 run.
             DivergedError: a loss or a validation sample's logits are NaN or infinite; the error names the
                 epoch, the batch, and the samples whose input is to blame or a likely cause.
+            OSError: a checkpoint could not be written; the one before is there still.
+            Stopped: this process, or another of the run, got SIGTERM. In `out_dir` lies a checkpoint of the
+                end of the batch that was under way, or of the epoch if it came after the last batch, and
+                `resume` goes on from it to the same weights. Where `fit` is called from the program's main
+                thread, with an `out_dir`; a handler of the program's own is called, too, and there again
+                afterwards. See `mmfast.training.stopping`.
 
-        However it ends, what training froze is free again and no gradient is left on the model; where it
-        does not finish, its modules are in the modes they were in, and it keeps the weights it had by then.
+        A thread writes the checkpoints, from copies on the CPU. However a fit ends, what training froze is
+        free again and no gradient is left on the model; where it does not finish, its modules are in the
+        modes they were in, and it keeps the weights it had by then.
         """
         check_data(model, "train", train, whole=True, collate_fn=self.reader.collate_fn)
         if val is not None:
@@ -183,10 +193,7 @@ class Trainer:
                 check_weights(learner)
                 learner.to(self.fabric.device)
                 check_fits(learner, train)
-                folder = self.out_dir if self.fabric.is_global_zero else None
-                with contextlib.nullcontext() if folder is None else alone_in(folder):
-                    self._run(learner, train, val, self._resumed() if resume else None)
-                    self._save(MODEL, self._description() | {"learner": learner.state_dict()})
+                is_told_to_stop = self._train(learner, train, val, resume)
             except BaseException:
                 # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
                 learner.abandon()
@@ -198,12 +205,33 @@ class Trainer:
         learner.zero_grad(set_to_none=True)
         learner.eval()
         self.learner = learner
+        if is_told_to_stop:
+            raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
         return learner
 
-    def _run(self, learner: Learner, train: Any, val: Any | None, state: dict[str, Any] | None) -> None:
+    def _train(self, learner: Learner, train: Any, val: Any | None, resume: bool) -> bool:
+        """Make the run and its checkpoints; return whether the process was told to stop too late for that."""
+        folder = self._folder
+        alone = contextlib.nullcontext() if folder is None else alone_in(folder)
+        with listening(wanted=self.out_dir is not None) as stop, alone:
+            stop.agree(self.fabric.device)
+            try:
+                self._run(learner, train, val, self._resumed() if resume else None, stop)
+            except Stopped:
+                # None ends before the first has written the checkpoint.
+                self.fabric.barrier()
+                raise
+            if folder is not None:
+                checkpoint.save(folder / MODEL, self._description() | {"learner": weights_of(learner)})
+            return stop.due(now=True)
+
+    def _run(
+        self, learner: Learner, train: Any, val: Any | None, state: dict[str, Any] | None, stop: Stop
+    ) -> None:
         """Train from the beginning, or from where a run stands."""
         self.history = state["history"] if state else []
-        with self._bar(learner) as advance:
+        path = None if self._folder is None else self._folder / LAST
+        with self._bar(learner) as advance, Writer(path) as writer:
 
             def record(entry: dict[str, Any]) -> None:
                 self._record(entry)
@@ -217,7 +245,8 @@ class Trainer:
                 self.fabric,
                 self.optimization,
                 on_epoch=record,
-                on_state=lambda state: self._save(LAST, self._description() | state),
+                on_state=lambda state: writer.save(self._description() | state),
+                stop=stop,
                 history=self.history,
             ).run(state)
 
@@ -269,9 +298,10 @@ class Trainer:
             "history": self.history,
         }
 
-    def _save(self, name: str, state: dict[str, Any]) -> None:
-        if self.out_dir is not None and self.fabric.is_global_zero:
-            checkpoint.save(self.out_dir / name, state)
+    @property
+    def _folder(self) -> Path | None:
+        """Where this process writes checkpoints; of several processes the first alone does."""
+        return self.out_dir if self.fabric.is_global_zero else None
 
     def _resumed(self) -> dict[str, Any] | None:
         """Return where the run in `out_dir` stands, or None where there is none."""

@@ -1,0 +1,150 @@
+"""What a run goes on from: a learner's state in parts, random state, and epochs stopped within."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast.distributed import gather_objects
+from mmfast.methods._state import EXTRA
+from mmfast.methods.base import Learner
+from mmfast.training.checkpoint import Parted
+
+# The prefixes of the entries of a state dict that are selected together.
+Part = tuple[str, ...]
+
+
+def weights_of(learner: Learner) -> dict[str, Any]:
+    """Return the state dict without the state of training: what predictions need."""
+    weights = learner.state_dict()
+    weights.pop(EXTRA, None)
+    return weights
+
+
+def groups_of(learner: Learner, parts: Collection[Part]) -> list[list[str]]:
+    """Return the keys of `weights_of` by part, and in each those that train now and those that do not."""
+    frozen = {name for name, p in learner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    groups: dict[Any, list[str]] = {}
+    for key in weights_of(learner):
+        part = next((part for part in parts if key.startswith(part)), None)
+        groups.setdefault((part, key in frozen), []).append(key)
+    return list(groups.values())
+
+
+def learner_state(learner: Learner, parts: Collection[Part]) -> Parted:
+    """Return the state dict for a checkpoint: `parts` apart, and what of the extra state is large."""
+    state = learner.state_dict()
+    if "method" in (extra := state.get(EXTRA, {})):
+        method = Parted(extra["method"], [[key] for key in extra["method"]])
+        state[EXTRA] = {**extra, "method": method}
+    return Parted(state, groups_of(learner, parts))
+
+
+def load_state(learner: Learner, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load a state dict that a checkpoint or model selection has kept, as plain entries."""
+    whole = learner.state_dict()
+    # Modules look there for the version of what they get.
+    entries = type(whole)(state)
+    entries._metadata = whole._metadata  # type: ignore[attr-defined]
+    learner.load_state_dict(entries, strict=strict)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of all that draws in this process, as plain values and tensors on the CPU.
+
+    That is torch here and on `device`, numpy's and Python's own.
+    """
+    # What data sets and transforms draw from.
+    of_numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    inner = {
+        key: torch.from_numpy(value.astype(np.int64)) if isinstance(value, np.ndarray) else value
+        for key, value in of_numpy["state"].items()
+    }
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": {**of_numpy, "state": inner},
+        "python": list(random.getstate()),
+    }
+    if device.type != "cpu":
+        module, *arguments = _drawing(device)
+        state[device.type] = module.get_rng_state(*arguments)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Let all draw what they would have drawn when `random_state` gave this."""
+    torch.set_rng_state(state["torch"])
+    inner = {
+        key: value.numpy() if isinstance(value, Tensor) else value
+        for key, value in state["numpy"]["state"].items()
+    }
+    np.random.set_state({**state["numpy"], "state": inner})  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if device.type in state:
+        module, *arguments = _drawing(device)
+        module.set_rng_state(state[device.type], *arguments)
+
+
+def _drawing(device: torch.device) -> tuple[Any, ...]:
+    """Return the module that draws on a device, and what it must be told."""
+    module = torch.get_device_module(device)
+    # There is one of Apple's.
+    return (module,) if device.type == "mps" else (module, device)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An epoch that was stopped within: what its rest needs of its beginning.
+
+    Attributes:
+        batch: how many batches are done.
+        num_batches: of the epoch.
+        losses: of each process the losses of its steps so far, scaled by its share of the batch.
+        random: of each process `random_state`.
+        seconds: so far.
+    """
+
+    batch: int
+    num_batches: int
+    losses: list[Tensor]  # W x [steps]
+    random: list[dict[str, Any]]
+    seconds: float
+
+    @classmethod
+    def after(
+        cls,
+        batch: int,
+        num_batches: int,
+        losses: Tensor,  # [steps]
+        seconds: float,
+    ) -> Cut:
+        """Return the cut after a batch; all processes ask for it."""
+        mine = losses.cpu(), random_state(losses.device)
+        all_losses, states = zip(*gather_objects(mine), strict=True)
+        return cls(batch, num_batches, list(all_losses), list(states), seconds)
+
+    def check(self, num_batches: int) -> None:
+        """Raise ValueError if the epoch has another number of batches by now."""
+        if num_batches != self.num_batches:
+            raise ValueError(
+                f"the checkpoint must be of an epoch of {num_batches} batches, as the data give, "
+                f"got one of {self.num_batches}: resume with the data of then"
+            )
+
+    def losses_of(self, rank: int, world_size: int) -> Tensor:  # [steps]
+        """Return a process's losses; of another number of processes than then, their mean over those."""
+        if world_size == len(self.losses):
+            return self.losses[rank]
+        return torch.stack(self.losses).mean(0)
+
+    def set_random_state(self, rank: int, device: torch.device) -> None:
+        """Let a process draw on; one that was not there then keeps its state of the epoch's beginning."""
+        if rank < len(self.random):
+            set_random_state(self.random[rank], device)
