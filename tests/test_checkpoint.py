@@ -254,8 +254,12 @@ def test_a_run_of_the_format_before_goes_on(tmp_path):
     with pytest.raises(Killed):
         fitted("sample-valuation", out_dir=tmp_path, on_epoch=_killed_after(3))
     state = checkpoint.load(path)
-    state["extra"] = state["learner"].pop("_extra_state")["method"]
-    assert len(state["extra"]["indices"]) > 0
+    copies = state["learner"].pop("_extra_state")["method"]["copies"]
+    samples, modalities = copies.nonzero(as_tuple=True)
+    times = copies[samples, modalities].long()
+    indices, shown = samples.repeat_interleave(times), (1 << modalities).repeat_interleave(times)
+    assert len(indices) > 0
+    state["extra"] = {"indices": indices, "coalitions": shown}
     del state["cut"]
     torch.save({**state, "format": 1}, path)
     resumed, _ = fitted("sample-valuation", out_dir=tmp_path, resume=True, model_seed=4)
