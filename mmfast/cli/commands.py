@@ -24,6 +24,8 @@ from mmfast.cli.flags import (
     LrStep,
     Modalities,
     Momentum,
+    NumNodes,
+    OneNode,
     OptimizerName,
     Overwrite,
     Precision,
@@ -81,6 +83,7 @@ def compare(
     probe: Probe = False,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
+    num_nodes: OneNode = 1,
     precision: Precision = "32-true",
     overwrite: Overwrite = False,
     traceback: Traceback = False,
@@ -194,14 +197,13 @@ def train(
     ] = None,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
+    num_nodes: NumNodes = 1,
     precision: Precision = "32-true",
     overwrite: Overwrite = False,
     traceback: Traceback = False,
 ) -> None:
     """Train a model by one method, and print its test figures."""
     with plain_errors(traceback):
-        from lightning_fabric.utilities.rank_zero import rank_zero_only
-
         from mmfast.cli.options import method_and_optimization, setup_of
         from mmfast.experiments.comparison import clear_run, has_run
         from mmfast.experiments.results import METRICS
@@ -210,11 +212,12 @@ def train(
         from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
         from mmfast.training.divergence import DivergedError
+        from mmfast.training.launchers import is_first
 
         chosen, base = method_and_optimization(method, preset, settings or ())
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
-        first = getattr(rank_zero_only, "rank", 0) == 0
+        first = is_first(num_nodes)
         if has_run(out) and not (resume or overwrite) and first:
             raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
         setup = setup_of(context.params, base)

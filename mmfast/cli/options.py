@@ -186,7 +186,16 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
         base: settings to use where none is given.
     """
     settings = {field.name: given[_OPTIONS.get(field.name, field.name)] for field in fields(Optimization)}
-    rest = ("dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities")
+    rest = (
+        "dim",
+        "fusion",
+        "accelerator",
+        "precision",
+        "probe",
+        "skip_unreadable",
+        "modalities",
+        "num_nodes",
+    )
     return make_setup(
         given["data"],
         given["split_seed"],

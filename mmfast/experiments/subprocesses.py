@@ -54,6 +54,7 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
         "fusion": setup.fusion,
         "accelerator": setup.accelerator,
         "devices": setup.devices,
+        "num-nodes": setup.num_nodes,
         "precision": setup.precision,
     }
     words = ["train", "--resume"]
