@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import kmeans as reference
 
@@ -278,6 +279,24 @@ def test_bad_input_raises_in_every_process(ranks, case):
     kind, text = found[1].split(": ", 1)
     kind = "RuntimeError" if kind == "BackendUnavailableError" else kind
     assert found[0] == found[2] == f"{kind}: in process 1 of the group: {text}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_one_assignment_in_chunks(dtype, backend, device, monkeypatch):
+    """What kmeans takes of a backend over a group, by samples about an offset far from them."""
+    if not _backend.supports(backend, "kmeans", dtype):
+        pytest.skip("its kernel does not take this dtype here")
+    features = make(2.5, dtype)[0].to(device)
+    wide = features.to(torch.promote_types(dtype, torch.float32))
+    offset, centroids = wide.mean(0) + 1, wide[:9] - wide.mean(0) - 1
+    centroids[8] = 1000
+    monkeypatch.setattr("mmfast.reference._common._CHUNK_NUMEL_CPU", 900)
+    nearest, total, count = torch.ops.mmfast.kmeans_assign(features, offset, centroids, backend)
+    assert torch.equal(nearest, torch.cdist(wide - offset, centroids).argmin(1))
+    assert torch.equal(count, torch.bincount(nearest, minlength=9))
+    assert total.dtype == torch.float64
+    expected = torch.stack([(wide - offset)[nearest == k].double().sum(0) for k in range(9)])
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_group_of_one_is_alone(tmp_path, backend, device):

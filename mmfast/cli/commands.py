@@ -26,7 +26,9 @@ from mmfast.cli.flags import (
     LrStep,
     Modalities,
     Momentum,
+    NumNodes,
     NumWorkers,
+    OneNode,
     OptimizerName,
     Overwrite,
     Precision,
@@ -84,6 +86,7 @@ def compare(
     probe: Probe = False,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
+    num_nodes: OneNode = 1,
     precision: Precision = "32-true",
     num_workers: NumWorkers = 0,
     eval_batch_size: EvalBatchSize = 256,
@@ -208,6 +211,7 @@ def train(
     ] = None,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
+    num_nodes: NumNodes = 1,
     precision: Precision = "32-true",
     num_workers: NumWorkers = 0,
     eval_batch_size: EvalBatchSize = 256,
@@ -217,8 +221,6 @@ def train(
 ) -> None:
     """Train a model by one method, and print its test figures."""
     with plain_errors(traceback):
-        from lightning_fabric.utilities.rank_zero import rank_zero_only
-
         from mmfast.cli.options import method_and_optimization, setup_of
         from mmfast.experiments.comparison import clear_run, has_run
         from mmfast.experiments.results import METRICS
@@ -227,12 +229,13 @@ def train(
         from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
         from mmfast.training.divergence import DivergedError
+        from mmfast.training.launchers import is_first
         from mmfast.training.stopping import Stopped
 
         chosen, base = method_and_optimization(method, preset, settings or ())
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
-        first = getattr(rank_zero_only, "rank", 0) == 0
+        first = is_first(num_nodes)
         if has_run(out) and not (resume or overwrite) and first:
             raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
         setup = setup_of(context.params, base)

@@ -176,6 +176,22 @@ SetOfOne = Annotated[
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds 0, 1, ...")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Devices = Annotated[str, typer.Option(help="Number of devices a run trains on, or auto.")]
+NumNodes = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Machines that train a run together; start the same command on each, by torchrun or srun, or "
+        "with MASTER_ADDR, MASTER_PORT and NODE_RANK set.",
+    ),
+]
+OneNode = Annotated[
+    int,
+    typer.Option(
+        "--num-nodes",
+        min=1,
+        help="Must be 1: a comparison starts its runs itself, on one machine; train takes several.",
+    ),
+]
 Precision = Annotated[
     str, typer.Option(help="32-true, bf16-mixed, 16-mixed or another of Lightning Fabric's.")
 ]

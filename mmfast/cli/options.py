@@ -199,7 +199,7 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
     """
     settings = {field.name: given[_OPTIONS.get(field.name, field.name)] for field in fields(Optimization)}
     rest = ["dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities"]
-    rest += ["num_workers", "eval_batch_size", "data_on_device"]
+    rest += ["num_workers", "eval_batch_size", "data_on_device", "num_nodes"]
     return make_setup(
         given["data"],
         given["split_seed"],

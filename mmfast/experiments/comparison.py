@@ -62,7 +62,7 @@ class Comparison:
         """
         if self.num_seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.num_seeds}")
-        refuse_launcher("mmfast compare")
+        refuse_launcher("mmfast compare", self.setup.num_nodes)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must be a folder, {self.out} is a file")
         epochs = {method.name: self.setup.check(method) for method in self.methods}

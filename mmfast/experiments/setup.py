@@ -50,6 +50,7 @@ class Setup:
         accelerator, devices, precision: as Lightning Fabric takes them.
         modalities: those that `splits` were made of, where not of all in `source`.
         encoders: what modalities are taken as, or the encoders that take them, where given.
+        num_nodes: machines that train a run together, as `Trainer` takes it.
         probe: measure every modality by a logistic regression on its frozen features, too.
         skip_unreadable: files of a FOLDER that cannot be read were left out.
         num_workers: processes that read files and samples.
@@ -70,6 +71,7 @@ class Setup:
     skip_unreadable: bool = False
     modalities: tuple[str, ...] | None = None
     encoders: Mapping[str, str] = field(default_factory=dict)
+    num_nodes: int = 1
     num_workers: int = 0
     eval_batch_size: int = 256
     data_on_device: str = "auto"
@@ -140,6 +142,7 @@ class Setup:
                 seed=seed,
                 accelerator=self.accelerator,
                 devices=self.devices,
+                num_nodes=self.num_nodes,
                 precision=self.precision,
                 out_dir=out_dir,
                 # Only checkpoints hold it, and it takes a look at all of the data.

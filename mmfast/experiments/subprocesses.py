@@ -88,6 +88,7 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
         "fusion": setup.fusion,
         "accelerator": setup.accelerator,
         "devices": setup.devices,
+        "num-nodes": setup.num_nodes,
         "precision": setup.precision,
         "num-workers": setup.num_workers,
         "eval-batch-size": setup.eval_batch_size,

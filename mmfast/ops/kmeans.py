@@ -206,11 +206,16 @@ def _assign_cpu(
     """
     assignments, total, count = _assign_fake(features, offset, centroids, "cpu")
     total.zero_(), count.zero_()
-    half_norms = centroids.square().sum(1, keepdim=True) / 2
-    for rows in row_chunks(features, len(features), max(centroids.shape)):
-        x = features[rows].to(offset.dtype) - offset
-        # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid; clusters first is faster.
-        nearest = torch.addmm(half_norms, centroids, x.T, alpha=-1).min(0).indices
+    half_norms = centroids.square().sum(1) / 2
+    chunks = list(row_chunks(features, len(features), max(centroids.shape)))
+    # The same memory for every chunk: new pages would take longer than the product.
+    most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    centred, scores = offset.new_empty(most, features.shape[1]), offset.new_empty(most, len(centroids))
+    for rows in chunks:
+        size = rows.stop - rows.start
+        x = torch.sub(features[rows], offset, out=centred[:size])
+        # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid.
+        nearest = torch.addmm(half_norms, x, centroids.T, alpha=-1, out=scores[:size]).min(1).indices
         num_members, mean, _ = torch.ops.mmfast.class_moments_fwd(x, nearest, len(centroids), "cpu")
         # The mean of no samples is NaN.
         total += (mean.double() * num_members[:, None]).nan_to_num_(0.0)

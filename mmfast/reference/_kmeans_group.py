@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast.distributed import gather_equal, of_first_process, sum_over_processes
-from mmfast.reference._common import accumulation_dtype
+from mmfast.reference._common import accumulation_dtype, row_chunks
 from mmfast.reference._kmeans_steps import distances_to_own, squared_distances
 
 # Takes features [N, D], offset [D] and centroids [K, D] less the offset; returns assignments int64 [N], and
@@ -52,18 +52,21 @@ class Shares:
     def _centre(self) -> tuple[Tensor, float]:  # [D]
         """Return the mean of all samples, and the mean over dimensions of their variance."""
         num_own, num_dims = self.features.shape
-        own = self.features.new_zeros(2 * num_dims + 1, dtype=torch.float64)
-        if self.features.numel():
-            variance, mean = torch.var_mean(self.features.to(self.dtype), 0, correction=0)
-            own = torch.cat([own.new_full((1,), num_own), mean.double(), variance.double()])
+        mean, square = self.features.new_zeros(num_dims, dtype=torch.float64), 0.0
+        for rows in row_chunks(self.features, num_own, num_dims):
+            mean += self.features[rows].to(self.dtype).sum(0) / num_own
+        for rows in row_chunks(self.features, num_own, num_dims):
+            x = self.features[rows].to(self.dtype) - mean.to(self.dtype)
+            square += float(x.square_().sum(dtype=torch.float64))
+        own = torch.cat([mean.new_tensor([num_own, square]), mean])
         table = gather_equal(own, self.group)
-        count, mean, variance = table[:, :1], table[:, 1 : num_dims + 1], table[:, num_dims + 1 :]
-        middle = (count * mean).sum(0) / self.num_samples
-        # A process's variance is about its own mean.
-        whole = (count * (variance + (mean - middle).square())).sum(0) / self.num_samples
+        count, squares, means = table[:, :1], table[:, 1], table[:, 2:]
+        middle = (count * means).sum(0, keepdim=True) / self.num_samples
+        # A process's squares are about its own mean.
+        whole = squares.sum() + (count * (means - middle).square()).sum()
         # Without dimensions nothing moves.
-        spread = whole.mean(0, keepdim=True) if num_dims else whole.new_zeros(1)
-        decided = of_first_process(torch.cat([middle, spread]), self.group)
+        spread = whole / (self.num_samples * max(1, num_dims))
+        decided = of_first_process(torch.cat([middle[0], spread[None]]), self.group)
         return decided[:-1].to(self.dtype), float(decided[-1])
 
     def seed_centroids(

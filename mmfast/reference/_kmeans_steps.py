@@ -56,5 +56,5 @@ def distances_to_own(
     found = features.new_empty(len(features), dtype=accumulation_dtype(features.dtype))
     for rows in row_chunks(features, *features.shape):
         x = features[rows].to(offset.dtype) - offset
-        found[rows] = (x - centroids.index_select(0, assignments[rows])).square().sum(1)
+        found[rows] = x.sub_(centroids.index_select(0, assignments[rows])).square_().sum(1)
     return found

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
-from lightning_fabric.strategies import DDPStrategy
 
 import mmfast
 from mmfast import methods
@@ -22,7 +21,7 @@ from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
-from mmfast.training import checkpoint, launchers
+from mmfast.training import checkpoint, launchers, strategies
 from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import Metrics, evaluate
@@ -57,8 +56,13 @@ class Trainer:
         method: a method of `mmfast.methods`, or its name.
         optimization: settings of optimizer, schedule, batch and epochs.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
-        accelerator, devices, strategy, precision: as Lightning Fabric takes them. Where torchrun or srun has
-            started several processes, one device, the default, means all of theirs.
+        accelerator, devices, precision: as Lightning Fabric takes them. Where torchrun or srun has started
+            several processes, one device, the default, means all of theirs.
+        num_nodes: machines that train together, of as many devices each. On every one the same program is
+            started: by torchrun or srun, whose number of nodes 1, the default, stands for; or by itself, with
+            MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment. Checkpoints are written on the first,
+            and read on all: `out_dir` must be a folder they share.
+        strategy: "auto", "ddp" or a DDPStrategy of Fabric's; parameters are whole in every process.
         out_dir: folder of checkpoints and logs; None writes nothing.
         loggers: "csv" and "tensorboard" (both write under `out_dir`), or Fabric loggers.
         metadata: plain values kept in the checkpoints, for whoever rebuilds the model from them. A run is
@@ -80,8 +84,10 @@ class Trainer:
             under "val", and what the method reports.
 
     Raises:
-        TypeError: the method is a class, not an instance.
-        ValueError: unknown method or setting, or `devices` other than a launcher has started processes for.
+        TypeError: the method is a class, not an instance, or `strategy` neither a name nor a strategy.
+        ValueError: unknown method or setting; `devices` or `num_nodes` other than a launcher has started
+            processes for; several nodes where nothing tells this one of the others; or a strategy that splits
+            parameters over processes.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Trainer:
         seed: int = 0,
         accelerator: str = "auto",
         devices: int | str | list[int] = 1,
+        num_nodes: int = 1,
         strategy: Any = "auto",
         precision: Any = "32-true",
         out_dir: str | Path | None = None,
@@ -120,15 +127,12 @@ class Trainer:
         self.reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
-        devices, num_nodes = launchers.fit(devices)
-        if strategy == "ddp" or (strategy == "auto" and (devices not in (1, "1") or num_nodes > 1)):
-            # A method's step may leave parts of the learner out, such as the other modalities' encoders.
-            strategy = DDPStrategy(find_unused_parameters=True)
+        devices, num_nodes = launchers.fit(devices, num_nodes)
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=strategy,
+            strategy=strategies.fitting(strategy, devices, num_nodes),
             precision=precision,
             loggers=[self._logger(kind) for kind in loggers],
         )
@@ -142,8 +146,7 @@ class Trainer:
 
     def launch(self) -> None:
         """Start the other processes, where there are several and no launcher has; `fit` does it otherwise."""
-        if not self.fabric._launched:
-            self.fabric.launch()
+        launchers.launch(self.fabric)
 
     def fit(
         self, model: MultimodalModel, train: Any, val: Any | None = None, *, resume: bool = False
