@@ -24,7 +24,7 @@ from torch import nn
 import mmfast
 from mmfast import files, methods
 from mmfast.experiments.comparison import clear_run, has_run
-from mmfast.training import checkpoint
+from mmfast.training import checkpoint, writing
 from mmfast.training.checkpoint import Parted
 from mmfast.training.stopping import Stopped
 from mmfast.training.writing import Writer, snapshot
@@ -315,6 +315,12 @@ def test_a_copy_does_not_follow_what_is_trained():
     assert snapshot(copy)["learner"] is copy["learner"]
 
 
+@pytest.fixture
+def threaded(monkeypatch):
+    """Let a thread write the smallest state, too."""
+    monkeypatch.setattr(writing, "_SMALL", -1)
+
+
 def slow_writes(monkeypatch) -> list[int]:
     """Let each write take a while; return the states that were written, in order."""
     done = []
@@ -329,7 +335,17 @@ def slow_writes(monkeypatch) -> list[int]:
     return done
 
 
-def test_states_are_written_in_order_and_the_end_waits(monkeypatch, tmp_path):
+def test_a_small_state_is_written_at_once(monkeypatch, tmp_path):
+    done = slow_writes(monkeypatch)
+    with Writer(tmp_path / "last.ckpt") as writer:
+        writer.save({"n": 0, "w": torch.zeros(2**19)})
+        assert done == [0]
+        writer.save({"n": 1, "w": [torch.zeros(2**20), torch.zeros(1)]})
+        assert done == [0]
+    assert done == [0, 1]
+
+
+def test_states_are_written_in_order_and_the_end_waits(threaded, monkeypatch, tmp_path):
     done, before = slow_writes(monkeypatch), threading.active_count()
     with Writer(tmp_path / "last.ckpt") as writer:
         writer.save({"n": 0})
@@ -350,7 +366,7 @@ def save_and_raise(path: Path, state: dict, error) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_no_thread_is_left_behind(error, monkeypatch, tmp_path):
+def test_no_thread_is_left_behind(error, threaded, monkeypatch, tmp_path):
     done, before = slow_writes(monkeypatch), threading.active_count()
     with pytest.raises(error):
         save_and_raise(tmp_path / "last.ckpt", {"n": 0}, error)
@@ -358,7 +374,7 @@ def test_no_thread_is_left_behind(error, monkeypatch, tmp_path):
     assert threading.active_count() == before
 
 
-def test_a_write_that_fails_is_told_at_the_next_or_at_the_end(tmp_path):
+def test_a_write_that_fails_is_told_at_the_next_or_at_the_end(threaded, tmp_path):
     path, bad = tmp_path / "last.ckpt", {"value": lambda: None}
     with Writer(path) as writer:
         writer.save(bad)
