@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mmfast import coalitions, ops
 from mmfast.data.batches import evaluating, presence
+from mmfast.data.devices import model_place
 from mmfast.data.reader import Reader, evaluation_batches, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
-from mmfast.distributed import gather_rows, rank_and_size, sum_over_processes
+from mmfast.distributed import gather_objects, gather_rows, rank_and_size, sum_over_processes
 from mmfast.errors import check_one_of, describe, needs_train
 from mmfast.models._checks import nobody_waits_for
 from mmfast.models.predictor import Predictor
@@ -178,7 +179,7 @@ def _valuated(
     found: list[Tensor] = []
     correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
     labels: list[Tensor] = []
-    shown: list[Tensor] = []
+    shown: list[Tensor | None] = []
     for features, label, present in _encoded(module, dataset, reader, share):
         for part in _parts(len(label), len(every) * module.num_classes):
             logits = module.coalition_logits([h[part] for h in features], every)  # [n, S, C]
@@ -195,18 +196,49 @@ def _valuated(
             found.append(ops.shapley_values(values, backend=backend).float())
             correct = correct.to(right.device) + right.double().sum(0)
         labels.append(label)
-        if present is not None:
-            shown.append(present.T)
-    whole = gather_rows if share else _as_it_is
-    total = sum_over_processes if share else _as_it_is
+        shown.append(None if present is None else present.T)
+    if share:
+        correct = sum_over_processes(correct.to(model_place(module)[0]))
     return Valuation(
-        whole(torch.cat(found)).cpu(),
-        whole(torch.cat(labels)).cpu(),
+        _joined(found, len(module.modalities), module, share).cpu(),
+        _joined(labels, 0, module, share).cpu(),
         tuple(module.modalities),
         utility,
-        (total(correct) / len(dataset)).float().cpu(),
-        whole(torch.cat(shown)).cpu() if shown else None,
+        (correct / len(dataset)).float().cpu(),
+        _joined_marks(shown, [len(label) for label in labels], module, share),
     )
+
+
+def _joined(
+    parts: Sequence[Tensor],  # [n, M] each, or [n]
+    width: int,  # M, or 0
+    module: Any,
+    share: bool,
+) -> Tensor:  # [N, M] or [N]
+    """Return what all batches gave, of all processes; a process may have had none."""
+    shape = (0, width) if width else (0,)
+    dtype = torch.float32 if width else torch.int64
+    own = torch.cat([torch.zeros(shape, dtype=dtype, device=model_place(module)[0]), *parts])
+    return gather_rows(own) if share else own
+
+
+def _joined_marks(
+    parts: Sequence[Tensor | None],  # bool [n, M] each; None: all are present
+    sizes: Sequence[int],  # n of each
+    module: Any,
+    share: bool,
+) -> Tensor | None:  # bool [N, M] on the CPU
+    """Return the presence of all samples, of all processes; None where all have all."""
+    count, device = len(module.modalities), model_place(module)[0]
+    whole = [
+        torch.ones(size, count, dtype=torch.bool, device=device) if part is None else part
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    own = torch.cat([torch.ones(0, count, dtype=torch.bool, device=device), *whole])
+    is_told = any(part is not None for part in parts)
+    if share:
+        own, is_told = gather_rows(own), any(gather_objects(is_told))
+    return own.cpu() if is_told else None
 
 
 def _encoded(
@@ -242,10 +274,10 @@ def contributions(
     """
     module = _checked(model, dataset, utility)
     reader = reader_of(module) if batch_size is None else replace(reader_of(module), batch_size=batch_size)
-    whole = gather_rows if share else _as_it_is
 
-    def valued(sound: list[Tensor] | None) -> tuple[Tensor, Tensor | None]:
-        found, shown = [], []
+    def valued(sound: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        found: list[Tensor] = []
+        shown: list[Tensor | None] = []
         for features, labels, present in _encoded(module, dataset, reader, share):
             phi = batch_contributions(
                 model, features, labels, present, utility=utility, backend=backend, sound=sound
@@ -256,13 +288,13 @@ def contributions(
                 # v(none) stands in each player's value with the weight -1 / number of players.
                 phi = phi + right[:, None] * players / players.sum(1, keepdim=True).clamp(min=1)
             found.append(phi.float())
-            if present is not None:
-                shown.append(present.T)
-        return torch.cat(found), torch.cat(shown) if shown else None
+            shown.append(None if present is None else present.T)
+        return found, shown
 
     with _evaluating(module, dataset, reader):
-        phi, present = without_waiting(valued)
-    return whole(phi).cpu(), None if present is None else whole(present).cpu()
+        found, shown = without_waiting(valued)
+    phi = _joined(found, len(model.modalities), module, share)
+    return phi.cpu(), _joined_marks(shown, [len(part) for part in found], module, share)
 
 
 Passed = TypeVar("Passed")
@@ -278,10 +310,6 @@ def without_waiting(one_pass: Callable[[list[Tensor] | None], Passed]) -> Passed
     sound: list[Tensor] = []
     found = one_pass(sound)
     return one_pass(None) if sound and not bool(sound[0]) else found
-
-
-def _as_it_is(value: Tensor) -> Tensor:
-    return value
 
 
 def mean_contributions(

@@ -35,6 +35,7 @@ from torch import nn
 import mmfast
 import test_trainer as t
 from mmfast.data import ArrayDataset
+from mmfast.training.evaluation import probe
 
 torch.set_num_threads(1)
 world = int(os.environ["WORLD_SIZE"])
@@ -56,6 +57,17 @@ def figures(case):
     valued = mmfast.valuate(trainer.learner, test, fabric=trainer.fabric)
     assert valued.labels.tolist() == test.labels.tolist()
     values[case] = valued.contributions.tolist()
+    # Fewer samples than processes.
+    single = test.subset(slice(0, 1))
+    first = mmfast.valuate(trainer.learner, single, fabric=trainer.fabric)
+    assert first.contributions.shape == (1, 2)
+    assert (first.present is None) == (valued.present is None)
+    trainer.test(model, single)
+    kept = trainer.learner.keep(single, whole=True)
+    assert len(kept) == 1
+    trainer.learner.forget()
+    if case == "joint":
+        values["probe"] = [list(probe(trainer.learner, train, test).values())]
     losses = [entry["loss"] for entry in trainer.history]
     return [*losses, found.loss, found.accuracy, found.macro_f1, *found.contribution.values()]
 
@@ -112,7 +124,7 @@ def test_two_processes_reach_the_metrics_of_one(case, runs):
     assert runs[2][0]["exact"][case] == pytest.approx(runs[1][0]["exact"][case], rel=1e-5)
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [*EXACT, "probe"])
 def test_processes_value_their_shares_of_the_samples(case, runs):
     (alone,), (one, other) = runs[1], runs[2]
     assert one["values"][case] == other["values"][case]

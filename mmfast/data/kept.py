@@ -16,13 +16,15 @@ from torch.utils.data import Dataset
 from mmfast.coalitions import features_key, present_key
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import evaluating, presence
-from mmfast.data.devices import fits_on
+from mmfast.data.devices import fits_on, model_place
 from mmfast.data.reader import evaluation_batches, reader_of
 from mmfast.distributed import gather_rows, rank_and_size
 
 # Bytes of a data set's features that are kept in memory; more go to a file in the folder for temporary files
 # (the variable TMPDIR), which goes with its last reader.
 MAX_BYTES = 2**30
+# Beside features by their modalities' names, none of which is empty.
+_PRESENT = ""
 
 
 class KeptFeatures(Dataset):
@@ -91,9 +93,7 @@ def encode_once(learner: Any, dataset: Any, *, whole: bool) -> KeptFeatures:
     held: dict[str, Tensor] = {}
     start = 0
     for labels, features, present in _encoded(learner, dataset):
-        rows = {LABEL: labels, **dict(zip(names, features, strict=True))}
-        if present is not None:
-            rows[""] = present
+        rows = {LABEL: labels, _PRESENT: present, **dict(zip(names, features, strict=True))}
         if whole:
             rows = {key: gather_rows(value) for key, value in rows.items()}
         if not held:
@@ -102,30 +102,35 @@ def encode_once(learner: Any, dataset: Any, *, whole: bool) -> KeptFeatures:
         for key, value in rows.items():
             held[key][start:end] = value
         start = end
-    return KeptFeatures({name: held[name] for name in names}, held[LABEL], held.get(""))
+    marks = held[_PRESENT]
+    return KeptFeatures(
+        {name: held[name] for name in names}, held[LABEL], None if bool(marks.all()) else marks
+    )
 
 
 def _encoded(
     learner: Any, dataset: Any
-) -> Iterator[tuple[Tensor, list[Tensor], Tensor | None]]:  # [n], M x [n, D_m], bool [n, M]
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:  # [n], M x [n, D_m], bool [n, M]
     """Yield labels, features and marks batch by batch; of several processes all yield as many."""
     rank, world_size = rank_and_size()
     size = reader_of(learner).evaluation_size(dataset)
     steps = -(-len(range(0, len(dataset), world_size)) // size)
     batches = evaluation_batches(learner, dataset, rank=rank, world_size=world_size)
-    example: tuple[Tensor, list[Tensor], Tensor | None] | None = None
+    # What a process gives whose share has come to its end, while that of another has not.
+    device, dtype = model_place(learner)
+    nothing = [torch.zeros(0, dim, dtype=dtype, device=device) for dim in learner.model.dims]
     for _ in range(steps):
         batch = next(batches, None)
         if batch is None:
-            # The last batch of this process was its last share's.
-            assert example is not None, f"{len(dataset)} samples are too few for {world_size} processes"
-            labels, features, present = example
-            yield labels[:0], [h[:0] for h in features], None if present is None else present[:0]
+            marks = torch.ones(0, len(nothing), dtype=torch.bool, device=device)
+            yield torch.zeros(0, dtype=torch.int64, device=device), nothing, marks
             continue
         with evaluating(learner):
-            marks, features = presence(batch, learner.modalities), learner.encode(batch)
-        example = batch[LABEL], features, None if marks is None else marks.T
-        yield example
+            present, features = presence(batch, learner.modalities), learner.encode(batch)
+        nothing = [h[:0] for h in features]
+        if present is None:
+            present = torch.ones(len(features), len(batch[LABEL]), dtype=torch.bool, device=device)
+        yield batch[LABEL], features, present.T
 
 
 def _make_room(rows: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:

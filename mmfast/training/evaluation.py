@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassF1Score
 
 from mmfast.data.batches import evaluating, presence
 from mmfast.data.threads import fitting_threads
+from mmfast.distributed import broadcast_from_first, rank_and_size
 from mmfast.methods.base import Learner
 from mmfast.valuation import batch_contributions, without_waiting
 
@@ -98,9 +100,9 @@ class _Figures:
 
     def metrics(self, fabric: Fabric) -> tuple[Metrics, int]:
         """Return the figures of all processes' samples."""
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.loss.device)
         f1 = MulticlassF1Score(self.classes, average="macro", validate_args=False).to(self.loss.device)
-        f1.update(torch.cat([nothing, *self.predicted]), torch.cat([nothing, *self.labels]))
+        if self.predicted:
+            f1.update(torch.cat(self.predicted), torch.cat(self.labels))
         sums = [self.loss, self.right, self.num_nan, self.num_samples]
         sums += [self.alone, self.contribution, self.counts]
         # All figures in one message, and the host waits for them once.
@@ -110,12 +112,19 @@ class _Figures:
         alone, contribution, counts = rest[:count], rest[count:-count], rest[-count:]
         metrics = Metrics(
             accuracy=right / num_samples,
-            macro_f1=float(f1.compute()),
+            macro_f1=self._of_all(f1),
             loss=loss / num_samples,
             modality_accuracy=self._means(alone, counts),
             contribution=self._means(contribution, counts),
         )
         return metrics, int(num_nan)
+
+    @staticmethod
+    def _of_all(metric: Metric) -> float:
+        with warnings.catch_warnings():
+            # Of few samples a process may have had none, which torchmetrics takes for a mistake.
+            warnings.filterwarnings("ignore", message="The ``compute`` method")
+            return float(metric.compute())
 
     def _means(self, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
         each = zip(self.names, sums, counts, strict=True)
@@ -150,23 +159,28 @@ def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
     """Return each modality's test accuracy by a logistic regression on its frozen features (`probe`).
 
     Features are standardised by the training part. Samples that lack the modality are left out of both parts.
+    Several processes share the encoding, and the first fits.
     """
+    parts = []
+    for dataset in (train, test):
+        learner.keep(dataset, whole=True)
+        found = [
+            [(h.cpu(), y.cpu()) for m, h, y in learner.modality_features(dataset) if m == wanted]
+            for wanted in range(len(learner.modalities))
+        ]
+        learner.forget()
+        parts.append([[torch.cat(each).numpy() for each in zip(*pairs, strict=True)] for pairs in found])
+    accuracy = _fitted_accuracy(learner.modalities, *parts) if rank_and_size()[0] == 0 else None
+    return broadcast_from_first(accuracy)
+
+
+def _fitted_accuracy(names: Sequence[str], train: Sequence[Any], test: Sequence[Any]) -> dict[str, float]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    parts = []
-    for dataset in (train, test):
-        features: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
-        labels: list[list[torch.Tensor]] = [[] for _ in learner.modalities]
-        for m, h, y in learner.modality_features(dataset):
-            features[m].append(h.cpu())
-            labels[m].append(y.cpu())
-        parts.append(
-            [(torch.cat(h).numpy(), torch.cat(y).numpy()) for h, y in zip(features, labels, strict=True)]
-        )
     accuracy = {}
-    for name, fitted, asked in zip(learner.modalities, *parts, strict=True):
+    for name, fitted, asked in zip(names, train, test, strict=True):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*fitted)
         accuracy[name] = float(classifier.score(*asked))
     return accuracy
