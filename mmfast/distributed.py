@@ -81,15 +81,6 @@ def max_over_processes(
     return _reduced(values, dist.ReduceOp.MAX)
 
 
-@torch.no_grad()
-def range_over_processes(
-    low: Tensor,  # any shape
-    high: Tensor,  # same shape
-) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest of all processes, element by element."""
-    return -_reduced(-low, dist.ReduceOp.MAX), _reduced(high, dist.ReduceOp.MAX)
-
-
 def _reduced(values: Tensor, how: Any) -> Tensor:
     if (group := world()) is None:
         return values

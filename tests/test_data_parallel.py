@@ -17,6 +17,8 @@ EXACT = [
     "di-mml",
     "mla",
     "sample-valuation",
+    "diagnose-relearn",
+    "diagnose-relearn missing",
     "multi-loss missing",
     "di-mml missing",
     "di-mml missing sigmoid",

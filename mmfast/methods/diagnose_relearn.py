@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.distributed import broadcast_from_first, range_over_processes, sum_over_processes, world
+from mmfast.distributed import broadcast_from_first, rank_and_size, world
 from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.models import MultimodalModel
 
@@ -20,12 +20,7 @@ def scale_to_unit(
     features: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
     """Return every dimension scaled to [-1, 1] by its own minimum and maximum; a constant one becomes 0."""
-    low, high = features.new_full((2, features.shape[1]), torch.inf) * torch.tensor([[1.0], [-1.0]]).to(
-        features
-    )
-    if len(features):
-        low, high = torch.aminmax(features, dim=0)
-    low, high = range_over_processes(low, high)
+    low, high = torch.aminmax(features, dim=0)
     span = high - low
     return torch.where(span > 0, 2 * (features - low) / torch.where(span > 0, span, 1.0) - 1, 0.0)
 
@@ -53,6 +48,7 @@ class _DiagnoseRelearnLearner(Learner):
                 "diagnose-relearn needs a validation split: its gap is between training and validation"
             )
         purity = {split: self._purities(data, epoch) for split, data in (("train", train), ("val", val))}
+        self.forget()
         figures: dict[str, float] = {}
         gaps = [
             abs(of_train - of_val) for of_train, of_val in zip(purity["train"], purity["val"], strict=True)
@@ -65,28 +61,30 @@ class _DiagnoseRelearnLearner(Learner):
         return figures
 
     def _purities(self, dataset, epoch) -> list[float]:
-        """Return the purity of the clusters of each modality's features, P^m."""
-        features = [[torch.zeros(0, dim, device=self.device)] for dim in self.model.dims]
-        labels = [[torch.zeros(0, dtype=torch.int64, device=self.device)] for _ in self.modalities]
-        for m, h, y in self.modality_features(dataset, share=True):
-            features[m].append(h)
-            labels[m].append(y)
+        """Return the purity of the clusters of each modality's features, P^m.
+
+        Processes share encoding and clustering; the samples lie in the order of the data, so that K-means
+        begins where that of one process does.
+        """
+        self.keep(dataset, whole=True)
+        rank, world_size = rank_and_size()
         purities = []
         for m, name in enumerate(self.modalities):
-            h, y = torch.cat(features[m]), torch.cat(labels[m])
-            total = int(sum_over_processes(torch.tensor(len(h), device=self.device)))
-            if total == 0:
+            found = [(h, y) for own, h, y in self.modality_features(dataset) if own == m]
+            if not found:
                 raise ValueError(
                     f"diagnose-relearn needs samples with {name} in training and validation, got none"
                 )
+            h, y = (torch.cat(parts) for parts in zip(*found, strict=True))
             clusters = ops.kmeans(
-                scale_to_unit(h),
-                min(self.num_classes, total),
+                scale_to_unit(h).tensor_split(world_size)[rank],
+                min(self.num_classes, len(h)),
                 num_init=self.method.num_init,
                 seed=self.seed + epoch,
                 group=world(),
             )
-            purities.append(ops.cluster_purity(clusters.assignments, y, group=world()))
+            labels = y.tensor_split(world_size)[rank]
+            purities.append(ops.cluster_purity(clusters.assignments, labels, group=world()))
         return purities
 
     def _relearn(self, prefix: str, alpha: float) -> None:

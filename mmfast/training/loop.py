@@ -101,7 +101,7 @@ class TrainingLoop:
                 scheduler.step()
                 if self.val is not None:
                     if learner.encodes_once or learner.reads_again(epoch):
-                        learner.keep(self.val)
+                        learner.keep(self.val, whole=True)
                     entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
                     unimodal = entry["val"]["modality_accuracy"]
                     if epoch >= stage.first_selectable:
