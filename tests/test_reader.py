@@ -375,3 +375,24 @@ def test_what_no_reader_can_be(options, kind, text):
 def test_a_function_that_returns_no_batch_is_told():
     with pytest.raises(TypeError, match="collate_fn must return a dict of the batch's values, got list of 8"):
         read(Drawing(), collate_fn=list)
+
+
+def test_copies_of_data_on_a_device_lie_there_whole():
+    data = ArrayDataset({"a": torch.randn(4, 2), "b": torch.randn(4, 2)}, [0, 1, 0, 1])
+    shown = torch.tensor([[True, False], [True, True], [True, True]])
+    entries, place = Entries(data.to("meta"), torch.arange(3), shown), torch.device("meta")
+    (batch,) = Reader().read(entries, [torch.arange(3)], ("a", "b"), place, dtype=torch.float32)
+    assert {key: value.device for key, value in batch.items()} == dict.fromkeys(batch, place)
+    assert rows_key("a") not in batch
+    assert len(batch[rows_key("b")]) == 2
+
+
+def test_what_few_samples_tell_of_a_modality_is_not_said_of_others():
+    class Seldom(Parts):
+        def get(self, index, modalities):
+            sample = super().get(index, modalities)
+            return sample | ({"b__present": False} if index == 1 and "b" in modalities else {})
+
+    shown = torch.tensor([[True, True], [True, True], [True, False], [False, True]])
+    (batch,) = read(Entries(Seldom(), torch.arange(4), shown), [torch.arange(4)])
+    assert batch["b__present"].tolist() == [True, False, False, True]
