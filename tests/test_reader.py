@@ -396,3 +396,28 @@ def test_what_few_samples_tell_of_a_modality_is_not_said_of_others():
     shown = torch.tensor([[True, True], [True, True], [True, False], [False, True]])
     (batch,) = read(Entries(Seldom(), torch.arange(4), shown), [torch.arange(4)])
     assert batch["b__present"].tolist() == [True, False, False, True]
+
+
+def test_a_data_set_in_memory_with_samples_of_its_own_is_asked_for_them():
+    class Doubled(ArrayDataset):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample | {"a": 2 * sample["a"]}
+
+    data = Doubled({"a": torch.ones(N, 2), "b": torch.ones(N, 2)}, [0, 1] * (N // 2))
+    assert {value for batch in read(data) for value in batch["a"].flatten().tolist()} == {2}
+
+
+def test_a_data_set_may_have_grown_since_it_was_read():
+    reader, data = Reader(), [Parts()[index] for index in range(4)]
+    list(reader.read(data, [torch.arange(4)], NAMES, CPU))
+    data.append(Parts()[4])
+    list(reader.read(data, [torch.arange(5)], NAMES, CPU))
+    assert len(reader.marks(data, NAMES).known) == 5
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory can be pinned")
+def test_no_memory_is_pinned_where_no_device_takes_it():
+    for data in (Parts(), make_arrays(2)):
+        (batch,) = Reader(pin_memory=True).read(data, [torch.arange(4)], NAMES, CPU)
+        assert not batch["label"].is_pinned()

@@ -112,7 +112,9 @@ class Reader:
         form = source.form(plain)
         is_there = in_memory(form) and form.device.type != "cpu"
         # What is on a device already is not the host's to pin.
-        pin = not is_there and (device.type == "cuda" if self.pin_memory == "auto" else bool(self.pin_memory))
+        pin = device.type == "cuda" if self.pin_memory == "auto" else bool(self.pin_memory)
+        # Without a GPU no memory can be pinned, nor would it serve any.
+        pin = pin and not is_there and torch.accelerator.is_available()
         if in_memory(form):
             found = gathered(form, indices, shown, modalities)
             found = map(pinned, found) if pin else found
@@ -144,7 +146,8 @@ class Reader:
     def marks(self, dataset: Any, modalities: Sequence[str]) -> Marks:
         """Return what is known of which samples of a data set have which modality."""
         found = self._marks.get(id(dataset))
-        if found is None or found.modalities != tuple(modalities):
+        # A list may have grown.
+        if found is None or found.modalities != tuple(modalities) or len(found.known) != len(dataset):
             found = self._marks[id(dataset)] = Marks(dataset, modalities)
             while len(self._marks) > _MAX_POOLS:
                 self._marks.pop(next(iter(self._marks)))

@@ -49,8 +49,13 @@ def make_keys(
 
 
 def in_memory(dataset: Any) -> bool:
-    """Whether a data set gathers batches by itself, from indices that are known to be in range."""
-    return hasattr(dataset, "gather") and takes_batches(dataset)
+    """Whether a data set gathers batches by itself, from indices that are known to be in range.
+
+    One whose class has a `__getitem__` of its own over an inherited `gather` is asked by that.
+    """
+    if not (hasattr(dataset, "gather") and takes_batches(dataset)):
+        return False
+    return "gather" in next(vars(kind) for kind in type(dataset).__mro__ if "__getitem__" in vars(kind))
 
 
 def gathered(
