@@ -182,9 +182,7 @@ def _with_all_marks(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return samples that all tell whether they have a modality, if one does; what is not read is absent."""
     marks = {key for sample in samples for key in sample if key.endswith(PRESENT_SUFFIX)}
     # A sample that is read and tells nothing has it.
-    return [
-        {key: key.removesuffix(PRESENT_SUFFIX) in sample for key in marks} | sample for sample in samples
-    ]
+    return [{key: key.removesuffix(PRESENT_SUFFIX) in sample for key in marks} | sample for sample in samples]
 
 
 def _with_long_labels(batch: Batch) -> Batch:
