@@ -90,14 +90,12 @@ def _reduced(values: Tensor, how: Any) -> Tensor:
     return found.to(values.device, values.dtype)
 
 
-def check_agreement(what: str, number: int) -> None:
+def check_agreement(what: str, number: int, remedy: str = "give each the same data, in full") -> None:
     """Raise in every process unless all have the same number; one that went on would wait for ever."""
     found = gather_objects(number)
     if len(set(found)) > 1:
         counts = ", ".join(map(str, found))
-        raise ValueError(
-            f"processes must agree on the number of {what}, got {counts}: give each the same data, in full"
-        )
+        raise ValueError(f"processes must agree on the number of {what}, got {counts}: {remedy}")
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

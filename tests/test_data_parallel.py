@@ -84,10 +84,24 @@ def digest(name):
     tensors = {{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}}
     return {{k: hashlib.sha256(v.contiguous().numpy().tobytes()).hexdigest() for k, v in tensors.items()}}
 
+def elsewhere():
+    # Resume with a folder that the other process does not see.
+    folder = sys.argv[1] + "-out"
+    t.make_trainer("joint", accelerator="cpu", devices=world, out_dir=folder).fit(
+        t.make_model(), t.SPLITS.train, t.SPLITS.val
+    )
+    mine = folder if os.environ["RANK"] == "0" else folder + "-elsewhere"
+    trainer = t.make_trainer("joint", accelerator="cpu", devices=world, out_dir=mine)
+    try:
+        trainer.fit(t.make_model(), t.SPLITS.train, t.SPLITS.val, resume=True)
+    except ValueError as error:
+        return str(error)
+
 values = {{}}
 result = {{"exact": {{case: figures(case) for case in {EXACT!r}}}}}
 result["digest"] = {{name: digest(name) for name in {NORMALIZED!r}}}
 result["values"] = values
+result["elsewhere"] = elsewhere()
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(result, file)
 # A process that ends while the other still talks to it is killed by its own threads.
@@ -131,6 +145,12 @@ def test_processes_value_their_shares_of_the_samples(case, runs):
     (alone,), (one, other) = runs[1], runs[2]
     assert one["values"][case] == other["values"][case]
     torch.testing.assert_close(torch.tensor(one["values"][case]), torch.tensor(alone["values"][case]))
+
+
+def test_a_folder_that_only_one_process_sees_is_told(runs):
+    text = "processes must agree on the number of epochs done, got 4, 0: out_dir must be a folder that"
+    assert runs[1][0]["elsewhere"] is None
+    assert all(run["elsewhere"].startswith(text) for run in runs[2])
 
 
 @pytest.mark.parametrize("name", NORMALIZED)

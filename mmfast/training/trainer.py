@@ -16,6 +16,7 @@ import mmfast
 from mmfast import methods
 from mmfast.data.reader import Reader
 from mmfast.data.seeds import kept_draws
+from mmfast.distributed import check_agreement
 from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
@@ -233,6 +234,7 @@ class Trainer:
     ) -> None:
         """Train from the beginning, or from where a run stands."""
         self.history = state["history"] if state else []
+        check_agreement("epochs done", len(self.history), "out_dir must be a folder that all nodes share")
         path = None if self._folder is None else self._folder / LAST
         with self._bar(learner) as advance, Writer(path) as writer:
 
