@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mmfast.coalitions import SHOWN, rows_key
 from mmfast.data import ArrayDataset
 from mmfast.data.batches import Entries, to_read
+from mmfast.data.devices import pinned
 from mmfast.data.reader import Reader, evaluation_batches
 
 CPU = torch.device("cpu")
@@ -201,7 +202,8 @@ class Batched(Dataset):
         return N
 
     def __getitem__(self, index):
-        return {"a": np.asarray(index)[:, None] * 1.0, "b": torch.ones(len(index), 1), "label": index % 3}
+        index = np.asarray(index)
+        return {"a": index[:, None] * 1.0, "b": torch.ones(len(index), 1), "label": index % 3}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -341,9 +343,13 @@ def test_what_samples_tell_of_modalities_is_remembered():
     reader, dataset = Reader(), Parts(present)
     shown = torch.ones(N, 2, dtype=torch.bool)
     shown[20:, 1] = False
-    for _ in reader.read(Entries(dataset, torch.arange(N), shown), in_batches(8), NAMES, CPU):
-        pass
-    found, known = reader.marks(dataset, NAMES).over_processes()
+    entries = Entries(dataset, torch.arange(N), shown)
+    with reader.staying():
+        for _ in reader.read(entries, in_batches(8), NAMES, CPU):
+            pass
+        found, known = reader.marks(dataset, NAMES).over_processes()
+    # Nothing is held of data sets afterwards.
+    assert not reader.marks(dataset, NAMES).known.any()
     # Of samples that were read in part nothing is known.
     assert known.tolist() == [index < 20 for index in range(N)]
     assert found[:20, 1].tolist() == [present(index) for index in range(20)]
@@ -421,3 +427,8 @@ def test_no_memory_is_pinned_where_no_device_takes_it():
     for data in (Parts(), make_arrays(2)):
         (batch,) = Reader(pin_memory=True).read(data, [torch.arange(4)], NAMES, CPU)
         assert not batch["label"].is_pinned()
+
+
+def test_what_lies_on_a_device_is_not_pinned():
+    value = torch.ones(2, device="meta")
+    assert pinned({"a": value, "b": ["text"]}) == {"a": value, "b": ["text"]}

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 import mmfast
 from mmfast import methods
-from mmfast.data import ArrayDataset
+from mmfast.data import ArrayDataset, reader
 from mmfast.data.batches import epoch_shard
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
@@ -308,3 +308,51 @@ def test_unimodal_answers_by_the_accuracies_of_its_own_epoch():
     trainer.fit(model, data, val)
     for entry in trainer.history:
         assert entry["val"]["accuracy"] == max(entry["val"]["modality_accuracy"].values())
+
+
+class _Projecting(methods.base.Learner):
+    def encode(self, batch):
+        return [2 * h for h in super().encode(batch)]
+
+    def note_unimodal_accuracy(self, unimodal_accuracy):
+        return False
+
+
+class _Warming(methods.base.Learner):
+    def stages(self, max_epochs):
+        return [methods.base.Stage("nothing", 0), *super().stages(max_epochs)]
+
+
+@pytest.mark.parametrize("learner", [_Projecting, _Warming])
+def test_learners_of_the_users_own(learner, monkeypatch):
+    monkeypatch.setattr(methods.Joint, "learner", learner)
+    data, trainer = make_data(20), mmfast.Trainer("joint", max_epochs=2, accelerator="cpu", lr=0.1)
+    model = build_model(data.shapes, NUM_CLASSES, dim=4)
+    trainer.fit(model, data, data)
+    best = max(trainer.history, key=lambda entry: entry["val"]["accuracy"])
+    assert trainer.test(model, data).loss == pytest.approx(best["val"]["loss"])
+
+
+def test_one_pool_reads_data_whose_plain_form_is_new_each_time(monkeypatch):
+    class Plain(torch.utils.data.Dataset):
+        def __init__(self):
+            self.samples = make_data(20)
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            return self.samples[index]
+
+        @property
+        def evaluation(self):
+            return Plain()
+
+    made = []
+    pool = reader.Pool
+    monkeypatch.setattr(reader, "Pool", lambda *words: made.append(words[0].dataset) or pool(*words))
+    data = Plain()
+    method = methods.ModalityValuation(warmup=1)
+    trainer = mmfast.Trainer(method, max_epochs=4, accelerator="cpu", num_workers=1)
+    trainer.fit(build_model(data.samples.shapes, NUM_CLASSES, dim=4), data)
+    assert made == [data]

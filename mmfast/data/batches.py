@@ -20,7 +20,7 @@ _MIN_ROWS = 2
 
 
 def takes_batches(dataset: Any) -> bool:
-    """Whether `dataset[[i, j, ...]]` gives a whole batch, which spares a call per sample."""
+    """Whether `dataset[[i, j, ...]]`, given a list, returns a whole batch, which spares a call per sample."""
     return getattr(dataset, "takes_batches", isinstance(dataset, ArrayDataset))
 
 
@@ -86,6 +86,16 @@ def presence(
     everyone = torch.ones(len(example), dtype=torch.bool, device=example.device)
     given = torch.stack([batch.get(key, everyone) for key in marked])
     return given if present is None else given & present
+
+
+def all_marks(
+    batch: Mapping[str, Any],  # label: [N]
+    modalities: Sequence[str],
+) -> dict[str, Tensor]:  # <m>__present: bool [N] each
+    """Return the marks of a batch, of each modality: what it tells nothing of, all its samples have."""
+    given = {present_key(name): batch.get(present_key(name)) for name in modalities}
+    everyone = torch.ones_like(batch[LABEL], dtype=torch.bool)
+    return {key: everyone if mask is None else mask for key, mask in given.items()}
 
 
 @dataclass(frozen=True)

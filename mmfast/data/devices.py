@@ -14,7 +14,8 @@ Batch = dict[str, Any]
 
 
 def pinned(batch: Batch) -> Batch:
-    return mapped(Tensor.pin_memory, batch)
+    # What a data set gives on a device already is not the host's to pin.
+    return mapped(lambda value: value.pin_memory() if value.device.type == "cpu" else value, batch)
 
 
 def copied_ahead(

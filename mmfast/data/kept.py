@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -152,10 +153,19 @@ def _mapped_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     try:
         if hasattr(os, "posix_fallocate"):
             # A disk that is full must say so now: written through the map it would kill the process.
-            os.posix_fallocate(descriptor, 0, max(1, count * dtype.itemsize))
+            _reserve(descriptor, max(1, count * dtype.itemsize))
         found = torch.from_file(name, shared=True, size=count, dtype=dtype)
     finally:
         os.close(descriptor)
         if os.name == "posix":
             Path(name).unlink()
     return found.view(shape)
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        # Some file systems cannot.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise

@@ -34,7 +34,8 @@ class Reader:
     Attributes:
         num_workers: processes that read samples; 0 reads in this one. Data in memory (`ArrayDataset`) are
             always read in this one.
-        collate_fn: from a list of samples to a batch; None: `mmfast.data.collate`. One without an attribute
+        collate_fn: from a list of samples to a batch; None: `mmfast.data.collate`. Data sets that give
+            batches by themselves, such as `ArrayDataset`, have no use for it. One without an attribute
             `takes_parts` that is true gets whole samples also where only some modalities are shown.
         batch_size: samples of a batch in evaluation mode, at most.
         pin_memory: whether batches lie in pinned memory, from which a GPU takes them beside its work; "auto":
@@ -123,7 +124,8 @@ class Reader:
             found = self._noted(found, self.marks(base, modalities), indices, shown)
         if shown is not None:
             found = ({**batch, SHOWN: mask} for batch, mask in zip(found, shown))
-        if in_memory(form) and form.device == device and dtype in (form.dtype, None) and shown is None:
+        is_cast = in_memory(form) and (dtype is None or form.dtype in (dtype, None))
+        if shown is None and is_cast and form.device == device:
             # All of it is where it must be.
             yield from found
             return
@@ -148,7 +150,10 @@ class Reader:
         found = self._marks.get(id(dataset))
         # A list may have grown.
         if found is None or found.modalities != tuple(modalities) or len(found.known) != len(dataset):
-            found = self._marks[id(dataset)] = Marks(dataset, modalities)
+            found = Marks(dataset, modalities)
+            if not self._stays:
+                return found
+            self._marks[id(dataset)] = found
             while len(self._marks) > _MAX_POOLS:
                 self._marks.pop(next(iter(self._marks)))
         return found
@@ -207,7 +212,7 @@ def evaluation_batches(
     """
     reader = reader or reader_of(module)
     device, dtype = model_place(module)
-    mine = torch.arange(rank, len(dataset), world_size, device="cpu")
+    mine = torch.arange(min(rank, len(dataset)), len(dataset), world_size, device="cpu")
     size = reader.evaluation_size(dataset, batch_size)
     batches = mine.split(size) if len(mine) else ()
     yield from reader.read(dataset, batches, module.modalities, device, dtype=dtype, plain=True)

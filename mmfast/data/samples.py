@@ -135,7 +135,7 @@ def _check_modality(
     is_free: bool,  # to hold what is no array
 ) -> dict[str, list[int]]:
     """Return the shapes of a sample's arrays of a modality, by their names; none where it lacks it."""
-    is_present = bool(torch.as_tensor(sample.get(present_key(key), True)))
+    is_present = bool(torch.as_tensor(sample.get(present_key(key), True), device="cpu"))
     shapes: dict[str, list[int]] = {}
     if not is_present and (is_free or not is_array(sample[key])):
         return shapes

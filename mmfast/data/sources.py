@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ class Source(Dataset):
     def _fetch(self, key: Key) -> Batch:
         dataset, read = self.form(key.plain), key.read
         if takes_batches(dataset):
-            batch = default_convert(dataset[torch.from_numpy(key.indices)])
+            batch = default_convert(dataset[key.indices.tolist()])
             return _with_long_labels(batch if read is None else self._without_hidden(batch, read))
         if read is not None and not takes_parts(self.collate):
             read = None
@@ -147,9 +148,9 @@ class Source(Dataset):
         return _with_long_labels(dict(batch))
 
     def _samples(self, dataset: Any, indices: list[int], read: np.ndarray | None) -> list[Any]:
-        if hasattr(dataset, "__getitems__") and (read is None or not hasattr(dataset, "get")):
+        if hasattr(dataset, "__getitems__") and (read is None or not _offers_parts(dataset)):
             samples = dataset.__getitems__(indices)
-        elif read is None or not hasattr(dataset, "get"):
+        elif read is None or not _offers_parts(dataset):
             samples = [dataset[index] for index in indices]
         else:
             return _with_all_marks(
@@ -176,6 +177,15 @@ class Source(Dataset):
                 rows = batch[rows_key(name)] = torch.from_numpy(read[:, m].nonzero()[0])
                 batch[name] = mapped(functools.partial(torch.index_select, dim=0, index=rows), batch[name])
         return batch
+
+
+def _offers_parts(dataset: Any) -> bool:
+    """Whether a data set has a method `get(index, modalities)`; others of that name take other arguments."""
+    try:
+        inspect.signature(dataset.get).bind(0, ())
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _with_all_marks(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

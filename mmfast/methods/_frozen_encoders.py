@@ -38,11 +38,11 @@ class FrozenEncodersLearner(LateFusionLearner):
 
     @property
     def encodes_once(self):
-        return self.in_head_stage
+        return self.in_head_stage and self.takes_kept
 
     def start_epoch(self, epoch, train):
         # Every process, as the batches of an epoch are shared out anew in each.
-        return self.keep(train, whole=True) if self.in_head_stage else train
+        return self.keep(train, whole=True) if self.encodes_once else train
 
     def train(self, mode=True):
         super().train(mode)

@@ -73,7 +73,7 @@ class ResamplingLearner(Learner):
         unseen = samples[~known[samples]].unique()
         if len(unseen):
             # A loop of the user's own does not tell; every process reads them all.
-            entries, start = Entries(getattr(train, "evaluation", train), unseen), 0
+            entries, start = Entries(train, unseen), 0
             for batch in evaluation_batches(self, entries):
                 part = unseen[start : start + len(batch["label"])]
                 if (found := presence(batch, self.modalities)) is not None:

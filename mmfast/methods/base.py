@@ -220,6 +220,11 @@ class Learner(ResumableModule):
         """Whether encoders stay as they are all through the stage, so that features are kept."""
         return False
 
+    @property
+    def takes_kept(self) -> bool:
+        """Whether features may be kept: an `encode` of the learner's own would encode them anew."""
+        return type(self).encode is Learner.encode
+
     def reads_again(self, epoch: int) -> bool:
         """Whether validation data are read once more between this epoch's validation and the next epoch."""
         return type(self).note_unimodal_accuracy is not Learner.note_unimodal_accuracy
@@ -277,11 +282,16 @@ class Learner(ResumableModule):
             dataset: map-style.
             whole: of several processes each gets the features of all samples, otherwise those of its share.
         """
-        _, kept, is_whole = self._kept.get(id(dataset), (None, None, False))
+        _, kept, is_whole = self._kept_of(dataset)
         if kept is None or (whole and not is_whole):
             kept = encode_once(self, dataset, whole=whole)
             self._kept[id(dataset)] = dataset, kept, whole or rank_and_size()[1] == 1
         return kept
+
+    def _kept_of(self, dataset: Any) -> tuple[Any, KeptFeatures | None, bool]:
+        found = self._kept.get(id(dataset))
+        # A copy of the learner knows other data sets, one of which may lie where that of then did.
+        return found if found is not None and found[0] is dataset else (None, None, False)
 
     def forget(self) -> None:
         """Drop the features that are kept, as encoders are about to change."""
@@ -298,7 +308,7 @@ class Learner(ResumableModule):
             share: of several processes, each takes its own: samples rank, rank + world_size, ...
         """
         rank, world_size = rank_and_size() if share else (0, 1)
-        _, kept, is_whole = self._kept.get(id(dataset), (None, None, False))
+        _, kept, is_whole = self._kept_of(dataset)
         if kept is not None and (is_whole or world_size > 1):
             source, shares = kept, is_whole
         else:

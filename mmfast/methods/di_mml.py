@@ -69,7 +69,8 @@ class _DIMMLLearner(FrozenEncodersLearner):
 
     def _effective_dimensions(self, train) -> Tensor:  # bool [M, D]
         """Return D^m for every modality over the training set, each process's share encoded once."""
-        self.keep(train)
+        if self.takes_kept:
+            self.keep(train)
         # Numbers of samples, which compare exactly: equal accuracies are never above their mean.
         right = torch.zeros(self.effective.shape, dtype=torch.int64, device=self.device)  # [M, D]
         own: dict[int, ops.ClassMoments] = {}

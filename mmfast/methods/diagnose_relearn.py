@@ -66,7 +66,8 @@ class _DiagnoseRelearnLearner(Learner):
         Processes share encoding and clustering; the samples lie in the order of the data, so that K-means
         begins where that of one process does.
         """
-        self.keep(dataset, whole=True)
+        if self.takes_kept:
+            self.keep(dataset, whole=True)
         rank, world_size = rank_and_size()
         purities = []
         for m, name in enumerate(self.modalities):

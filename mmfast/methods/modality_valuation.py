@@ -30,10 +30,10 @@ class _ModalityValuationLearner(ResamplingLearner):
         draw = self.generator(epoch)
         num_drawn = max(1, int(method.fraction * len(train)))
         subset = torch.randint(len(train), (num_drawn,), generator=draw, device="cpu")
-        plain = getattr(train, "evaluation", train)
         # Who is drawn more than once counts as often, and is read once.
         drawn, position = subset.unique(return_inverse=True)
-        values, present = self.contributions(Entries(plain, drawn))
+        # Of the data set itself, whose workers and marks are kept: its plain form may be new each time.
+        values, present = self.contributions(Entries(train, drawn))
         phi = mean_contributions(values[position], None if present is None else present[position])  # [M]
         # A modality that no drawn sample has cannot be compared.
         known = phi[~phi.isnan()]

@@ -163,7 +163,8 @@ def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
     """
     parts = []
     for dataset in (train, test):
-        learner.keep(dataset, whole=True)
+        if learner.takes_kept:
+            learner.keep(dataset, whole=True)
         found = [
             [(h.cpu(), y.cpu()) for m, h, y in learner.modality_features(dataset) if m == wanted]
             for wanted in range(len(learner.modalities))

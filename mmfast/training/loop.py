@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from mmfast.data.batches import Shard, dataset_indices, epoch_shard
+from mmfast.data.batches import Shard, all_marks, dataset_indices, epoch_shard
 from mmfast.data.devices import model_place
 from mmfast.data.seeds import seed_host
+from mmfast.data.sources import in_memory
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
@@ -100,7 +101,7 @@ class TrainingLoop:
                 entry |= figures
                 scheduler.step()
                 if self.val is not None:
-                    if learner.encodes_once or learner.reads_again(epoch):
+                    if learner.encodes_once or (learner.reads_again(epoch) and learner.takes_kept):
                         learner.keep(self.val, whole=True)
                     entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
                     unimodal = entry["val"]["modality_accuracy"]
@@ -115,14 +116,20 @@ class TrainingLoop:
                 if self.stop.due(now=True):
                     self._stopped("after", epoch, stage)
             best.restore(learner)
-            if self.val is not None:
+            if self.val is not None and self._is_known(best):
                 # What restored weights reach on validation data is known from their epochs.
                 learner.note_unimodal_accuracy(self._restored_accuracy(best, stage))
             elif learner.reads_again(stage.epochs - 1) or not has_finite_weights(learner):
                 # The last step is one that no loss has seen.
-                self._measure(self.train, "train", stage, stage.epochs - 1)
+                part, data = ("train", self.train) if self.val is None else ("val", self.val)
+                self._measure(data, part, stage, stage.epochs - 1)
             learner.forget()
             state, first_epoch = None, 0
+
+    def _is_known(self, best: BestWeights) -> bool:
+        """Whether restored weights are those that an epoch measured, of each modality at least."""
+        own = type(self.learner).selection_scores.__module__.startswith("mmfast.")
+        return bool(best.parts) and (own or len({kept["epoch"] for kept in best.parts.values()}) == 1)
 
     def _restored_accuracy(self, best: BestWeights, stage: Stage) -> dict[str, float | None]:
         """Return each modality's accuracy alone at the epoch that its encoder's weights are of."""
@@ -211,7 +218,11 @@ class TrainingLoop:
         if cut:
             cut.set_random_state(fabric.global_rank, fabric.device)
         stopped_at = None
+        needs_marks = not is_alone and not in_memory(getattr(entries, "base", entries))
         for b, batch in enumerate(batches, first):
+            if needs_marks:
+                # All processes must know of a mark that one of them has met, or none talks of the same.
+                batch |= all_marks(batch, learner.modalities)
             for step in range(steps):
                 optimizer.zero_grad()
                 loss = module(batch, step)

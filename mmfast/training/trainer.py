@@ -72,7 +72,8 @@ class Trainer:
         on_epoch: called with every entry of `history`.
         num_workers: processes that read samples, for every pass over a data set; they stay for the whole fit.
             0 reads in this process; data in memory (`ArrayDataset`) always are.
-        collate_fn: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them.
+        collate_fn: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them. A data set
+            that gives batches by itself, such as `ArrayDataset`, has no use for it.
         eval_batch_size: samples of a batch where nothing is trained.
         pin_memory: whether batches lie in pinned memory before they are copied to a GPU; "auto": if there is
             one.
@@ -125,6 +126,8 @@ class Trainer:
         self.metadata = metadata or {}
         self.progress = progress
         self.on_epoch = on_epoch
+        if isinstance(eval_batch_size, int) and eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be an integer of at least 1, got {eval_batch_size}")
         self.reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
         self.learner: Learner | None = None
         self.history: list[dict[str, Any]] = []
