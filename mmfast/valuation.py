@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import coalitions, ops
-from mmfast.data.batches import evaluating, presence
+from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import model_place
 from mmfast.data.reader import Reader, evaluation_batches, reader_of
 from mmfast.data.samples import check_samples
@@ -176,11 +176,10 @@ def _valuated(
 ) -> Valuation:
     every = coalitions.all_of(len(module.modalities))  # [S]
     sizes = coalitions.sizes(len(module.modalities))  # |s|, [S]
-    found: list[Tensor] = []
-    correct = torch.zeros(len(every), dtype=torch.float64, device="cpu")
-    labels: list[Tensor] = []
-    shown: list[Tensor | None] = []
+    rows = _Rows(module, share)
+    correct = torch.zeros(len(every), dtype=torch.float64, device=model_place(module)[0])
     for features, label, present in _encoded(module, dataset, reader, share):
+        found = []
         for part in _parts(len(label), len(every) * module.num_classes):
             logits = module.coalition_logits([h[part] for h in features], every)  # [n, S, C]
             right = _utilities(logits, label[part], "correct", backend)  # [n, S]
@@ -194,51 +193,51 @@ def _valuated(
                 rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
                 values, right = values.gather(1, rest), right.gather(1, rest)
             found.append(ops.shapley_values(values, backend=backend).float())
-            correct = correct.to(right.device) + right.double().sum(0)
-        labels.append(label)
-        shown.append(None if present is None else present.T)
+            correct += right.double().sum(0)
+        rows.add(found, label, present)
     if share:
-        correct = sum_over_processes(correct.to(model_place(module)[0]))
-    return Valuation(
-        _joined(found, len(module.modalities), module, share).cpu(),
-        _joined(labels, 0, module, share).cpu(),
-        tuple(module.modalities),
-        utility,
-        (correct / len(dataset)).float().cpu(),
-        _joined_marks(shown, [len(label) for label in labels], module, share),
-    )
+        correct = sum_over_processes(correct)
+    accuracy = (correct / len(dataset)).float().cpu()
+    phi, labels, present = rows.joined()
+    return Valuation(phi, labels, tuple(module.modalities), utility, accuracy, present)
 
 
-def _joined(
-    parts: Sequence[Tensor],  # [n, M] each, or [n]
-    width: int,  # M, or 0
-    module: Any,
-    share: bool,
-) -> Tensor:  # [N, M] or [N]
-    """Return what all batches gave, of all processes; a process may have had none."""
-    shape = (0, width) if width else (0,)
-    dtype = torch.float32 if width else torch.int64
-    own = torch.cat([torch.zeros(shape, dtype=dtype, device=model_place(module)[0]), *parts])
-    return gather_rows(own) if share else own
+class _Rows:
+    """What a pass gives sample by sample: contributions, labels, presence; a process may have no sample.
 
+    Args:
+        module: of M modalities.
+        share: several processes have each its share.
+    """
 
-def _joined_marks(
-    parts: Sequence[Tensor | None],  # bool [n, M] each; None: all are present
-    sizes: Sequence[int],  # n of each
-    module: Any,
-    share: bool,
-) -> Tensor | None:  # bool [N, M] on the CPU
-    """Return the presence of all samples, of all processes; None where all have all."""
-    count, device = len(module.modalities), model_place(module)[0]
-    whole = [
-        torch.ones(size, count, dtype=torch.bool, device=device) if part is None else part
-        for part, size in zip(parts, sizes, strict=True)
-    ]
-    own = torch.cat([torch.ones(0, count, dtype=torch.bool, device=device), *whole])
-    is_told = any(part is not None for part in parts)
-    if share:
-        own, is_told = gather_rows(own), any(gather_objects(is_told))
-    return own.cpu() if is_told else None
+    def __init__(self, module: Any, share: bool) -> None:
+        self.share = share
+        self.num_modalities, device = len(module.modalities), model_place(module)[0]
+        self.phi = [torch.zeros(0, self.num_modalities, dtype=torch.float32, device=device)]
+        self.labels = [torch.zeros(0, dtype=torch.int64, device=device)]
+        self.marks = [marks_of(None, self.labels[0], self.num_modalities)]
+        self.is_told = False
+
+    def add(
+        self,
+        phi: Sequence[Tensor],  # [n, M] each, of the batch's parts
+        labels: Tensor,  # [N]
+        present: Tensor | None,  # bool [M, N]
+    ) -> None:
+        """Take in a batch."""
+        self.phi += phi
+        self.labels.append(labels)
+        self.marks.append(marks_of(present, labels, self.num_modalities))
+        self.is_told |= present is not None
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor | None]:  # [N, M], [N], bool [N, M]
+        """Return the rows of all' batches, on the CPU; presence is None where nobody tells of it."""
+        found = [torch.cat(parts) for parts in (self.phi, self.labels, self.marks)]
+        is_told = self.is_told
+        if self.share:
+            found, is_told = [gather_rows(rows) for rows in found], any(gather_objects(is_told))
+        phi, labels, marks = (rows.cpu() for rows in found)
+        return phi, labels, marks if is_told else None
 
 
 def _encoded(
@@ -275,9 +274,8 @@ def contributions(
     module = _checked(model, dataset, utility)
     reader = reader_of(module) if batch_size is None else replace(reader_of(module), batch_size=batch_size)
 
-    def valued(sound: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor | None]]:
-        found: list[Tensor] = []
-        shown: list[Tensor | None] = []
+    def valued(sound: list[Tensor] | None) -> _Rows:
+        rows = _Rows(module, share)
         for features, labels, present in _encoded(module, dataset, reader, share):
             phi = batch_contributions(
                 model, features, labels, present, utility=utility, backend=backend, sound=sound
@@ -287,14 +285,12 @@ def contributions(
                 players = torch.ones_like(phi) if present is None else present.T.to(phi)
                 # v(none) stands in each player's value with the weight -1 / number of players.
                 phi = phi + right[:, None] * players / players.sum(1, keepdim=True).clamp(min=1)
-            found.append(phi.float())
-            shown.append(None if present is None else present.T)
-        return found, shown
+            rows.add([phi.float()], labels, present)
+        return rows
 
     with _evaluating(module, dataset, reader):
-        found, shown = without_waiting(valued)
-    phi = _joined(found, len(model.modalities), module, share)
-    return phi.cpu(), _joined_marks(shown, [len(part) for part in found], module, share)
+        phi, _, present = without_waiting(valued).joined()
+    return phi, present
 
 
 Passed = TypeVar("Passed")

@@ -16,12 +16,14 @@ import pytest
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("typer")
 
+import torch
 import typer.main
 from typer.testing import CliRunner
 
 from mmfast import backend, cli
 from mmfast.cli import info
 from mmfast.cli.commands import app
+from mmfast.models import MultimodalModel
 from mmfast.training.optimization import Optimization
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +191,20 @@ def test_two_processes_reach_the_figures_of_one(npz, tmp_path):
     for name in "abc":
         values = [[float(row[name]) for row in rows] for rows in (shared, alone)]
         assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def test_a_valuation_computes_in_the_mixed_precision_of_the_run(npz, tmp_path, monkeypatch):
+    words = ["--data", npz, "--method", "joint", *FAST, "--out", str(tmp_path), "--precision", "bf16-mixed"]
+    assert CliRunner().invoke(app, ["train", *map(str, words)]).exit_code == 0
+    seen, plain = [], MultimodalModel.encode
+
+    def encode(model, batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return plain(model, batch)
+
+    monkeypatch.setattr(MultimodalModel, "encode", encode)
+    assert valuate("--model", tmp_path).exit_code == 0
+    assert set(seen) == {True}
 
 
 def rows_of(path):

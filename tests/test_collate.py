@@ -179,6 +179,16 @@ def test_numbers_beside_arrays_are_stacked():
     assert collate(samples(torch.tensor(1.0), 2.0))["x"].tolist() == [1.0, 2.0]
 
 
+def test_batches_lie_in_main_memory_whatever_the_default_device():
+    given = [sample(i, weight=0.5, size=np.float32(i), list=[1, 2], text={"ids": [i]}) for i in range(3)]
+    with torch.device("meta"):
+        batch = collate(given)
+    for value in (batch["label"], batch["weight"], batch["size"], batch["list"], batch["text"]["ids"]):
+        assert value.device.type == "cpu"
+    assert batch["weight"].dtype == torch.float64
+    assert batch["label"].dtype == batch["list"].dtype == torch.int64
+
+
 def test_a_fault_in_what_joins_is_not_taken_for_lacking_keys():
     def join(name, values):
         raise KeyError("mine")

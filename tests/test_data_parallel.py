@@ -69,7 +69,7 @@ def figures(case):
     assert len(kept) == 1
     trainer.learner.forget()
     if case == "joint":
-        values["probe"] = [list(probe(trainer.learner, train, test).values())]
+        values["probe"] = [list(probe(trainer.learner, train, test, trainer.fabric).values())]
     losses = [entry["loss"] for entry in trainer.history]
     return [*losses, found.loss, found.accuracy, found.macro_f1, *found.contribution.values()]
 

@@ -88,6 +88,17 @@ def presence(
     return given if present is None else given & present
 
 
+def marks_of(
+    present: Tensor | None,  # bool [M, N]
+    labels: Tensor,  # [N]
+    num_modalities: int,
+) -> Tensor:  # bool [N, M]
+    """Return what `presence` gives of a batch as rows, also where it is None: another batch may tell."""
+    if present is not None:
+        return present.T
+    return torch.ones(len(labels), num_modalities, dtype=torch.bool, device=labels.device)
+
+
 def all_marks(
     batch: Mapping[str, Any],  # label: [N]
     modalities: Sequence[str],

@@ -131,8 +131,12 @@ def stacked(
     Raises:
         TypeError, ValueError: what is no array; arrays of several shapes, with what may be done about it.
     """
-    if isinstance(values[0], list | tuple):
-        # torch would make a list of tensors, one for each position.
+    if all(isinstance(value, int | float) for value in values):
+        # On the CPU, whatever torch's default device is.
+        dtype = torch.float64 if any(isinstance(value, float) for value in values) else None
+        return torch.tensor(values, dtype=dtype, device="cpu")
+    if not isinstance(values[0], Tensor):
+        # Of lists torch would make a list of tensors, one for each position.
         values = [as_array(name_of(place), value) for value in values]
     try:
         # In a worker it stacks into memory that processes share.

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 
 from mmfast.coalitions import features_key, present_key
 from mmfast.data.arrays import LABEL
-from mmfast.data.batches import evaluating, presence
+from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import fits_on, model_place
 from mmfast.data.reader import evaluation_batches, reader_of
 from mmfast.distributed import gather_rows, rank_and_size
 
 # Bytes of a data set's features that are kept in memory; more go to a file in the folder for temporary files
-# (the variable TMPDIR), which goes with its last reader.
+# (the variable TMPDIR), which goes with its last reader; on Windows, which removes no open file, it stays.
 MAX_BYTES = 2**30
 # Beside features by their modalities' names, none of which is empty.
 _PRESENT = ""
@@ -47,6 +47,7 @@ class KeptFeatures(Dataset):
     ) -> None:
         self.labels = labels
         self.tensors = {features_key(name): h for name, h in features.items()}
+        self.features = frozenset(self.tensors)
         if present is not None:
             self.tensors |= {present_key(name): mask for name, mask in zip(features, present.T, strict=True)}
         self.tensors[LABEL] = labels
@@ -73,9 +74,23 @@ class KeptFeatures(Dataset):
     def gather(
         self,
         index: Tensor,  # [B] int64
+        modalities: Sequence[str] | None = None,
+        *,
+        labels: bool = True,
     ) -> dict[str, Tensor]:
-        """Return the batch at indices that lie on the device of the features and in [0, N)."""
-        return {key: value.index_select(0, index) for key, value in self.tensors.items()}
+        """Return the batch at indices that lie on the device of the features and in [0, N).
+
+        Args:
+            index: of the samples.
+            modalities: those whose features are gathered; None: all.
+            labels: with labels, and with the marks of which samples have which modality.
+        """
+        wanted = None if modalities is None else {features_key(name) for name in modalities}
+        return {
+            key: value.index_select(0, index)
+            for key, value in self.tensors.items()
+            if (labels if key not in self.features else wanted is None or key in wanted)
+        }
 
 
 @torch.no_grad()
@@ -129,9 +144,7 @@ def _encoded(
         with evaluating(learner):
             present, features = presence(batch, learner.modalities), learner.encode(batch)
         nothing = [h[:0] for h in features]
-        if present is None:
-            present = torch.ones(len(features), len(batch[LABEL]), dtype=torch.bool, device=device)
-        yield batch[LABEL], features, present.T
+        yield batch[LABEL], features, marks_of(present, batch[LABEL], len(features))
 
 
 def _make_room(rows: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:

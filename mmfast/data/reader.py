@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Reader:
         plain: bool = False,
         seed: int = 0,
         first: int = 0,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Yield the given batches of a data set, on `device`.
 
         Args:

@@ -18,7 +18,7 @@ from mmfast.data.arrays import LABEL
 from mmfast.data.batches import takes_batches, to_read
 from mmfast.data.collate import collate, takes_parts
 from mmfast.data.seeds import kept_draws, mixed, seed_host
-from mmfast.data.workers import outlive_sigterm
+from mmfast.data.workers import held_sigterm, outlive_sigterm
 from mmfast.errors import describe
 from mmfast.nests import mapped
 
@@ -65,27 +65,27 @@ def gathered(
     shown: Sequence[Tensor] | None,  # bool [B, M] each
     modalities: Sequence[str],
 ) -> Iterator[Batch]:
-    if shown is None:
-        # All indices go to the device together, and small batches are gathered several at a time.
-        sizes = [len(index) for index in indices]
-        every = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *indices]).to(dataset.device)
-        several = max(1, _GATHERED_BYTES // max(1, dataset.sample_bytes * max(sizes, default=1)))
-        start = 0
-        for first in range(0, len(sizes), several):
-            group = sizes[first : first + several]
-            end = start + sum(group)
-            yield from _split(dataset.gather(every[start:end]), group)
-            start = end
+    if shown is not None:
+        for index, mask in zip(indices, shown, strict=True):
+            yield _parts_of_batch(dataset, index, to_read(mask), modalities)
         return
-    for index, mask in zip(indices, shown, strict=True):
-        yield _parts_of_batch(dataset, index, to_read(mask), modalities)
+    sizes = [len(index) for index in indices]
+    # All indices go to the device together; labels and marks, which are small, are gathered all at once, and
+    # features of small batches several batches at a time.
+    every = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *indices]).to(dataset.device)
+    told = _split(dataset.gather(every, ()), sizes)
+    several = max(1, _GATHERED_BYTES // max(1, dataset.sample_bytes * max(sizes, default=1)))
+    groups = [sizes[first : first + several] for first in range(0, len(sizes), several)]
+    for group, index in zip(groups, every.split([sum(group) for group in groups]) if groups else ()):
+        for batch in _split(dataset.gather(index, modalities, labels=False), group):
+            yield batch | next(told)
 
 
 def _split(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
     if len(sizes) == 1:
         yield batch
         return
-    pieces = [value.split(sizes) for value in batch.values()]
+    pieces = [value.split(sizes) for value in batch.values()] if sizes else []
     for values in zip(*pieces, strict=True):
         yield dict(zip(batch, values, strict=True))
 
@@ -238,7 +238,8 @@ class Pool:
 
     def read(self, keys: Iterator[Key], length: int) -> Iterator[Batch]:
         self.order.keys, self.order.length = keys, length
-        return iter(self.loader)
+        with held_sigterm():
+            return iter(self.loader)
 
 
 def _as_it_is(batch: Any) -> Any:

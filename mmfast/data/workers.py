@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 # Seconds that a worker goes on after SIGTERM.
@@ -17,6 +19,20 @@ def outlive_sigterm(worker: int) -> None:
     """
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, _end_later)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextlib.contextmanager
+def held_sigterm() -> Iterator[None]:
+    """Let SIGTERM wait while workers start, which inherit that, until each knows what to do about it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_later(number: int, frame: Any) -> None:

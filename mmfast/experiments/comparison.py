@@ -25,7 +25,7 @@ from mmfast.methods import METHODS, Method
 from mmfast.training import checkpoint
 from mmfast.training.divergence import DivergedError
 from mmfast.training.launchers import refuse_launcher
-from mmfast.training.trainer import LAST, MODEL, alone_in
+from mmfast.training.run_folder import LAST, MODEL, alone_in
 
 
 @dataclass

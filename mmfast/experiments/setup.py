@@ -31,7 +31,8 @@ from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
 from mmfast.training.optimization import Optimization
-from mmfast.training.trainer import LAST, MODEL, Trainer
+from mmfast.training.run_folder import LAST, MODEL
+from mmfast.training.trainer import Trainer
 
 # Whether data lie on the device all the time.
 DATA_ON_DEVICE = ("auto", "yes", "no")
@@ -217,7 +218,7 @@ def make_run(
         "history": trainer.history,
     }
     if setup.probe:
-        entry["probe"] = probe(learner, parts["train"], parts["test"])
+        entry["probe"] = probe(learner, parts["train"], parts["test"], trainer.fabric)
     return plain(entry | {"wall_seconds": time.perf_counter() - begun})
 
 
@@ -303,12 +304,18 @@ def restore(
         skip_unreadable=skip_unreadable,
         modalities=None if chosen is None else tuple(chosen),
         encoders=encoders,
-        **options,
+        **_mixed(state) | options,
     )
     trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
     trainer.launch()
     trainer.restore(setup.model(state["seed"]), file)
     return trainer, splits, state
+
+
+def _mixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the precision of a run that is one of its passes alone; weights come as they are in any case."""
+    precision = state.get("precision", "")
+    return {"precision": precision} if precision.endswith("-mixed") else {}
 
 
 def _finished_runs(path: Path) -> list[Path]:

@@ -155,7 +155,7 @@ def _predicted(
     return torch.where(logits.isnan().any(1), wrong, logits.argmax(1))
 
 
-def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
+def probe(learner: Learner, train: Any, test: Any, fabric: Fabric) -> dict[str, float]:
     """Return each modality's test accuracy by a logistic regression on its frozen features (`probe`).
 
     Features are standardised by the training part. Samples that lack the modality are left out of both parts.
@@ -163,12 +163,13 @@ def probe(learner: Learner, train: Any, test: Any) -> dict[str, float]:
     """
     parts = []
     for dataset in (train, test):
-        if learner.takes_kept:
-            learner.keep(dataset, whole=True)
-        found = [
-            [(h.cpu(), y.cpu()) for m, h, y in learner.modality_features(dataset) if m == wanted]
-            for wanted in range(len(learner.modalities))
-        ]
+        with fabric.autocast():
+            if learner.takes_kept:
+                learner.keep(dataset, whole=True)
+            found = [
+                [(h.cpu(), y.cpu()) for m, h, y in learner.modality_features(dataset) if m == wanted]
+                for wanted in range(len(learner.modalities))
+            ]
         learner.forget()
         parts.append([[torch.cat(each).numpy() for each in zip(*pairs, strict=True)] for pairs in found])
     accuracy = _fitted_accuracy(learner.modalities, *parts) if rank_and_size()[0] == 0 else None

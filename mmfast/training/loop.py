@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -116,30 +117,17 @@ class TrainingLoop:
                 if self.stop.due(now=True):
                     self._stopped("after", epoch, stage)
             best.restore(learner)
-            if self.val is not None and self._is_known(best):
-                # What restored weights reach on validation data is known from their epochs.
-                learner.note_unimodal_accuracy(self._restored_accuracy(best, stage))
+            known = (
+                None if self.val is None else best.unimodal_accuracy(learner, self.history[-stage.epochs :])
+            )
+            if known is not None:
+                learner.note_unimodal_accuracy(known)
             elif learner.reads_again(stage.epochs - 1) or not has_finite_weights(learner):
                 # The last step is one that no loss has seen.
                 part, data = ("train", self.train) if self.val is None else ("val", self.val)
                 self._measure(data, part, stage, stage.epochs - 1)
             learner.forget()
             state, first_epoch = None, 0
-
-    def _is_known(self, best: BestWeights) -> bool:
-        """Whether restored weights are those that an epoch measured, of each modality at least."""
-        own = type(self.learner).selection_scores.__module__.startswith("mmfast.")
-        return bool(best.parts) and (own or len({kept["epoch"] for kept in best.parts.values()}) == 1)
-
-    def _restored_accuracy(self, best: BestWeights, stage: Stage) -> dict[str, float | None]:
-        """Return each modality's accuracy alone at the epoch that its encoder's weights are of."""
-        entries = self.history[-stage.epochs :]
-        found = {}
-        for name in self.learner.modalities:
-            epoch = best.epoch_of(f"model.encoders.{name}.")
-            entry = entries[-1 if epoch is None else epoch]
-            found[name] = entry["val"]["modality_accuracy"][name]
-        return found
 
     def _state(
         self,
@@ -219,23 +207,25 @@ class TrainingLoop:
             cut.set_random_state(fabric.global_rank, fabric.device)
         stopped_at = None
         needs_marks = not is_alone and not in_memory(getattr(entries, "base", entries))
-        for b, batch in enumerate(batches, first):
-            if needs_marks:
-                # All processes must know of a mark that one of them has met, or none talks of the same.
-                batch |= all_marks(batch, learner.modalities)
-            for step in range(steps):
-                optimizer.zero_grad()
-                loss = module(batch, step)
-                if (bad := losses.add(loss)) is not None:
-                    # Of an earlier step the batch is gone, and read again.
-                    content = batch if bad // steps == b else None
-                    self._diverged(entries, shard, bad // steps, stage, epoch, seed, content)
-                fabric.backward(loss * shard.scales[b])
-                learner.edit_gradients(step, b / len(shard.batches))
-                optimizer.step()
-            if self.stop.due(now=b + 1 == len(shard.batches)):
-                stopped_at = b + 1
-                break
+        # Workers go with a fit that fails, also while its error is held.
+        with contextlib.closing(batches):
+            for b, batch in enumerate(batches, first):
+                if needs_marks:
+                    # All processes must know of a mark that one of them has met, or none talks of the same.
+                    batch |= all_marks(batch, learner.modalities)
+                for step in range(steps):
+                    optimizer.zero_grad()
+                    loss = module(batch, step)
+                    if (bad := losses.add(loss)) is not None:
+                        # Of an earlier step the batch is gone, and read again.
+                        content = batch if bad // steps == b else None
+                        self._diverged(entries, shard, bad // steps, stage, epoch, seed, content)
+                    fabric.backward(loss * shard.scales[b])
+                    learner.edit_gradients(step, b / len(shard.batches))
+                    optimizer.step()
+                if self.stop.due(now=b + 1 == len(shard.batches)):
+                    stopped_at = b + 1
+                    break
         bad = losses.first_bad()
         # All processes stop with the one whose loss was the first.
         worst = min_over_processes(len(shard.batches) if bad is None else bad // steps)

@@ -44,10 +44,25 @@ class BestWeights:
                 "weights": _parted(learner, part, snapshot(weights)),
             }
 
-    def epoch_of(self, prefix: str) -> int | None:
-        """Return the epoch of the best weights under a prefix; None: the last ones stay."""
-        epochs = (kept["epoch"] for part, kept in self.parts.items() if prefix.startswith(part))
-        return next(epochs, None)
+    def unimodal_accuracy(
+        self, learner: Learner, entries: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float | None] | None:
+        """Return each modality's accuracy alone with the best weights, None where no epoch has measured it.
+
+        Args:
+            learner: whose the weights are.
+            entries: of the history, one for each epoch of the stage, which validate.
+        """
+        own = type(learner).selection_scores.__module__.startswith("mmfast.")
+        if not self.parts or not (own or len({kept["epoch"] for kept in self.parts.values()}) == 1):
+            return None
+        found = {}
+        for name in learner.modalities:
+            prefix = f"model.encoders.{name}."
+            epochs = (kept["epoch"] for part, kept in self.parts.items() if prefix.startswith(part))
+            # An encoder that was never selected keeps its last weights.
+            found[name] = entries[next(epochs, -1)]["val"]["modality_accuracy"][name]
+        return found
 
     def restore(self, learner: Learner) -> None:
         """Put the best weights back; without any, the learner stays as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mmfast.data.reader import Reader
 from mmfast.data.seeds import kept_draws
 from mmfast.distributed import check_agreement
 from mmfast.errors import check_one_of, describe, did_you_mean
-from mmfast.files import locked
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
@@ -28,12 +27,11 @@ from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import Metrics, evaluate
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.optimization import Optimization
+from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
 from mmfast.training.writing import Writer
 
-LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
-MODEL = "model.ckpt"  # the selected weights, written when a run is finished
 # What other trainers call the settings of this one.
 _OTHER_NAMES = {
     "learning_rate": "lr",
@@ -41,7 +39,6 @@ _OTHER_NAMES = {
     "num_epochs": "max_epochs",
     "wd": "weight_decay",
 }
-LOCK = ".lock"  # held while a process trains there
 
 
 class Trainer:
@@ -71,7 +68,8 @@ class Trainer:
         progress: show a bar.
         on_epoch: called with every entry of `history`.
         num_workers: processes that read samples, for every pass over a data set; they stay for the whole fit.
-            0 reads in this process; data in memory (`ArrayDataset`) always are.
+            0 reads in this process; data in memory (`ArrayDataset`) always are. Their number changes no
+            result: generators of torch, numpy and random are seeded for each batch, wherever it is read.
         collate_fn: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them. A data set
             that gives batches by itself, such as `ArrayDataset`, has no use for it.
         eval_batch_size: samples of a batch where nothing is trained.
@@ -177,7 +175,7 @@ class Trainer:
                 thread, with an `out_dir`; a handler of the program's own is called, too, and there again
                 afterwards. See `mmfast.training.stopping`.
 
-        A thread writes the checkpoints, from copies on the CPU. However a fit ends, what training froze is
+        A thread writes large checkpoints, from copies on the CPU. However a fit ends, what training froze is
         free again and no gradient is left on the model; where it does not finish, its modules are in the
         modes they were in, and it keeps the weights it had by then.
         """
@@ -274,7 +272,7 @@ class Trainer:
     def restore(self, model: MultimodalModel, path: str | Path | None = None) -> Learner:
         """Load the selected weights of a finished run into `model`; by default from `out_dir`/model.ckpt."""
         state = checkpoint.load(Path(path) if path else self._out("restore") / MODEL)
-        self._check_same(state, "method", "config")
+        check_same(state, self._description(), self.method, "method", "config")
         learner = self.method.bind(model, seed=self.seed)
         learner.reader = self.reader
         learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
@@ -298,11 +296,12 @@ class Trainer:
         return {
             "mmfast": mmfast.__version__,
             "method": self.method.name,
-            "config": _plain(self.method.config()),
+            "config": as_lists(self.method.config()),
             "optimization": asdict(self.optimization),
             "seed": self.seed,
             "metadata": self.metadata,
             "devices": self.fabric.world_size,
+            "precision": self.fabric.strategy.precision.precision,
             "history": self.history,
         }
 
@@ -317,28 +316,10 @@ class Trainer:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        self._check_same(state, "method", "config", "optimization", "seed", "metadata")
+        check_same(
+            state, self._description(), self.method, "method", "config", "optimization", "seed", "metadata"
+        )
         return state
-
-    def _check_same(self, state: dict[str, Any], *keys: str) -> None:
-        mine = self._description()
-        for key in keys:
-            theirs, ours = state.get(key), mine[key]
-            if key == "metadata":
-                # Where the data came from and how they were read is free: they themselves are compared.
-                free = {"source": None, "skip_unreadable": None}
-                theirs, ours = ({**values, **free} for values in (theirs or {}, ours))
-            elif key == "config":
-                # An option that is younger than the checkpoint had its default there.
-                theirs = _plain(type(self.method)().config()) | (theirs or {})
-            if theirs == ours:
-                continue
-            if isinstance(theirs, dict) and isinstance(ours, dict):
-                differing = [name for name in ours if theirs.get(name) != ours[name]]
-                # Statistics of the data would fill pages; their name says enough.
-                ours = {name: ours[name] for name in differing if len(str(ours[name])) < 80} or differing
-                theirs = {name: _brief(theirs.get(name)) for name in ours}
-            raise ValueError(f"the checkpoint must be of a run with {key} {ours}, got {theirs}")
 
     def _out(self, purpose: str) -> Path:
         if self.out_dir is None:
@@ -375,23 +356,6 @@ class Trainer:
                 logger.finalize(status)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no other program writes or removes its checkpoints meanwhile.
-
-    Raises:
-        BlockingIOError: another process trains there.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / LOCK))
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another process trains in {folder}: wait for its end, or give another folder"
-            ) from None
-        yield
-
-
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:
     known = [field.name for field in fields(Optimization)]
     for name in settings:
@@ -399,17 +363,6 @@ def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization
             near = did_you_mean(name, known, _OTHER_NAMES)
             raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
     return replace(optimization, **settings)
-
-
-def _plain(value: Any) -> Any:
-    """Return tuples as lists, as a checkpoint gives them back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _brief(value: Any) -> Any:
-    return value if len(str(value)) < 80 else describe(value)
 
 
 def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
