@@ -8,6 +8,7 @@ same weights, and the check holds our encoders after some steps against theirs.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from mmfast import methods
 from mmfast.coalitions import SHOWN, members
 from mmfast.data import ArrayDataset
+from mmfast.data.reader import Reader
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel, build_model
 
@@ -38,7 +40,7 @@ Step = Callable[[Mapping[str, Tensor]], None]
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield a step of each of the ten methods, then the work between epochs of those that have any."""
+    """Yield steps of the ten methods, the work between epochs of those that have any, and feeding alone."""
     for name in methods.METHODS:
         yield _step(methods.make(name), options)
     for method, between in (
@@ -48,6 +50,42 @@ def cases(options: Options) -> Iterator[Case]:
         (methods.DiagnoseRelearn(epochs=tuple(range(1000)), max_times=1000), _diagnosis),
     ):
         yield _between(method, between, options)
+    for width in (64,) if options.quick else (64, 512, 4_096):
+        yield _feeding(width, options)
+
+
+def _feeding(width: int, options: Options) -> Case:
+    """Return the batches of an epoch of data in memory, against the gathering that they must take."""
+    size = 2_000 if options.quick else 20_000
+    arrays = {name: torch.randn(size, width) for name in ("audio", "image")}
+    data = ArrayDataset(arrays, torch.arange(size) % NUM_CLASSES).to(options.device)
+    batches = list(torch.randperm(size).split(BATCH))
+    there = [batch.to(options.device) for batch in batches]
+    read = functools.partial(Reader().read, data, batches, data.modalities, data.device)
+
+    def ours() -> dict[str, Tensor]:
+        for batch in read():
+            last = batch
+        return last
+
+    def bare() -> None:
+        for index in there:
+            # One batch is there while the next is made.
+            _ = [array.index_select(0, index) for array in data.arrays.values()]
+
+    def check(last: dict[str, Tensor]) -> None:
+        for key, value in data[batches[-1]].items():
+            assert torch.equal(last[key], value), key
+
+    return Case(
+        name=f"{len(batches)} batches of {BATCH} x 2 x {width}",
+        size=width,
+        panel="",
+        ours=ours,
+        peers={"index_select": bare},
+        check=check,
+        work=Work(read=size * 2 * width * 4, written=size * 2 * width * 4),
+    )
 
 
 def _dataset(num_samples: int, options: Options) -> ArrayDataset:

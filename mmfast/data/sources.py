@@ -73,21 +73,22 @@ def gathered(
     # All indices go to the device together; labels and marks, which are small, are gathered all at once, and
     # features of small batches several batches at a time.
     every = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *indices]).to(dataset.device)
-    told = _split(dataset.gather(every, ()), sizes)
+    told = {key: iter(_pieces(value, sizes)) for key, value in dataset.gather(every, ()).items()}
     several = max(1, _GATHERED_BYTES // max(1, dataset.sample_bytes * max(sizes, default=1)))
     groups = [sizes[first : first + several] for first in range(0, len(sizes), several)]
-    for group, index in zip(groups, every.split([sum(group) for group in groups]) if groups else ()):
-        for batch in _split(dataset.gather(index, modalities, labels=False), group):
-            yield batch | next(told)
+    for group, index in zip(groups, _pieces(every, [sum(group) for group in groups])):
+        features = dataset.gather(index, modalities, labels=False)
+        keys = (*features, *told)
+        # The pieces of features end first, so that no label is passed over.
+        for values in zip(*(_pieces(value, group) for value in features.values()), *told.values()):
+            yield dict(zip(keys, values))
 
 
-def _split(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
-    if len(sizes) == 1:
-        yield batch
-        return
-    pieces = [value.split(sizes) for value in batch.values()] if sizes else []
-    for values in zip(*pieces, strict=True):
-        yield dict(zip(batch, values, strict=True))
+def _pieces(
+    value: Tensor,  # [N, ...]
+    sizes: list[int],
+) -> Sequence[Tensor]:
+    return value.split(sizes) if len(sizes) > 1 else (value,) * len(sizes)
 
 
 def _parts_of_batch(
