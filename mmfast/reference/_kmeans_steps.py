@@ -7,6 +7,9 @@ from torch import Tensor
 
 from mmfast.reference._common import accumulation_dtype, row_chunks
 
+# Samples that are added together before their sum is added to the others'.
+_FEW = 64
+
 
 def squared_distances(
     x: Tensor,  # [N, D]
@@ -41,8 +44,16 @@ def assign_about(
     offset: Tensor,  # [D] in the dtype of accumulation
     centroids: Tensor,  # [K, D] less the offset
 ) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], float64 [K, D], int64 [K]
-    """Return `assign` of the samples less an offset, with sums that other processes' may be added to."""
-    assignments, total, count = assign(features.to(offset.dtype) - offset, centroids)
+    """Return `assign` of the samples less an offset, with sums that other processes' may be added to.
+
+    They are those of sums of few samples each: of all at once a product with the one-hot matrix, which some
+    CPUs add one by one, errs by more than what is held against it may.
+    """
+    x = features.to(offset.dtype) - offset
+    assignments, _, count = assign(x, centroids)
+    total = torch.zeros_like(centroids)
+    for own, belongs in zip(x.split(_FEW), assignments.split(_FEW), strict=True):
+        total += torch.nn.functional.one_hot(belongs, len(centroids)).to(own).T @ own
     return assignments, features.new_empty(total.shape, dtype=torch.float64).copy_(total), count
 
 
