@@ -52,8 +52,9 @@ def assign_about(
     x = features.to(offset.dtype) - offset
     assignments, _, count = assign(x, centroids)
     total = torch.zeros_like(centroids)
+    clusters = torch.arange(len(centroids), device=x.device)[:, None]
     for own, belongs in zip(x.split(_FEW), assignments.split(_FEW), strict=True):
-        total += torch.nn.functional.one_hot(belongs, len(centroids)).to(own).T @ own
+        total += (clusters == belongs).to(own.dtype) @ own
     return assignments, features.new_empty(total.shape, dtype=torch.float64).copy_(total), count
 
 
