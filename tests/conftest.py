@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mmfast import backend as _backend
-from support import emulation, foreign
+from support import emulation, foreign, interpreter
 from support.stems import EMULATED, FILES, has_file, op_of
 
 # The same examples in every run: a failure belongs to the change that brought it.
@@ -28,6 +28,7 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 foreign.put_in_place()
+interpreter.make_quicker()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

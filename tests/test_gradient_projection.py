@@ -296,11 +296,12 @@ def test_a_step_is_an_update_and_a_product(shape, dtype, projector_dtype, backen
     features = torch.randn(4, shape[1], device=device)
     projector = projector_after(features[:3], 0.1, projector_dtype)
     check_step(projector, features[3].to(dtype), grad, 0.1, backend)
-    # Rows and columns of another distance.
-    wider = torch.cat([projector, projector], 1)[:, : shape[1]]
-    turned = torch.stack([grad, grad], 2).transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0]
-    check_step(wider, features[3], turned, 0.1, backend)
-    check_step(wider.T, features[3], grad, 0.1, backend)
+    if dtype == torch.float32:
+        # Rows and columns of another distance.
+        wider = torch.cat([projector, projector], 1)[:, : shape[1]]
+        turned = torch.stack([grad, grad], 2).transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0]
+        check_step(wider, features[3], turned, 0.1, backend)
+        check_step(wider.T, features[3], grad, 0.1, backend)
 
 
 @pytest.mark.parametrize("size", [6, 150])
