@@ -24,6 +24,8 @@ EXACT = [
     "di-mml missing sigmoid",
     "mla missing",
     "modality-valuation missing",
+    "sample-valuation nested",
+    "di-mml nested",
 ]
 NORMALIZED = ["sample-valuation", "modality-valuation", "di-mml", "diagnose-relearn"]
 
@@ -47,20 +49,45 @@ def with_gaps(data):
     present = {{name: torch.rand(len(data), generator=draw) < 0.7 for name in data.modalities}}
     return ArrayDataset(data.arrays, data.labels, present=present)
 
+class Nested(torch.utils.data.Dataset):
+    # One modality is a nest of tensors, as a text's ids and mask are.
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        sample = self.data[index]
+        return sample | {{"b": {{"first": sample["b"][:2], "others": (sample["b"][2:4], sample["b"][4:])}}}}
+
+class OfNests(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, nest):
+        return self.inner(torch.cat([nest["first"], *nest["others"]], 1))
+
 def figures(case):
     name, *words = case.split()
-    train, val, test = (with_gaps(d) if words else d for d in (t.SPLITS.train, t.SPLITS.val, t.SPLITS.test))
+    parts = t.SPLITS.train, t.SPLITS.val, t.SPLITS.test
+    labels = t.SPLITS.test.labels.tolist()
+    train, val, test = map(with_gaps, parts) if "missing" in words else parts
     trainer, model = t.make_trainer(name, accelerator="cpu", devices=world), t.make_model()
+    if "nested" in words:
+        train, val, test = map(Nested, parts)
+        model.encoders["b"] = OfNests(model.encoders["b"])
     if "sigmoid" in words:
         trainer.method = dataclasses.replace(trainer.method, contrast="sigmoid")
     trainer.fit(model, train, val)
     found = trainer.test(model, test)
     # Each process values its share, and has the whole.
     valued = mmfast.valuate(trainer.learner, test, fabric=trainer.fabric)
-    assert valued.labels.tolist() == test.labels.tolist()
+    assert valued.labels.tolist() == labels
     values[case] = valued.contributions.tolist()
     # Fewer samples than processes.
-    single = test.subset(slice(0, 1))
+    single = torch.utils.data.Subset(test, [0])
     first = mmfast.valuate(trainer.learner, single, fabric=trainer.fabric)
     assert first.contributions.shape == (1, 2)
     assert (first.present is None) == (valued.present is None)
