@@ -150,6 +150,21 @@ def test_by_hand(backend, device):
     torch.testing.assert_close(weights[1], torch.tensor([1.0], device=device).sigmoid())
 
 
+@pytest.mark.parametrize("num_classes", [3, 40, 300])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_class_that_is_certain_keeps_the_digits_of_its_gradient(rule, num_classes, backend, device):
+    """Where no probability moves the weights stand still, however much the fused logits want them to."""
+    logits, _ = make((2, 6, num_classes), torch.float32, device=device)
+    logits = 1000 * logits.abs()
+    logits[..., 1] = 20_000
+    logits.requires_grad_()
+    fused, weights = RULES[rule][0](logits, backend=backend)
+    dfused = sums_of([fused])[0]
+    torch.autograd.backward(fused, dfused)
+    expected = weights.detach().double()[..., None] * dfused.double()
+    torch.testing.assert_close(logits.grad, expected.float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients(rule, masked, backend, device):

@@ -115,7 +115,8 @@ class LaneBlocks {
         // The lowest class of the largest logit, where e is 1.
         const Mask is_top = is_open & (e[c] == 1);
         is_open &= ~is_top;
-        e[c] = w * dfused[c] - scale * e[c] + (is_top ? dscore : V{});
+        // Of a class that has all probability the score's two parts, which may be large, are equal.
+        e[c] = w * dfused[c] + ((is_top ? dscore : V{}) - scale * e[c]);
       }
     }
     mask_absent(m, first, e);

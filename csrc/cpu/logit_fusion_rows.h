@@ -314,8 +314,9 @@ class RowBlocks {
         const Mask classes = first_classes_ + static_cast<Int<A>>(c);
         MMFAST_ROWS {
           f_.prefetch(dfused[l + r] + c + ahead);
-          store(targets[l + r] + c, w[r] * load(dfused[l + r] + c) - scale[r] * load(e + (l + r) * C_ + c) +
-                                        (classes == top[r] ? dscore[r] : V{}));
+          // Of a class that has all probability the score's two parts, which may be large, are equal.
+          const V slope = (classes == top[r] ? dscore[r] : V{}) - scale[r] * load(e + (l + r) * C_ + c);
+          store(targets[l + r] + c, w[r] * load(dfused[l + r] + c) + slope);
         }
       });
     }
