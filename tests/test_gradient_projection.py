@@ -296,7 +296,8 @@ def test_a_step_is_an_update_and_a_product(shape, dtype, projector_dtype, backen
     features = torch.randn(4, shape[1], device=device)
     projector = projector_after(features[:3], 0.1, projector_dtype)
     check_step(projector, features[3].to(dtype), grad, 0.1, backend)
-    if dtype == torch.float32:
+    # The interpreter takes seconds for each.
+    if dtype == torch.float32 or backend != "triton":
         # Rows and columns of another distance.
         wider = torch.cat([projector, projector], 1)[:, : shape[1]]
         turned = torch.stack([grad, grad], 2).transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0]

@@ -183,7 +183,7 @@ def test_linear_in_the_game(backend, device, num_players, scale):
 @pytest.mark.parametrize("num_players", [1, 3, 5], ids="M={}".format)
 def test_gradcheck(backend, device, num_players):
     # A kernel is interpreted for every number that is changed, and again for each of its results.
-    num_samples = 1 if num_players == 5 else 3
+    num_samples = 1 if num_players == 5 and backend == "triton" else 3
     utilities = make(num_samples, 2**num_players, torch.float64, device).requires_grad_()
     assert torch.autograd.gradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)
     assert torch.autograd.gradgradcheck(lambda u: ops.shapley_values(u, backend=backend), utilities)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from mmfast.reference._common import accumulation_dtype, row_chunks
 
-# Samples that are added together before their sum is added to the others'.
-_FEW = 64
+# Samples that are added together before their sum is added to the others': of all at once a product, which
+# some CPUs add one by one, errs by more than what is held against it may.
+_FEW = 128
 
 
 def squared_distances(
@@ -28,13 +29,18 @@ def assign(
     total = torch.zeros_like(centroids)
     count = assignments.new_zeros(len(centroids))
     half_norms = centroids.square().sum(1, keepdim=True) / 2
-    for rows in row_chunks(x, len(x), len(centroids)):
+    # Of a sample's scores, or of its part of the sums of `_FEW`.
+    num_temporary = max(len(centroids), centroids.numel() // _FEW)
+    for rows in row_chunks(x, len(x), num_temporary):
         # |x - c|^2 / 2 less |x|^2 / 2, which is the same for every centroid; clusters first is faster.
-        scores = torch.addmm(half_norms, centroids, x[rows].T, alpha=-1)
+        own = x[rows]
+        scores = torch.addmm(half_norms, centroids, own.T, alpha=-1)
         assignments[rows] = scores.min(0).indices
         # A product with the one-hot matrix adds in a fixed order; adding by index does not on a GPU.
         member = scores.zero_().scatter_(0, assignments[None, rows], 1)
-        total.addmm_(member, x[rows])
+        end = len(own) - len(own) % _FEW
+        sums = member[:, :end].unflatten(1, (-1, _FEW)).transpose(0, 1) @ own[:end].unflatten(0, (-1, _FEW))
+        total += sums.sum(0).addmm_(member[:, end:], own[end:])
         count += member.sum(1).long()
     return assignments, total, count
 
@@ -44,17 +50,8 @@ def assign_about(
     offset: Tensor,  # [D] in the dtype of accumulation
     centroids: Tensor,  # [K, D] less the offset
 ) -> tuple[Tensor, Tensor, Tensor]:  # int64 [N], float64 [K, D], int64 [K]
-    """Return `assign` of the samples less an offset, with sums that other processes' may be added to.
-
-    They are those of sums of few samples each: of all at once a product with the one-hot matrix, which some
-    CPUs add one by one, errs by more than what is held against it may.
-    """
-    x = features.to(offset.dtype) - offset
-    assignments, _, count = assign(x, centroids)
-    total = torch.zeros_like(centroids)
-    clusters = torch.arange(len(centroids), device=x.device)[:, None]
-    for own, belongs in zip(x.split(_FEW), assignments.split(_FEW), strict=True):
-        total += (clusters == belongs).to(own.dtype) @ own
+    """Return `assign` of the samples less an offset, with sums that other processes' may be added to."""
+    assignments, total, count = assign(features.to(offset.dtype) - offset, centroids)
     return assignments, features.new_empty(total.shape, dtype=torch.float64).copy_(total), count
 
 

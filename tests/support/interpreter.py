@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it does again and again, which is a third of these tests' time.
+"""Triton's interpreter without work that it does again and again, which is half of its time.
 
 For each device function that a kernel calls it patches all of `triton.language`, as the kernel's launch has
 done already, and for each value it builds its table of dtypes. What kernels compute stays the same.
