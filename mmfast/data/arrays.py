@@ -13,10 +13,18 @@ from torch.utils.data import Dataset
 
 from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, present_key
 from mmfast.data.features import Features, as_array, as_tensor, check_shape, features_of, gather, whole
-from mmfast.errors import describe, unknown_modalities
+from mmfast.errors import check_one_of, describe, unknown_modalities
+from mmfast.objectives import IGNORED, TASKS, check_targets
 
 LABEL = "label"
 ENCODE = "np.unique(labels, return_inverse=True)[1] makes integers of names"
+
+
+def as_label(
+    value: Tensor,  # any shape
+) -> Tensor:  # same shape
+    """Return labels as losses take them: real numbers in float32, others in int64."""
+    return value.float() if value.is_floating_point() else value.long()
 
 
 class ArrayDataset(Dataset[dict[str, Tensor]]):
@@ -26,11 +34,13 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         arrays: One array per modality name: `[N, D]` vectors, `[N, T, F]` sequences, `[N, C, H, W]` images or
             `[N, T, C, H, W]` video; any real dtype, kept as float32. A shape that looks like channels last is
             taken as it is, with a `UserWarning`.
-        labels: `[N]` integers from 0 to C - 1.
+        labels: `[N]` integers from 0 to C - 1, or -100 for a sample without label; or what `task` takes.
         present: bool `[N]` for any of the modalities: False marks samples without that modality. Their
             features are set to zero and may hold NaN.
         group: `[N]` integers or strings; samples of one group belong together when the data are split.
         num_classes: C, where it is known; the largest label + 1 otherwise.
+        task: "multiclass": labels as above, or probabilities `[N, C]`; "multilabel": 0 and 1 for each of C
+            labels, `[N, C]`; "regression": numbers `[N]`, or K of them, `[N, K]`, and K stands for C.
 
     Raises:
         ValueError: lengths, ranks, label range or non-finite features, with the modality named.
@@ -45,9 +55,11 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         present: Mapping[str, Any] | None = None,  # [N] each
         group: Any | None = None,  # [N]
         num_classes: int | None = None,
+        task: str = "multiclass",
     ) -> None:
-        found = check(arrays, labels, present=present, group=group, num_classes=num_classes)
-        self.labels = found.labels  # [N]
+        found = check(arrays, labels, present=present, group=group, num_classes=num_classes, task=task)
+        self.labels = found.labels  # [N], or [N, C]
+        self.task = task
         self.num_classes = found.num_classes
         self.present = found.present  # [N] each
         self.arrays = {
@@ -70,7 +82,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
-        return f"ArrayDataset({len(self)} samples, {shapes}, {self.num_classes} classes)"
+        outputs = {"multiclass": "classes", "multilabel": "labels", "regression": "numbers"}[self.task]
+        return f"ArrayDataset({len(self)} samples, {shapes}, {self.num_classes} {outputs})"
 
     @property
     def device(self) -> torch.device:
@@ -192,17 +205,19 @@ class Checked:
 
     Attributes:
         features: [N, ...] of each modality.
-        labels: int64 [N].
+        labels: int64 [N], or what the task takes.
         present: bool [N] of some modalities.
         group: [N], or None.
         num_classes: C.
+        task: what labels are.
     """
 
     features: Mapping[str, Features]
-    labels: Tensor  # [N]
+    labels: Tensor  # [N] or [N, C]
     present: Mapping[str, Tensor]  # [N] each
     group: np.ndarray | None  # [N]
     num_classes: int
+    task: str = "multiclass"
 
     def parts(self, rows: Sequence[np.ndarray]) -> list[ArrayDataset]:  # [n] each, ascending
         """Return the samples at each of some lists of rows, in memory of their own; features are read once.
@@ -220,6 +235,7 @@ class Checked:
             part = ArrayDataset._of(
                 labels=self.labels[key],
                 num_classes=self.num_classes,
+                task=self.task,
                 present={name: mask[key] for name, mask in self.present.items()},
                 arrays={name: gathered[index] for name, gathered in arrays.items()},
                 group=None if self.group is None else self.group[own],
@@ -235,15 +251,14 @@ def check(
     present: Mapping[str, Any] | None,  # [N] each
     group: Any | None,  # [N]
     num_classes: int | None,
+    task: str = "multiclass",
 ) -> Checked:
     """Return what `ArrayDataset` is given, or raise as it does; what features hold is seen later.
 
     To be called by what users call: warnings go to the caller of that.
     """
-    found = _check_labels(labels, num_classes)
+    found, num_classes = _check_labels(labels, num_classes, task)
     size = len(found)
-    if num_classes is None:
-        num_classes = int(found.max()) + 1 if size else 0
     if not arrays:
         raise ValueError("arrays must hold at least one modality, got none")
     for name in arrays:
@@ -253,10 +268,24 @@ def check(
     for name, array in arrays.items():
         features[name] = features_of(name, array)
         check_shape(name, features[name], size)
-    return Checked(features, found, masks, None if group is None else _check_group(group, size), num_classes)
+    return Checked(
+        features, found, masks, None if group is None else _check_group(group, size), num_classes, task
+    )
 
 
-def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
+def _check_labels(labels: Any, num_classes: int | None, task: str) -> tuple[Tensor, int]:  # [N] or [N, C]
+    """Return labels as losses take them, and C."""
+    check_one_of("task", task, TASKS, suggest=True)
+    if task != "multiclass" or _is_soft(labels):
+        array = as_array("labels", labels, "biuf", "numbers")
+        is_real = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+        found = as_tensor(array, torch.float32 if is_real else torch.int64)
+        if found.ndim not in ((1, 2) if task == "regression" else (2,)):
+            form = "[N] or [N, K]" if task == "regression" else "[N, C]"
+            raise ValueError(f"labels must have shape {form}, got {list(found.shape)}")
+        found_classes = found.shape[1] if found.ndim == 2 else 1
+        check_targets(task, num_classes or found_classes, "labels", found, lambda row: f"label {row}")
+        return found, found_classes
     try:
         tensor = as_tensor(as_array("labels", labels, "iu", "integers"), torch.int64)
     except TypeError as error:
@@ -268,9 +297,23 @@ def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
         raise ValueError(f"labels must have shape {expected}, got {list(tensor.shape)}")
     upper = "C - 1" if num_classes is None else str(num_classes - 1)
     outside = tensor < 0 if num_classes is None else (tensor < 0) | (tensor >= num_classes)
+    outside &= tensor != IGNORED
     if outside.any():
         raise ValueError(f"labels must lie in 0 .. {upper}, got {tensor[outside][0].item()}")
-    return tensor
+    if num_classes is None:
+        num_classes = max(0, int(tensor.max()) + 1) if len(tensor) else 0
+    return tensor, num_classes
+
+
+def _is_soft(labels: Any) -> bool:
+    """Whether labels are rows of real numbers, one probability a class."""
+    if isinstance(labels, Tensor):
+        return labels.ndim == 2 and labels.is_floating_point()
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        return False
+    return array.ndim == 2 and array.dtype.kind == "f"
 
 
 def _check_name(name: str) -> None:

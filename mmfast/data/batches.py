@@ -90,7 +90,7 @@ def presence(
 
 def marks_of(
     present: Tensor | None,  # bool [M, N]
-    labels: Tensor,  # [N]
+    labels: Tensor,  # [N, ...]
     num_modalities: int,
 ) -> Tensor:  # bool [N, M]
     """Return what `presence` gives of a batch as rows, also where it is None: another batch may tell."""
@@ -100,12 +100,12 @@ def marks_of(
 
 
 def all_marks(
-    batch: Mapping[str, Any],  # label: [N]
+    batch: Mapping[str, Any],  # label: [N, ...]
     modalities: Sequence[str],
 ) -> dict[str, Tensor]:  # <m>__present: bool [N] each
     """Return the marks of a batch, of each modality: what it tells nothing of, all its samples have."""
     given = {present_key(name): batch.get(present_key(name)) for name in modalities}
-    everyone = torch.ones_like(batch[LABEL], dtype=torch.bool)
+    everyone = torch.ones(len(batch[LABEL]), dtype=torch.bool, device=batch[LABEL].device)
     return {key: everyone if mask is None else mask for key, mask in given.items()}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast.coalitions import SHOWN
+from mmfast.data.arrays import LABEL
 from mmfast.data.batches import Entries
 from mmfast.data.devices import copied_ahead, model_place, pinned, to_device
 from mmfast.data.marks import Marks
@@ -216,6 +217,15 @@ def evaluation_batches(
     size = reader.evaluation_size(dataset, batch_size)
     batches = mine.split(size) if len(mine) else ()
     yield from reader.read(dataset, batches, module.modalities, device, dtype=dtype, plain=True)
+
+
+def no_labels(module: Any, dataset: Any) -> Tensor:  # [0] or [0, C]
+    """Return the labels of no sample, like those of a data set's batches."""
+    first = Entries(dataset, torch.zeros(min(1, len(dataset)), dtype=torch.int64, device="cpu"))
+    here = replace(reader_of(module), num_workers=0)
+    for batch in evaluation_batches(module, first, reader=here):
+        return batch[LABEL][:0]
+    return torch.zeros(0, dtype=torch.int64, device=model_place(module)[0])
 
 
 def reader_of(module: Any) -> Reader:

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def make_run(
         "method": method.name,
         "seed": seed,
         "config": method.config(),
-        "metrics": asdict(metrics),
+        "metrics": metrics.as_dict(),
         "protocol": learner.protocol,
         "epochs": len(trainer.history),
         # Training alone, in all processes that worked on the run; wall_seconds is all the last one took.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torchmetrics import Metric
 
 import mmfast
 from mmfast import methods
@@ -21,11 +23,13 @@ from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
+from mmfast.objectives import Loss, Objective
 from mmfast.training import checkpoint, launchers, strategies
 from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import check_weights
-from mmfast.training.evaluation import Metrics, evaluate
+from mmfast.training.evaluation import evaluate
 from mmfast.training.loop import TrainingLoop
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import weights_of
@@ -52,6 +56,19 @@ class Trainer:
 
     Args:
         method: a method of `mmfast.methods`, or its name.
+        task: "multiclass": one of C classes, labels [N] or probabilities [N, C]; "multilabel": any of C
+            labels, 0 and 1 [N, C]; "regression": K numbers, [N] or [N, K], which the model gives as its C
+            outputs. Methods whose mathematics needs classes refuse the others.
+        loss: a callable of outputs [N, C] in float32 and labels that returns [N], wherever the method has
+            the cross-entropy (of several labels the binary one, of numbers the squared error).
+        class_weights: "balanced" or [C] numbers, by which the cross-entropy counts the samples of a class.
+        label_smoothing: of the cross-entropy.
+        metrics: name -> torchmetrics object, measured beside the task's own figures on validation and test
+            data: probabilities and labels go in, one number comes out. See `mmfast.training.metrics`.
+        select: what model selection looks at: "val/accuracy", "val/loss", "val/<name of a metric>"; None: the
+            accuracy, of several labels "val/micro_f1", of numbers "val/r2". Methods that select the parts of
+            modalities apart look at the figure of each modality alone.
+        select_mode: "max" or "min"; None: as the figure is known to be.
         optimization: settings of optimizer, schedule, batch and epochs.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
         accelerator, devices, precision: as Lightning Fabric takes them. Where torchrun or srun has started
@@ -94,6 +111,13 @@ class Trainer:
         self,
         method: Method | str,
         *,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         optimization: Optimization | None = None,
         seed: int = 0,
         accelerator: str = "auto",
@@ -118,6 +142,10 @@ class Trainer:
         if not isinstance(method, str | Method):
             raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
         self.method = methods.make(method) if isinstance(method, str) else method
+        self.objective = Objective(
+            task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
+        )
+        self.measures = Measures(self.objective, metrics, select, select_mode)
         self.optimization = _apply(optimization or Optimization(), settings)
         self.seed = seed
         self.out_dir = None if out_dir is None else Path(out_dir)
@@ -179,9 +207,12 @@ class Trainer:
         free again and no gradient is left on the model; where it does not finish, its modules are in the
         modes they were in, and it keeps the weights it had by then.
         """
-        check_data(model, "train", train, whole=True, collate_fn=self.reader.collate_fn)
+        labels = self._check("train", model, train, whole=True)
+        objective = self.objective.for_data(labels, model.num_classes)
+        self.measures.check(objective, model.num_classes)
         if val is not None:
-            check_data(model, "val", val, collate_fn=self.reader.collate_fn)
+            val_labels = self._check("val", model, val)
+            objective.may_ignore |= val_labels is None or not bool(objective.counted(val_labels).all())
         elif self.method.needs_validation:
             raise ValueError(f"{self.method.name} needs a validation split, got val=None")
         self.launch()
@@ -192,11 +223,12 @@ class Trainer:
             )
         with torch.random.fork_rng(), kept_draws(), self.reader.staying():
             torch.manual_seed(self.seed)
-            learner = self.method.bind(model, seed=self.seed)
+            learner = self.method.bind(model, seed=self.seed, objective=objective)
             learner.reader, learner.autocast = self.reader, self.fabric.autocast
             try:
                 check_weights(learner)
                 learner.to(self.fabric.device)
+                objective.to(self.fabric.device)
                 check_fits(learner, train)
                 is_told_to_stop = self._train(learner, train, val, resume)
             except BaseException:
@@ -209,6 +241,8 @@ class Trainer:
         learner.unfreeze()
         learner.zero_grad(set_to_none=True)
         learner.eval()
+        # Data that come later may have samples without label.
+        objective.may_ignore = True
         self.learner = learner
         if is_told_to_stop:
             raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
@@ -253,27 +287,40 @@ class Trainer:
                 on_epoch=record,
                 on_state=lambda state: writer.save(self._description() | state),
                 stop=stop,
+                measures=self.measures,
                 history=self.history,
             ).run(state)
 
-    def test(self, model: MultimodalModel, test: Any) -> Metrics:
-        """Return accuracy, macro-F1, every modality alone and its Shapley contribution on `test`.
+    def _check(
+        self, name: str, model: MultimodalModel, dataset: Any, *, whole: bool = False
+    ) -> Tensor | None:  # [N] or [N, C]
+        """Return a data set's labels if it tells them; raise unless it fits the model and the task."""
+        collate_fn, task = self.reader.collate_fn, self.objective.task
+        return check_data(model, name, dataset, whole=whole, collate_fn=collate_fn, task=task)
+
+    def test(self, model: MultimodalModel, test: Any) -> AnyMetrics:
+        """Return the task's figures on `test`, every modality alone, and its Shapley contribution.
+
+        `Metrics` of classes: accuracy and macro-F1; `MultilabelMetrics`, `RegressionMetrics`. Metrics of your
+        own are in it by name: `trainer.test(model, test)["auroc"]`.
 
         Raises:
             ValueError: `model` is not what this trainer has fitted, or the data do not fit it.
         """
-        check_data(model, "test", test, collate_fn=self.reader.collate_fn)
+        self._check("test", model, test)
         if self.learner is None or self.learner.model is not model:
             raise ValueError(
                 "model must be the one this trainer has fitted, got another: call fit or restore first"
             )
-        return evaluate(self.learner, test, self.fabric)
+        return evaluate(self.learner, test, self.fabric, measures=self.measures)
 
     def restore(self, model: MultimodalModel, path: str | Path | None = None) -> Learner:
         """Load the selected weights of a finished run into `model`; by default from `out_dir`/model.ckpt."""
         state = checkpoint.load(Path(path) if path else self._out("restore") / MODEL)
         check_same(state, self._description(), self.method, "method", "config")
-        learner = self.method.bind(model, seed=self.seed)
+        if (task := state.get("objective", {}).get("task", "multiclass")) != self.objective.task:
+            raise ValueError(f"task must be that of the checkpoint, {task!r}, got {self.objective.task!r}")
+        learner = self.method.bind(model, seed=self.seed, objective=self._without_data(model))
         learner.reader = self.reader
         learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
         try:
@@ -287,6 +334,13 @@ class Trainer:
         self.learner, self.history = learner, state["history"]
         return learner
 
+    def _without_data(self, model: MultimodalModel) -> Objective:
+        """Return the objective of a finished run, for which balanced weights are not found anew."""
+        given = self.objective
+        if isinstance(given.class_weights, str):
+            given = Objective(given.task, label_smoothing=given.label_smoothing)
+        return given.for_data(None, model.num_classes)
+
     def _record(self, entry: dict[str, Any]) -> None:
         self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
         if self.on_epoch is not None and self.fabric.is_global_zero:
@@ -298,6 +352,7 @@ class Trainer:
             "method": self.method.name,
             "config": as_lists(self.method.config()),
             "optimization": asdict(self.optimization),
+            "objective": self.objective.config() | self.measures.config(),
             "seed": self.seed,
             "metadata": self.metadata,
             "devices": self.fabric.world_size,
@@ -317,7 +372,10 @@ class Trainer:
             return None
         state = checkpoint.load(path)
         check_same(
-            state, self._description(), self.method, "method", "config", "optimization", "seed", "metadata"
+            state,
+            self._description(),
+            self.method,
+            *("method", "config", "optimization", "objective", "seed", "metadata"),
         )
         return state
 
