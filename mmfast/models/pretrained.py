@@ -167,7 +167,7 @@ class PretrainedEncoder(Encoder):
 
     def extra_repr(self) -> str:
         model = f"{type(self.backbone).__name__} for {self.kind}"
-        return f"{self.source!r}, {model}, pooling={self.pooling!r}, freeze={self.freeze}, dim={self.dim}"
+        return f"{self.source!r}, {model}, pooling={self.pooling!r}, freeze={self.freeze}"
 
     @property
     def _sees_padding(self) -> bool:
