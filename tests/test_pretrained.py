@@ -6,6 +6,8 @@ import contextlib
 import functools
 import importlib
 import itertools
+import pathlib
+import shutil
 import sys
 
 import pytest
@@ -68,6 +70,14 @@ FORWARD = {
         },
         # Convolutions of stride 2: of 11 frames the first 6.
         lambda out: out.last_hidden_state[:, :6].mean(1),
+    ),
+    "wav2vec2-bert": (
+        pretrained.wav2vec2_bert,
+        {
+            "input_features": torch.randn(2, 11, 12),
+            "attention_mask": (torch.arange(11) < 7).repeat(2, 1).long(),
+        },
+        lambda out: out.last_hidden_state[:, :7].mean(1),
     ),
     "ast": (
         pretrained.ast,
@@ -189,6 +199,11 @@ def test_sound_is_not_masked_at_random_nor_are_layers_left_out():
     assert (config.apply_spec_augment, config.layerdrop) == (False, 0.0)
 
 
+def test_no_patches_are_left_out_at_random():
+    encoder = encoder_for(folder_of(pretrained.mae), None).eval()
+    torch.testing.assert_close(encoder(images()), encoder(images()))
+
+
 def test_other_precisions_are_cast_on_the_way():
     encoder = PretrainedEncoder(folder_of(pretrained.vit), 5, dtype=torch.bfloat16)
     assert encoder.backbone.embeddings.cls_token.dtype == torch.bfloat16
@@ -300,6 +315,16 @@ def test_a_folder_without_weights_or_processor(tmp_path):
     for make in pretrained.PROCESSORS:
         encoder = encoder_for(folder_of(make), 5)
         assert encoder.processor().model_input_names[0] == encoder.backbone.main_input_name
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    """Which would leave the encoder as it is drawn."""
+    theirs(pretrained.bert).config.save_pretrained(tmp_path)
+    other = pathlib.Path(folder_of(pretrained.gpt2).removeprefix("hf:"))
+    shutil.copy(other / "model.safetensors", tmp_path)
+    expected = r"^model of 'hf:.*' must be saved with its weights, got none for 37 of the 39 of a BertModel$"
+    with pytest.raises(ValueError, match=expected):
+        encoder_for(f"hf:{tmp_path}", 5)
 
 
 def test_transformers_is_optional(monkeypatch):

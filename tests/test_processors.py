@@ -110,6 +110,11 @@ def test_whisper_keeps_its_own_length():
     assert batch["sound"]["attention_mask"].sum(1).tolist() == [2, 3]
 
 
+def test_an_extractor_of_spectrograms_keeps_its_own_length():
+    extractor = transformers.ASTFeatureExtractor(max_length=16, num_mel_bins=8)
+    assert with_processors({"sound": extractor})([sample(0), sample(1)])["sound"].shape == (2, 16, 8)
+
+
 def test_pictures_of_one_channel_become_those_of_three():
     grey = picture(0).convert("L")
     batch = processors()([sample(0, image=grey), sample(1, image=np.asarray(picture(1)))])
@@ -207,7 +212,7 @@ def fitted(folders, method, *, freeze, seed=0, **options):
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_training_with_texts_and_pictures(folders, freeze):
-    trainer, learner, moved = fitted(folders, "joint", freeze=freeze, max_epochs=6)
+    trainer, learner, moved = fitted(folders, "joint", freeze=freeze, max_epochs=4)
     backbones = {name for name in moved if ".backbone." in name}
     assert bool(backbones) is not freeze
     assert {"encoders.text.projection.weight", "encoders.image.projection.weight"} <= moved

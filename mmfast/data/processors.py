@@ -135,10 +135,7 @@ class Step:
                 raise self._refused("a waveform [t]", wave)
             arrays.append(array[: self.max_length].astype(np.float32))
         rate = self.sampling_rate or self.processor.sampling_rate
-        options = {"sampling_rate": rate, "return_tensors": "pt", "return_attention_mask": True}
-        if _pads_by_default(self.processor):
-            return self.processor(arrays, **options)
-        return self.processor(arrays, padding=True, **options)
+        return self.processor(arrays, sampling_rate=rate, return_tensors="pt", **_padding(self.processor))
 
     def _refused(self, expected: str, got: Any) -> TypeError:
         return TypeError(
@@ -204,7 +201,10 @@ def _kind_of(name: str, processor: Any) -> tuple[str, Any]:
     return kind, processor
 
 
-def _pads_by_default(extractor: Any) -> bool:
-    """Whether a feature extractor gives sound one length unless told otherwise, as Whisper's does."""
-    padding = inspect.signature(extractor.__call__).parameters.get("padding")
-    return padding is None or bool(padding.default)
+def _padding(extractor: Any) -> dict[str, Any]:
+    """Return the options by which a feature extractor pads sound and gives a mask, if it does such things."""
+    known = inspect.signature(extractor.__call__).parameters
+    options = {"return_attention_mask": True} if "return_attention_mask" in known else {}
+    # Some give all sound one length, as Whisper's does, and their models take no other.
+    pads = "padding" not in known or known["padding"].default
+    return options if pads else {**options, "padding": True}

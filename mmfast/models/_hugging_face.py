@@ -15,8 +15,15 @@ from mmfast.errors import describe, needs_train
 PREFIX = "hf:"
 # What models call their input, and of what it is.
 KINDS = {"input_ids": "text", "pixel_values": "image", "input_values": "sound", "input_features": "sound"}
-# Settings whose draws would leave layers out, or are numpy's, of which a resumed run knows nothing.
-_OFF = {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "use_cache": False}
+# Settings whose draws leave out layers or patches, also in eval mode, or are numpy's, of which a resumed run
+# knows nothing; and the cache of keys and values, which serves generation.
+_OFF: dict[str, Any] = {
+    "apply_spec_augment": False,
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "mask_ratio": 0.0,
+    "use_cache": False,
+}
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LOADERS = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "sound": "AutoFeatureExtractor"}
 
@@ -29,7 +36,7 @@ def is_pretrained(name: object) -> bool:
 def load_backbone(source: str, dtype: torch.dtype) -> tuple[Any, bool]:
     """Return the model of a folder or of the Hub, and whether each weight of its pooler was there.
 
-    Of an encoder-decoder it is the encoder. What leaves out layers or masks sound at random is off.
+    Of an encoder-decoder it is the encoder. What leaves out layers, sound or patches at random is off.
 
     Args:
         source: "hf:<name or folder>".
@@ -38,7 +45,7 @@ def load_backbone(source: str, dtype: torch.dtype) -> tuple[Any, bool]:
     Raises:
         ImportError: transformers is not installed.
         OSError: there is no such model, or it cannot be downloaded.
-        ValueError: it cannot be loaded, for it needs code of its own, say.
+        ValueError: it cannot be loaded, for it needs code of its own, say, or has weights of another model.
     """
     with needs_train(f'encoder "{PREFIX}..."', "hf"):
         from transformers import AutoConfig, AutoModel
@@ -50,7 +57,14 @@ def load_backbone(source: str, dtype: torch.dtype) -> tuple[Any, bool]:
     model, found = _loaded(
         source, "model", AutoModel.from_pretrained, config=config, dtype=dtype, output_loading_info=True
     )
-    has_pooler = not any("pooler" in name for name in found["missing_keys"])
+    missing = [name for name in found["missing_keys"] if "pooler" not in name]
+    # Of few transformers tells in its log, by names.
+    if len(missing) > (total := len(model.state_dict())) // 2:
+        raise ValueError(
+            f"model of {source!r} must be saved with its weights, got none for {len(missing)} of the {total} "
+            f"of a {type(model).__name__}"
+        )
+    has_pooler = len(missing) == len(found["missing_keys"])
     if getattr(config, "is_encoder_decoder", False):
         model = model.get_encoder()
     return model, has_pooler

@@ -39,9 +39,8 @@ def choose(source: str, kind: str, pooling: str | None, found: Any, has_pooler: 
 @torch.no_grad()
 def probed(backbone: Any, source: str) -> Any:
     """Return what the model makes of one sample of zeros; raise ValueError where it takes none alone."""
-    example = _example(backbone)
     try:
-        return backbone.eval()(**{backbone.main_input_name: example})
+        return backbone.eval()(**{backbone.main_input_name: _example(backbone)})
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -60,12 +59,12 @@ def _example(backbone: Any) -> Tensor:
         size = getattr(config, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else size
         shape: tuple[int, ...] = (1, getattr(config, "num_channels", 3), height, width)
+    elif hasattr(config, "feature_projection_input_dim"):
+        shape = (1, 100, config.feature_projection_input_dim)
     elif hasattr(config, "max_source_positions"):
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
     elif hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
         shape = (1, config.max_length, config.num_mel_bins)
-    elif hasattr(config, "feature_projection_input_dim"):
-        shape = (1, 100, config.feature_projection_input_dim)
     else:
         shape = (1, 16000)
     return torch.zeros(shape, dtype=p.dtype, device=p.device)

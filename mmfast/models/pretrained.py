@@ -15,11 +15,6 @@ from mmfast.models._hugging_face import KINDS, load_backbone, load_processor
 from mmfast.models._states import choose, probed
 from mmfast.models.encoders import Encoder
 
-POOLINGS = {
-    "text": ("mean", "cls", "pooler"),
-    "image": ("mean", "cls", "pooler"),
-    "sound": ("mean", "pooler"),
-}
 _LETTERS = {"text": "T", "image": "C, H, W", "sound": "T"}
 # What `mmfast.data.pad` calls the input and its mask.
 _VALUES, _MASK = "values", "mask"
@@ -38,8 +33,9 @@ class PretrainedEncoder(Encoder):
     {"values": ..., "mask": ...}, as `mmfast.data.pad` makes it, is the same. A sample whose mask is False
     throughout counts as one that is not padded.
 
-    Of an encoder-decoder (T5, Whisper) it is the encoder alone. Layer drop and the masking of sound that some
-    models train with are off, so that steps leave no layer out and runs go on bit for bit.
+    Of an encoder-decoder (T5, Whisper) it is the encoder alone. Layer drop and the masking of sound or
+    patches that some models train with are off, so that no step leaves a layer out and runs go on bit for
+    bit.
 
     Args:
         source: "hf:<name or folder>": a folder that `save_pretrained` wrote, or a name of the Hub.
@@ -256,7 +252,7 @@ class PretrainedEncoder(Encoder):
         config = self.backbone.config
         most = getattr(config, "max_position_embeddings", None)
         # Positions that turn are counted on beyond what training saw; a table of them has an end.
-        if most is not None and ids.shape[1] > most and not hasattr(config, "rope_parameters"):
+        if most is not None and 0 < most < ids.shape[1] and not hasattr(config, "rope_parameters"):
             raise ValueError(
                 f"{name} must have at most T = {most} positions, got {ids.shape[1]}: max_length of "
                 "mmfast.data.with_processors, or of mmfast.data.pad, cuts them"

@@ -64,6 +64,15 @@ def wav2vec2(norm: str = "layer") -> Any:
     return transformers.Wav2Vec2Model(config)
 
 
+def wav2vec2_bert() -> Any:
+    config = transformers.Wav2Vec2BertConfig(feature_projection_input_dim=12, **_TINY)
+    return transformers.Wav2Vec2BertModel(config)
+
+
+def mae() -> Any:
+    return transformers.ViTMAEModel(transformers.ViTMAEConfig(image_size=16, patch_size=8, **_TINY))
+
+
 def whisper() -> Any:
     sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 20}
     layers = {
