@@ -19,7 +19,7 @@ from mmfast.data.reader import Reader, evaluation_batches, no_labels, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import gather_objects, gather_rows, rank_and_size, sum_over_processes
-from mmfast.errors import describe, needs_train
+from mmfast.errors import describe, needs_train, shown
 from mmfast.models._checks import nobody_waits_for
 from mmfast.models.predictor import Predictor
 from mmfast.objectives import Objective
@@ -63,6 +63,10 @@ class Valuation:
     present: Tensor | None = None  # bool [N, M]
     coalition_value: Tensor | None = None  # [S]
     labelled: Tensor | None = None  # bool [N]
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {mean:.4g}" for name, mean in self.means.items())
+        return f"Valuation({len(self.labels):,} samples, {shown({'utility': self.utility})}, means: {means})"
 
     @property
     def means(self) -> dict[str, float]:

@@ -42,6 +42,10 @@ class Entries(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __repr__(self) -> str:
+        shown = "" if self.shown is None else ", modalities hidden"
+        return f"Entries({len(self):,} of {len(self.base):,} samples{shown})"
+
     def __getitem__(self, entry: Any) -> dict[str, Tensor]:
         key = self.indices[entry]
         sample = dict(self.base[key if key.ndim else int(key)])

@@ -20,6 +20,7 @@ from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import fits_on, model_place
 from mmfast.data.reader import evaluation_batches, no_labels, reader_of
 from mmfast.distributed import gather_rows, rank_and_size
+from mmfast.errors import shown
 
 # Bytes of a data set's features that are kept in memory; more go to a file in the folder for temporary files
 # (the variable TMPDIR), which goes with its last reader; on Windows, which removes no open file, it stays.
@@ -67,6 +68,9 @@ class KeptFeatures(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"KeptFeatures({len(self):,} samples, {shown(self.tensors)})"
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         return {key: value[index] for key, value in self.tensors.items()}

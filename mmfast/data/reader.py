@@ -17,7 +17,7 @@ from mmfast.data.batches import Entries
 from mmfast.data.devices import copied_ahead, model_place, pinned, to_device
 from mmfast.data.marks import Marks
 from mmfast.data.sources import Batch, Key, Pool, Source, gathered, in_memory, make_keys
-from mmfast.errors import describe
+from mmfast.errors import changed, describe, shown
 
 # A pass in evaluation mode makes so many batches, where it can, for as many workers to read.
 _SPREAD, _LEAST = 16, 16
@@ -25,7 +25,7 @@ _SPREAD, _LEAST = 16, 16
 _MAX_POOLS = 3
 
 
-@dataclass
+@dataclass(repr=False)
 class Reader:
     """Reads data sets in batches, for every pass over them that training, evaluation and valuation make.
 
@@ -64,6 +64,9 @@ class Reader:
             )
         if not isinstance(self.pin_memory, bool) and self.pin_memory != "auto":
             raise ValueError(f'pin_memory must be True, False or "auto", got {describe(self.pin_memory)}')
+
+    def __repr__(self) -> str:
+        return f"Reader({shown(changed(self))})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a learner, and processes it is sent to, start workers of their own.

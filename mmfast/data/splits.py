@@ -15,6 +15,8 @@ from mmfast.data.standardize import Scaling, scale, scaling_of
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.15
+# Classes that a repr names.
+_SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class Splits:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Feature shape of one sample per modality."""
         return self.train.shapes
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {len(getattr(self, part)):,}" for part in PARTS)
+        names = ", ".join(self.class_names[:_SHOWN_CLASSES])
+        if len(self.class_names) > _SHOWN_CLASSES:
+            names += ", ..."
+        # How it was made is told by the description alone, which begins with what is shown before.
+        seed = "split as given" if self.split_seed is None else f"split drawn with seed {self.split_seed}"
+        how = self.description.partition(f"{sizes}; ")[2] or seed
+        lines = [
+            f"Splits({self.name!r}, {describe_shapes(self.shapes)}",
+            f"{sizes}; {how}",
+            f"{self.num_classes} classes: {names}",
+            "not standardized" if self.scaling is None else "standardized by the training part",
+        ]
+        return "\n  ".join(lines) + ")"
 
     @classmethod
     def from_arrays(

@@ -21,7 +21,7 @@ from mmfast.data.devices import fits_on
 from mmfast.data.features import row_blocks
 from mmfast.data.splits import PARTS
 from mmfast.data.views import choose
-from mmfast.errors import check_one_of
+from mmfast.errors import changed, check_one_of, shown
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
@@ -79,6 +79,12 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
+
+    def __repr__(self) -> str:
+        optimization = shown(changed(self.optimization))
+        options = {k: v for k, v in changed(self).items() if k not in ("source", "splits", "optimization")}
+        lines = [f"Setup({self.source!r}, Optimization({optimization})", *repr(self.splits).splitlines()]
+        return "\n  ".join([*lines, shown(options)] if options else lines) + ")"
 
     def parts_on(self, device: torch.device) -> dict[str, ArrayDataset]:
         """Return training, validation and test data where runs on a device are to find them."""

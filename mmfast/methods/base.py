@@ -44,9 +44,10 @@ from mmfast.data.kept import KeptFeatures, encode_once
 from mmfast.data.reader import Reader, evaluation_batches
 from mmfast.data.seeds import mixed
 from mmfast.distributed import rank_and_size
-from mmfast.errors import describe
+from mmfast.errors import changed, describe, shown
 from mmfast.methods._state import ResumableModule, Stage
 from mmfast.models import MultimodalModel
+from mmfast.models._text import count_text, module_text
 from mmfast.objectives import Objective
 
 
@@ -142,6 +143,15 @@ class Learner(ResumableModule):
 
     def build(self) -> None:
         """Create what the method adds to the model."""
+
+    def __repr__(self) -> str:
+        method = f"{type(self.method).__name__}({shown(changed(self.method))})"
+        lines = [f"Learner({method}, seed {self.seed}, stage {self.stage.name!r}"]
+        lines += repr(self.model).splitlines()
+        for name, module in self.named_children():
+            if module is not self.model:
+                lines.append(f"{name}: {module_text(module)}, {count_text(module)}")
+        return "\n  ".join(lines) + ")"
 
     # What training calls
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
+from mmfast.training.text import trainer_text
 from mmfast.training.writing import Writer
 
 # What other trainers call the settings of this one.
@@ -137,6 +139,8 @@ class Trainer:
         prefetch: int = 2,
         **settings: Any,
     ) -> None:
+        # First, while nothing else has a name here.
+        self._given = {name: value for name, value in locals().items() if name != "self"}
         if isinstance(method, type):
             raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
         if not isinstance(method, str | Method):
@@ -166,6 +170,9 @@ class Trainer:
             precision=precision,
             loggers=[self._logger(kind) for kind in loggers],
         )
+
+    def __repr__(self) -> str:
+        return trainer_text(self, self._given, inspect.signature(Trainer.__init__).parameters)
 
     @classmethod
     def published(cls, preset: str, **options: Any) -> Trainer:
