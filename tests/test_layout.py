@@ -109,6 +109,7 @@ ROOMS = (
     "valuation",
     "methods",
     "training",
+    "integrations",
     "experiments",
     "cli",
 )
