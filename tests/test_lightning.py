@@ -67,6 +67,19 @@ def test_weights_and_figures_are_those_of_the_trainer(name):
     assert all(parameter.requires_grad for parameter in module.learner.parameters())
 
 
+@pytest.mark.parametrize("name", ["frozen-unimodal", "mla", "di-mml"])
+def test_precision_is_that_of_the_trainer(name):
+    module, expected = new_module(name), trained(name, precision="bf16-mixed")
+    new_trainer(name, precision="bf16-mixed").fit(module)
+    if name == "di-mml":
+        # Its shared head is used twice a step. Lightning casts it each time, so gradients meet in float32.
+        losses = [[entry["loss"] for entry in each.history] for each in (module, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)
+        return
+    assert_same_weights(module.learner, expected.learner)
+    assert module.history == history_of(expected) != history_of(trained(name))
+
+
 @pytest.mark.parametrize("name", ["unimodal", "sample-valuation", "di-mml"])
 def test_without_validation_the_last_epoch_is_kept(name):
     assert_same_weights(fitted(name, val=None).learner, trained(name, has_val=False).learner)
@@ -208,8 +221,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             {"strategy": "ddp", "devices": 1},
             "strategy of lightning.Trainer must be 'ddp_find_unused_parameters_true', .* DDPStrategy without",
         ),
+        (
+            {"strategy": "ddp_spawn_find_unused_parameters_true", "devices": 1},
+            "strategy of lightning.Trainer must start processes of their own, .* DDPStrategy with 'spawn'",
+        ),
     ],
-    ids=["epochs", "reload", "ddp"],
+    ids=["epochs", "reload", "ddp", "spawn"],
 )
 def test_a_trainer_that_does_not_fit_is_named(options, text):
     name = "frozen-unimodal"

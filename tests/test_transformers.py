@@ -287,12 +287,12 @@ def test_figures_are_logged_and_stop_early(tmp_path):
     assert trainer.evaluate()["eval_accuracy"] == max(entry["val"]["accuracy"] for entry in trainer.history)
 
 
-def test_half_precision_trains(tmp_path):
-    trainer = new_trainer("di-mml", tmp_path, bf16=True)
+@pytest.mark.parametrize("name", ["di-mml", "mla"])
+def test_precision_is_that_of_the_trainer(name, tmp_path):
+    trainer, expected = new_trainer(name, tmp_path, bf16=True), trained(name, precision="bf16-mixed", **SAME)
     trainer.train()
-    assert trainer.history[0]["loss"] == pytest.approx(trained("di-mml", **SAME).history[0]["loss"], rel=0.02)
-    assert trainer.history[0]["loss"] != trained("di-mml", **SAME).history[0]["loss"]
-    assert trainer.history[-1]["val"]["accuracy"] > 0.8
+    assert_same_weights(trainer.learner, expected.learner)
+    assert trainer.history == history_of(expected) != history_of(trained(name, **SAME))
 
 
 def test_a_loss_that_is_not_finite_names_the_sample(tmp_path):

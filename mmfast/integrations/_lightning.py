@@ -136,7 +136,6 @@ class MethodHooks(_Base):
 
     def _check_trainer(self) -> None:
         trainer, course = self.trainer, self._course
-        strategies = self._lightning.strategies
         if trainer.max_epochs != course.num_epochs and not trainer.fast_dev_run:
             raise ValueError(
                 f"max_epochs of lightning.Trainer must be {course.stages_text()}, the epochs of all stages "
@@ -147,23 +146,31 @@ class MethodHooks(_Base):
                 "reload_dataloaders_every_n_epochs of lightning.Trainer must be 1, as a method decides anew "
                 f"what each epoch trains on, got {trainer.reload_dataloaders_every_n_epochs}"
             )
-        strategy = trainer.strategy
-        name = type(strategy).__name__
+        self._check_strategy(trainer.strategy)
+        if course.batch_size < trainer.world_size:
+            raise ValueError(
+                f"batch_size must be at least the number of devices = {trainer.world_size}, "
+                f"got {course.batch_size}"
+            )
+
+    def _check_strategy(self, strategy: Any) -> None:
+        strategies, name = self._lightning.strategies, type(strategy).__name__
         if isinstance(strategy, strategies.DDPStrategy):
             if not strategy._ddp_kwargs.get("find_unused_parameters", False):
                 raise ValueError(
                     "strategy of lightning.Trainer must be 'ddp_find_unused_parameters_true', as a method's "
                     f"step may leave parts of the learner out, got {name} without find_unused_parameters"
                 )
+            if strategy._start_method != "popen":
+                raise ValueError(
+                    "strategy of lightning.Trainer must start processes of their own, as "
+                    f"'ddp_find_unused_parameters_true' does, got {name} with {strategy._start_method!r}, "
+                    "from which nothing but weights would come back"
+                )
         elif not isinstance(strategy, strategies.SingleDeviceStrategy):
             raise ValueError(
                 "strategy of lightning.Trainer must be 'auto' on one device, or "
                 f"'ddp_find_unused_parameters_true', as methods look into whole parameters, got {name}"
-            )
-        if course.batch_size < trainer.world_size:
-            raise ValueError(
-                f"batch_size must be at least the number of devices = {trainer.world_size}, "
-                f"got {course.batch_size}"
             )
 
     def configure_optimizers(self) -> Any:
@@ -208,16 +215,21 @@ class MethodHooks(_Base):
         for step in course.steps:
             optimizer.zero_grad()
             loss = course.loss(self.learner, batch, step)
-            self.manual_backward(loss * course.scale)
-            self.learner.edit_gradients(step, course.progress)
-            optimizer.step()
+            # Lightning runs all of a training step in its precision; gradients are made in their own.
+            with torch.autocast(self.device.type, enabled=False):
+                self.manual_backward(loss * course.scale)
+                self.learner.edit_gradients(step, course.progress)
+                optimizer.step()
         course.end_batch()
 
     def on_train_epoch_end(self) -> None:
         """Validate, select, and enter the next stage where one is over."""
         entry = self._end_epoch()
-        self.log("loss", entry["loss"], prog_bar=True)
-        self.log_dict(flat(entry.get("val", {}), "val") | flat(entry["method"], "method"))
+        # The same in all processes, of which Lightning wants to be sure.
+        together = self.trainer.world_size > 1
+        self.log("loss", entry["loss"], prog_bar=True, sync_dist=together)
+        found = flat(entry.get("val", {}), "val") | flat(entry["method"], "method")
+        self.log_dict(found, sync_dist=together)
 
     def _end_epoch(self) -> dict[str, Any]:
         course, strategy = self._course, self.trainer.strategy
