@@ -111,6 +111,7 @@ ROOMS = (
     "valuation",
     "methods",
     "training",
+    "integrations",
     "experiments",
     "cli",
 )

@@ -1,0 +1,93 @@
+"""Two processes in the loops of Lightning and of transformers come to what the trainer's two come to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("lightning.pytorch")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo backend"
+)
+
+FOLDER = Path(__file__).parent
+LOOPS = ("lightning", "transformers")
+METHODS = ["frozen-unimodal", "sample-valuation", "mla"]
+
+SCRIPT = f"""
+import sys, warnings
+sys.path.insert(0, {str(FOLDER)!r})
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+import test_lightning as l
+import test_transformers as t
+from mmfast.integrations.lightning import MethodModule
+from support.integrations import *
+
+folder, names = sys.argv[1], sys.argv[2:]
+DDP = {{"strategy": "ddp_find_unused_parameters_true", "devices": 2}}
+
+def hold(kind, name, found, history):
+    expected = trained(name, devices=2, **t.SAME)
+    assert_same_weights(found, expected.learner)
+    assert history == history_of(expected)
+    Path(folder, f"{{kind}} {{name}} in {{dist.get_rank()}}").touch()
+
+def hugging_face(name, **options):
+    options |= {{"per_device_train_batch_size": SIZE // 2, "ddp_find_unused_parameters": True}}
+    return t.new_trainer(name, f"{{folder}}/{{name}}", **options)
+
+for name in names:
+    module = l.new_module(name, **t.SAME)
+    l.new_trainer(name, **DDP).fit(module)
+    hold("lightning", name, module.learner, module.history)
+    trainer = hugging_face(name)
+    trainer.train()
+    hold("transformers", name, trainer.learner, trainer.history)
+
+# From within an epoch.
+name = "sample-valuation"
+keep = l.lightning.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=4)
+try:
+    l.new_trainer(name, callbacks=[keep, l.StopAfter(batches=9)], enable_checkpointing=True, **DDP).fit(
+        l.new_module(name, **t.SAME)
+    )
+except Stop:
+    module = l.new_module(name, **t.SAME)
+    l.new_trainer(name, **DDP).fit(module, ckpt_path=f"{{folder}}/last.ckpt", weights_only=True)
+    hold("lightning resumed", name, module.learner, module.history)
+options = {{"save_strategy": "steps", "save_steps": 4}}
+try:
+    hugging_face(name, callbacks=[t.StopAt(9)], **options).train()
+except Stop:
+    trainer = hugging_face(name, **options)
+    trainer.train(resume_from_checkpoint=True)
+    hold("transformers resumed", name, trainer.learner, trainer.history)
+"""
+
+
+def launch(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, program, *words], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_two_processes_train_as_those_of_the_trainer(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SCRIPT)
+    done = launch(str(program), str(tmp_path), *METHODS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    cases = [*METHODS, "resumed sample-valuation"]
+    wanted = {f"{loop} {case} in {rank}" for loop in LOOPS for case in cases for rank in range(2)}
+    assert {path.name for path in tmp_path.glob("* in ?")} == wanted
