@@ -97,6 +97,7 @@ def test_no_op_is_named_where_all_are_built(path):
 ROOMS = (
     "errors",
     "files",
+    "columns",
     "coalitions",
     "nests",
     "distributed",
@@ -107,6 +108,7 @@ ROOMS = (
     "models",
     "data",
     "valuation",
+    "predictions",
     "methods",
     "training",
     "experiments",

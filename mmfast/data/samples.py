@@ -28,6 +28,7 @@ def check_samples(
     *,
     whole: bool = False,
     collate_fn: Callable | None = None,
+    need_labels: bool = True,
 ) -> None:
     """Raise unless `dataset` holds labelled samples of the modalities.
 
@@ -43,6 +44,7 @@ def check_samples(
         whole: every class and every modality must occur, as in a training set.
         collate_fn: what makes batches of samples. With one they may differ in shape, a modality may hold what
             is no array for it to turn into one, and nothing is asked of what samples lack.
+        need_labels: False lets samples have none; what they have is checked.
 
     Raises:
         TypeError: no data set of dicts, or one that is read in its own order alone, labels that are no
@@ -57,12 +59,13 @@ def check_samples(
     first: dict[str, tuple[int, dict[str, list[int]]]] = {}
     for index in range(1 if isinstance(dataset, ArrayDataset) else min(_FEW, size)):
         sample = dataset[index]
-        _check_keys(modalities, name, sample)
+        _check_keys((*modalities, LABEL) if need_labels else modalities, name, sample)
         for key in modalities:
             found = _check_modality(key, name, index, sample, is_free=collate_fn is not None)
             if collate_fn is None and found:
                 _check_alike(key, name, first.setdefault(key, (index, found)), (index, found))
-        _check_label(num_classes, name, index, sample[LABEL])
+        if LABEL in sample:
+            _check_label(num_classes, name, index, sample[LABEL])
     masks = getattr(dataset, "present", None)
     for key, mask in masks.items() if isinstance(masks, Mapping) else ():
         if whole and key in modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
@@ -118,10 +121,10 @@ def _check_kind(name: str, dataset: Any) -> None:
         raise TypeError(text)
 
 
-def _check_keys(modalities: Sequence[str], name: str, sample: Any) -> None:
+def _check_keys(keys: Sequence[str], name: str, sample: Any) -> None:
     if not isinstance(sample, Mapping):
         raise TypeError(f"samples of {name} must be {_EXPECTED}, got {describe(sample)}")
-    for key in (*modalities, LABEL):
+    for key in keys:
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
 
