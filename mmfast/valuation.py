@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmfast import coalitions, ops, utilities
+from mmfast.columns import Column, keys_of, names_of, only, write_csv, write_parquet
 from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import model_place
+from mmfast.data.origins import check_standardized, keys_of_samples, names_of_classes
 from mmfast.data.reader import Reader, evaluation_batches, no_labels, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
@@ -53,6 +56,11 @@ class Valuation:
         coalition_value: [S] float64, mean value of each coalition over the labelled samples: the mean
             contributions, samples counted that lack a modality, add up to its last less its first.
         labelled: bool [N], which samples have a label; None where all have.
+        predicted: [N] int64, the class that all modalities of a sample together predict, -1 where logits hold
+            NaN; None where it was not asked for.
+        class_names: of the C classes, None where they are not known.
+        sample_keys: [N] integers or strings by which the data set tells its samples, such as rows of a file
+            or names of files; None where it does not.
     """
 
     contributions: Tensor  # [N, M]
@@ -63,6 +71,9 @@ class Valuation:
     present: Tensor | None = None  # bool [N, M]
     coalition_value: Tensor | None = None  # [S]
     labelled: Tensor | None = None  # bool [N]
+    predicted: Tensor | None = None  # [N]
+    class_names: tuple[str, ...] | None = None
+    sample_keys: np.ndarray | None = None  # [N]
 
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {mean:.4g}" for name, mean in self.means.items())
@@ -92,51 +103,48 @@ class Valuation:
         return coalitions.name(coalition, self.modalities)
 
     def columns(self) -> dict[str, list]:
-        """Return the table one row a sample: its index, label, and each modality's contribution."""
+        """Return the table one row a sample, as lists: what `to_csv` writes."""
         return {name: column.tolist() for name, column in self._rows(0, len(self.labels)).items()}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV."""
-        import csv
+        """Write the table as CSV, one row a sample.
 
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self._rows(0, 0))
-            for start in range(0, len(self.labels), _ROWS):
-                columns = self._rows(start, start + _ROWS).values()
-                writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+        Columns are `sample`, its index, `label` and each modality's contribution; after these `key`, `class`,
+        the label by name, `prediction`, by name, and `correct`, as far as they are known. Where a modality
+        has one of these names, the column's ends in "_".
+        """
+        write_csv(path, self._rows, len(self.labels), _ROWS)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the table as Parquet: integers in 64 bits, contributions in float64; row groups of 65,536."""
-        with needs_train("to_parquet"):
-            import pyarrow
-            from pyarrow.parquet import ParquetWriter
+        write_parquet(path, self._rows, len(self.labels), _ROWS)
 
-        kinds = {torch.int64: pyarrow.int64(), torch.float64: pyarrow.float64()}
-
-        def array(column: Tensor) -> Any:
-            # Of numpy's arrays pyarrow asks whether they are pandas's, and imports that for it.
-            content = pyarrow.py_buffer(column.contiguous().numpy())
-            return pyarrow.Array.from_buffers(kinds[column.dtype], len(column), [None, content])
-
-        schema = pyarrow.schema((name, kinds[column.dtype]) for name, column in self._rows(0, 0).items())
-        with ParquetWriter(path, schema) as writer:
-            for start in range(0, len(self.labels), _ROWS):
-                columns = self._rows(start, start + _ROWS).values()
-                batch = [array(column) for column in columns]
-                writer.write_batch(pyarrow.RecordBatch.from_arrays(batch, schema=schema))
-
-    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:  # [n] int64 or float64 each
+    def _rows(self, start: int, stop: int) -> dict[str, Column]:
         """Return some rows of the table."""
         labels = self.labels[start:stop]
         labels = labels.double() if labels.is_floating_point() else labels.long()
-        table = {"sample": torch.arange(start, start + len(labels), device="cpu")}
+        table: dict[str, Column] = {"sample": torch.arange(start, start + len(labels), device="cpu")}
         if labels.ndim == 1:
             table["label"] = labels
         else:
             table |= {f"label[{k}]": column.contiguous() for k, column in enumerate(labels.T)}
         for m, name in enumerate(self.modalities):
             table[name] = self.contributions[start:stop, m].double()
+        told = self._origins(slice(start, stop))
+        return table | {name + "_" * (name in table): column for name, column in told.items()}
+
+    def _origins(self, rows: slice) -> dict[str, Column]:
+        """Return what leads from some rows back to the data, and what was predicted for them."""
+        table: dict[str, Column] = {}
+        if self.sample_keys is not None:
+            table["key"] = keys_of(self.sample_keys[rows])
+        if self.predicted is None:
+            return table
+        classes = self.labels[rows].argmax(1) if self.labels.ndim > 1 else self.labels[rows]
+        if self.class_names is not None:
+            table["class"] = names_of(classes, self.class_names)
+        table["prediction"] = names_of(self.predicted[rows], self.class_names)
+        table["correct"] = only(self.predicted[rows] == classes, classes >= 0)
         return table
 
     def plot(self, path: str | Path) -> None:
@@ -202,6 +210,7 @@ def valuate(
     check_samples(
         model.modalities, model.num_classes, "dataset", dataset, collate_fn=reader.collate_fn, task=task
     )
+    check_standardized(model, dataset)
     autocast = contextlib.nullcontext if fabric is None else fabric.autocast
     with _evaluating(module, dataset, reader), autocast():
         found = _valuated(module, dataset, worth, objective, task, backend, reader, share=fabric is not None)
@@ -222,6 +231,7 @@ def _valuated(
     every = coalitions.all_of(len(module.modalities))  # [S]
     sizes = coalitions.sizes(len(module.modalities))  # |s|, [S]
     rows = _Rows(module, dataset, share)
+    answers = [torch.zeros(0, dtype=torch.int64, device=model_place(module)[0])]
     # Of each coalition what is right and what it is worth, and how many samples have a label.
     sums = torch.zeros(3, len(every), dtype=torch.float64, device=model_place(module)[0])
     for features, target, present in _encoded(module, dataset, reader, share):
@@ -230,6 +240,7 @@ def _valuated(
             logits = module.coalition_logits([h[part] for h in features], every)  # [n, S, C]
             right = torch.zeros_like(logits[..., 0])
             if task == "multiclass":
+                answers.append(_answers(logits, None if present is None else present[:, part]))
                 right = _utilities(logits, target[part], "correct", objective, backend)  # [n, S]
             if utility == "correct":
                 values = right
@@ -261,7 +272,29 @@ def _valuated(
         present,
         value,
         None if bool(labelled.all()) else labelled,
+        _joined(answers, share) if task == "multiclass" else None,
+        getattr(module, "class_names", None) or names_of_classes(dataset),
+        keys_of_samples(dataset),
     )
+
+
+def _answers(
+    logits: Tensor,  # [n, S, C]
+    present: Tensor | None,  # bool [M, n]
+) -> Tensor:  # [n]
+    """Return the class that all modalities of each sample together predict, -1 where logits hold NaN."""
+    if present is None:
+        whole = logits[:, -1]
+    else:
+        rows = torch.arange(len(logits), device=logits.device)
+        whole = logits[rows, coalitions.of_present(present)]
+    return whole.argmax(1).masked_fill(whole.isnan().any(1), -1)
+
+
+def _joined(answers: Sequence[Tensor], share: bool) -> Tensor:  # [n] each -> [N]
+    """Return the rows of all batches on the CPU, of all processes where each had its share."""
+    found = torch.cat(list(answers))
+    return (gather_rows(found) if share else found).cpu()
 
 
 class _Rows:

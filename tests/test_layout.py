@@ -97,6 +97,7 @@ def test_no_op_is_named_where_all_are_built(path):
 ROOMS = (
     "errors",
     "files",
+    "columns",
     "coalitions",
     "nests",
     "distributed",
@@ -109,6 +110,7 @@ ROOMS = (
     "data",
     "utilities",
     "valuation",
+    "predictions",
     "methods",
     "training",
     "integrations",

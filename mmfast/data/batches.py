@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from mmfast.coalitions import SHOWN, present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
-from mmfast.nests import tensors
 
 # Rows of a batch that each encoder gets at least, as batch norm needs.
 _MIN_ROWS = 2
@@ -86,8 +85,8 @@ def presence(
     marked = [present_key(name) for name in modalities]
     if not any(key in batch for key in marked):
         return present
-    example = batch[LABEL] if LABEL in batch else next(tensors(batch[modalities[0]]))
-    everyone = torch.ones(len(example), dtype=torch.bool, device=example.device)
+    # One that is there tells N, which labels may not: data to be predicted have none.
+    everyone = torch.ones_like(next(batch[key] for key in marked if key in batch))
     given = torch.stack([batch.get(key, everyone) for key in marked])
     return given if present is None else given & present
 

@@ -37,7 +37,7 @@ def check_label(task: str, num_classes: int, name: str, index: int, label: Any) 
 
 
 def check_labels(
-    task: str, num_classes: int, name: str, labels: Any, size: int, *, whole: bool
+    task: str, num_classes: int, name: str, labels: Any, size: int, *, whole: bool, needed: bool = True
 ) -> Tensor:  # [N] or [N, C]
     """Return the labels that a data set has as its attribute, or raise TypeError or ValueError.
 
@@ -46,11 +46,12 @@ def check_labels(
         labels: the attribute.
         size: N.
         whole: every class must occur, as in a training set.
+        needed: some sample must have a label.
     """
     array = _as_numpy(name, labels)
     if task == "multiclass" and not (array.dtype.kind == "f" and array.ndim == 2):
         found = _classes(name, labels, array, size)
-        _check_range(num_classes, name, found, whole)
+        _check_range(num_classes, name, found, whole, needed)
         return found
     where = f"labels of {name}"
     if array.dtype.kind not in "biuf":
@@ -121,9 +122,12 @@ def _check_range(
     name: str,
     labels: Tensor,  # [N]
     whole: bool,
+    needed: bool,
 ) -> None:
     known = labels[labels != IGNORED]
     if len(known) == 0:
+        if not needed:
+            return
         raise ValueError(f"{name} must hold a sample with a label, got {IGNORED} for all {len(labels)}")
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= num_classes:

@@ -30,6 +30,7 @@ def check_samples(
     whole: bool = False,
     collate_fn: Callable | None = None,
     task: str | None = "multiclass",
+    need_labels: bool = True,
 ) -> Tensor | None:  # [N] or [N, C]
     """Return all labels if the data set tells them; raise unless it holds labelled samples of the modalities.
 
@@ -46,6 +47,7 @@ def check_samples(
         collate_fn: what makes batches of samples. With one they may differ in shape, a modality may hold what
             is no array for it to turn into one, and nothing is asked of what samples lack.
         task: what labels must be; None: anything.
+        need_labels: False lets samples have none; what they have is checked.
 
     Raises:
         TypeError: no data set of dicts, or one that is read in its own order alone, labels of another kind
@@ -60,12 +62,12 @@ def check_samples(
     first: dict[str, tuple[int, dict[str, list[int]]]] = {}
     for index in range(1 if isinstance(dataset, ArrayDataset) else min(_FEW, size)):
         sample = dataset[index]
-        _check_keys(modalities, name, sample)
+        _check_keys((*modalities, LABEL) if need_labels else modalities, name, sample)
         for key in modalities:
             found = _check_modality(key, name, index, sample, is_free=collate_fn is not None)
             if collate_fn is None and found:
                 _check_alike(key, name, first.setdefault(key, (index, found)), (index, found))
-        if task is not None:
+        if task is not None and LABEL in sample:
             check_label(task, num_classes, name, index, sample[LABEL])
     masks = getattr(dataset, "present", None)
     for key, mask in masks.items() if isinstance(masks, Mapping) else ():
@@ -74,7 +76,7 @@ def check_samples(
     labels = getattr(dataset, "labels", None)
     if labels is None or task is None:
         return None
-    return check_labels(task, num_classes, name, labels, size, whole=whole)
+    return check_labels(task, num_classes, name, labels, size, whole=whole, needed=need_labels)
 
 
 def check_finite(
@@ -112,10 +114,10 @@ def _check_kind(name: str, dataset: Any) -> None:
         raise TypeError(text)
 
 
-def _check_keys(modalities: Sequence[str], name: str, sample: Any) -> None:
+def _check_keys(keys: Sequence[str], name: str, sample: Any) -> None:
     if not isinstance(sample, Mapping):
         raise TypeError(f"samples of {name} must be {_EXPECTED}, got {describe(sample)}")
-    for key in (*modalities, LABEL):
+    for key in keys:
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
 

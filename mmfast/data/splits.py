@@ -77,6 +77,7 @@ class Splits:
         standardize: bool = True,
         name: str = "arrays",
         split_note: str = "split as given",
+        sample_keys: Any | None = None,  # [N]
     ) -> Splits:
         """Split arrays in memory into train, validation and test, each in float32 and memory of its own.
 
@@ -92,13 +93,22 @@ class Splits:
             standardize: Scale features by statistics of the training part; see `Splits.standardize`.
             name: What to call the data set in reports.
             split_note: How a given `split` was made, for the description.
+            sample_keys: `[N]` integers or strings by which tables tell the samples; by default their row.
 
         Raises:
             ValueError: what `ArrayDataset` refuses, unknown or missing parts, a group in two parts, classes
                 or modalities without a training sample.
         """
         encoded, names = _encode_labels(labels, class_names)
-        data = check(arrays, encoded, present=present, group=group, num_classes=len(names))
+        data = check(
+            arrays,
+            encoded,
+            present=present,
+            group=group,
+            num_classes=len(names),
+            sample_keys=np.arange(len(encoded)) if sample_keys is None else sample_keys,
+            class_names=names,
+        )
         given = None if split is None else _check_split(split, len(encoded))
         if given is not None and data.group is not None:
             _check_groups(given, data.group)

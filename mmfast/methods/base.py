@@ -33,7 +33,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,14 @@ from mmfast.data.batches import evaluating, presence
 from mmfast.data.kept import KeptFeatures, encode_once
 from mmfast.data.reader import Reader, evaluation_batches
 from mmfast.data.seeds import mixed
+from mmfast.data.standardize import Scaling
 from mmfast.distributed import rank_and_size
 from mmfast.errors import changed, describe, shown
 from mmfast.methods._state import ResumableModule, Stage
 from mmfast.models import MultimodalModel
 from mmfast.models._text import count_text, module_text
 from mmfast.objectives import Objective
+from mmfast.predictions import Predictions, predict
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ class Learner(ResumableModule):
 
     protocol: ClassVar[str] = "masked"  # how the accuracy of one modality alone is taken
     steps_per_batch: int = 1
+    # What is known of the data it was trained on, by `Trainer.fit` and `mmfast.load`: names of the classes,
+    # what features were standardised by ({}: nothing), shapes of a sample. None: not known.
+    class_names: tuple[str, ...] | None = None
+    scaling: Scaling | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
 
     def __init__(self, method: Any, model: MultimodalModel, seed: int) -> None:
         super().__init__()
@@ -389,9 +396,40 @@ class Learner(ResumableModule):
         """Return the method's prediction under each of the given coalitions."""
         return self.model.coalition_logits(features, coalitions)
 
-    def predict(self, batch: Mapping[str, Tensor]) -> Tensor:  # [N, C]
-        """Return the logits the method predicts with."""
-        return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
+    @overload
+    def predict(self, data: Mapping[str, Any]) -> Tensor: ...
+
+    @overload
+    def predict(self, data: Any, **options: Any) -> Predictions: ...
+
+    def predict(self, data: Any, **options: Any) -> Tensor | Predictions:
+        """Return the logits [N, C] that the method predicts with for a batch; of a data set, `Predictions`.
+
+        Of a batch all goes as it is, gradients and training mode included. A data set is read in order, in
+        eval mode, without gradients; its samples may have labels or not. Where the training data were
+        standardised by their own statistics, as those of commands are, so are the features of a data set:
+        ArrayDataset tells whether they are already.
+
+        Args:
+            data: a batch, {<modality>: [N, ...]}, or a data set of {<modality>: [...]} samples.
+            options: of a data set.
+                standardized: whether its features are standardised as those of the training data were; by
+                    default as it tells itself.
+                contributions: False leaves out what each modality contributes, which takes all 2^M
+                    coalitions; by default it is found where there are labels.
+                batch_size: samples at a time; by default 256, or what the trainer has.
+                num_workers, collate_fn, pin_memory, prefetch: how samples are read, as `mmfast.Trainer` takes
+                    them; by default as the trainer reads them.
+
+        Raises:
+            TypeError, ValueError: a data set that does not fit the model, was standardised otherwise than the
+                training data, or does not tell; or has other classes.
+        """
+        if not isinstance(data, Mapping):
+            return predict(self, data, **options)
+        if options:
+            raise TypeError(f"of a batch predict takes no options, got {', '.join(options)}")
+        return self.fuse(self.encode(data), present=presence(data, self.modalities))
 
     def selection_scores(
         self, accuracy: float, unimodal_accuracy: Sequence[float | None]

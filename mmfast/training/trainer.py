@@ -33,7 +33,7 @@ from mmfast.training.loop import TrainingLoop
 from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
-from mmfast.training.state import weights_of
+from mmfast.training.state import data_facts, load_trained, note_data, weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
 from mmfast.training.text import trainer_text
 from mmfast.training.writing import Writer
@@ -232,6 +232,7 @@ class Trainer:
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed, objective=objective)
             learner.reader, learner.autocast = self.reader, self.fabric.autocast
+            note_data(learner, train)
             try:
                 check_weights(learner)
                 learner.to(self.fabric.device)
@@ -268,7 +269,8 @@ class Trainer:
                 self.fabric.barrier()
                 raise
             if folder is not None:
-                checkpoint.save(folder / MODEL, self._description() | {"learner": weights_of(learner)})
+                found = {"learner": weights_of(learner), "data": data_facts(learner)}
+                checkpoint.save(folder / MODEL, self._description() | found)
             return stop.due(now=True)
 
     def _run(
@@ -329,15 +331,8 @@ class Trainer:
             raise ValueError(f"task must be that of the checkpoint, {task!r}, got {self.objective.task!r}")
         learner = self.method.bind(model, seed=self.seed, objective=self._without_data(model))
         learner.reader = self.reader
-        learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
-        try:
-            learner.load_state_dict(state["learner"])
-        except RuntimeError as error:
-            learner.abandon()
-            raise ValueError(f"the checkpoint does not fit the model: {error}") from error
-        learner.unfreeze()
+        load_trained(learner, state, self.optimization.max_epochs)
         learner.to(self.fabric.device)
-        learner.eval()
         self.learner, self.history = learner, state["history"]
         return learner
 
