@@ -159,7 +159,6 @@ class Course:
 
     def _enter(self, index: int) -> None:
         self.index, self.epoch = index, 0
-        self.measures = Measures(learner.objective)
         self._best = BestWeights()
         self.learner.start_stage(self.stage)
 
