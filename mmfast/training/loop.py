@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from mmfast.data.batches import Shard, all_marks, dataset_indices, epoch_shard
 from mmfast.data.devices import model_place
@@ -33,8 +35,8 @@ from mmfast.training.divergence import (
 )
 from mmfast.training.evaluation import Metrics, measure
 from mmfast.training.optimization import Optimization
-from mmfast.training.selection import BestWeights
-from mmfast.training.state import Cut, learner_state, load_state
+from mmfast.training.standing import Standing
+from mmfast.training.state import Cut, load_state
 from mmfast.training.stopping import Stop, Stopped
 
 
@@ -46,7 +48,9 @@ class TrainingLoop:
         learner: what is trained, in place.
         train, val: data sets; `val` may be None, then the last epoch is kept.
         fabric, optimization: how.
-        on_epoch: called with every epoch's entry of the history.
+        on_epoch: called with every epoch's entry of the history; whether the stage is to end with it.
+        on_step: called with what is known of every step, if anyone wants to.
+        stepping: context of the steps of an epoch.
         on_state: called after every epoch, and where one is stopped within, with all it takes to go on.
         stop: whether to.
         history: the entries so far.
@@ -57,8 +61,10 @@ class TrainingLoop:
     val: Any | None
     fabric: Fabric
     optimization: Optimization
-    on_epoch: Callable[[dict[str, Any]], None]
+    on_epoch: Callable[[dict[str, Any]], bool]
     on_state: Callable[[dict[str, Any]], None]
+    on_step: Callable[[dict[str, Any]], None] | None = None
+    stepping: Callable[[], Any] = contextlib.nullcontext
     stop: Stop = field(default_factory=Stop)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -72,7 +78,7 @@ class TrainingLoop:
         learner = self.learner
         # Before any state is loaded: an optimizer's is as wide as its parameters.
         self.fabric.strategy.precision.convert_module(learner)
-        first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
+        first_stage, epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
         cut = Cut(**state["cut"]) if state and state.get("cut") else None
         for index, stage in enumerate(learner.stages(self.optimization.max_epochs)):
             if index < first_stage:
@@ -83,42 +89,37 @@ class TrainingLoop:
                 if "extra" in state:
                     # A checkpoint of format 1.
                     learner.load_extra_state(state["extra"])
-            optimizer = self.optimization.make_optimizer(learner.trainable_parameters())
-            scheduler = self.optimization.make_scheduler(optimizer)
-            best = BestWeights.of(learner, state["best"] if state else {})
-            if state:
-                optimizer.load_state_dict(state["optimizer"])
-                self.fabric.strategy.precision.load_state_dict(state["precision"])
-                scheduler.load_state_dict(state["scheduler"])
-            module, optimizer = self.fabric.setup(learner, optimizer)
-            standing = index, optimizer, scheduler, best
-            for epoch in range(first_epoch, stage.epochs):
+            standing = Standing.begin(learner, self.fabric, self.optimization, index, state)
+            if standing.is_ended:
+                stage = self._end(stage, epoch - 1, standing)
+            while epoch < stage.epochs:
                 entry: dict[str, Any] = {"stage": stage.name, "epoch": epoch}
                 with fitting_threads(learner, self.train, self.optimization.batch_size):
-                    figures, cut = self._train_epoch(module, optimizer, index, stage, epoch, cut)
+                    figures, cut = self._train_epoch(standing, stage, epoch, cut)
                 if cut is not None:
-                    self.on_state(self._state(*standing, epoch - 1, cut))
+                    self.on_state(standing.state(epoch - 1, cut))
                     self._stopped(f"after batch {cut.batch} of {cut.num_batches} in", epoch, stage)
                 entry |= figures
-                scheduler.step()
+                standing.schedule.end_epoch()
                 if self.val is not None:
-                    if learner.encodes_once or (learner.reads_again(epoch) and learner.takes_kept):
-                        learner.keep(self.val, whole=True)
-                    entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
-                    unimodal = entry["val"]["modality_accuracy"]
-                    if epoch >= stage.first_selectable:
-                        best.update(learner, entry["val"]["accuracy"], list(unimodal.values()), epoch)
-                self._end_epoch(optimizer, epoch, entry)
+                    entry["val"] = self._validate(standing, stage, epoch)
+                if standing.has_waited(epoch):
+                    stage = self._end(stage, epoch, standing)
+                self._end_epoch(standing.optimizer, epoch, entry)
                 if not learner.encodes_once:
                     learner.forget()
                 self.history.append(entry)
-                self.on_epoch(entry)
-                self.on_state(self._state(*standing, epoch))
+                if self.on_epoch(entry):
+                    stage = self._end(stage, epoch, standing)
+                self.on_state(standing.state(epoch))
                 if self.stop.due(now=True):
                     self._stopped("after", epoch, stage)
-            best.restore(learner)
+                epoch += 1
+            standing.finish()
             known = (
-                None if self.val is None else best.unimodal_accuracy(learner, self.history[-stage.epochs :])
+                None
+                if self.val is None
+                else standing.best.unimodal_accuracy(learner, self.history[-stage.epochs :])
             )
             if known is not None:
                 learner.note_unimodal_accuracy(known)
@@ -127,34 +128,31 @@ class TrainingLoop:
                 part, data = ("train", self.train) if self.val is None else ("val", self.val)
                 self._measure(data, part, stage, stage.epochs - 1)
             learner.forget()
-            state, first_epoch = None, 0
+            state, epoch = None, 0
 
-    def _state(
-        self,
-        index: int,
-        optimizer: Any,
-        scheduler: Any,
-        best: BestWeights,
-        epoch: int,
-        cut: Cut | None = None,
-    ) -> dict[str, Any]:
-        """Return all it takes to go on after an epoch of a stage, or within the one behind that."""
-        return {
-            "stage": index,
-            "epoch": epoch,
-            "cut": vars(cut) if cut else None,
-            "learner": learner_state(self.learner, best.parts),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "best": best.parts,
-        }
+    def _end(self, stage: Stage, epoch: int, standing: Standing) -> Stage:
+        """Let a stage end with an epoch; return it as what it has become, which the method is told, too."""
+        standing.is_ended = True
+        self.learner.stage = replace(stage, epochs=epoch + 1)
+        return self.learner.stage
 
     def _stopped(self, where: str, epoch: int, stage: Stage) -> None:
         text = (
             f"stopped by SIGTERM {where} epoch {epoch + 1} of {stage.epochs}: resume=True goes on from there"
         )
         raise Stopped(text, rank=self.fabric.global_rank)
+
+    def _validate(self, standing: Standing, stage: Stage, epoch: int) -> dict[str, Any]:
+        """Return the figures of an epoch on validation data, after letting selection look at them."""
+        learner, average = self.learner, standing.average
+        with contextlib.nullcontext() if average is None else average.in_place():
+            if learner.encodes_once or (learner.reads_again(epoch) and learner.takes_kept):
+                learner.keep(self.val, whole=True)
+            found = asdict(self._measure(self.val, "val", stage, epoch))
+            if epoch >= stage.first_selectable:
+                unimodal = list(found["modality_accuracy"].values())
+                standing.best.update(learner, found["accuracy"], unimodal, epoch)
+        return found
 
     def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
         """Return the learner's figures by the predictions it makes when it knows those of each modality.
@@ -174,10 +172,10 @@ class TrainingLoop:
         return found
 
     def _train_epoch(
-        self, module: Any, optimizer: Any, index: int, stage: Stage, epoch: int, cut: Cut | None
+        self, standing: Standing, stage: Stage, epoch: int, cut: Cut | None
     ) -> tuple[dict[str, float], Cut | None]:
         """Train an epoch, or the rest of one; return its mean loss and seconds, and where it was stopped."""
-        learner, fabric = self.learner, self.fabric
+        learner, fabric, module, index = self.learner, self.fabric, standing.module, standing.index
         # A seed of its own for every epoch: a resumed run needs no random state of the one before.
         seed = learner.generator(index, epoch, fabric.global_rank).initial_seed()
         torch.manual_seed(seed)
@@ -198,7 +196,10 @@ class TrainingLoop:
             cut.check(len(shard.batches))
         module.train()
         steps, is_alone, first = learner.steps_per_batch, world() is None, cut.batch if cut else 0
-        losses = Losses(steps * len(shard.batches), fabric.device, is_alone, steps * first)
+        groups = shard.groups(self.optimization.accumulate_grad_batches)
+        # The batch of each loss, in the order in which they are taken.
+        order = [b for group in groups for _ in range(steps) for b in group]
+        losses = Losses(len(order), fabric.device, is_alone, steps * first)
         device, dtype = model_place(learner)
         batches = learner.reader.read(
             entries, shard.batches[first:], learner.modalities, device, dtype=dtype, seed=seed, first=first
@@ -207,33 +208,40 @@ class TrainingLoop:
             cut.set_random_state(fabric.global_rank, fabric.device)
         stopped_at = None
         needs_marks = not is_alone and not in_memory(getattr(entries, "base", entries))
+
+        def note(loss: Tensor, b: int, batch: dict[str, Any]) -> None:
+            if (bad := losses.add(loss)) is not None:
+                # Of an earlier step the batch is gone, and read again.
+                content = batch if order[bad] == b else None
+                self._diverged(entries, shard, order[bad], stage, epoch, seed, content)
+
         # Workers go with a fit that fails, also while its error is held.
-        with contextlib.closing(batches):
-            for b, batch in enumerate(batches, first):
+        with contextlib.closing(batches), self.stepping():
+            for g, group in enumerate(groups):
+                if group[0] < first:
+                    continue
+                held = list(itertools.islice(batches, len(group)))
                 if needs_marks:
                     # All processes must know of a mark that one of them has met, or none talks of the same.
-                    batch |= all_marks(batch, learner.modalities)
+                    held = [batch | all_marks(batch, learner.modalities) for batch in held]
                 for step in range(steps):
-                    optimizer.zero_grad()
-                    loss = module(batch, step)
-                    if (bad := losses.add(loss)) is not None:
-                        # Of an earlier step the batch is gone, and read again.
-                        content = batch if bad // steps == b else None
-                        self._diverged(entries, shard, bad // steps, stage, epoch, seed, content)
-                    fabric.backward(loss * shard.scales[b])
-                    learner.edit_gradients(step, b / len(shard.batches))
-                    optimizer.step()
-                if self.stop.due(now=b + 1 == len(shard.batches)):
-                    stopped_at = b + 1
+                    standing.optimizer.zero_grad()
+                    loss = self._add_gradients(module, step, group, held, shard.weights(group), note)
+                    learner.edit_gradients(step, g / len(groups))
+                    figures = standing.step()
+                    if self.on_step is not None:
+                        place = {"stage": stage.name, "epoch": epoch, "batch": group[-1], "step": step}
+                        self.on_step(place | {"loss": loss} | figures)
+                if self.stop.due(now=group[-1] + 1 == len(shard.batches)):
+                    stopped_at = group[-1] + 1
                     break
         bad = losses.first_bad()
         # All processes stop with the one whose loss was the first.
-        worst = min_over_processes(len(shard.batches) if bad is None else bad // steps)
+        worst = min_over_processes(len(shard.batches) if bad is None else order[bad])
         if worst < len(shard.batches):
             self._diverged(entries, shard, worst, stage, epoch, seed)
         share_buffers(learner)
-        scales = torch.tensor(shard.scales, device=fabric.device).repeat_interleave(steps)
-        scaled = losses.values * scales
+        scaled = losses.values * torch.tensor([shard.scales[b] for b in order], device=fabric.device)
         if cut:
             scaled[: steps * first] = cut.losses_of(fabric.global_rank, fabric.world_size)
         seconds = time.perf_counter() - begun
@@ -242,6 +250,35 @@ class TrainingLoop:
             return {}, Cut.after(stopped_at, len(shard.batches), done, seconds)
         mean = fabric.all_reduce(scaled.sum(), reduce_op="mean") / len(shard.batches)  # type: ignore[operator]
         return {"loss": float(mean), "seconds": seconds}, None
+
+    def _add_gradients(
+        self,
+        module: Any,
+        step: int,
+        group: list[int],
+        batches: list[dict[str, Any]],
+        weights: list[float],
+        note: Callable[[Tensor, int, dict[str, Any]], None],
+    ) -> Tensor:  # scalar
+        """Add up the gradients of a step over the batches of a group, and return its loss.
+
+        Args:
+            module: the learner as Fabric wraps it.
+            step: of these batches.
+            group: numbers of the batches.
+            batches: what they hold.
+            weights: of their losses.
+            note: called with each loss and its batch before the gradient is taken.
+        """
+        total = torch.zeros((), device=self.fabric.device)
+        for b, batch, weight in zip(group, batches, weights, strict=True):
+            # Processes tell each other the gradients of a step once.
+            with self.fabric.no_backward_sync(module, enabled=b != group[-1]):
+                loss = module(batch, step)
+                note(loss, b, batch)
+                self.fabric.backward(loss * weight)
+            total += loss.detach() * weight
+        return total
 
     def _diverged(
         self,

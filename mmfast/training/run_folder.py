@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmfast.errors import describe
 from mmfast.files import locked
 from mmfast.methods.base import Method
+from mmfast.training.optimization import Optimization
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
@@ -51,6 +53,8 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
         elif key == "config":
             # An option that is younger than the checkpoint had its default there.
             theirs = as_lists(type(method)().config()) | (theirs or {})
+        elif key == "optimization":
+            theirs = as_lists(asdict(Optimization()) | (theirs or {}))
         if theirs == ours:
             continue
         if isinstance(theirs, dict) and isinstance(ours, dict):

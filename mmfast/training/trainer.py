@@ -16,15 +16,18 @@ import mmfast
 from mmfast import methods
 from mmfast.data.reader import Reader
 from mmfast.data.seeds import kept_draws
-from mmfast.distributed import check_agreement
+from mmfast.distributed import check_agreement, max_over_processes
 from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
 from mmfast.training import checkpoint, launchers, strategies
-from mmfast.training.checks import check_data, check_fits
+from mmfast.training.callbacks import Callbacks
+from mmfast.training.checks import check_data, check_fits, check_settings
 from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import Metrics, evaluate
+from mmfast.training.execution import CompiledSteps, deterministic
+from mmfast.training.groups import modules_named
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
@@ -67,6 +70,11 @@ class Trainer:
             resumed with the same ones, save for "source" and "skip_unreadable", how its data were read.
         progress: show a bar.
         on_epoch: called with every entry of `history`.
+        callbacks: objects with some of the methods of `mmfast.training.callbacks.Callback`, called in every
+            process.
+        compile: let torch.compile make the training steps of encoders and head; weights keep their names, and
+            nothing but training steps runs compiled.
+        deterministic: let a fit run torch's deterministic algorithms alone, an error where there is none.
         num_workers: processes that read samples, for every pass over a data set; they stay for the whole fit.
             0 reads in this process; data in memory (`ArrayDataset`) always are. Their number changes no
             result: generators of torch, numpy and random are seeded for each batch, wherever it is read.
@@ -82,6 +90,8 @@ class Trainer:
         learner: the trained model with what the method added to it; set by `fit` and `restore`.
         history: one dict an epoch: stage, epoch, loss, seconds (validation not counted), validation figures
             under "val", and what the method reports.
+        should_stop: set to True while `fit` runs, in any process, it ends the stage after the epoch that is
+            under way; the best weights are kept, and further stages follow.
 
     Raises:
         TypeError: the method is a class, not an instance, or `strategy` neither a name nor a strategy.
@@ -106,6 +116,9 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
         progress: bool = False,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        callbacks: Sequence[Any] = (),
+        compile: bool = False,
+        deterministic: bool = False,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         eval_batch_size: int = 256,
@@ -124,6 +137,10 @@ class Trainer:
         self.metadata = metadata or {}
         self.progress = progress
         self.on_epoch = on_epoch
+        self.callbacks = Callbacks(callbacks, self)
+        self.compile = compile
+        self.deterministic = deterministic
+        self.should_stop = False
         if isinstance(eval_batch_size, int) and eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be an integer of at least 1, got {eval_batch_size}")
         self.reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
@@ -190,29 +207,37 @@ class Trainer:
                 f"batch_size must be at least the number of devices = {self.fabric.world_size}, "
                 f"got {self.optimization.batch_size}"
             )
-        with torch.random.fork_rng(), kept_draws(), self.reader.staying():
+        self.should_stop = False
+        with torch.random.fork_rng(), kept_draws(), self.reader.staying(), self._algorithms():
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed)
             learner.reader, learner.autocast = self.reader, self.fabric.autocast
             try:
+                check_settings(learner, self.optimization, len(train), has_val=val is not None)
+                learner.held = modules_named(model, self.optimization.freeze)
                 check_weights(learner)
                 learner.to(self.fabric.device)
                 check_fits(learner, train)
-                is_told_to_stop = self._train(learner, train, val, resume)
+                with self.callbacks.around(learner):
+                    is_told_to_stop = self._train(learner, train, val, resume)
+                    learner.held = ()
+                    learner.unfreeze()
+                    learner.zero_grad(set_to_none=True)
+                    learner.eval()
+                    self.learner = learner
             except BaseException:
                 # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
                 learner.abandon()
                 raise
             finally:
                 # A learner is copied and sent about without its trainer's devices.
-                learner.autocast = contextlib.nullcontext
-        learner.unfreeze()
-        learner.zero_grad(set_to_none=True)
-        learner.eval()
-        self.learner = learner
+                learner.held, learner.autocast = (), contextlib.nullcontext
         if is_told_to_stop:
             raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
         return learner
+
+    def _algorithms(self) -> contextlib.AbstractContextManager[None]:
+        return deterministic() if self.deterministic else contextlib.nullcontext()
 
     def _train(self, learner: Learner, train: Any, val: Any | None, resume: bool) -> bool:
         """Make the run and its checkpoints; return whether the process was told to stop too late for that."""
@@ -239,9 +264,14 @@ class Trainer:
         path = None if self._folder is None else self._folder / LAST
         with self._bar(learner) as advance, Writer(path) as writer:
 
-            def record(entry: dict[str, Any]) -> None:
+            def record(entry: dict[str, Any]) -> bool:
+                self.callbacks.tell("on_epoch_end", learner, entry)
                 self._record(entry)
                 advance(1)
+                return self._asked_to_stop()
+
+            def note_step(entry: dict[str, Any]) -> None:
+                self.callbacks.tell("on_step_end", learner, entry)
 
             advance(len(self.history))
             TrainingLoop(
@@ -251,6 +281,8 @@ class Trainer:
                 self.fabric,
                 self.optimization,
                 on_epoch=record,
+                on_step=note_step if self.callbacks.has("on_step_end") else None,
+                stepping=CompiledSteps(learner.model) if self.compile else contextlib.nullcontext,
                 on_state=lambda state: writer.save(self._description() | state),
                 stop=stop,
                 history=self.history,
@@ -287,6 +319,11 @@ class Trainer:
         self.learner, self.history = learner, state["history"]
         return learner
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any process wants the stage to end; asked once for each time it is said."""
+        mine, self.should_stop = float(self.should_stop), False
+        return bool(max_over_processes(torch.tensor(mine, device=self.fabric.device)))
+
     def _record(self, entry: dict[str, Any]) -> None:
         self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
         if self.on_epoch is not None and self.fabric.is_global_zero:
@@ -297,7 +334,7 @@ class Trainer:
             "mmfast": mmfast.__version__,
             "method": self.method.name,
             "config": as_lists(self.method.config()),
-            "optimization": asdict(self.optimization),
+            "optimization": as_lists(asdict(self.optimization)),
             "seed": self.seed,
             "metadata": self.metadata,
             "devices": self.fabric.world_size,
