@@ -13,26 +13,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from mmfast.data.batches import Shard, all_marks, dataset_indices, epoch_shard
+from mmfast.data.batches import all_marks, epoch_shard
 from mmfast.data.devices import model_place
 from mmfast.data.seeds import seed_host
 from mmfast.data.sources import in_memory
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import check_agreement, min_over_processes, share_buffers, world
 from mmfast.methods.base import Learner, Stage
-from mmfast.training.divergence import (
-    LOSS,
-    PREDICTIONS,
-    DivergedError,
-    Losses,
-    absence_text,
-    bad_inputs,
-    bad_inputs_of,
-    cause_text,
-    has_finite_weights,
-    input_text,
-    spoilt_by_absence,
-)
+from mmfast.training.blame import Blame
+from mmfast.training.divergence import Losses, bad_inputs_of, has_finite_weights
 from mmfast.training.evaluation import Metrics, measure
 from mmfast.training.optimization import Optimization
 from mmfast.training.standing import Standing
@@ -164,7 +153,7 @@ class TrainingLoop:
         if num_nan:
             bad = bad_inputs_of(dataset, self.learner.modalities, self.learner.reader)
             place = "validation" if part == "val" else "training"
-            self._raise(
+            self._blame.end(
                 bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} sample{'s' * (num_nan > 1)}"
             )
         if self.learner.note_unimodal_accuracy(found.modality_accuracy):
@@ -213,7 +202,7 @@ class TrainingLoop:
             if (bad := losses.add(loss)) is not None:
                 # Of an earlier step the batch is gone, and read again.
                 content = batch if order[bad] == b else None
-                self._diverged(entries, shard, order[bad], stage, epoch, seed, content)
+                self._blame.for_batch(entries, shard, order[bad], stage, epoch, seed, content)
 
         # Workers go with a fit that fails, also while its error is held.
         with contextlib.closing(batches), self.stepping():
@@ -239,7 +228,7 @@ class TrainingLoop:
         # All processes stop with the one whose loss was the first.
         worst = min_over_processes(len(shard.batches) if bad is None else order[bad])
         if worst < len(shard.batches):
-            self._diverged(entries, shard, worst, stage, epoch, seed)
+            self._blame.for_batch(entries, shard, worst, stage, epoch, seed)
         share_buffers(learner)
         scaled = losses.values * torch.tensor([shard.scales[b] for b in order], device=fabric.device)
         if cut:
@@ -280,54 +269,10 @@ class TrainingLoop:
             total += loss.detach() * weight
         return total
 
-    def _diverged(
-        self,
-        entries: Any,
-        shard: Shard,
-        batch: int,
-        stage: Stage,
-        epoch: int,
-        seed: int,
-        content: dict[str, Any] | None = None,
-    ) -> None:
-        """Raise what ends the run, with the cause as far as the data show it.
-
-        A gradient that is NaN under a finite loss shows in the batch after it, so all data are looked at
-        where this batch is innocent.
-        """
-        modalities, chosen = self.learner.modalities, shard.batches[batch]
-        samples = dataset_indices(entries, chosen).tolist()
-        reader = self.learner.reader
-        if content is None:
-            here = replace(reader, num_workers=0)
-            found = here.read(entries, [chosen], modalities, torch.device("cpu"), seed=seed, first=batch)
-            (content,) = found
-        bad = bad_inputs(content, samples, modalities) or bad_inputs_of(self.train, modalities, reader)
-        where = f"batch {batch + 1} of {len(shard.batches)}"
-        self._raise(bad, "the training data", stage, epoch, where, batch)
-
-    def _raise(
-        self,
-        bad: dict[str, list[int]],
-        part: str,
-        stage: Stage,
-        epoch: int,
-        where: str,
-        batch: int | None = None,
-    ) -> None:
-        cause, learner = input_text(part, bad), self.learner
-        if not bad and (names := spoilt_by_absence(learner.model, self.train, learner.reader)):
-            cause = absence_text(names)
-        elif not bad:
-            cause = cause_text(
-                lr=self.optimization.lr,
-                precision=self.fabric.strategy.precision.precision,
-                has_stepped=batch != 0 or bool(self.history),
-            )
-        what = LOSS if batch is not None else PREDICTIONS
-        text = f"{what} in epoch {epoch + 1} of {stage.epochs}, {where}: {cause}"
-        samples = sorted({sample for found in bad.values() for sample in found})
-        raise DivergedError(text, epoch=epoch, batch=batch, samples=samples)
+    @property
+    def _blame(self) -> Blame:
+        precision = self.fabric.strategy.precision.precision
+        return Blame(self.learner, self.train, self.optimization, precision, is_first=not self.history)
 
     def _end_epoch(self, optimizer: Any, epoch: int, entry: dict[str, Any]) -> None:
         """Let the method do what it does between epochs; its time counts as training time."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 
 import mmfast
 from mmfast import methods
@@ -30,6 +29,7 @@ from mmfast.training.execution import CompiledSteps, deterministic
 from mmfast.training.groups import modules_named
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.optimization import Optimization
+from mmfast.training.reporting import LOGGERS, epoch_bar, finalizing, flat, make_logger
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
@@ -262,7 +262,9 @@ class Trainer:
         self.history = state["history"] if state else []
         check_agreement("epochs done", len(self.history), "out_dir must be a folder that all nodes share")
         path = None if self._folder is None else self._folder / LAST
-        with self._bar(learner) as advance, Writer(path) as writer:
+        num_epochs = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+        bar = epoch_bar(self.method.title, num_epochs, wanted=self.progress and self.fabric.is_global_zero)
+        with finalizing(self.fabric.loggers), bar as advance, Writer(path) as writer:
 
             def record(entry: dict[str, Any]) -> bool:
                 self.callbacks.tell("on_epoch_end", learner, entry)
@@ -325,7 +327,7 @@ class Trainer:
         return bool(max_over_processes(torch.tensor(mine, device=self.fabric.device)))
 
     def _record(self, entry: dict[str, Any]) -> None:
-        self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
+        self.fabric.log_dict(flat(entry), step=len(self.history) - 1)
         if self.on_epoch is not None and self.fabric.is_global_zero:
             self.on_epoch(entry)
 
@@ -366,31 +368,9 @@ class Trainer:
     def _logger(self, kind: Any) -> Any:
         if not isinstance(kind, str):
             return kind
-        if kind not in ("csv", "tensorboard"):
-            raise ValueError(f"loggers must be among csv, tensorboard, got {kind!r}")
-        folder = self._out(f"log to {kind}")
-        if kind == "csv":
-            return CSVLogger(folder, name=kind, flush_logs_every_n_steps=1)
-        return TensorBoardLogger(folder, name=kind)
-
-    @contextlib.contextmanager
-    def _bar(self, learner: Learner):
-        """Yield a function that moves a progress bar, where one is wanted; close the loggers in the end."""
-        status = "failed"
-        try:
-            if not (self.progress and self.fabric.is_global_zero):
-                yield lambda epochs: None
-            else:
-                from rich.progress import Progress
-
-                with Progress() as progress:
-                    total = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
-                    task = progress.add_task(self.method.title, total=total)
-                    yield lambda epochs: progress.advance(task, epochs)
-            status = "finished"
-        finally:
-            for logger in self.fabric.loggers:
-                logger.finalize(status)
+        if kind not in LOGGERS:
+            raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {kind!r}")
+        return make_logger(kind, self._out(f"log to {kind}"))
 
 
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:
@@ -400,14 +380,3 @@ def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization
             near = did_you_mean(name, known, _OTHER_NAMES)
             raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
     return replace(optimization, **settings)
-
-
-def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return nested figures under one level of names, numbers only, as loggers take them."""
-    flat: dict[str, float] = {}
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            flat[prefix + key] = value
-    return flat
