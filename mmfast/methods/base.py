@@ -189,7 +189,11 @@ class Learner(ResumableModule):
         batch: Mapping[str, Tensor],  # <modality>: [N, ...], label: [N]
         step: int = 0,
     ) -> Tensor:  # scalar
-        """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them."""
+        """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them.
+
+        Where a step adds up the gradients of several batches, it is called for each of them before
+        `edit_gradients`.
+        """
         logits = self.model.fuse(self.encode(batch), present=presence(batch, self.modalities))
         return F.cross_entropy(logits.float(), batch["label"])
 

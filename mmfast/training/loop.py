@@ -215,11 +215,12 @@ class TrainingLoop:
                     held = [batch | all_marks(batch, learner.modalities) for batch in held]
                 for step in range(steps):
                     standing.optimizer.zero_grad()
-                    loss = self._add_gradients(module, step, group, held, shard.weights(group), note)
+                    parts = self._add_gradients(module, step, group, held, shard.weights(group), note)
                     learner.edit_gradients(step, g / len(groups))
                     figures = standing.step()
                     if self.on_step is not None:
                         place = {"stage": stage.name, "epoch": epoch, "batch": group[-1], "step": step}
+                        loss = sum(part * weight for part, weight in parts)
                         self.on_step(place | {"loss": loss} | figures)
                 if self.stop.due(now=group[-1] + 1 == len(shard.batches)):
                     stopped_at = group[-1] + 1
@@ -248,8 +249,8 @@ class TrainingLoop:
         batches: list[dict[str, Any]],
         weights: list[float],
         note: Callable[[Tensor, int, dict[str, Any]], None],
-    ) -> Tensor:  # scalar
-        """Add up the gradients of a step over the batches of a group, and return its loss.
+    ) -> list[tuple[Tensor, float]]:
+        """Add up the gradients of a step over the batches of a group; return their losses and weights.
 
         Args:
             module: the learner as Fabric wraps it.
@@ -259,15 +260,15 @@ class TrainingLoop:
             weights: of their losses.
             note: called with each loss and its batch before the gradient is taken.
         """
-        total = torch.zeros((), device=self.fabric.device)
+        losses = []
         for b, batch, weight in zip(group, batches, weights, strict=True):
             # Processes tell each other the gradients of a step once.
             with self.fabric.no_backward_sync(module, enabled=b != group[-1]):
                 loss = module(batch, step)
                 note(loss, b, batch)
                 self.fabric.backward(loss * weight)
-            total += loss.detach() * weight
-        return total
+            losses.append((loss.detach(), weight))
+        return losses
 
     @property
     def _blame(self) -> Blame:
