@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmfast import backend, cli
 from mmfast.cli import info
 from mmfast.cli.commands import app
 from mmfast.models import MultimodalModel
+from mmfast.training import checkpoint
 from mmfast.training.optimization import Optimization
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,41 @@ def test_help_tells_the_true_defaults(command):
         assert f"{value} by default." in options[name]
     assert defaults.lr_step == 0
     assert "0, the default" in options["lr_step"]
+
+
+def test_every_setting_of_a_run_has_an_option():
+    for command in ("compare", "train"):
+        options = {option.name for option in COMMANDS[command].params}
+        names = {"max_epochs": "epochs"}
+        assert {names.get(field.name, field.name) for field in fields(Optimization)} <= options
+        assert {"compile", "deterministic"} <= options
+
+
+def test_settings_of_a_run_reach_it(npz, tmp_path):
+    words = ["--method", "mla", "--schedule", "cosine", "--warmup-steps", "3", "--gradient-clip-val", "0.5"]
+    words += ["--accumulate-grad-batches", "2", "--no-decay-norms-and-biases", "--patience", "1"]
+    words += ["--freeze", "encoders.a", "--freeze", "encoders.b.0", "--lr-scale", "encoders.c=0.1"]
+    words += ["--ema-decay", "0.5", "--deterministic"]
+    result = train(npz, tmp_path, *words)
+    assert result.exit_code == 2
+    assert "got 'encoders.b.0'; did you mean" in result.stderr
+    words[words.index("encoders.b.0")] = "encoders.b"
+    assert train(npz, tmp_path, *words).exit_code == 0
+    found = Optimization(**checkpoint.load(tmp_path / "last.ckpt")["optimization"])
+    expected = Optimization(
+        max_epochs=2,
+        schedule="cosine",
+        warmup_steps=3,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+        no_decay_norms_and_biases=True,
+        patience=1,
+        freeze=("encoders.a", "encoders.b"),
+        lr_scale={"encoders.c": 0.1},
+        ema_decay=0.5,
+    )
+    assert found == expected
+    assert CliRunner().invoke(app, ["valuate", "--model", str(tmp_path)]).exit_code == 0
 
 
 def test_help_lists_the_options_of_methods():

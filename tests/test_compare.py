@@ -164,6 +164,14 @@ def test_results_from_before_an_option_go_on(npz, done, tmp_path):
     result = invoke(npz, out, *words, "--set", "di-mml.contrast=sigmoid")
     assert "di-mml.contrast is infonce there, sigmoid here" in result.stderr
     assert invoke(npz, out, *words).exit_code == 0
+    # Of settings that are younger than results, these tell what is set, and nothing else.
+    told = json.loads((out / "results.json").read_text())["configuration"]
+    assert not {"patience", "schedule", "lr_scale"} & set(told)
+    result = invoke(npz, out, *words, "--patience", "5")
+    assert "patience is none there, 5 here" in result.stderr
+    found["configuration"]["patience"] = 4
+    (out / "results.json").write_text(json.dumps(found))
+    assert "patience is 4 there, none here" in invoke(npz, out, *words).stderr
 
 
 def _configs_of(results, method):
@@ -241,6 +249,18 @@ def test_foreign_results_are_not_touched(npz, tmp_path, content):
         (("--accelerator", "abacus"), "abacus"),
         (("--precision", "33"), "33"),
         (("--lr", "-1"), "lr must be positive, got -1.0"),
+        (("--schedule", "cosin"), "got 'cosin'; did you mean cosine?"),
+        (
+            ("--warmup-epochs", "20", "--epochs", "30"),
+            "below the 20 epochs of stage 'head' of frozen-unimodal",
+        ),
+        (
+            ("--freeze", "encoders.video"),
+            "freeze must name modules of the model, such as encoders.audio, got",
+        ),
+        (("--lr-scale", "audio"), "lr_scale must have the form NAME=FACTOR, such as encoders.text=0.1, got"),
+        (("--lr-scale", "audio=x"), "lr_scale of audio must be a finite number, got 'x'"),
+        (("--lr-scale", "encoder.audio=2"), "got 'encoder.audio'; did you mean encoders.audio"),
     ],
 )
 def test_bad_options_stop_it_before_any_training(npz, tmp_path, words, message):
@@ -275,15 +295,31 @@ def test_the_digest_depends_on_samples_and_split():
     assert fingerprint(one) != fingerprint(other)
 
 
+OPTIONS = {
+    "accumulate_grad_batches": 2,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "gradient_clip_val": 0.5,
+    "gradient_clip_algorithm": "value",
+    "no_decay_norms_and_biases": True,
+    "lr_scale": {"encoders.audio": 0.1, "head.*": 2.0},
+    "patience": 2,
+    "freeze": ("encoders.pose", "encoders.audio"),
+    "ema_decay": 0.9,
+}
+
+
 @pytest.mark.parametrize("method", [Joint(), DIMML(temperature=3.5, e0=2), MLA(weights=(0.25, 0.75))])
 def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatch):
     setup = Setup(
         str(npz),
         data.load(npz),
-        Optimization(3, 16, optimizer="sgd", lr=0.05),
+        Optimization(3, 16, optimizer="sgd", lr=0.05, **({} if isinstance(method, Joint) else OPTIONS)),
         dim=4,
         fusion="sum",
         accelerator="cpu",
+        compile=isinstance(method, MLA),
+        deterministic=isinstance(method, MLA),
     )
     seen = {}
 
@@ -296,4 +332,6 @@ def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatc
     assert CliRunner().invoke(app, words).exit_code == 2
     assert (seen["method"], seen["seed"], seen["out_dir"], seen["resume"]) == (method, 7, tmp_path, True)
     for name in ("source", "optimization", "dim", "fusion", "accelerator", "devices", "precision", "probe"):
+        assert getattr(seen["setup"], name) == getattr(setup, name), name
+    for name in ("compile", "deterministic"):
         assert getattr(seen["setup"], name) == getattr(setup, name), name

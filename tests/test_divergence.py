@@ -296,14 +296,14 @@ def make_shared() -> mmfast.MultimodalModel:
 def test_encoders_that_share_a_layer_are_selected_together(name):
     trainer, model = make_trainer(name, accelerator="cpu", max_epochs=8, lr=0.03), make_shared()
     kept = []
-    original = mmfast.training.loop.BestWeights.restore
+    original = mmfast.training.selection.BestWeights.restore
 
     def restore(selection, learner):
         kept.append(dict(selection.parts))
         original(selection, learner)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmfast.training.loop.BestWeights, "restore", restore)
+        patch.setattr(mmfast.training.selection.BestWeights, "restore", restore)
         trainer.fit(model, SPLITS.train, SPLITS.val)
     (part,) = kept[0]
     assert {"model.encoders.a.", "model.encoders.b."} <= set(part)

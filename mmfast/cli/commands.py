@@ -12,24 +12,17 @@ from rich.console import Console
 from mmfast.cli import machine_commands
 from mmfast.cli.flags import (
     Accelerator,
-    BatchSize,
     Data,
     DataOnDevice,
     Devices,
     Dim,
     Encoders,
-    Epochs,
     EvalBatchSize,
     Fusion,
-    LearningRate,
-    LrGamma,
-    LrStep,
     Modalities,
-    Momentum,
     NumNodes,
     NumWorkers,
     OneNode,
-    OptimizerName,
     Overwrite,
     Precision,
     Probe,
@@ -39,12 +32,12 @@ from mmfast.cli.flags import (
     SkipUnreadable,
     SplitSeed,
     Traceback,
-    WeightDecay,
     app,
     make_console,
     method_help,
     plain_errors,
 )
+from mmfast.cli.training_flags import with_training_options
 
 if TYPE_CHECKING:
     from mmfast.experiments.comparison import Comparison
@@ -54,6 +47,7 @@ if TYPE_CHECKING:
 
 
 @app.command(epilog=method_help())
+@with_training_options
 def compare(
     context: typer.Context,
     data: Data = "htad",
@@ -68,14 +62,6 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    optimizer: OptimizerName = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    lr_step: LrStep = None,
-    lr_gamma: LrGamma = None,
     dim: Dim = 64,
     fusion: Fusion = "concat",
     settings: Set = None,
@@ -171,6 +157,7 @@ def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun],
 
 
 @app.command(epilog=method_help())
+@with_training_options
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, checkpoints and logs.")],
@@ -189,14 +176,6 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; start one where there is none.")
     ] = False,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    optimizer: OptimizerName = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    lr_step: LrStep = None,
-    lr_gamma: LrGamma = None,
     dim: Dim = 64,
     fusion: Fusion = "concat",
     settings: SetOfOne = None,

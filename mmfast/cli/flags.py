@@ -19,7 +19,6 @@ from mmfast.methods import METHODS
 from mmfast.methods.base import format_value
 from mmfast.models import FUSION_HEADS
 from mmfast.models.build import ENCODERS
-from mmfast.training.optimization import OPTIMIZERS, Optimization
 
 app = typer.Typer(
     help="Train multimodal models that neglect no modality, and show which one a model neglects.",
@@ -79,9 +78,6 @@ def method_help() -> str:
     return "Methods, and what --set changes:\n\n" + "\n\n".join(lines)
 
 
-# What the help says of options that are left out.
-_DEFAULTS = Optimization()
-
 Data = Annotated[
     str, typer.Option(help='"htad" (embedded), FILE.npz or a FOLDER of raw media.', show_default=True)
 ]
@@ -111,48 +107,6 @@ Encoders = Annotated[
     ),
 ]
 SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where the data bring none.")]
-Epochs = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help=f"Epochs of a method's first stage; {_DEFAULTS.max_epochs} by default.",
-        show_default=False,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help=f"Samples of a batch, over all devices; {_DEFAULTS.batch_size} by default.",
-        show_default=False,
-    ),
-]
-OptimizerName = Annotated[
-    str | None,
-    typer.Option(help=f"{either(OPTIMIZERS)}; {_DEFAULTS.optimizer} by default.", show_default=False),
-]
-LearningRate = Annotated[
-    float | None, typer.Option(help=f"Learning rate; {_DEFAULTS.lr} by default.", show_default=False)
-]
-Momentum = Annotated[
-    float | None,
-    typer.Option(help=f"Momentum of sgd; {_DEFAULTS.momentum} by default.", show_default=False),
-]
-WeightDecay = Annotated[
-    float | None, typer.Option(help=f"Weight decay; {_DEFAULTS.weight_decay} by default.", show_default=False)
-]
-LrStep = Annotated[
-    int | None,
-    typer.Option(
-        help="Epochs after which the learning rate falls by --lr-gamma; "
-        + ("0, the default, keeps it." if _DEFAULTS.lr_step == 0 else f"{_DEFAULTS.lr_step} by default."),
-        show_default=False,
-    ),
-]
-LrGamma = Annotated[
-    float | None,
-    typer.Option(help=f"Factor of such a step; {_DEFAULTS.lr_gamma} by default.", show_default=False),
-]
 Dim = Annotated[int, typer.Option(min=1, help="Feature dimensions D of every encoder.")]
 Fusion = Annotated[str, typer.Option(help=f"Fusion head: {either(FUSION_HEADS)}.")]
 Set = Annotated[

@@ -138,6 +138,25 @@ def parse_encoders(assignments: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def parse_scales(assignments: Iterable[str]) -> dict[str, float]:
+    """Return {name: factor} from texts NAME=FACTOR.
+
+    Raises:
+        ValueError: no such form, or a name given twice.
+    """
+    found: dict[str, float] = {}
+    for text in assignments:
+        name, equals, factor = (word.strip() for word in text.rpartition("="))
+        if not (equals and name):
+            raise ValueError(
+                f"lr_scale must have the form NAME=FACTOR, such as encoders.text=0.1, got {text!r}"
+            )
+        if name in found:
+            raise ValueError(f"lr_scale must be given once for {name}, got {found[name]} and {factor}")
+        found[name] = parse_value(f"lr_scale of {name}", factor, float)
+    return found
+
+
 def parse_devices(text: str) -> int | str:
     """Return devices as Lightning Fabric takes them: their number, or "auto"."""
     return int(text) if text.isdigit() else text
@@ -198,6 +217,9 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
         base: settings to use where none is given.
     """
     settings = {field.name: given[_OPTIONS.get(field.name, field.name)] for field in fields(Optimization)}
+    # What may be given several times is an empty list where it is not.
+    settings["lr_scale"] = parse_scales(settings["lr_scale"]) if settings["lr_scale"] else None
+    settings["freeze"] = tuple(settings["freeze"]) if settings["freeze"] else None
     rest = ["dim", "fusion", "accelerator", "precision", "probe", "skip_unreadable", "modalities"]
     rest += ["num_workers", "eval_batch_size", "data_on_device", "num_nodes"]
     return make_setup(
@@ -206,6 +228,8 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
         set_given(base, **settings),
         given["devices"],
         encoders=given["encoder"],
+        compile=bool(given["compile"]),
+        deterministic=bool(given["deterministic"]),
         **{name: given[name] for name in rest},
     )
 

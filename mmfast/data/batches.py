@@ -117,11 +117,25 @@ class Shard:
     """One process's batches of an epoch, and what to scale each batch's mean loss by.
 
     The scale makes the mean over processes of gradients equal the gradient on the whole batch, also where the
-    processes' parts differ in size.
+    processes' parts differ in size; `sizes` are those of the whole batches.
     """
 
     batches: list[Tensor]  # [B] int64 each
     scales: list[float]
+    sizes: list[int]
+
+    def groups(self, size: int) -> list[list[int]]:
+        """Return the batches by their numbers, so many together, and those that are left."""
+        numbers = list(range(len(self.batches)))
+        return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
+    def weights(self, group: Sequence[int]) -> list[float]:
+        """Return what to scale the mean losses of batches by whose gradients are added up.
+
+        Their sum, averaged over processes, is the gradient on all samples of these batches.
+        """
+        total = sum(self.sizes[b] for b in group)
+        return [self.scales[b] * (self.sizes[b] / total) for b in group]
 
 
 def epoch_shard(
@@ -143,7 +157,7 @@ def epoch_shard(
         whole[-1] = torch.cat([whole[-1], runt])
     parts = [batch[rank::world_size] for batch in whole]
     scales = [len(part) * world_size / len(batch) for part, batch in zip(parts, whole, strict=True)]
-    return Shard(parts, scales)
+    return Shard(parts, scales, [len(batch) for batch in whole])
 
 
 class evaluating:

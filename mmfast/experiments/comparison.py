@@ -6,7 +6,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Comparison:
                 "fingerprint": setup.fingerprint,
             },
             "configuration": {
-                **asdict(setup.optimization),
+                **setup.optimization.told(),
                 "dim": setup.dim,
                 "fusion": setup.fusion,
                 "precision": setup.precision,

@@ -162,8 +162,10 @@ class Results:
         differ, mine = [], self.mine
         for part, ignored in _PARTS:
             there, here = found[part], mine[part]
-            for key in [key for key in here if key not in ignored and _differ(there.get(key), here[key])]:
-                differ.append(f"{key} is {_short(there.get(key))} there, {_short(here[key])} here")
+            # Settings that have their default are not told by either.
+            told = [key for key in {**here, **there} if key not in ignored]
+            for key in [key for key in told if _differ(there.get(key), here.get(key))]:
+                differ.append(f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here")
         for name, config in mine["configuration"]["methods"].items():
             # An option that is younger than the results had its default there.
             there = METHODS[name]().config() | found["configuration"]["methods"].get(name, config)

@@ -27,7 +27,7 @@ from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
-from mmfast.training.checks import check_data, check_fits
+from mmfast.training.checks import check_data, check_fits, check_settings
 from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
 from mmfast.training.optimization import Optimization
@@ -57,6 +57,7 @@ class Setup:
         eval_batch_size: samples of a batch where nothing is trained.
         data_on_device: one of DATA_ON_DEVICE; "auto" puts data on a GPU if they fill at most a quarter of its
             free memory.
+        compile, deterministic: as `Trainer` takes them.
     """
 
     source: str
@@ -75,6 +76,8 @@ class Setup:
     num_workers: int = 0
     eval_batch_size: int = 256
     data_on_device: str = "auto"
+    compile: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
@@ -155,6 +158,8 @@ class Setup:
                 metadata=None if out_dir is None else self.metadata(),
                 num_workers=self.num_workers,
                 eval_batch_size=self.eval_batch_size,
+                compile=self.compile,
+                deterministic=self.deterministic,
                 **options,
             )
         except RuntimeError as error:
@@ -168,6 +173,7 @@ class Setup:
             check_data(model, name, getattr(self.splits, name))
         learner = method.bind(model)
         check_fits(learner, self.splits.train)
+        check_settings(learner, self.optimization, len(self.splits.train), has_val=True)
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mmfast.experiments.results import METRICS
 from mmfast.experiments.setup import PlannedRun, Setup
 from mmfast.methods.base import format_value
 from mmfast.training.divergence import LOSS, PREDICTIONS, DivergedError
+from mmfast.training.optimization import Optimization
 from mmfast.training.stopping import STATUS, Stopped, listening
 
 # Exit status of a run whose loss is NaN or infinite.
@@ -80,10 +80,7 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
         "method": planned.method.name,
         "seed": planned.seed,
         "out": folder,
-        "epochs": optimization.max_epochs,
-        **{
-            key.replace("_", "-"): value for key, value in asdict(optimization).items() if key != "max_epochs"
-        },
+        **_told(optimization),
         "dim": setup.dim,
         "fusion": setup.fusion,
         "accelerator": setup.accelerator,
@@ -96,8 +93,19 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
     }
     words = ["train", "--resume"]
     words += ["--probe"] * setup.probe + ["--skip-unreadable"] * setup.skip_unreadable
+    words += ["--compile"] * setup.compile + ["--deterministic"] * setup.deterministic
+    words += ["--no-decay-norms-and-biases"] * optimization.no_decay_norms_and_biases
+    words += [f"--lr-scale={name}={factor}" for name, factor in optimization.lr_scale.items()]
+    words += [f"--freeze={name}" for name in optimization.freeze]
     words += [f"--{key}={value}" for key, value in arguments.items()]
     words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
     if setup.modalities is not None:
         words.append(f"--modalities={','.join(setup.modalities)}")
     return words + [f"--set={key}={format_value(value)}" for key, value in planned.method.config().items()]
+
+
+def _told(optimization: Optimization) -> dict[str, Any]:
+    """Return the settings with one value each, by the option that sets them."""
+    others = ("max_epochs", "no_decay_norms_and_biases", "lr_scale", "freeze")
+    told = {key: value for key, value in optimization.told().items() if key not in others}
+    return {"epochs": optimization.max_epochs} | {key.replace("_", "-"): told[key] for key in told}

@@ -140,6 +140,8 @@ class Learner(ResumableModule):
         # How data sets are read in passes of the method's own, and the precision of these: the trainer's.
         self.reader = Reader()
         self.autocast: Callable[[], Any] = contextlib.nullcontext
+        # Modules of the model that stay as they are in all stages, by the user's wish for this training.
+        self.held: tuple[nn.Module, ...] = ()
         self._kept: dict[int, tuple[Any, KeptFeatures, bool]] = {}
         self.build()
         # What the user froze stays frozen; what a stage freezes is free again after it.
@@ -177,10 +179,17 @@ class Learner(ResumableModule):
         """Enter a stage: set which parameters train, and training mode."""
         self.stage = stage
         self.unfreeze()
-        for module in self.frozen():
+        for module in (*self.frozen(), *self.held):
             module.requires_grad_(False)
         self.model.head_is_trained = self.model.head not in self.frozen()
         self.train()
+
+    def train(self, mode: bool = True) -> Learner:
+        """Set training mode or eval mode; what is held stays in eval mode, batch norm and dropout with it."""
+        super().train(mode)
+        for module in self.held:
+            module.eval()
+        return self
 
     def unfreeze(self) -> None:
         """Let what stages froze train again, when training is over; what the user froze stays so."""
@@ -212,7 +221,11 @@ class Learner(ResumableModule):
         batch: Mapping[str, Tensor],  # <modality>: [N, ...], label: [N] or [N, C]
         step: int = 0,
     ) -> Tensor:  # scalar
-        """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them."""
+        """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them.
+
+        Where a step adds up the gradients of several batches, it is called for each of them before
+        `edit_gradients`.
+        """
         logits = self.model.fuse(self.encode(batch), present=presence(batch, self.modalities))
         return self.loss(logits, batch["label"])
 

@@ -33,6 +33,8 @@ class _MLALearner(LateFusionLearner):
         # unmodified.
         self.register_buffer("previous", torch.zeros(dim))
         self.register_buffer("current", torch.zeros(dim))
+        # Of a step that adds up the gradients of several batches: its number, and the sums so far, [D + 1].
+        self._seen: tuple[int, Tensor] | None = None
 
     def frozen(self):
         return (self.model.head,)
@@ -62,19 +64,23 @@ class _MLALearner(LateFusionLearner):
         h = self.model.encode_modality(batch, name)
         present = presence(batch, self.modalities)
         present = None if present is None else present[step : step + 1]
-        self._remember_mean(h.detach(), present)
+        self._remember_mean(h.detach(), present, step)
         return self.unimodal_loss(self.shared_head(h)[None], batch["label"], present)
 
     @torch.no_grad()
-    def _remember_mean(self, h, present) -> None:
+    def _remember_mean(self, h, present, step=0) -> None:
         h = h.float()
         keep = torch.ones_like(h[:, 0]) if present is None else present[0].float()
         # The sum of the features and their number, [D + 1], in one message.
         found = sum_over_processes(torch.cat([keep @ h, keep.sum()[None]]))
+        if self.training and self._seen is not None and self._seen[0] == step:
+            found = found + self._seen[1]
+        self._seen = step, found
         self.current.copy_(found[:-1] / found[-1].clamp(min=1))
 
     @torch.no_grad()
     def edit_gradients(self, step, progress):
+        self._seen = None
         if self.method.released:
             return
         if self.method.reset == "step":

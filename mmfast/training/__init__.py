@@ -1,1 +1,5 @@
-"""Training: the trainer and its loop, optimizer settings, evaluation, selection, checkpoints, divergence."""
+"""Training: the trainer and its loop, settings, schedules, averages, evaluation, selection, checkpoints."""
+
+from mmfast.training.callbacks import Callback
+
+__all__ = ["Callback"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from mmfast.data.samples import check_samples
 from mmfast.errors import describe
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
+from mmfast.training.groups import check_scales, modules_named
+from mmfast.training.optimization import Optimization
 
 
 def check_data(
@@ -57,3 +60,30 @@ def check_fits(learner: Learner, train: Any) -> None:
         here = replace(learner.reader, num_workers=0)
         for batch in evaluation_batches(learner, few, reader=here):
             learner.predict(batch)
+
+
+def check_settings(learner: Learner, settings: Optimization, num_samples: int, *, has_val: bool) -> None:
+    """Raise ValueError for settings that do not fit a learner and its data, before any training.
+
+    Args:
+        learner: just bound.
+        settings: of the run.
+        num_samples: of the training data.
+        has_val: whether there are validation data.
+    """
+    if settings.patience and not has_val:
+        raise ValueError(
+            f"patience needs validation data, on which it looks for improvement, got {settings.patience} "
+            "and val=None"
+        )
+    modules_named(learner.model, settings.freeze)
+    check_scales(learner, settings.lr_scale)
+    batches = math.ceil(num_samples / settings.batch_size)
+    steps = math.ceil(batches / settings.accumulate_grad_batches) * learner.steps_per_batch
+    for stage in learner.stages(settings.max_epochs):
+        for name, length in (("warmup_epochs", stage.epochs), ("warmup_steps", stage.epochs * steps)):
+            if (value := getattr(settings, name)) and value >= length:
+                raise ValueError(
+                    f"{name} must be below the {length} {name.removeprefix('warmup_')} of stage "
+                    f"{stage.name!r} of {learner.method.name}, got {value}"
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmfast.files import locked
 from mmfast.methods.base import Method
 from mmfast.objectives import Objective
 from mmfast.training.metrics import Measures
+from mmfast.training.optimization import Optimization
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
@@ -56,6 +58,8 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
         elif key == "objective":
             # Runs of before knew of classes and cross-entropy alone.
             theirs = Objective().config() | Measures().config() | (theirs or {})
+        elif key == "optimization":
+            theirs = as_lists(asdict(Optimization()) | (theirs or {}))
         if theirs == ours:
             continue
         if isinstance(theirs, dict) and isinstance(ours, dict):

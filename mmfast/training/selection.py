@@ -45,6 +45,11 @@ class BestWeights:
                 "weights": _parted(learner, part, snapshot(weights)),
             }
 
+    @property
+    def last_improved(self) -> int | None:
+        """The last epoch in which any part has improved, None before there is one."""
+        return max((kept["epoch"] for kept in self.parts.values()), default=None)
+
     def unimodal_accuracy(
         self, learner: Learner, entries: Sequence[Mapping[str, Any]], measures: Measures | None = None
     ) -> dict[str, float | None] | None:

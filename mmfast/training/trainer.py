@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -19,19 +18,23 @@ import mmfast
 from mmfast import methods
 from mmfast.data.reader import Reader
 from mmfast.data.seeds import kept_draws
-from mmfast.distributed import check_agreement
+from mmfast.distributed import check_agreement, max_over_processes
 from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
 from mmfast.objectives import Loss, Objective
 from mmfast.training import checkpoint, launchers, strategies
-from mmfast.training.checks import check_data, check_fits
+from mmfast.training.callbacks import Callbacks
+from mmfast.training.checks import check_data, check_fits, check_settings
 from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import evaluate
+from mmfast.training.execution import CompiledSteps, deterministic
+from mmfast.training.groups import modules_named
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
+from mmfast.training.reporting import LOGGERS, epoch_bar, finalizing, flat, make_logger
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import data_facts, load_trained, note_data, weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
@@ -86,6 +89,11 @@ class Trainer:
             resumed with the same ones, save for "source" and "skip_unreadable", how its data were read.
         progress: show a bar.
         on_epoch: called with every entry of `history`.
+        callbacks: objects with some of the methods of `mmfast.training.callbacks.Callback`, called in every
+            process.
+        compile: let torch.compile make the training steps of encoders and head; weights keep their names, and
+            nothing but training steps runs compiled.
+        deterministic: let a fit run torch's deterministic algorithms alone, an error where there is none.
         num_workers: processes that read samples, for every pass over a data set; they stay for the whole fit.
             0 reads in this process; data in memory (`ArrayDataset`) always are. Their number changes no
             result: generators of torch, numpy and random are seeded for each batch, wherever it is read.
@@ -101,6 +109,8 @@ class Trainer:
         learner: the trained model with what the method added to it; set by `fit` and `restore`.
         history: one dict an epoch: stage, epoch, loss, seconds (validation not counted), validation figures
             under "val", and what the method reports.
+        should_stop: set to True while `fit` runs, in any process, it ends the stage after the epoch that is
+            under way; the best weights are kept, and further stages follow.
 
     Raises:
         TypeError: the method is a class, not an instance, or `strategy` neither a name nor a strategy.
@@ -132,6 +142,9 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
         progress: bool = False,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        callbacks: Sequence[Any] = (),
+        compile: bool = False,
+        deterministic: bool = False,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         eval_batch_size: int = 256,
@@ -156,6 +169,10 @@ class Trainer:
         self.metadata = metadata or {}
         self.progress = progress
         self.on_epoch = on_epoch
+        self.callbacks = Callbacks(callbacks, self)
+        self.compile = compile
+        self.deterministic = deterministic
+        self.should_stop = False
         if isinstance(eval_batch_size, int) and eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be an integer of at least 1, got {eval_batch_size}")
         self.reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
@@ -228,33 +245,41 @@ class Trainer:
                 f"batch_size must be at least the number of devices = {self.fabric.world_size}, "
                 f"got {self.optimization.batch_size}"
             )
-        with torch.random.fork_rng(), kept_draws(), self.reader.staying():
+        self.should_stop = False
+        with torch.random.fork_rng(), kept_draws(), self.reader.staying(), self._algorithms():
             torch.manual_seed(self.seed)
             learner = self.method.bind(model, seed=self.seed, objective=objective)
             learner.reader, learner.autocast = self.reader, self.fabric.autocast
             note_data(learner, train)
             try:
+                check_settings(learner, self.optimization, len(train), has_val=val is not None)
+                learner.held = modules_named(model, self.optimization.freeze)
                 check_weights(learner)
                 learner.to(self.fabric.device)
                 objective.to(self.fabric.device)
                 check_fits(learner, train)
-                is_told_to_stop = self._train(learner, train, val, resume)
+                with self.callbacks.around(learner):
+                    is_told_to_stop = self._train(learner, train, val, resume)
+                    learner.held = ()
+                    learner.unfreeze()
+                    learner.zero_grad(set_to_none=True)
+                    learner.eval()
+                    self.learner = learner
             except BaseException:
                 # Ctrl-C, too: the next fit would take what this one froze for the user's wish.
                 learner.abandon()
                 raise
             finally:
                 # A learner is copied and sent about without its trainer's devices.
-                learner.autocast = contextlib.nullcontext
-        learner.unfreeze()
-        learner.zero_grad(set_to_none=True)
-        learner.eval()
+                learner.held, learner.autocast = (), contextlib.nullcontext
         # Data that come later may have samples without label.
         objective.may_ignore = True
-        self.learner = learner
         if is_told_to_stop:
             raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
         return learner
+
+    def _algorithms(self) -> contextlib.AbstractContextManager[None]:
+        return deterministic() if self.deterministic else contextlib.nullcontext()
 
     def _train(self, learner: Learner, train: Any, val: Any | None, resume: bool) -> bool:
         """Make the run and its checkpoints; return whether the process was told to stop too late for that."""
@@ -280,11 +305,18 @@ class Trainer:
         self.history = state["history"] if state else []
         check_agreement("epochs done", len(self.history), "out_dir must be a folder that all nodes share")
         path = None if self._folder is None else self._folder / LAST
-        with self._bar(learner) as advance, Writer(path) as writer:
+        num_epochs = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+        bar = epoch_bar(self.method.title, num_epochs, wanted=self.progress and self.fabric.is_global_zero)
+        with finalizing(self.fabric.loggers), bar as advance, Writer(path) as writer:
 
-            def record(entry: dict[str, Any]) -> None:
+            def record(entry: dict[str, Any]) -> bool:
+                self.callbacks.tell("on_epoch_end", learner, entry)
                 self._record(entry)
                 advance(1)
+                return self._asked_to_stop()
+
+            def note_step(entry: dict[str, Any]) -> None:
+                self.callbacks.tell("on_step_end", learner, entry)
 
             advance(len(self.history))
             TrainingLoop(
@@ -294,6 +326,8 @@ class Trainer:
                 self.fabric,
                 self.optimization,
                 on_epoch=record,
+                on_step=note_step if self.callbacks.has("on_step_end") else None,
+                stepping=CompiledSteps(learner.model) if self.compile else contextlib.nullcontext,
                 on_state=lambda state: writer.save(self._description() | state),
                 stop=stop,
                 measures=self.measures,
@@ -343,8 +377,13 @@ class Trainer:
             given = Objective(given.task, label_smoothing=given.label_smoothing)
         return given.for_data(None, model.num_classes)
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any process wants the stage to end; asked once for each time it is said."""
+        mine, self.should_stop = float(self.should_stop), False
+        return bool(max_over_processes(torch.tensor(mine, device=self.fabric.device)))
+
     def _record(self, entry: dict[str, Any]) -> None:
-        self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
+        self.fabric.log_dict(flat(entry), step=len(self.history) - 1)
         if self.on_epoch is not None and self.fabric.is_global_zero:
             self.on_epoch(entry)
 
@@ -353,7 +392,7 @@ class Trainer:
             "mmfast": mmfast.__version__,
             "method": self.method.name,
             "config": as_lists(self.method.config()),
-            "optimization": asdict(self.optimization),
+            "optimization": as_lists(asdict(self.optimization)),
             "objective": self.objective.config() | self.measures.config(),
             "seed": self.seed,
             "metadata": self.metadata,
@@ -389,31 +428,9 @@ class Trainer:
     def _logger(self, kind: Any) -> Any:
         if not isinstance(kind, str):
             return kind
-        if kind not in ("csv", "tensorboard"):
-            raise ValueError(f"loggers must be among csv, tensorboard, got {kind!r}")
-        folder = self._out(f"log to {kind}")
-        if kind == "csv":
-            return CSVLogger(folder, name=kind, flush_logs_every_n_steps=1)
-        return TensorBoardLogger(folder, name=kind)
-
-    @contextlib.contextmanager
-    def _bar(self, learner: Learner):
-        """Yield a function that moves a progress bar, where one is wanted; close the loggers in the end."""
-        status = "failed"
-        try:
-            if not (self.progress and self.fabric.is_global_zero):
-                yield lambda epochs: None
-            else:
-                from rich.progress import Progress
-
-                with Progress() as progress:
-                    total = sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
-                    task = progress.add_task(self.method.title, total=total)
-                    yield lambda epochs: progress.advance(task, epochs)
-            status = "finished"
-        finally:
-            for logger in self.fabric.loggers:
-                logger.finalize(status)
+        if kind not in LOGGERS:
+            raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {kind!r}")
+        return make_logger(kind, self._out(f"log to {kind}"))
 
 
 def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:
@@ -423,14 +440,3 @@ def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization
             near = did_you_mean(name, known, _OTHER_NAMES)
             raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
     return replace(optimization, **settings)
-
-
-def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return nested figures under one level of names, numbers only, as loggers take them."""
-    flat: dict[str, float] = {}
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            flat[prefix + key] = value
-    return flat
