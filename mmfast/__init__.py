@@ -14,6 +14,7 @@ __all__ = [
     "Trainer",
     "Valuation",
     "backend",
+    "compare",
     "data",
     "load",
     "methods",
@@ -26,6 +27,7 @@ _HOME = {
     "MultimodalModel": "mmfast.models",
     "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
+    "compare": "mmfast.experiments.compare",
     "load": "mmfast.experiments.loading",
     "valuate": "mmfast.valuation",
 }
@@ -33,6 +35,7 @@ _SUBMODULES = ("backend", "data", "methods", "models", "ops")
 
 if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
+    from mmfast.experiments.compare import compare
     from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
     from mmfast.training.trainer import Trainer

@@ -30,6 +30,7 @@ from mmfast.models.build import ENCODERS
 from mmfast.training.checks import check_data, check_fits, check_settings
 from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
+from mmfast.training.metrics import AnyMetrics
 from mmfast.training.optimization import Optimization
 from mmfast.training.trainer import Trainer
 
@@ -211,14 +212,22 @@ def make_run(
     trainer.launch()
     parts = setup.parts_on(trainer.fabric.device)
     learner = trainer.fit(model, parts["train"], parts["val"], resume=resume)
-    metrics = trainer.test(model, parts["test"])
+    entry = finished_entry(trainer, trainer.test(model, parts["test"]))
+    if setup.probe:
+        entry["probe"] = probe(learner, parts["train"], parts["test"], trainer.fabric)
+    return plain(entry | {"wall_seconds": time.perf_counter() - begun})
+
+
+def finished_entry(trainer: Trainer, metrics: AnyMetrics) -> dict[str, Any]:
+    """Return the entry for results of a run that is finished and tested."""
+    assert trainer.learner is not None
     seconds = sum(entry["seconds"] for entry in trainer.history)
-    entry = {
-        "method": method.name,
-        "seed": seed,
-        "config": method.config(),
+    return {
+        "method": trainer.method.name,
+        "seed": trainer.seed,
+        "config": trainer.method.config(),
         "metrics": metrics.as_dict(),
-        "protocol": learner.protocol,
+        "protocol": trainer.learner.protocol,
         "epochs": len(trainer.history),
         # Training alone, in all processes that worked on the run; wall_seconds is all the last one took.
         "seconds": seconds,
@@ -228,9 +237,6 @@ def make_run(
         "accelerator": trainer.fabric.device.type,
         "history": trainer.history,
     }
-    if setup.probe:
-        entry["probe"] = probe(learner, parts["train"], parts["test"], trainer.fabric)
-    return plain(entry | {"wall_seconds": time.perf_counter() - begun})
 
 
 def diverged_entry(method: Method, seed: int, error: DivergedError) -> dict[str, Any]:

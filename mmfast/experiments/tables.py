@@ -20,6 +20,7 @@ from mmfast.experiments.summary import (
     ranking_sentence,
 )
 from mmfast.files import write_json
+from mmfast.methods import METHODS
 
 if TYPE_CHECKING:
     from mmfast.valuation import Valuation
@@ -256,6 +257,43 @@ def show_run(console: Console, entry: dict[str, Any], title: str) -> None:
         probed = [_share(entry["probe"][name])] if "probe" in entry else []
         table.add_row(name, _share(alone), *probed, _number(metrics["contribution"][name]))
     console.print(table)
+
+
+def show_figures(console: Console, runs: Sequence[dict[str, Any]], *, only: Sequence[str] = ()) -> None:
+    """Print all figures of runs, mean and standard deviation over seeds: one row a method, one table a kind.
+
+    Args:
+        console: where to.
+        runs: entries of a comparison, of any task.
+        only: figures to print; none: all.
+    """
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for entry in runs:
+        by_method.setdefault(entry["method"], []).extend([entry["metrics"]] if "metrics" in entry else [])
+    example = next((found[0] for found in by_method.values() if found), {})
+    names = [name for name in example if not only or name in only]
+    single = [name for name in names if not isinstance(example[name], dict)]
+    tables = [{name: [name] for name in single}] if single else []
+    tables += [{m: [name, m] for m in example[name]} for name in names if name not in single]
+    titles = ["", *(name for name in names if name not in single)] if single else names
+    for number, (title, columns) in enumerate(zip(titles, tables, strict=True)):
+        if number:
+            console.print()
+        table = _table()
+        table.add_column(f"Method{title and f', {title}'}")
+        for header in columns:
+            table.add_column(header, justify="right")
+        for method, found in by_method.items():
+            table.add_row(METHODS[method].title, *(_over(found, path) for path in columns.values()))
+        console.print(table)
+
+
+def _over(figures: Sequence[dict[str, Any]], path: Sequence[str]) -> str:
+    """Return one figure over seeds, found by its name, or those of a table and a modality."""
+    values: list[Any] = [*figures]
+    for key in path:
+        values = [value[key] for value in values]
+    return mean_std([value for value in values if value is not None], 1.0, 3)
 
 
 def _loss(value: float | None) -> str:

@@ -231,14 +231,7 @@ class Trainer:
         free again and no gradient is left on the model; where it does not finish, its modules are in the
         modes they were in, and it keeps the weights it had by then.
         """
-        labels = self._check("train", model, train, whole=True)
-        objective = self.objective.for_data(labels, model.num_classes)
-        self.measures.check(objective, model.num_classes)
-        if val is not None:
-            val_labels = self._check("val", model, val)
-            objective.may_ignore |= val_labels is None or not bool(objective.counted(val_labels).all())
-        elif self.method.needs_validation:
-            raise ValueError(f"{self.method.name} needs a validation split, got val=None")
+        objective = self._objective_of(model, train, val)
         self.launch()
         if self.optimization.batch_size < self.fabric.world_size:
             raise ValueError(
@@ -277,6 +270,32 @@ class Trainer:
         if is_told_to_stop:
             raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
         return learner
+
+    def check(
+        self, model: MultimodalModel, train: Any, val: Any | None = None, test: Any | None = None
+    ) -> None:
+        """Raise what `fit` and `test` would have against model and data before any training."""
+        objective = self._objective_of(model, train, val)
+        if test is not None:
+            self._check("test", model, test)
+        learner = self.method.bind(model, seed=self.seed, objective=objective)
+        learner.reader = self.reader
+        check_settings(learner, self.optimization, len(train), has_val=val is not None)
+        modules_named(model, self.optimization.freeze)
+        check_weights(learner)
+        check_fits(learner, train)
+
+    def _objective_of(self, model: MultimodalModel, train: Any, val: Any | None) -> Objective:
+        """Return the objective with what it takes from the data, which are checked."""
+        labels = self._check("train", model, train, whole=True)
+        objective = self.objective.for_data(labels, model.num_classes)
+        self.measures.check(objective, model.num_classes)
+        if val is not None:
+            val_labels = self._check("val", model, val)
+            objective.may_ignore |= val_labels is None or not bool(objective.counted(val_labels).all())
+        elif self.method.needs_validation:
+            raise ValueError(f"{self.method.name} needs a validation split, got val=None")
+        return objective
 
     def _algorithms(self) -> contextlib.AbstractContextManager[None]:
         return deterministic() if self.deterministic else contextlib.nullcontext()
