@@ -146,7 +146,7 @@ def needs_train(what: str, extra: str = "train") -> Iterator[None]:
 
     Args:
         what: needs the package, as the sentence begins: "mmfast.Trainer".
-        extra: of pip's, which installs the package.
+        extra: of mmfast, with which the package comes.
     """
     try:
         yield

@@ -125,9 +125,8 @@ def test_it_goes_to_other_processes():
     before = processors(max_length=4)
     batch, again = (make([sample(0), sample(2)]) for make in (before, pickle.loads(pickle.dumps(before))))
     assert torch.equal(batch["text"]["input_ids"], again["text"]["input_ids"])
-    assert repr(with_processors({"text": pretrained.tokenizer()}, max_length=4)) == (
-        "with_processors(text: TokenizersBackend for text, max_length=4)"
-    )
+    assert repr(before) == "with_processors(text, image, sound)"
+    assert repr(before.steps["text"]) == "TokenizersBackend for text, max_length=4"
 
 
 @pytest.mark.parametrize(

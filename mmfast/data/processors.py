@@ -158,7 +158,7 @@ class Processors:
         self.takes_parts = takes_parts(collate_fn)
 
     def __repr__(self) -> str:
-        return f"with_processors({', '.join(f'{name}: {step}' for name, step in self.steps.items())})"
+        return f"with_processors({', '.join(self.steps)})"
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rest = [{key: value for key, value in each.items() if key not in self.steps} for each in samples]
