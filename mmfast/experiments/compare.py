@@ -166,8 +166,7 @@ def compare(
             runs.append(entry)
     order = {method.name: place for place, method in enumerate(chosen)}
     runs.sort(key=lambda entry: (order[entry["method"]], entry["seed"]))
-    sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    return Compared(runs, trainers[0].objective.task, f"samples {sizes}", len(test), out)
+    return Compared(runs, trainers[0].objective.task, _sizes(parts), len(test), out)
 
 
 def _run(
@@ -211,6 +210,10 @@ def _chosen(methods: Sequence[Method | str] | str) -> list[Method]:
     return chosen
 
 
+def _sizes(parts: dict[str, Any]) -> str:
+    return f"samples {', '.join(f'{name} {len(part):,}' for name, part in parts.items())}"
+
+
 def _folder(out: Path, method: Method, seed: int) -> Path:
     return out / "runs" / f"{method.name}-seed{seed}"
 
@@ -240,8 +243,10 @@ def _results(
         "versions": versions(),
         "machine": machine(),
         "data": {
+            "source": "data sets of a program",
+            "description": _sizes(parts),
             "sizes": {name: len(part) for name, part in parts.items()},
-            "labels": {name: _digest(parts[name]) for name in PARTS},
+            "fingerprint": "-".join(_digest(parts[name]) for name in PARTS),
         },
         "configuration": {
             **as_lists(asdict(trainer.optimization)),
