@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import runpy
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +30,7 @@ from support.integrations import (
     spoilt,
     trained,
 )
+from support.stems import ROOT
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -147,6 +149,16 @@ def test_the_last_checkpoint_predicts_with_the_selected_weights(tmp_path):
     )
     assert torch.equal(found, expected)
     assert torch.equal(found, trained("di-mml").learner.predict(TEST[:]))
+
+
+def test_from_the_last_checkpoint_nothing_is_trained(tmp_path):
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    new_trainer("unimodal", callbacks=[keep], enable_checkpointing=True).fit(new_module("unimodal"))
+    module = new_module("unimodal")
+    new_trainer("unimodal").fit(module, ckpt_path=tmp_path / "last.ckpt")
+    assert_same_weights(module.learner, trained("unimodal").learner)
+    assert not module.learner.training
+    assert module.evaluate(TEST) == trained("unimodal").test(trained("unimodal").learner.model, TEST)
 
 
 def test_figures_are_logged(tmp_path):
@@ -330,6 +342,15 @@ def test_the_older_name_of_the_package_trains_the_same():
     options = {"enable_checkpointing": False, "reload_dataloaders_every_n_epochs": 1}
     package.Trainer(max_epochs=EPOCHS, **QUIET, **options).fit(module)
     assert_same_weights(module.learner, trained("joint").learner)
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "train_lightning.py"))["main"]
+    accuracy = main(method="joint", epochs=3, out=tmp_path, resume=False)
+    assert accuracy > 0.3
+    assert main(method="joint", epochs=3, out=tmp_path, resume=True) == accuracy
+    assert capsys.readouterr().out.count(f"accuracy {accuracy:.2f}; alone: audio ") == 2
+    assert "val/audio_accuracy" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
 def test_a_missing_package_is_named():

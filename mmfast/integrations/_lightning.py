@@ -189,8 +189,8 @@ class MethodHooks(_Base):
 
         return [type("Release", (self._lightning.Callback,), {"on_exception": on_exception})()]
 
-    def train_dataloader(self) -> EpochBatches:
-        """Return the batches of the next epoch, or of the rest of one that was stopped within."""
+    def train_dataloader(self) -> EpochBatches | list[Any]:
+        """Return the batches of the next epoch, or of the rest of one; none where all is done."""
         course = self._course
         done = self.trainer.fit_loop.epoch_progress.current.processed
         if course.is_finished or done != course.epochs_done:
@@ -198,11 +198,10 @@ class MethodHooks(_Base):
                 f"the module has been trained for {course.epochs_done} epochs, and the trainer begins after "
                 f"{done}: make a new module, and to go on give its checkpoint as ckpt_path"
             )
-        batches = course.batches()
-        if batches.done == len(batches):
+        if not course.is_over and (batches := course.batches()).done == len(batches):
             # A checkpoint of the last batch's end, after which Lightning takes the epoch for done.
             self._end_epoch()
-        return course.batches()
+        return [] if course.is_over else course.batches()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take the steps of a batch."""
@@ -247,6 +246,11 @@ class MethodHooks(_Base):
         """Keep the best weights, and let all train again."""
         self._course.finish()
         self._release()
+
+    def on_fit_end(self) -> None:
+        """Do the same where there was nothing to train, as from the last checkpoint."""
+        if not self._course.is_finished:
+            self.on_train_end()
 
     def _release(self) -> None:
         """Give what was changed outside the learner back."""

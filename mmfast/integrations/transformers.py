@@ -22,7 +22,7 @@ with needs_train("mmfast.integrations.transformers", extra="hf"):
 
     from mmfast.data.batches import evaluating
     from mmfast.data.reader import Reader
-    from mmfast.integrations._course import Course, EpochBatches, bound, flat
+    from mmfast.integrations._course import Course, bound, flat
     from mmfast.methods.base import Method
     from mmfast.models import MultimodalModel
     from mmfast.training.checks import check_data
@@ -168,9 +168,11 @@ class MethodTrainer(transformers.Trainer):
 
     # An epoch
 
-    def get_train_dataloader(self) -> EpochBatches:  # type: ignore[override]
+    def get_train_dataloader(self) -> Any:
         """Return the batches of the next epoch, or of the rest of one that was stopped within."""
-        return self._course.batches()
+        course = self._course
+        # Where all is done, transformers asks for their number alone.
+        return [{}] * course.plain_batches if course.is_over else course.batches()
 
     def _run_epoch(self, **given: Any) -> None:  # type: ignore[override]
         course, batches = self._course, self._course.batches()
