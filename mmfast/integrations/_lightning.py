@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mmfast.data.reader import Reader
-from mmfast.integrations._course import Course, EpochBatches, bound, flat
-from mmfast.integrations._options import taken
+from mmfast.integrations._course import Course
+from mmfast.integrations._epoch import EpochBatches
+from mmfast.integrations._figures import flat
+from mmfast.integrations._options import bound, taken
 from mmfast.methods.base import Method
 from mmfast.models import MultimodalModel
 from mmfast.training.evaluation import Metrics
@@ -205,8 +207,8 @@ class MethodHooks(_Base):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take the steps of a batch."""
-        course, optimizer = self._course, self.optimizers()
-        if self.trainer.train_dataloader is not course.batches():
+        course, batches, optimizer = self._course, self._course.batches(), self.optimizers()
+        if self.trainer.train_dataloader is not batches:
             raise ValueError(
                 "trainer.fit must be given the module alone, as its method decides what an epoch trains on, "
                 "got data loaders, too"
@@ -216,10 +218,10 @@ class MethodHooks(_Base):
             loss = course.loss(self.learner, batch, step)
             # Lightning runs all of a training step in its precision; gradients are made in their own.
             with torch.autocast(self.device.type, enabled=False):
-                self.manual_backward(loss * course.scale)
-                self.learner.edit_gradients(step, course.progress)
+                self.manual_backward(loss * batches.scale)
+                self.learner.edit_gradients(step, batches.progress)
                 optimizer.step()
-        course.end_batch()
+        batches.done += 1
 
     def on_train_epoch_end(self) -> None:
         """Validate, select, and enter the next stage where one is over."""

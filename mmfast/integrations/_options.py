@@ -1,4 +1,4 @@
-"""Which settings of an `Optimization` an integration takes, and which it leaves to the other loop's own."""
+"""What a run in the loop of others is made of: a method bound to a model, and settings of `Optimization`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,35 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from mmfast.errors import did_you_mean, either
+from mmfast import methods
+from mmfast.data.reader import Reader
+from mmfast.errors import describe, did_you_mean, either
+from mmfast.methods.base import Learner, Method
+from mmfast.models import MultimodalModel
+from mmfast.training.checks import check_data
+from mmfast.training.divergence import check_weights
 from mmfast.training.optimization import Optimization
+
+
+def bound(method: Method | str, model: MultimodalModel, train: Any, *, reader: Reader, seed: int) -> Learner:
+    """Return a method's learner, bound to a model as `mmfast.Trainer.fit` binds it.
+
+    Args:
+        method: a method, or its name.
+        model, train: what is trained, and on what.
+        reader: of all data.
+        seed: of the run.
+    """
+    if isinstance(method, type):
+        raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
+    if not isinstance(method, str | Method):
+        raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
+    check_data(model, "train", train, whole=True, collate_fn=reader.collate_fn)
+    made = methods.make(method) if isinstance(method, str) else method
+    learner = made.bind(model, seed=seed)
+    check_weights(learner)
+    learner.reader = reader
+    return learner
 
 
 def taken(

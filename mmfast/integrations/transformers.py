@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.errors import describe, needs_train
+from mmfast.errors import needs_train
 
 with needs_train("mmfast.integrations.transformers", extra="hf"):
     # Trainer asks for accelerate when it is made, in other words.
@@ -22,7 +22,10 @@ with needs_train("mmfast.integrations.transformers", extra="hf"):
 
     from mmfast.data.batches import evaluating
     from mmfast.data.reader import Reader
-    from mmfast.integrations._course import Course, bound, flat
+    from mmfast.integrations._arguments import check_arguments, epochs_of_first_stage
+    from mmfast.integrations._course import Course
+    from mmfast.integrations._figures import flat
+    from mmfast.integrations._options import bound
     from mmfast.methods.base import Method
     from mmfast.models import MultimodalModel
     from mmfast.training.checks import check_data
@@ -32,22 +35,6 @@ __all__ = ["MethodTrainer"]
 
 # What of a checkpoint holds the course, beside the files of transformers.
 _COURSE = "mmfast_course.pt"
-# Arguments that have one value here, and why.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "max_steps": (-1, "stages are counted in epochs"),
-    "gradient_accumulation_steps": (1, "a method takes all its steps with each batch"),
-    "label_smoothing_factor": (0.0, "the loss is the method's"),
-    "load_best_model_at_end": (False, "the best weights of each stage are put back at its end"),
-    "train_sampling_strategy": ("random", "the method decides what an epoch trains on"),
-    "dataloader_drop_last": (False, "the method decides what an epoch trains on"),
-    "data_seed": (None, "the order of samples follows from seed"),
-    "auto_find_batch_size": (False, "a run that begins anew would go on with what it has trained"),
-    "activation_checkpointing": (False, "encoders do that by themselves, before they are in the model"),
-    "torch_compile": (False, "methods look into the model: compile its encoders"),
-    "bf16_full_eval": (False, "methods read features between epochs, and go on with the same weights"),
-    "fp16_full_eval": (False, "methods read features between epochs, and go on with the same weights"),
-}
-_OPTIONS = ("callbacks", "processing_class", "optimizer_cls_and_kwargs")
 
 
 class MethodTrainer(transformers.Trainer):
@@ -111,7 +98,7 @@ class MethodTrainer(transformers.Trainer):
                 f"got {transformers.__version__}"
             )
         args = args or transformers.TrainingArguments("tmp_trainer")
-        _check(args, options)
+        check_arguments(args, options)
         reader = Reader(
             args.dataloader_num_workers,
             data_collator,
@@ -123,7 +110,7 @@ class MethodTrainer(transformers.Trainer):
             self.learner,
             train_dataset,
             eval_dataset,
-            max_epochs=_epochs_of_first_stage(self.learner, args.num_train_epochs),
+            max_epochs=epochs_of_first_stage(self.learner, args.num_train_epochs),
             batch_size=args.per_device_train_batch_size * args.world_size,
         )
         self._course.lr = args.learning_rate
@@ -199,7 +186,7 @@ class MethodTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:  # scalar
         """Take the steps of a batch, whose last move the loop makes; return the sum of their losses."""
-        course, losses = self._course, []
+        course, batches, losses = self._course, self._course.batches(), []
         for step in course.steps:
             if step > 0:
                 if self.args.max_grad_norm > 0:
@@ -207,10 +194,10 @@ class MethodTrainer(transformers.Trainer):
                 cast(Any, self.optimizer).step()
                 model.zero_grad()
             loss = course.loss(model, inputs, step)
-            self.accelerator.backward(loss * course.scale)
-            self.learner.edit_gradients(step, course.progress)
+            self.accelerator.backward(loss * batches.scale)
+            self.learner.edit_gradients(step, batches.progress)
             losses.append(loss.detach())
-        course.end_batch()
+        batches.done += 1
         return torch.stack(losses).sum()
 
     def _end_epoch(self) -> None:
@@ -338,36 +325,3 @@ class _Paced:
         before, after = ((epoch.done - back) * counted // len(epoch) for back in (1, 0))
         for _ in range(after - before):
             self.scheduler.step()
-
-
-def _check(args: transformers.TrainingArguments, options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"MethodTrainer must get options among {', '.join(_OPTIONS)}, got {name}")
-    for name, (wanted, reason) in _FIXED.items():
-        if (value := getattr(args, name, wanted)) != wanted:
-            raise ValueError(f"{name} must be {wanted!r}, as {reason}, got {describe(value)}")
-    if args.fsdp or args.deepspeed:
-        kind = "fsdp" if args.fsdp else "deepspeed"
-        raise ValueError(f"{kind} must not be set: it splits parameters, and methods look into whole ones")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"n_gpu must be 1 in each process, got {args.n_gpu}: start one process a GPU by torchrun, or "
-            "show one by CUDA_VISIBLE_DEVICES"
-        )
-    if args.world_size > 1 and not args.ddp_find_unused_parameters:
-        raise ValueError(
-            "ddp_find_unused_parameters must be True for several processes, as a method's step may leave "
-            f"parts of the learner out, got {args.ddp_find_unused_parameters}"
-        )
-
-
-def _epochs_of_first_stage(learner: Any, num_epochs: float) -> int:
-    """Return the epochs that the stages behind the first one leave for it."""
-    others = learner.stages(1)[1:]
-    epochs = num_epochs - sum(stage.epochs for stage in others)
-    if epochs < 1 or epochs != int(epochs):
-        named = " and ".join(f"{stage.epochs} of the stage {stage.name}" for stage in others)
-        least = f"a whole number above {named}, epochs of all stages" if others else "a whole number"
-        raise ValueError(f"num_train_epochs must be {least}, got {num_epochs:g}")
-    return int(epochs)
