@@ -15,6 +15,7 @@ __all__ = [
     "Valuation",
     "backend",
     "data",
+    "load",
     "methods",
     "models",
     "ops",
@@ -25,12 +26,14 @@ _HOME = {
     "MultimodalModel": "mmfast.models",
     "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
+    "load": "mmfast.experiments.loading",
     "valuate": "mmfast.valuation",
 }
 _SUBMODULES = ("backend", "data", "methods", "models", "ops")
 
 if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
+    from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
     from mmfast.training.trainer import Trainer
     from mmfast.valuation import Valuation, valuate

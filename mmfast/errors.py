@@ -1,10 +1,14 @@
-"""The wording of errors: values of any kind, names spelled wrong, packages that are not installed."""
+"""The wording of errors and reprs: values of any kind, names spelled wrong, packages that are missing."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
 
 _LONGEST = 60
 
@@ -103,13 +107,46 @@ def describe(value: object) -> str:
     return value.__name__ if isinstance(value, type) else kind
 
 
+def shown(values: Mapping[str, object]) -> str:
+    """Return settings as reprs print them: `lr=0.001, collate_fn=pad`."""
+    return ", ".join(f"{name}={_shown(value)}" for name, value in values.items())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, type) or inspect.isroutine(value):
+        # The address of a function says nothing.
+        return getattr(value, "__qualname__", describe(value))
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(_shown, (value.func, *value.args)))}, {shown(value.keywords)})"
+    if hasattr(value, "shape"):
+        return describe(value)
+    is_short = len(text := repr(value)) <= _LONGEST and "\n" not in text and " at 0x" not in text
+    return text if is_short else describe(value)
+
+
+def is_same(value: object, other: object) -> bool:
+    """Whether two settings are alike, where they can be compared: of tensors no one truth tells."""
+    return value is other or (type(value) is type(other) and not hasattr(value, "shape") and value == other)
+
+
+def changed(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not as they are by default."""
+    found = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.init and not is_same(value, default):
+            found[field.name] = value
+    return found
+
+
 @contextlib.contextmanager
 def needs_train(what: str, extra: str = "train") -> Iterator[None]:
     """Turn the failed import of another package into an ImportError that says how to install it.
 
     Args:
         what: needs the package, as the sentence begins: "mmfast.Trainer".
-        extra: of mmfast, with which the package comes.
+        extra: of pip's, which installs the package.
     """
     try:
         yield

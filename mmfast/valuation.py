@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmfast import coalitions, ops
+from mmfast import coalitions, ops, utilities
+from mmfast.columns import Column, keys_of, names_of, only, write_csv, write_parquet
 from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import model_place
-from mmfast.data.reader import Reader, evaluation_batches, reader_of
+from mmfast.data.origins import check_standardized, keys_of_samples, names_of_classes
+from mmfast.data.reader import Reader, evaluation_batches, no_labels, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.threads import fitting_threads
 from mmfast.distributed import gather_objects, gather_rows, rank_and_size, sum_over_processes
-from mmfast.errors import check_one_of, describe, needs_train
+from mmfast.errors import describe, needs_train, shown
 from mmfast.models._checks import nobody_waits_for
 from mmfast.models.predictor import Predictor
-from mmfast.ops.additive_shapley import UTILITIES
+from mmfast.objectives import Objective
+from mmfast.utilities import UTILITIES as UTILITIES
+from mmfast.utilities import Utility
 
 # Of these, those that ask which class has the largest logit.
 _COUNTING = ("cardinality", "correct")
@@ -37,79 +43,108 @@ class Valuation:
     """What each modality contributes to each sample.
 
     Attributes:
-        contributions: [N, M] Shapley values, float32, on the CPU.
-        labels: [N] int64.
+        contributions: [N, M] Shapley values, float32, on the CPU; NaN where a sample has no label.
+        labels: [N] int64, or what the model's task takes.
         modalities: names of the M modalities.
         utility: the value function: "cardinality" (then values of a sample sum to M where it is classified
             right, and below 1 marks a low-contributing modality), "correct", "probability",
-            "log_probability" or "margin".
-        coalition_accuracy: [S] accuracy with only the modalities of coalition s, bit m of s for modality m.
+            "log_probability", "margin", "negative_loss", "negative_squared_error", "multilabel_f1", or that
+            of a function.
+        coalition_accuracy: [S] accuracy with only the modalities of coalition s, bit m of s for modality m;
+            None where there are no classes.
         present: bool [N, M], which samples have which modality; None where all have all.
+        coalition_value: [S] float64, mean value of each coalition over the labelled samples: the mean
+            contributions, samples counted that lack a modality, add up to its last less its first.
+        labelled: bool [N], which samples have a label; None where all have.
+        predicted: [N] int64, the class that all modalities of a sample together predict, -1 where logits hold
+            NaN; None where it was not asked for.
+        class_names: of the C classes, None where they are not known.
+        sample_keys: [N] integers or strings by which the data set tells its samples, such as rows of a file
+            or names of files; None where it does not.
     """
 
     contributions: Tensor  # [N, M]
-    labels: Tensor  # [N]
+    labels: Tensor  # [N] or [N, C]
     modalities: tuple[str, ...]
     utility: str
-    coalition_accuracy: Tensor  # [S]
+    coalition_accuracy: Tensor | None  # [S]
     present: Tensor | None = None  # bool [N, M]
+    coalition_value: Tensor | None = None  # [S]
+    labelled: Tensor | None = None  # bool [N]
+    predicted: Tensor | None = None  # [N]
+    class_names: tuple[str, ...] | None = None
+    sample_keys: np.ndarray | None = None  # [N]
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {mean:.4g}" for name, mean in self.means.items())
+        return f"Valuation({len(self.labels):,} samples, {shown({'utility': self.utility})}, means: {means})"
 
     @property
     def means(self) -> dict[str, float]:
         """Mean contribution of each modality over the samples that have it; NaN where none has."""
-        found = mean_contributions(self.contributions, self.present)
+        found = mean_contributions(self.contributions, self._known)
         return dict(zip(self.modalities, found.tolist(), strict=True))
 
+    @property
+    def _known(self) -> Tensor | None:  # bool [N, M]
+        """Which samples have a modality and a label; None: all."""
+        if self.labelled is None:
+            return self.present
+        labelled = self.labelled[:, None].expand(self.contributions.shape)
+        return labelled if self.present is None else labelled & self.present
+
     def column(self, m: int) -> Tensor:  # [n]
-        """Return the contributions of modality m to the samples that have it."""
-        phi = self.contributions[:, m]
-        return phi if self.present is None else phi[self.present[:, m]]
+        """Return the contributions of modality m to the samples that have it, and a label."""
+        phi, known = self.contributions[:, m], self._known
+        return phi if known is None else phi[known[:, m]]
 
     def coalition_name(self, coalition: int) -> str:
         """Return a coalition as its members' names: "audio+image"; the empty one is "none"."""
         return coalitions.name(coalition, self.modalities)
 
     def columns(self) -> dict[str, list]:
-        """Return the table one row a sample: its index, label, and each modality's contribution."""
+        """Return the table one row a sample, as lists: what `to_csv` writes."""
         return {name: column.tolist() for name, column in self._rows(0, len(self.labels)).items()}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV."""
-        import csv
+        """Write the table as CSV, one row a sample.
 
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self._rows(0, 0))
-            for start in range(0, len(self.labels), _ROWS):
-                columns = self._rows(start, start + _ROWS).values()
-                writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+        Columns are `sample`, its index, `label` and each modality's contribution; after these `key`, `class`,
+        the label by name, `prediction`, by name, and `correct`, as far as they are known. Where a modality
+        has one of these names, the column's ends in "_".
+        """
+        write_csv(path, self._rows, len(self.labels), _ROWS)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the table as Parquet: integers in 64 bits, contributions in float64; row groups of 65,536."""
-        with needs_train("to_parquet"):
-            import pyarrow
-            from pyarrow.parquet import ParquetWriter
+        write_parquet(path, self._rows, len(self.labels), _ROWS)
 
-        kinds = {torch.int64: pyarrow.int64(), torch.float64: pyarrow.float64()}
-
-        def array(column: Tensor) -> Any:
-            # Of numpy's arrays pyarrow asks whether they are pandas's, and imports that for it.
-            content = pyarrow.py_buffer(column.contiguous().numpy())
-            return pyarrow.Array.from_buffers(kinds[column.dtype], len(column), [None, content])
-
-        schema = pyarrow.schema((name, kinds[column.dtype]) for name, column in self._rows(0, 0).items())
-        with ParquetWriter(path, schema) as writer:
-            for start in range(0, len(self.labels), _ROWS):
-                columns = self._rows(start, start + _ROWS).values()
-                batch = [array(column) for column in columns]
-                writer.write_batch(pyarrow.RecordBatch.from_arrays(batch, schema=schema))
-
-    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:  # [n] int64 or float64 each
+    def _rows(self, start: int, stop: int) -> dict[str, Column]:
         """Return some rows of the table."""
-        labels = self.labels[start:stop].long()
-        table = {"sample": torch.arange(start, start + len(labels), device="cpu"), "label": labels}
+        labels = self.labels[start:stop]
+        labels = labels.double() if labels.is_floating_point() else labels.long()
+        table: dict[str, Column] = {"sample": torch.arange(start, start + len(labels), device="cpu")}
+        if labels.ndim == 1:
+            table["label"] = labels
+        else:
+            table |= {f"label[{k}]": column.contiguous() for k, column in enumerate(labels.T)}
         for m, name in enumerate(self.modalities):
             table[name] = self.contributions[start:stop, m].double()
+        told = self._origins(slice(start, stop))
+        return table | {name + "_" * (name in table): column for name, column in told.items()}
+
+    def _origins(self, rows: slice) -> dict[str, Column]:
+        """Return what leads from some rows back to the data, and what was predicted for them."""
+        table: dict[str, Column] = {}
+        if self.sample_keys is not None:
+            table["key"] = keys_of(self.sample_keys[rows])
+        if self.predicted is None:
+            return table
+        classes = self.labels[rows].argmax(1) if self.labels.ndim > 1 else self.labels[rows]
+        if self.class_names is not None:
+            table["class"] = names_of(classes, self.class_names)
+        table["prediction"] = names_of(self.predicted[rows], self.class_names)
+        table["correct"] = only(self.predicted[rows] == classes, classes >= 0)
         return table
 
     def plot(self, path: str | Path) -> None:
@@ -117,14 +152,14 @@ class Valuation:
         with needs_train("plot"):
             from mmfast.plots import plot_valuation
 
-        plot_valuation(self.contributions, self.present, self.modalities, self.utility, Path(path))
+        plot_valuation(self.contributions, self._known, self.modalities, self.utility, Path(path))
 
 
 def valuate(
     model: Predictor,
     dataset: Any,
     *,
-    utility: str = "cardinality",
+    utility: str | Utility | None = None,
     batch_size: int | None = None,
     backend: str = "auto",
     num_workers: int | None = None,
@@ -141,8 +176,13 @@ def valuate(
 
     Args:
         model: a MultimodalModel, or a learner as `Trainer.learner`, whose prediction rule is then used.
-        dataset: data set of {<modality>: [...], "label": int} samples, such as ArrayDataset.
-        utility: "cardinality", "correct", "probability", "log_probability" or "margin".
+        dataset: data set of {<modality>: [...], "label": int} samples, such as ArrayDataset; labels are what
+            the learner's task takes.
+        utility: what a coalition is worth to a sample: "cardinality", "correct", "probability",
+            "log_probability" or "margin" of classes; "negative_loss", minus the learner's loss;
+            "negative_squared_error" of numbers; "multilabel_f1"; or a function of the outputs of all
+            coalitions [N, S, K], in the dtype of the model, and targets, which returns values [N, S]. None:
+            "cardinality", in regression "negative_squared_error", of several labels "multilabel_f1".
         batch_size: samples encoded at a time; None: 256, or what the learner's trainer has.
         backend: of the ops underneath.
         num_workers, collate_fn, pin_memory, prefetch: how samples are read, as `mmfast.Trainer` takes them;
@@ -156,7 +196,8 @@ def valuate(
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024.
     """
-    module = _checked(model, dataset, utility)
+    module, objective = _checked(model, dataset), objective_of(model)
+    worth = utilities.chosen(utility, objective)
     given: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,
@@ -165,41 +206,95 @@ def valuate(
         "prefetch": prefetch,
     }
     reader = replace(reader_of(module), **{key: value for key, value in given.items() if value is not None})
-    check_samples(model.modalities, model.num_classes, "dataset", dataset, collate_fn=reader.collate_fn)
+    task = utilities.task_of(utility, objective)
+    check_samples(
+        model.modalities, model.num_classes, "dataset", dataset, collate_fn=reader.collate_fn, task=task
+    )
+    check_standardized(model, dataset)
     autocast = contextlib.nullcontext if fabric is None else fabric.autocast
     with _evaluating(module, dataset, reader), autocast():
-        return _valuated(module, dataset, utility, backend, reader, share=fabric is not None)
+        found = _valuated(module, dataset, worth, objective, task, backend, reader, share=fabric is not None)
+    return replace(found, utility=utilities.name_of(utility, objective))
 
 
 def _valuated(
-    module: Any, dataset: Any, utility: str, backend: str, reader: Reader, *, share: bool
+    module: Any,
+    dataset: Any,
+    utility: str | Utility,
+    objective: Objective,
+    task: str | None,  # of the labels
+    backend: str,
+    reader: Reader,
+    *,
+    share: bool,
 ) -> Valuation:
     every = coalitions.all_of(len(module.modalities))  # [S]
     sizes = coalitions.sizes(len(module.modalities))  # |s|, [S]
-    rows = _Rows(module, share)
-    correct = torch.zeros(len(every), dtype=torch.float64, device=model_place(module)[0])
-    for features, label, present in _encoded(module, dataset, reader, share):
-        found = []
-        for part in _parts(len(label), len(every) * module.num_classes):
+    rows = _Rows(module, dataset, share)
+    answers = [torch.zeros(0, dtype=torch.int64, device=model_place(module)[0])]
+    # Of each coalition what is right and what it is worth, and how many samples have a label.
+    sums = torch.zeros(3, len(every), dtype=torch.float64, device=model_place(module)[0])
+    for features, target, present in _encoded(module, dataset, reader, share):
+        found, counted = [], objective.counted(target)
+        for part in _parts(len(target), len(every) * module.num_classes):
             logits = module.coalition_logits([h[part] for h in features], every)  # [n, S, C]
-            right = _utilities(logits, label[part], "correct", backend)  # [n, S]
+            right = torch.zeros_like(logits[..., 0])
+            if task == "multiclass":
+                answers.append(_answers(logits, None if present is None else present[:, part]))
+                right = _utilities(logits, target[part], "correct", objective, backend)  # [n, S]
             if utility == "correct":
                 values = right
             elif utility == "cardinality":
                 values = right * sizes.to(right)
             else:
-                values = _utilities(logits, label[part], utility, backend)
+                values = _utilities(logits, target[part], utility, objective, backend)
             if present is not None:
                 rest = coalitions.among_present(present[:, part])  # v(S) becomes v(S and present)
                 values, right = values.gather(1, rest), right.gather(1, rest)
-            found.append(ops.shapley_values(values, backend=backend).float())
-            correct += right.double().sum(0)
-        rows.add(found, label, present)
+            phi = ops.shapley_values(values, backend=backend).float()
+            unknown = ~counted[part, None]
+            found.append(phi.masked_fill(unknown, torch.nan))
+            both = torch.stack([right, values]).double().masked_fill(unknown, 0.0)
+            sums[:2] += both.sum(1)
+        sums[2] += counted.sum()
+        rows.add(found, target, present)
     if share:
-        correct = sum_over_processes(correct)
-    accuracy = (correct / len(dataset)).float().cpu()
+        sums = sum_over_processes(sums)
+    accuracy, value = (sums[:2] / sums[2]).cpu()
     phi, labels, present = rows.joined()
-    return Valuation(phi, labels, tuple(module.modalities), utility, accuracy, present)
+    labelled = objective.counted(labels)
+    return Valuation(
+        phi,
+        labels,
+        tuple(module.modalities),
+        "",
+        accuracy.float() if task == "multiclass" else None,
+        present,
+        value,
+        None if bool(labelled.all()) else labelled,
+        _joined(answers, share) if task == "multiclass" else None,
+        getattr(module, "class_names", None) or names_of_classes(dataset),
+        keys_of_samples(dataset),
+    )
+
+
+def _answers(
+    logits: Tensor,  # [n, S, C]
+    present: Tensor | None,  # bool [M, n]
+) -> Tensor:  # [n]
+    """Return the class that all modalities of each sample together predict, -1 where logits hold NaN."""
+    if present is None:
+        whole = logits[:, -1]
+    else:
+        rows = torch.arange(len(logits), device=logits.device)
+        whole = logits[rows, coalitions.of_present(present)]
+    return whole.argmax(1).masked_fill(whole.isnan().any(1), -1)
+
+
+def _joined(answers: Sequence[Tensor], share: bool) -> Tensor:  # [n] each -> [N]
+    """Return the rows of all batches on the CPU, of all processes where each had its share."""
+    found = torch.cat(list(answers))
+    return (gather_rows(found) if share else found).cpu()
 
 
 class _Rows:
@@ -207,21 +302,23 @@ class _Rows:
 
     Args:
         module: of M modalities.
+        dataset: whose samples they are.
         share: several processes have each its share.
     """
 
-    def __init__(self, module: Any, share: bool) -> None:
+    def __init__(self, module: Any, dataset: Any, share: bool) -> None:
         self.share = share
         self.num_modalities, device = len(module.modalities), model_place(module)[0]
         self.phi = [torch.zeros(0, self.num_modalities, dtype=torch.float32, device=device)]
-        self.labels = [torch.zeros(0, dtype=torch.int64, device=device)]
-        self.marks = [marks_of(None, self.labels[0], self.num_modalities)]
+        self.labels: list[Tensor] = []
+        self.no_labels = functools.partial(no_labels, module, dataset)
+        self.marks = [torch.ones(0, self.num_modalities, dtype=torch.bool, device=device)]
         self.is_told = False
 
     def add(
         self,
         phi: Sequence[Tensor],  # [n, M] each, of the batch's parts
-        labels: Tensor,  # [N]
+        labels: Tensor,  # [N] or [N, C]
         present: Tensor | None,  # bool [M, N]
     ) -> None:
         """Take in a batch."""
@@ -230,9 +327,9 @@ class _Rows:
         self.marks.append(marks_of(present, labels, self.num_modalities))
         self.is_told |= present is not None
 
-    def joined(self) -> tuple[Tensor, Tensor, Tensor | None]:  # [N, M], [N], bool [N, M]
+    def joined(self) -> tuple[Tensor, Tensor, Tensor | None]:  # [N, M], [N, ...], bool [N, M]
         """Return the rows of all' batches, on the CPU; presence is None where nobody tells of it."""
-        found = [torch.cat(parts) for parts in (self.phi, self.labels, self.marks)]
+        found = [torch.cat(parts) for parts in (self.phi, self.labels or [self.no_labels()], self.marks)]
         is_told = self.is_told
         if self.share:
             found, is_told = [gather_rows(rows) for rows in found], any(gather_objects(is_told))
@@ -242,7 +339,7 @@ class _Rows:
 
 def _encoded(
     module: Any, dataset: Any, reader: Reader, share: bool
-) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:  # M x [n, D], [n], bool [M, n]
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:  # M x [n, D], [n, ...], bool [M, n]
     """Yield features, labels and presence batch by batch; of several processes, each its share."""
     rank, world_size = rank_and_size() if share else (0, 1)
     for batch in evaluation_batches(module, dataset, reader=reader, rank=rank, world_size=world_size):
@@ -259,7 +356,7 @@ def contributions(
     model: Predictor,
     dataset: Any,
     *,
-    utility: str = "cardinality",
+    utility: str | None = None,
     batch_size: int | None = None,
     backend: str = "auto",
     none_is_worthless: bool = False,
@@ -267,30 +364,34 @@ def contributions(
 ) -> tuple[Tensor, Tensor | None]:  # [N, M], bool [N, M]
     """Return the contributions of `valuate` and which samples have which modality (None: all have all).
 
-    Additive heads never form the coalitions' logits. `none_is_worthless` counts the empty coalition, which
+    A sample without label counts as one that has no modality. Additive heads never form the coalitions'
+    logits. `none_is_worthless` counts the empty coalition, which
     under "correct" is worth 1 where the bias alone is right, as 0. With `share` all processes of a run take
     part, and each gets the whole.
     """
-    module = _checked(model, dataset, utility)
+    module, objective = _checked(model, dataset), objective_of(model)
     reader = reader_of(module) if batch_size is None else replace(reader_of(module), batch_size=batch_size)
 
     def valued(sound: list[Tensor] | None) -> _Rows:
-        rows = _Rows(module, share)
+        rows = _Rows(module, dataset, share)
         for features, labels, present in _encoded(module, dataset, reader, share):
             phi = batch_contributions(
                 model, features, labels, present, utility=utility, backend=backend, sound=sound
             )
             if none_is_worthless:
-                right = model.fuse(features, coalition=0).argmax(1) == labels
+                right = model.fuse(features, coalition=0).argmax(1) == objective.classes(labels)
                 players = torch.ones_like(phi) if present is None else present.T.to(phi)
                 # v(none) stands in each player's value with the weight -1 / number of players.
                 phi = phi + right[:, None] * players / players.sum(1, keepdim=True).clamp(min=1)
+            if objective.may_ignore and objective.task == "multiclass":
+                counted = objective.counted(labels)
+                present = counted.expand(len(features), -1) if present is None else present & counted
             rows.add([phi.float()], labels, present)
         return rows
 
     with _evaluating(module, dataset, reader):
         phi, _, present = without_waiting(valued).joined()
-    return phi, present
+    return phi, None if present is None or bool(present.all()) else present
 
 
 Passed = TypeVar("Passed")
@@ -317,16 +418,16 @@ def mean_contributions(
     if present is None:
         return phi.mean(0)
     # A modality that a sample lacks contributes 0 to it, which says nothing of how good it is.
-    return (phi * present).sum(0) / present.sum(0)
+    return phi.masked_fill(~present, 0).sum(0) / present.sum(0)
 
 
 def batch_contributions(
     model: Predictor,
     features: Sequence[Tensor],  # M x [N, D]
-    labels: Tensor,  # [N]
+    labels: Tensor,  # [N] or [N, C]
     present: Tensor | None = None,  # bool [M, N]
     *,
-    utility: str = "cardinality",
+    utility: str | Utility | None = None,
     backend: str = "auto",
     sound: list[Tensor] | None = None,
 ) -> Tensor:  # [N, M]
@@ -336,32 +437,42 @@ def batch_contributions(
     host waits for a GPU; with `sound`, a list, it does not, and whether this and the calls before gave right
     values is the flag in it.
     """
-    if model.additive and present is None:
+    objective = objective_of(model)
+    worth = utilities.chosen(utility, objective)
+    if model.additive and present is None and isinstance(worth, str):
+        classes = objective.classes(labels)
+        # What a sample without label is worth is nobody's concern.
+        classes = classes.clamp(min=0) if objective.may_ignore else classes
         partial, bias = model.partial_logits(features), model.bias
         finite = partial.isfinite().all() & bias.isfinite().all()
         if sound is not None and not nobody_waits_for(finite):
             sound[:] = [finite & sound[0] if sound else finite]
-            return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
+            return ops.additive_shapley(partial, classes, bias, utility=worth, backend=backend)
         if bool(finite):
-            return ops.additive_shapley(partial, labels, bias, utility=utility, backend=backend)
+            return ops.additive_shapley(partial, classes, bias, utility=worth, backend=backend)
     every = coalitions.all_of(len(features))
     values = []
     for part in _parts(len(labels), len(every) * model.num_classes):
         logits = model.coalition_logits([h[part] for h in features], every)
-        utilities = _utilities(logits, labels[part], utility, backend)
+        found = _utilities(logits, labels[part], worth, objective, backend)
         if present is not None:
-            utilities = utilities.gather(1, coalitions.among_present(present[:, part]))
-        values.append(ops.shapley_values(utilities, backend=backend))
+            found = found.gather(1, coalitions.among_present(present[:, part]))
+        values.append(ops.shapley_values(found, backend=backend))
     return torch.cat(values) if values else labels.new_zeros(0, len(features), dtype=torch.float32)
 
 
 def _utilities(
     logits: Tensor,  # [N, S, C]
-    labels: Tensor,  # [N]
-    utility: str,
+    target: Tensor,  # [N] or [N, C]
+    utility: str | Utility,
+    objective: Objective,
     backend: str,
 ) -> Tensor:  # [N, S]
     """Return what coalitions are worth; one whose logits hold NaN, a class for argmax, is never right."""
+    if not isinstance(utility, str):
+        return utility(logits, target)
+    labels = objective.classes(target)
+    labels = labels.clamp(min=0) if objective.may_ignore else labels
     values = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)
     return values.masked_fill(logits.isnan().any(-1), 0) if utility in _COUNTING else values
 
@@ -376,14 +487,18 @@ def _parts(
         yield slice(start, start + rows)
 
 
-def _checked(model: Predictor, dataset: Any, utility: str) -> nn.Module:
+def objective_of(model: Any) -> Objective:
+    """Return the objective of a learner; a model has that of classes."""
+    return getattr(model, "objective", None) or Objective()
+
+
+def _checked(model: Predictor, dataset: Any) -> nn.Module:
     """Return the model, which is a module; raise for what cannot be valuated."""
     if not getattr(model, "head_is_trained", True):
         raise ValueError(
             "model must have a trained fusion head, got one whose method predicts without it: "
             "give the learner, such as trainer.learner"
         )
-    check_one_of("utility", utility, UTILITIES)
     if not hasattr(model, "coalition_logits"):
         hint = ": trainer.learner is one after fit or restore" if model is None else ""
         raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}{hint}")

@@ -219,7 +219,10 @@ def test_valuation_prints_and_writes_contributions(trained, tmp_path):
     rows = rows_of(tmp_path / "valuation.csv")
     facts = json.loads((tmp_path / "coalitions.json").read_text())
     assert len(rows) == facts["samples"] == 24
-    assert list(rows[0]) == ["sample", "label", "a", "b", "c"]
+    assert list(rows[0]) == ["sample", "label", "a", "b", "c", "key", "class", "prediction", "correct"]
+    # The keys are rows of the file, whose labels are i modulo 4.
+    assert all(int(row["key"]) % 4 == int(row["label"]) == int(row["class"]) for row in rows)
+    assert all(row["correct"] == str(row["class"] == row["prediction"]) for row in rows)
     for name in "abc":
         mean = sum(float(row[name]) for row in rows) / len(rows)
         assert mean == pytest.approx(facts["mean_contribution"][name], abs=1e-5)

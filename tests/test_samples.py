@@ -92,9 +92,19 @@ CASES = {
         "label of sample 0 of {name} must be one integer, got ",
     ),
     "one-hot": (
-        labelled(lambda label: torch.eye(3)[label]),
+        labelled(lambda label: torch.eye(3).long()[label]),
         TypeError,
-        "label of sample 0 of {name} must be one integer, got Tensor [3] of float32",
+        "label of sample 0 of {name} must be one integer, got Tensor [3] of int64",
+    ),
+    "no probabilities": (
+        labelled(lambda label: torch.ones(3)),
+        ValueError,
+        "label of sample 0 of {name} must be probabilities that add up to 1, got [1.0, 1.0, 1.0]",
+    ),
+    "probabilities of others": (
+        labelled(lambda label: torch.ones(4) / 4),
+        ValueError,
+        "label of sample 0 of {name} must be an integer, or probabilities [C] = [3] each, got shape [4]",
     ),
     "one in brackets": (
         labelled(lambda label: np.array([label])),

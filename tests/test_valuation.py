@@ -136,7 +136,7 @@ def test_files(tmp_path):
     found.to_csv(tmp_path / "v.csv")
     rows = list(csv.DictReader((tmp_path / "v.csv").open()))
     assert len(rows) == len(data)
-    assert list(rows[0]) == ["sample", "label", "m0", "m1"]
+    assert list(rows[0]) == ["sample", "label", "m0", "m1", "prediction", "correct"]
     assert float(rows[3]["m1"]) == pytest.approx(float(found.contributions[3, 1]))
     found.to_parquet(tmp_path / "v.parquet")
     import pyarrow.parquet

@@ -13,24 +13,42 @@ from torch.utils.data import Dataset
 
 from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, present_key
 from mmfast.data.features import Features, as_array, as_tensor, check_shape, features_of, gather, whole
-from mmfast.errors import describe, unknown_modalities
+from mmfast.errors import check_one_of, describe, unknown_modalities
+from mmfast.objectives import IGNORED, TASKS, check_targets
 
 LABEL = "label"
 ENCODE = "np.unique(labels, return_inverse=True)[1] makes integers of names"
 
 
+def as_label(
+    value: Tensor,  # any shape
+) -> Tensor:  # same shape
+    """Return labels as losses take them: real numbers in float32, others in int64."""
+    return value.float() if value.is_floating_point() else value.long()
+
+
 class ArrayDataset(Dataset[dict[str, Tensor]]):
-    """Labelled samples of M modalities in memory, read one by one or gathered as a batch.
+    """Samples of M modalities in memory, read one by one or gathered as a batch.
 
     Args:
         arrays: One array per modality name: `[N, D]` vectors, `[N, T, F]` sequences, `[N, C, H, W]` images or
             `[N, T, C, H, W]` video; any real dtype, kept as float32. A shape that looks like channels last is
             taken as it is, with a `UserWarning`.
-        labels: `[N]` integers from 0 to C - 1.
+        labels: `[N]` integers from 0 to C - 1, or -100 for a sample without label; or what `task` takes. None
+            for data to be predicted, whose samples have no label.
         present: bool `[N]` for any of the modalities: False marks samples without that modality. Their
             features are set to zero and may hold NaN.
         group: `[N]` integers or strings; samples of one group belong together when the data are split.
-        num_classes: C, where it is known; the largest label + 1 otherwise.
+        num_classes: C, where it is known; the largest label + 1 otherwise, 0 without labels.
+        task: "multiclass": labels as above, or probabilities `[N, C]`; "multilabel": 0 and 1 for each of C
+            labels, `[N, C]`; "regression": numbers `[N]`, or K of them, `[N, K]`, and K stands for C.
+        sample_keys: `[N]` integers or strings, such as the rows of a file or the names of files, by which
+            tables tell the samples. A subset of samples without any has their numbers here.
+        class_names: of the C classes, where they are known.
+
+    Attributes:
+        scaling: what the features were standardised by, as `Splits.standardize` does it; None where they are
+            as they were given.
 
     Raises:
         ValueError: lengths, ranks, label range or non-finite features, with the modality named.
@@ -40,20 +58,36 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         arrays: Mapping[str, Any],  # [N, ...] each
-        labels: Any,  # [N]
+        labels: Any | None = None,  # [N]
         *,
         present: Mapping[str, Any] | None = None,  # [N] each
         group: Any | None = None,  # [N]
         num_classes: int | None = None,
+        task: str = "multiclass",
+        sample_keys: Any | None = None,  # [N]
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        found = check(arrays, labels, present=present, group=group, num_classes=num_classes)
-        self.labels = found.labels  # [N]
+        found = check(
+            arrays,
+            labels,
+            present=present,
+            group=group,
+            num_classes=num_classes,
+            task=task,
+            sample_keys=sample_keys,
+            class_names=class_names,
+        )
+        self.labels: Any = found.labels  # [N] or [N, C], or None
+        self.task = task
         self.num_classes = found.num_classes
         self.present = found.present  # [N] each
         self.arrays = {
             name: whole(name, features, self.present.get(name)) for name, features in found.features.items()
         }  # [N, ...] each
         self.group = found.group  # [N]
+        self.sample_keys = found.sample_keys  # [N], or None
+        self.class_names = found.class_names
+        self.scaling: dict[str, tuple[list[float], list[float]]] | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -66,16 +100,18 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return {name: tuple(array.shape[1:]) for name, array in self.arrays.items()}
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.arrays.values())))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
-        return f"ArrayDataset({len(self)} samples, {shapes}, {self.num_classes} classes)"
+        outputs = {"multiclass": "classes", "multilabel": "labels", "regression": "numbers"}[self.task]
+        told = "no labels" if self.labels is None else f"{self.num_classes} {outputs}"
+        return f"ArrayDataset({len(self)} samples, {shapes}, {told})"
 
     @property
     def device(self) -> torch.device:
         """Where the samples lie."""
-        return self.labels.device
+        return next(iter(self.arrays.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +128,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return self._with(
             arrays={name: array.to(device) for name, array in self.arrays.items()},
             present={name: mask.to(device) for name, mask in self.present.items()},
-            labels=self.labels.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
         )
 
     def gather(
@@ -113,7 +149,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         batch = {name: self.arrays[name].index_select(0, index) for name in names}
         if labels:
             batch |= {present_key(name): mask.index_select(0, index) for name, mask in self.present.items()}
-            batch[LABEL] = self.labels.index_select(0, index)
+            if self.labels is not None:
+                batch[LABEL] = self.labels.index_select(0, index)
         return batch
 
     def get(self, index: Any, modalities: Sequence[str]) -> dict[str, Tensor]:
@@ -131,7 +168,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         for name, mask in self.present.items():
             if name in modalities:
                 sample[present_key(name)] = _take(mask, key)
-        sample[LABEL] = _take(self.labels, key)
+        if self.labels is not None:
+            sample[LABEL] = _take(self.labels, key)
         return sample
 
     def subset(self, indices: Any) -> ArrayDataset:
@@ -146,8 +184,9 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return self._with(
             arrays={name: _take(array, key) for name, array in self.arrays.items()},
             present={name: _take(mask, key) for name, mask in self.present.items()},
-            labels=_take(self.labels, key),
+            labels=None if self.labels is None else _take(self.labels, key),
             group=None if self.group is None else self.group[key.numpy()],
+            sample_keys=key.numpy() if self.sample_keys is None else self.sample_keys[key.numpy()],
         )
 
     def _with(self, **changes: Any) -> ArrayDataset:
@@ -192,17 +231,23 @@ class Checked:
 
     Attributes:
         features: [N, ...] of each modality.
-        labels: int64 [N].
+        labels: int64 [N], or what the task takes, or None.
         present: bool [N] of some modalities.
         group: [N], or None.
         num_classes: C.
+        task: what labels are.
+        sample_keys: [N], or None.
+        class_names: of the C classes, or None.
     """
 
     features: Mapping[str, Features]
-    labels: Tensor  # [N]
+    labels: Any  # [N] or [N, C]
     present: Mapping[str, Tensor]  # [N] each
     group: np.ndarray | None  # [N]
     num_classes: int
+    task: str = "multiclass"
+    sample_keys: np.ndarray | None = None  # [N]
+    class_names: tuple[str, ...] | None = None
 
     def parts(self, rows: Sequence[np.ndarray]) -> list[ArrayDataset]:  # [n] each, ascending
         """Return the samples at each of some lists of rows, in memory of their own; features are read once.
@@ -218,11 +263,15 @@ class Checked:
         for index, own in enumerate(rows):
             key = torch.from_numpy(own)
             part = ArrayDataset._of(
-                labels=self.labels[key],
+                labels=None if self.labels is None else self.labels[key],
                 num_classes=self.num_classes,
+                task=self.task,
                 present={name: mask[key] for name, mask in self.present.items()},
                 arrays={name: gathered[index] for name, gathered in arrays.items()},
                 group=None if self.group is None else self.group[own],
+                sample_keys=None if self.sample_keys is None else self.sample_keys[own],
+                class_names=self.class_names,
+                scaling=None,
             )
             parts.append(part)
         return parts
@@ -230,22 +279,26 @@ class Checked:
 
 def check(
     arrays: Mapping[str, Any],  # [N, ...] each
-    labels: Any,  # [N]
+    labels: Any | None,  # [N]
     *,
     present: Mapping[str, Any] | None,  # [N] each
     group: Any | None,  # [N]
     num_classes: int | None,
+    task: str = "multiclass",
+    sample_keys: Any | None = None,  # [N]
+    class_names: Sequence[str] | None = None,
 ) -> Checked:
     """Return what `ArrayDataset` is given, or raise as it does; what features hold is seen later.
 
     To be called by what users call: warnings go to the caller of that.
     """
-    found = _check_labels(labels, num_classes)
-    size = len(found)
-    if num_classes is None:
-        num_classes = int(found.max()) + 1 if size else 0
+    num_classes = _check_class_names(class_names, num_classes)
+    found = None
+    if labels is not None:
+        found, num_classes = _check_labels(labels, num_classes, task)
     if not arrays:
         raise ValueError("arrays must hold at least one modality, got none")
+    size = _num_samples(*next(iter(arrays.items()))) if found is None else len(found)
     for name in arrays:
         _check_name(name)
     masks = _check_present(present or {}, tuple(arrays), size)
@@ -253,10 +306,49 @@ def check(
     for name, array in arrays.items():
         features[name] = features_of(name, array)
         check_shape(name, features[name], size)
-    return Checked(features, found, masks, None if group is None else _check_group(group, size), num_classes)
+    return Checked(
+        features,
+        found,
+        masks,
+        None if group is None else _check_ids("group", group, size),
+        num_classes or 0,
+        task,
+        None if sample_keys is None else _check_ids("sample_keys", sample_keys, size),
+        None if class_names is None else tuple(class_names),
+    )
 
 
-def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
+def _num_samples(name: str, array: Any) -> int:
+    shape = features_of(name, array).shape
+    if not shape:
+        raise ValueError(f"{name} must have shape [N, ...], got a scalar")
+    return shape[0]
+
+
+def _check_class_names(class_names: Sequence[str] | None, num_classes: int | None) -> int | None:
+    """Return C, where it is told by either."""
+    if class_names is None:
+        return num_classes
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError(f"class_names must be strings, one a class, got {describe(class_names)}")
+    if num_classes not in (None, len(class_names)):
+        raise ValueError(f"class_names must name C = {num_classes} classes, got {len(class_names)}")
+    return len(class_names)
+
+
+def _check_labels(labels: Any, num_classes: int | None, task: str) -> tuple[Tensor, int]:  # [N] or [N, C]
+    """Return labels as losses take them, and C."""
+    check_one_of("task", task, TASKS, suggest=True)
+    if task != "multiclass" or _is_soft(labels):
+        array = as_array("labels", labels, "biuf", "numbers")
+        is_real = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+        found = as_tensor(array, torch.float32 if is_real else torch.int64)
+        if found.ndim not in ((1, 2) if task == "regression" else (2,)):
+            form = "[N] or [N, K]" if task == "regression" else "[N, C]"
+            raise ValueError(f"labels must have shape {form}, got {list(found.shape)}")
+        found_classes = found.shape[1] if found.ndim == 2 else 1
+        check_targets(task, num_classes or found_classes, "labels", found, lambda row: f"label {row}")
+        return found, found_classes
     try:
         tensor = as_tensor(as_array("labels", labels, "iu", "integers"), torch.int64)
     except TypeError as error:
@@ -268,9 +360,23 @@ def _check_labels(labels: Any, num_classes: int | None) -> Tensor:  # [N]
         raise ValueError(f"labels must have shape {expected}, got {list(tensor.shape)}")
     upper = "C - 1" if num_classes is None else str(num_classes - 1)
     outside = tensor < 0 if num_classes is None else (tensor < 0) | (tensor >= num_classes)
+    outside &= tensor != IGNORED
     if outside.any():
         raise ValueError(f"labels must lie in 0 .. {upper}, got {tensor[outside][0].item()}")
-    return tensor
+    if num_classes is None:
+        num_classes = max(0, int(tensor.max()) + 1) if len(tensor) else 0
+    return tensor, num_classes
+
+
+def _is_soft(labels: Any) -> bool:
+    """Whether labels are rows of real numbers, one probability a class."""
+    if isinstance(labels, Tensor):
+        return labels.ndim == 2 and labels.is_floating_point()
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        return False
+    return array.ndim == 2 and array.dtype.kind == "f"
 
 
 def _check_name(name: str) -> None:
@@ -300,10 +406,10 @@ def _check_present(
     return masks
 
 
-def _check_group(group: Any, size: int) -> np.ndarray:  # [N]
-    array = np.asarray(group)
+def _check_ids(name: str, values: Any, size: int) -> np.ndarray:  # [N]
+    array = np.asarray(values)
     if array.dtype.kind not in "iuSU":
-        raise TypeError(f"group must hold integers or strings, got dtype {array.dtype}")
+        raise TypeError(f"{name} must hold integers or strings, got dtype {array.dtype}")
     if array.shape != (size,):
-        raise ValueError(f"group must have shape [N] = [{size}], got {list(array.shape)}")
+        raise ValueError(f"{name} must have shape [N] = [{size}], got {list(array.shape)}")
     return array

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from mmfast.coalitions import SHOWN, present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
-from mmfast.nests import tensors
 
 # Rows of a batch that each encoder gets at least, as batch norm needs.
 _MIN_ROWS = 2
@@ -41,6 +40,10 @@ class Entries(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        shown = "" if self.shown is None else ", modalities hidden"
+        return f"Entries({len(self):,} of {len(self.base):,} samples{shown})"
 
     def __getitem__(self, entry: Any) -> dict[str, Tensor]:
         key = self.indices[entry]
@@ -82,15 +85,15 @@ def presence(
     marked = [present_key(name) for name in modalities]
     if not any(key in batch for key in marked):
         return present
-    example = batch[LABEL] if LABEL in batch else next(tensors(batch[modalities[0]]))
-    everyone = torch.ones(len(example), dtype=torch.bool, device=example.device)
+    # One that is there tells N, which labels may not: data to be predicted have none.
+    everyone = torch.ones_like(next(batch[key] for key in marked if key in batch))
     given = torch.stack([batch.get(key, everyone) for key in marked])
     return given if present is None else given & present
 
 
 def marks_of(
     present: Tensor | None,  # bool [M, N]
-    labels: Tensor,  # [N]
+    labels: Tensor,  # [N, ...]
     num_modalities: int,
 ) -> Tensor:  # bool [N, M]
     """Return what `presence` gives of a batch as rows, also where it is None: another batch may tell."""
@@ -100,12 +103,12 @@ def marks_of(
 
 
 def all_marks(
-    batch: Mapping[str, Any],  # label: [N]
+    batch: Mapping[str, Any],  # label: [N, ...]
     modalities: Sequence[str],
 ) -> dict[str, Tensor]:  # <m>__present: bool [N] each
     """Return the marks of a batch, of each modality: what it tells nothing of, all its samples have."""
     given = {present_key(name): batch.get(present_key(name)) for name in modalities}
-    everyone = torch.ones_like(batch[LABEL], dtype=torch.bool)
+    everyone = torch.ones(len(batch[LABEL]), dtype=torch.bool, device=batch[LABEL].device)
     return {key: everyone if mask is None else mask for key, mask in given.items()}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from mmfast.coalitions import PRESENT_SUFFIX, present_key, rows_key
-from mmfast.data.arrays import LABEL
+from mmfast.data.arrays import LABEL, as_label
 from mmfast.errors import describe
 
 # Kinds of numpy's dtypes that torch has, too: bool, integers, floats.
@@ -28,7 +28,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Equivalent to, where all samples have the same keys and hold tensors:
 
         batch = torch.utils.data.default_collate(samples)
-        batch["label"] = batch["label"].long()
+        batch["label"] = batch["label"].long()  # real numbers: .float()
 
     Args:
         samples: N dicts; some may lack modalities that others have.
@@ -36,7 +36,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         By key: tensors, arrays, numbers and lists of numbers stacked to [N, ...]; dicts, tuples and lists of
         such as the same nest with stacked leaves, None where a leaf is None in all samples; strings and
-        other values as a list of N. `label` is int64 [N], `<modality>__present` bool [N].
+        other values as a list of N. `label` is int64 [N], float32
+        or of more dimensions as the samples' labels are, `<modality>__present` bool [N].
         A key that some samples lack holds the values of n others, and `<key>.rows` says of which, int64 [n].
         So does a modality that `<modality>__present` marks as absent where a sample holds no array in its
         place, but None or a nest: the encoder sees no zeros there, of which a mean over a mask would make
@@ -230,8 +231,7 @@ def _rows(rows: list[int]) -> Tensor:  # [n] int64
 
 def _joined_key(key: str, values: list[Any], join: Callable[[str, list[Any]], Any]) -> Any:
     if key == LABEL:
-        # torch's losses take no int32, which is what some platforms and files have.
-        return stacked((key,), values).long()
+        return as_label(stacked((key,), values))
     if _is_flag(key):
         return stacked((key,), values).bool()
     return join(key, values)

@@ -108,6 +108,7 @@ def load_folder(
             seed=seed,
             standardize=standardize,
             name=path.resolve().name,
+            sample_keys=[sample.key for sample in remaining],
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

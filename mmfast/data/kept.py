@@ -18,8 +18,9 @@ from mmfast.coalitions import features_key, present_key
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import evaluating, marks_of, presence
 from mmfast.data.devices import fits_on, model_place
-from mmfast.data.reader import evaluation_batches, reader_of
+from mmfast.data.reader import evaluation_batches, no_labels, reader_of
 from mmfast.distributed import gather_rows, rank_and_size
+from mmfast.errors import shown
 
 # Bytes of a data set's features that are kept in memory; more go to a file in the folder for temporary files
 # (the variable TMPDIR), which goes with its last reader; on Windows, which removes no open file, it stays.
@@ -33,7 +34,7 @@ class KeptFeatures(Dataset):
 
     Args:
         features: by modality, [N, D_m] each.
-        labels: [N] int64.
+        labels: [N] int64, or what the task takes.
         present: bool [N, M], which modalities each sample has; None: all.
     """
 
@@ -42,7 +43,7 @@ class KeptFeatures(Dataset):
     def __init__(
         self,
         features: dict[str, Tensor],  # [N, D_m] each
-        labels: Tensor,  # [N]
+        labels: Tensor,  # [N] or [N, C]
         present: Tensor | None,  # bool [N, M]
     ) -> None:
         self.labels = labels
@@ -67,6 +68,9 @@ class KeptFeatures(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"KeptFeatures({len(self):,} samples, {shown(self.tensors)})"
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         return {key: value[index] for key, value in self.tensors.items()}
@@ -126,7 +130,7 @@ def encode_once(learner: Any, dataset: Any, *, whole: bool) -> KeptFeatures:
 
 def _encoded(
     learner: Any, dataset: Any
-) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:  # [n], M x [n, D_m], bool [n, M]
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:  # [n, ...], M x [n, D_m], bool [n, M]
     """Yield labels, features and marks batch by batch; of several processes all yield as many."""
     rank, world_size = rank_and_size()
     size = reader_of(learner).evaluation_size(dataset)
@@ -135,16 +139,18 @@ def _encoded(
     # What a process gives whose share has come to its end, while that of another has not.
     device, dtype = model_place(learner)
     nothing = [torch.zeros(0, dim, dtype=dtype, device=device) for dim in learner.model.dims]
+    labels = None
     for _ in range(steps):
         batch = next(batches, None)
         if batch is None:
             marks = torch.ones(0, len(nothing), dtype=torch.bool, device=device)
-            yield torch.zeros(0, dtype=torch.int64, device=device), nothing, marks
+            labels = no_labels(learner, dataset) if labels is None else labels[:0]
+            yield labels, nothing, marks
             continue
         with evaluating(learner):
             present, features = presence(batch, learner.modalities), learner.encode(batch)
-        nothing = [h[:0] for h in features]
-        yield batch[LABEL], features, marks_of(present, batch[LABEL], len(features))
+        nothing, labels = [h[:0] for h in features], batch[LABEL]
+        yield labels, features, marks_of(present, labels, len(features))
 
 
 def _make_room(rows: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:

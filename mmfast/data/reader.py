@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast.coalitions import SHOWN
+from mmfast.data.arrays import LABEL
 from mmfast.data.batches import Entries
 from mmfast.data.devices import copied_ahead, model_place, pinned, to_device
 from mmfast.data.marks import Marks
 from mmfast.data.sources import Batch, Key, Pool, Source, gathered, in_memory, make_keys
-from mmfast.errors import describe
+from mmfast.errors import changed, describe, shown
 
 # A pass in evaluation mode makes so many batches, where it can, for as many workers to read.
 _SPREAD, _LEAST = 16, 16
@@ -24,7 +25,7 @@ _SPREAD, _LEAST = 16, 16
 _MAX_POOLS = 3
 
 
-@dataclass
+@dataclass(repr=False)
 class Reader:
     """Reads data sets in batches, for every pass over them that training, evaluation and valuation make.
 
@@ -63,6 +64,9 @@ class Reader:
             )
         if not isinstance(self.pin_memory, bool) and self.pin_memory != "auto":
             raise ValueError(f'pin_memory must be True, False or "auto", got {describe(self.pin_memory)}')
+
+    def __repr__(self) -> str:
+        return f"Reader({shown(changed(self))})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a learner, and processes it is sent to, start workers of their own.
@@ -216,6 +220,15 @@ def evaluation_batches(
     size = reader.evaluation_size(dataset, batch_size)
     batches = mine.split(size) if len(mine) else ()
     yield from reader.read(dataset, batches, module.modalities, device, dtype=dtype, plain=True)
+
+
+def no_labels(module: Any, dataset: Any) -> Tensor:  # [0] or [0, C]
+    """Return the labels of no sample, like those of a data set's batches."""
+    first = Entries(dataset, torch.zeros(min(1, len(dataset)), dtype=torch.int64, device="cpu"))
+    here = replace(reader_of(module), num_workers=0)
+    for batch in evaluation_batches(module, first, reader=here):
+        return batch[LABEL][:0]
+    return torch.zeros(0, dtype=torch.int64, device=model_place(module)[0])
 
 
 def reader_of(module: Any) -> Reader:

@@ -25,6 +25,11 @@ class Sample(NamedTuple):
     stem: str
     files: dict[str, list[Path]]  # by modality; several only for video
 
+    @property
+    def key(self) -> str:
+        """What its files have in common: `train/cat/clip_7` of `clip_7.wav` and `clip_7.pose.npy`."""
+        return "/".join(part for part in (self.part, self.label, self.stem) if part)
+
 
 def find_samples(path: Path) -> list[Sample]:
     """Return the samples of a folder, in order of part, class and stem."""

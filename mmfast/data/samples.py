@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmfast.coalitions import present_key
-from mmfast.data.arrays import ENCODE, LABEL, ArrayDataset
+from mmfast.data.arrays import LABEL, ArrayDataset
 from mmfast.data.collate import arrays_of, as_array, is_array, name_of
+from mmfast.data.labels import check_label, check_labels
 from mmfast.data.splits import Splits
 from mmfast.errors import describe
 
@@ -28,25 +29,29 @@ def check_samples(
     *,
     whole: bool = False,
     collate_fn: Callable | None = None,
-) -> None:
-    """Raise unless `dataset` holds labelled samples of the modalities.
+    task: str | None = "multiclass",
+    need_labels: bool = True,
+) -> Tensor | None:  # [N] or [N, C]
+    """Return all labels if the data set tells them; raise unless it holds labelled samples of the modalities.
 
     A modality of a sample is an array of numbers, or a nest of such: dicts, tuples and lists, with None where
     there is nothing. What else a sample holds is its own matter.
 
     Args:
         modalities: that every sample must have.
-        num_classes: C.
+        num_classes: C, or K numbers.
         name: what errors call the data set.
         dataset: map-style data set. All its labels are checked where it has them as an attribute `labels`,
             those of its first samples otherwise.
         whole: every class and every modality must occur, as in a training set.
         collate_fn: what makes batches of samples. With one they may differ in shape, a modality may hold what
             is no array for it to turn into one, and nothing is asked of what samples lack.
+        task: what labels must be; None: anything.
+        need_labels: False lets samples have none; what they have is checked.
 
     Raises:
-        TypeError: no data set of dicts, or one that is read in its own order alone, labels that are no
-            integers, features that are no numbers.
+        TypeError: no data set of dicts, or one that is read in its own order alone, labels of another kind
+            than the task's, features that are no numbers.
         ValueError: no samples, a missing modality, labels out of range or of another length, samples that
             differ in shape, NaN or infinite numbers, an absent class.
     """
@@ -57,30 +62,21 @@ def check_samples(
     first: dict[str, tuple[int, dict[str, list[int]]]] = {}
     for index in range(1 if isinstance(dataset, ArrayDataset) else min(_FEW, size)):
         sample = dataset[index]
-        _check_keys(modalities, name, sample)
+        _check_keys((*modalities, LABEL) if need_labels else modalities, name, sample)
         for key in modalities:
             found = _check_modality(key, name, index, sample, is_free=collate_fn is not None)
             if collate_fn is None and found:
                 _check_alike(key, name, first.setdefault(key, (index, found)), (index, found))
-        _check_label(num_classes, name, index, sample[LABEL])
+        if task is not None and LABEL in sample:
+            check_label(task, num_classes, name, index, sample[LABEL])
     masks = getattr(dataset, "present", None)
     for key, mask in masks.items() if isinstance(masks, Mapping) else ():
         if whole and key in modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
             raise ValueError(f"{name} must hold samples with {key}, got none of {size}")
     labels = getattr(dataset, "labels", None)
-    if labels is None:
-        return
-    labels = _all_labels(name, labels, size)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels of {name} must lie in [0, C) = [0, {num_classes}), got values from {low} to {high}"
-        )
-    if whole:
-        absent = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
-        if absent:
-            shown = absent if len(absent) <= 10 else f"{len(absent)} classes, {absent[0]} among them"
-            raise ValueError(f"{name} must hold every class of C = {num_classes}, got no sample of {shown}")
+    if labels is None or task is None:
+        return None
+    return check_labels(task, num_classes, name, labels, size, whole=whole, needed=need_labels)
 
 
 def check_finite(
@@ -118,10 +114,10 @@ def _check_kind(name: str, dataset: Any) -> None:
         raise TypeError(text)
 
 
-def _check_keys(modalities: Sequence[str], name: str, sample: Any) -> None:
+def _check_keys(keys: Sequence[str], name: str, sample: Any) -> None:
     if not isinstance(sample, Mapping):
         raise TypeError(f"samples of {name} must be {_EXPECTED}, got {describe(sample)}")
-    for key in (*modalities, LABEL):
+    for key in keys:
         if key not in sample:
             raise ValueError(f"samples of {name} must have {key!r}, got {', '.join(map(repr, sample))}")
 
@@ -174,45 +170,3 @@ def _check_alike(
                 f"{array} must have one shape in all samples of {name}, got {expected[array]} in sample "
                 f"{one} and {shape} in sample {index}: cut them, or give collate_fn=mmfast.data.pad"
             )
-
-
-def _check_label(num_classes: int, name: str, index: int, label: Any) -> None:
-    shape = getattr(label, "shape", ())
-    if isinstance(label, str | bytes):
-        raise TypeError(f"label of sample {index} of {name} must be an integer, got a string: {ENCODE}")
-    if len(shape) or isinstance(label, bool) or not _is_integer(label):
-        raise TypeError(f"label of sample {index} of {name} must be one integer, got {describe(label)}")
-    if not 0 <= int(label) < num_classes:
-        raise ValueError(
-            f"label of sample {index} of {name} must lie in [0, C) = [0, {num_classes}), got {int(label)}"
-        )
-
-
-def _is_integer(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
-    kind = getattr(getattr(value, "dtype", None), "kind", None)
-    return isinstance(value, int) or kind in ("i", "u")
-
-
-def _all_labels(name: str, labels: Any, size: int) -> Tensor:  # [N] int64
-    """Return the labels that a data set has as its attribute."""
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu().numpy() if labels.dtype != torch.bfloat16 else labels.float().numpy()
-    try:
-        array = np.asarray(labels)
-    except ValueError:
-        raise ValueError(f"labels of {name} must be one array [N], got rows of unequal length") from None
-    if array.dtype.kind in "SUOT" and array.size and isinstance(array.flat[0], str | bytes):
-        raise TypeError(f"labels of {name} must be integers, got strings: {ENCODE}")
-    if array.dtype.kind not in "iu":
-        got = describe(labels) if array.dtype.kind == "O" else array.dtype
-        raise TypeError(f"labels of {name} must be integers [N] from 0 to C - 1, got {got}")
-    if array.shape != (size,):
-        hint = ""
-        if array.shape == (size, 1):
-            hint = ": labels.reshape(-1) makes them so"
-        elif array.ndim == 2 and len(array) == size:
-            hint = ": labels.argmax(1) is the class of one-hot rows"
-        raise ValueError(f"labels of {name} must have shape [N] = [{size}], got {list(array.shape)}{hint}")
-    return torch.from_numpy(array.astype(np.int64))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from mmfast.coalitions import PRESENT_SUFFIX, rows_key
-from mmfast.data.arrays import LABEL
+from mmfast.data.arrays import LABEL, as_label
 from mmfast.data.batches import takes_batches, to_read
 from mmfast.data.collate import collate, takes_parts
 from mmfast.data.seeds import kept_draws, mixed, seed_host
@@ -139,14 +139,14 @@ class Source(Dataset):
         dataset, read = self.form(key.plain), key.read
         if takes_batches(dataset):
             batch = default_convert(dataset[key.indices.tolist()])
-            return _with_long_labels(batch if read is None else self._without_hidden(batch, read))
+            return _with_fitting_labels(batch if read is None else self._without_hidden(batch, read))
         if read is not None and not takes_parts(self.collate):
             read = None
         samples = self._samples(dataset, key.indices.tolist(), read)
         batch = self.collate(samples)
         if self.is_own and not isinstance(batch, Mapping):
             raise TypeError(f"collate_fn must return a dict of the batch's values, got {describe(batch)}")
-        return _with_long_labels(dict(batch))
+        return _with_fitting_labels(dict(batch))
 
     def _samples(self, dataset: Any, indices: list[int], read: np.ndarray | None) -> list[Any]:
         if hasattr(dataset, "__getitems__") and (read is None or not _offers_parts(dataset)):
@@ -196,10 +196,9 @@ def _with_all_marks(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: key.removesuffix(PRESENT_SUFFIX) in sample for key in marks} | sample for sample in samples]
 
 
-def _with_long_labels(batch: Batch) -> Batch:
-    # torch's losses take no int32, which is what some platforms and files have.
-    if isinstance(batch.get(LABEL), Tensor) and batch[LABEL].dtype != torch.int64:
-        batch[LABEL] = batch[LABEL].long()
+def _with_fitting_labels(batch: Batch) -> Batch:
+    if isinstance(batch.get(LABEL), Tensor):
+        batch[LABEL] = as_label(batch[LABEL])
     return batch
 
 

@@ -15,6 +15,8 @@ from mmfast.data.standardize import Scaling, scale, scaling_of
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.15
+# Classes that a repr names.
+_SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class Splits:
         """Feature shape of one sample per modality."""
         return self.train.shapes
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {len(getattr(self, part)):,}" for part in PARTS)
+        names = ", ".join(self.class_names[:_SHOWN_CLASSES])
+        if len(self.class_names) > _SHOWN_CLASSES:
+            names += ", ..."
+        # How it was made is told by the description alone, which begins with what is shown before.
+        seed = "split as given" if self.split_seed is None else f"split drawn with seed {self.split_seed}"
+        how = self.description.partition(f"{sizes}; ")[2] or seed
+        lines = [
+            f"Splits({self.name!r}, {describe_shapes(self.shapes)}",
+            f"{sizes}; {how}",
+            f"{self.num_classes} classes: {names}",
+            "not standardized" if self.scaling is None else "standardized by the training part",
+        ]
+        return "\n  ".join(lines) + ")"
+
     @classmethod
     def from_arrays(
         cls,
@@ -59,6 +77,7 @@ class Splits:
         standardize: bool = True,
         name: str = "arrays",
         split_note: str = "split as given",
+        sample_keys: Any | None = None,  # [N]
     ) -> Splits:
         """Split arrays in memory into train, validation and test, each in float32 and memory of its own.
 
@@ -74,13 +93,22 @@ class Splits:
             standardize: Scale features by statistics of the training part; see `Splits.standardize`.
             name: What to call the data set in reports.
             split_note: How a given `split` was made, for the description.
+            sample_keys: `[N]` integers or strings by which tables tell the samples; by default their row.
 
         Raises:
             ValueError: what `ArrayDataset` refuses, unknown or missing parts, a group in two parts, classes
                 or modalities without a training sample.
         """
         encoded, names = _encode_labels(labels, class_names)
-        data = check(arrays, encoded, present=present, group=group, num_classes=len(names))
+        data = check(
+            arrays,
+            encoded,
+            present=present,
+            group=group,
+            num_classes=len(names),
+            sample_keys=np.arange(len(encoded)) if sample_keys is None else sample_keys,
+            class_names=names,
+        )
         given = None if split is None else _check_split(split, len(encoded))
         if given is not None and data.group is not None:
             _check_groups(given, data.group)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast.data.arrays import ArrayDataset
 from mmfast.data.features import CHUNK
+from mmfast.errors import describe
 
 # The axis with statistics of its own, by rank: D of [N, D], F of [N, T, F], C of [N, (T,) C, H, W].
 _CHANNEL_AXIS = {2: 1, 3: 2, 4: 1, 5: 2}
@@ -35,7 +36,43 @@ def scale(part: ArrayDataset, scaling: Scaling, *, in_place: bool = False) -> Ar
         out = array if in_place else torch.empty_like(array)
         _scale(array, *scaling[name], part.present.get(name), out)
         arrays[name] = out
-    return part._with(arrays=arrays)
+    return part._with(arrays=arrays, scaling=scaling)
+
+
+def factors(
+    rank: int,  # of [N, ...]
+    mean: list[float],
+    inverse: list[float],
+) -> tuple[Tensor, Tensor]:  # [1, ..., channels, ..., 1] each
+    """Return what is taken from features of so many axes, and what the rest is multiplied by, in float32."""
+    shape = [1] * rank
+    shape[_CHANNEL_AXIS[rank]] = -1
+    shift, factor = (torch.tensor(x, dtype=torch.float32, device="cpu").view(shape) for x in (mean, inverse))
+    return shift, factor
+
+
+def scaled(
+    name: str,
+    array: Tensor,  # [N, ...]
+    mean: list[float],
+    inverse: list[float],
+) -> Tensor:  # [N, ...]
+    """Return the features of a batch as `scale` makes them, in float32.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: features of another rank, or of another number of channels.
+    """
+    if not isinstance(array, Tensor):
+        raise TypeError(f"{name} must be a tensor to be standardised, got {describe(array)}")
+    axis = _CHANNEL_AXIS.get(array.ndim)
+    if axis is None or array.shape[axis] != len(mean):
+        raise ValueError(
+            f"{name} must have {len(mean)} features or channels, as the statistics have by which it is "
+            f"standardised, got shape {list(array.shape)}"
+        )
+    shift, factor = (x.to(array.device) for x in factors(array.ndim, mean, inverse))
+    return (array.float() - shift) * factor
 
 
 def _moments(
@@ -78,9 +115,7 @@ def _scale(
     out: Tensor,  # [N, ...]
 ) -> None:
     """Write the scaled features into `out`, which may be `array`."""
-    shape = [1] * array.ndim
-    shape[_CHANNEL_AXIS[array.ndim]] = -1
-    shift, factor = (torch.tensor(x, dtype=array.dtype, device="cpu").view(shape) for x in (mean, inverse))
+    shift, factor = factors(array.ndim, mean, inverse)
     for chunk, scaled in zip(array.split(CHUNK), out.split(CHUNK), strict=True):
         torch.sub(chunk, shift, out=scaled).mul_(factor)
     if mask is not None:

@@ -51,6 +51,12 @@ class Comparison:
     def __post_init__(self) -> None:
         self.results = Results(self.out, plain(self._description()))
 
+    def __repr__(self) -> str:
+        names = ", ".join(method.name for method in self.methods)
+        done = len(self.results.content["runs"])
+        lines = [f"Comparison({names}; {self.num_seeds} seeds, {done} runs done, out {self.out}"]
+        return "\n  ".join([*lines, *repr(self.setup).splitlines()]) + ")"
+
     def prepare(self, *, overwrite: bool = False) -> list[PlannedRun]:
         """Check everything before any training, take in what `out` holds, and return what is left to make.
 

@@ -40,6 +40,9 @@ class Results:
         self.content: dict[str, Any] = mine | {"runs": []}
         self.note = ""
 
+    def __repr__(self) -> str:
+        return f"Results({str(self.out)!r}, {len(self.content['runs'])} runs)"
+
     @property
     def path(self) -> Path:
         return self.out / RESULTS

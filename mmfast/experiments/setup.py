@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,22 @@ import numpy as np
 import torch
 
 import mmfast
-from mmfast import data, methods, models
+from mmfast import data, models
 from mmfast.data import ArrayDataset, Splits
 from mmfast.data.devices import fits_on
 from mmfast.data.features import row_blocks
 from mmfast.data.splits import PARTS
 from mmfast.data.views import choose
-from mmfast.errors import check_one_of
+from mmfast.errors import changed, check_one_of, shown
+from mmfast.experiments.loading import open_run
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
-from mmfast.training import checkpoint
 from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
 from mmfast.training.optimization import Optimization
-from mmfast.training.run_folder import LAST, MODEL
 from mmfast.training.trainer import Trainer
 
 # Whether data lie on the device all the time.
@@ -79,6 +78,12 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
+
+    def __repr__(self) -> str:
+        optimization = shown(changed(self.optimization))
+        options = {k: v for k, v in changed(self).items() if k not in ("source", "splits", "optimization")}
+        lines = [f"Setup({self.source!r}, Optimization({optimization})", *repr(self.splits).splitlines()]
+        return "\n  ".join([*lines, shown(options)] if options else lines) + ")"
 
     def parts_on(self, device: torch.device) -> dict[str, ArrayDataset]:
         """Return training, validation and test data where runs on a device are to find them."""
@@ -206,7 +211,7 @@ def make_run(
         "method": method.name,
         "seed": seed,
         "config": method.config(),
-        "metrics": asdict(metrics),
+        "metrics": metrics.as_dict(),
         "protocol": learner.protocol,
         "epochs": len(trainer.history),
         # Training alone, in all processes that worked on the run; wall_seconds is all the last one took.
@@ -255,21 +260,9 @@ def restore(
         FileNotFoundError: there is no finished run.
         ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
     """
-    file = path / MODEL if path.is_dir() else path
-    if path.is_dir() and not file.exists() and (runs := _finished_runs(path)):
-        raise FileNotFoundError(
-            f"{path} holds a comparison of several runs: give one of them, such as {runs[0]}"
-        )
-    if path.is_dir() and not file.exists() and (path / LAST).exists():
-        raise FileNotFoundError(f"{path} holds an unfinished run: finish it with mmfast train --resume")
-    state = checkpoint.load(file)
-    facts = state["metadata"]
-    missing = [key for key in ("source", "shapes", "classes", "dim", "fusion", "scaling") if key not in facts]
-    if missing or "learner" not in state:
-        raise ValueError(
-            f"{file} must be the {MODEL} of mmfast train or compare, got one without "
-            f"{', '.join(missing) or 'selected weights'}"
-        )
+    run = open_run(path)
+    run.check_commands()
+    state, facts = run.state, run.facts
     # Checkpoints of before know nothing of it.
     skip_unreadable = skip_unreadable or facts.get("skip_unreadable", False)
     splits = data.load(
@@ -279,22 +272,18 @@ def restore(
         skip_unreadable=skip_unreadable,
         num_workers=options.get("num_workers", 0),
     )
-    chosen, encoders = facts.get("modalities"), facts.get("encoders", {})
+    chosen, encoders = facts.get("modalities"), run.encoders
     # Where some are missing the shapes below say which.
     if set(splits.modalities) >= {*(chosen or ()), *encoders}:
         splits = choose(splits, chosen, encoders)
-    expected = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    if splits.shapes != expected:
-        raise ValueError(f"data must have modalities {_shapes(expected)}, got {_shapes(splits.shapes)}")
+    if splits.shapes != run.shapes:
+        raise ValueError(f"data must have modalities {_shapes(run.shapes)}, got {_shapes(splits.shapes)}")
     if list(splits.class_names) != facts["classes"]:
         raise ValueError(
             f"data must have classes {', '.join(facts['classes'])}, got {', '.join(splits.class_names)}"
         )
     if facts["scaling"] is not None:
         splits = splits.standardize(facts["scaling"], in_place=True)
-    config = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()
-    }
     setup = Setup(
         source or facts["source"],
         splits,
@@ -304,23 +293,12 @@ def restore(
         skip_unreadable=skip_unreadable,
         modalities=None if chosen is None else tuple(chosen),
         encoders=encoders,
-        **_mixed(state) | options,
+        **run.precision | options,
     )
-    trainer = setup.trainer(methods.make(state["method"], **config), state["seed"], None)
+    trainer = setup.trainer(run.method(), state["seed"], None)
     trainer.launch()
-    trainer.restore(setup.model(state["seed"]), file)
+    trainer.restore(setup.model(state["seed"]), run.file)
     return trainer, splits, state
-
-
-def _mixed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the precision of a run that is one of its passes alone; weights come as they are in any case."""
-    precision = state.get("precision", "")
-    return {"precision": precision} if precision.endswith("-mixed") else {}
-
-
-def _finished_runs(path: Path) -> list[Path]:
-    """Return the folders of the finished runs of a comparison."""
-    return sorted(file.parent for runs in (path / "runs", path) for file in runs.glob(f"*-seed*/{MODEL}"))
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

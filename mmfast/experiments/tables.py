@@ -277,21 +277,30 @@ def show_valuation(console: Console, valuation: Valuation) -> None:
         table.add_row(name, f"{float(column.mean()):.3f}", f"{spread:.3f}", f"{100 * below:.1f}%")
     console.print(table)
     console.print()
-    accuracy = valuation.coalition_accuracy.tolist()
-    ranked = sorted(range(len(accuracy)), key=lambda s: (-accuracy[s], coalitions.size(s), s))
+    header, values = _coalition_figures(valuation)
+    ranked = sorted(range(len(values)), key=lambda s: (-values[s], coalitions.size(s), s))
     best = ranked if len(ranked) <= _SHOWN_COALITIONS else ranked[:10]
     everyone = coalitions.everyone(len(valuation.modalities))
     shown = [*best, *(s for s in ranked if s not in best and (s == everyone or coalitions.size(s) == 1))]
     table = _table()
     table.add_column("Coalition")
-    table.add_column("Accuracy (%)", justify="right", no_wrap=True)
+    table.add_column(header, justify="right", no_wrap=True)
     for s in shown:
         name = "all modalities" if s == everyone else valuation.coalition_name(s)
-        table.add_row(name.replace("+", " + "), _share(accuracy[s]))
+        figure = f"{values[s]:.3f}" if valuation.coalition_accuracy is None else _share(values[s])
+        table.add_row(name.replace("+", " + "), figure)
     console.print(table)
     if len(ranked) > len(shown):
         note = f"The best {len(best)} of {len(ranked):,} coalitions, all modalities, and each alone."
         console.print(Text(note, style="dim"))
+
+
+def _coalition_figures(valuation: Valuation) -> tuple[str, list[float]]:
+    """Return what is said of each coalition, accuracy where there are classes, and the figures."""
+    if valuation.coalition_accuracy is not None:
+        return "Accuracy (%)", valuation.coalition_accuracy.tolist()
+    assert valuation.coalition_value is not None
+    return f"Mean {valuation.utility}", valuation.coalition_value.tolist()
 
 
 def save_valuation(valuation: Valuation, folder: Path, facts: dict[str, Any]) -> list[str]:
@@ -300,13 +309,14 @@ def save_valuation(valuation: Valuation, folder: Path, facts: dict[str, Any]) ->
     valuation.to_csv(folder / "valuation.csv")
     valuation.to_parquet(folder / "valuation.parquet")
     valuation.plot(folder / "contributions.png")
-    accuracy = valuation.coalition_accuracy.tolist()
+    _, values = _coalition_figures(valuation)
+    kind = "coalition_value" if valuation.coalition_accuracy is None else "coalition_accuracy"
     figures = {
         "samples": len(valuation.labels),
         "utility": valuation.utility,
         "modalities": valuation.modalities,
         "mean_contribution": valuation.means,
-        "coalition_accuracy": {valuation.coalition_name(s): value for s, value in enumerate(accuracy)},
+        kind: {valuation.coalition_name(s): value for s, value in enumerate(values)},
     }
     write_json(folder / "coalitions.json", facts | figures)
     return ["valuation.csv", "valuation.parquet", "contributions.png", "coalitions.json"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,8 @@ from mmfast.training.divergence import (
     input_text,
     spoilt_by_absence,
 )
-from mmfast.training.evaluation import Metrics, evaluate, measure
+from mmfast.training.evaluation import evaluate, measure
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.run_folder import as_lists, check_same
 from mmfast.training.selection import BestWeights
 from mmfast.training.state import Cut, random_state
@@ -90,6 +91,7 @@ class Course:
         self.index, self.epoch = 0, 0
         self.history: list[dict[str, Any]] = []
         self.lr, self.precision = 0.0, "32-true"
+        self.measures = Measures(learner.objective)
         self._best = BestWeights()
         self._cut: Cut | None = None
         self._current: EpochBatches | None = None
@@ -245,10 +247,9 @@ class Course:
         if self.val is not None:
             if learner.encodes_once or (learner.reads_again(self.epoch) and learner.takes_kept):
                 learner.keep(self.val, whole=True)
-            entry["val"] = asdict(self._measure(self.val, "validation"))
-            unimodal = entry["val"]["modality_accuracy"]
+            entry["val"] = self._measure(self.val, "validation").as_dict()
             if self.epoch >= stage.first_selectable:
-                self._best.update(learner, entry["val"]["accuracy"], list(unimodal.values()), self.epoch)
+                self._best.update(learner, *self.measures.score(entry["val"]), self.epoch)
         entry["method"] = learner.end_epoch(self.epoch, self.train, self.val)
         if learner.optimizer_reset_due():
             optimizer.state.clear()
@@ -280,7 +281,11 @@ class Course:
         """Put the best weights of the stage back, and tell the learner each modality's accuracy with them."""
         learner, best, last = self.learner, self._best, self.epoch - 1
         best.restore(learner)
-        known = None if self.val is None else best.unimodal_accuracy(learner, self.history[-self.epoch :])
+        known = (
+            None
+            if self.val is None
+            else best.unimodal_accuracy(learner, self.history[-self.epoch :], self.measures)
+        )
         if known is not None:
             learner.note_unimodal_accuracy(known)
         elif learner.reads_again(last) or not has_finite_weights(learner):
@@ -290,22 +295,22 @@ class Course:
 
     # Figures
 
-    def evaluate(self, dataset: Any) -> Metrics:
+    def evaluate(self, dataset: Any) -> AnyMetrics:
         """Return the figures of a data set, as `mmfast.Trainer.test` does."""
         return evaluate(self.learner, dataset, as_fabric(self.learner))
 
     def figures(self, dataset: Any) -> dict[str, Any]:
         """Return the same as plain values, as the history has them."""
-        return asdict(self.evaluate(dataset))
+        return self.evaluate(dataset).as_dict()
 
-    def _measure(self, dataset: Any, part: str) -> Metrics:
+    def _measure(self, dataset: Any, part: str) -> AnyMetrics:
         learner, fabric = self.learner, as_fabric(self.learner)
         found, num_nan = measure(learner, dataset, fabric)
         if num_nan:
             bad = bad_inputs_of(dataset, learner.modalities, learner.reader)
             where = f"{part}, for {num_nan} sample{'s' * (num_nan > 1)}"
             self._raise(PREDICTIONS, where, f"the {part} data", bad)
-        if learner.note_unimodal_accuracy(found.modality_accuracy):
+        if learner.note_unimodal_accuracy(self.measures.of_modalities(found.as_dict())):
             found, _ = measure(learner, dataset, fabric)
         return found
 

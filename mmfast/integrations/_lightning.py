@@ -16,7 +16,7 @@ from mmfast.integrations._figures import flat
 from mmfast.integrations._options import bound, taken
 from mmfast.methods.base import Method
 from mmfast.models import MultimodalModel
-from mmfast.training.evaluation import Metrics
+from mmfast.training.metrics import AnyMetrics
 from mmfast.training.optimization import Optimization
 from mmfast.training.state import random_state, set_random_state
 
@@ -119,7 +119,7 @@ class MethodHooks(_Base):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int = 0) -> Tensor:  # [N, C]
         return self(batch)
 
-    def evaluate(self, dataset: Any) -> Metrics:
+    def evaluate(self, dataset: Any) -> AnyMetrics:
         """Return accuracy, macro-F1, every modality alone and its Shapley contribution."""
         return self._course.evaluate(dataset)
 

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import (
-    LateFusionLearner,
-    UnimodalHeads,
-    average_probabilities,
-    unimodal_losses,
-)
+from mmfast.methods._late_fusion import LateFusionLearner, UnimodalHeads
 from mmfast.methods.base import Stage
 
 
@@ -57,14 +50,14 @@ class FrozenEncodersLearner(LateFusionLearner):
         if not self.in_head_stage:
             return self.encoder_loss(features, batch["label"], present)
         logits = self.model.fuse(features, present=present)
-        return F.cross_entropy(logits.float(), batch["label"])
+        return self.loss(logits, batch["label"])
 
     def encoder_loss(self, features, labels, present):
         """Return the loss of the first stage."""
-        return unimodal_losses(self.own_logits(features), labels, present)
+        return self.unimodal_loss(self.own_logits(features), labels, present)
 
     def own_logits(self, features):
         return self.own_heads(features)
 
     def combine(self, logits, present):
-        return average_probabilities(logits, present)
+        return self.average(logits, present)

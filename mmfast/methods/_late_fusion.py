@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.coalitions import members
-from mmfast.distributed import share_of_batch
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
 
@@ -44,6 +42,14 @@ class LateFusionLearner(Learner):
     ) -> Tensor:  # [N, C]
         """Return the prediction from the logits of the modalities that are present."""
         raise NotImplementedError
+
+    def average(
+        self,
+        logits: Tensor,  # [M, N, C]
+        present: Tensor | None,  # bool [M, N]
+    ) -> Tensor:  # [N, C]
+        """Return the average prediction over the modalities present, as the task has it."""
+        return AVERAGES[self.objective.task](logits, present)
 
     def fuse(self, features, *, coalition=None, present=None):
         logits = self.own_logits(features)
@@ -111,18 +117,33 @@ def average_probabilities(
     return mean.masked_fill(count == 0, -math.log(logits.shape[-1]))
 
 
-def unimodal_losses(
+def average_of_labels(
     logits: Tensor,  # [M, N, C]
-    labels: Tensor,  # [N]
-    present: Tensor | None = None,  # bool [M, N]
-) -> Tensor:  # scalar
-    """Return the sum over modalities of their cross-entropies, each over the samples where it is present.
+    present: Tensor | None,  # bool [M, N]
+) -> Tensor:  # [N, C]
+    """Return the log-odds of each label's mean probability over the modalities present; 0 where none is."""
+    logits = logits.float()
+    # Of each label, the classes "not" and "it".
+    pair = torch.stack([torch.zeros_like(logits), logits], dim=-1)  # [M, N, C, 2]
+    shown = None if present is None else present.repeat_interleave(logits.shape[-1], dim=1)
+    mean = average_probabilities(pair.flatten(1, 2), shown).unflatten(0, logits.shape[1:])
+    return mean[..., 1] - mean[..., 0]
 
-    Of several processes, each returns what makes their mean that of the whole batch.
-    """
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.repeat(logits.shape[0]), reduction="none"
-    ).view(logits.shape[:2])
+
+def average_of_numbers(
+    outputs: Tensor,  # [M, N, K]
+    present: Tensor | None,  # bool [M, N]
+) -> Tensor:  # [N, K]
+    """Return the mean output over the modalities present; 0 where none is."""
+    outputs = outputs.float()
     if present is None:
-        return losses.mean(1).sum()
-    return ((losses * present).mean(1) / share_of_batch(present)).sum()
+        return outputs.mean(0)
+    return outputs.masked_fill(~present[..., None], 0.0).sum(0) / present.sum(0)[:, None].clamp(min=1)
+
+
+# By task, how late fusion averages.
+AVERAGES = {
+    "multiclass": average_probabilities,
+    "multilabel": average_of_labels,
+    "regression": average_of_numbers,
+}

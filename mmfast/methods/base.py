@@ -33,10 +33,9 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.coalitions import alone, features_key
@@ -44,10 +43,14 @@ from mmfast.data.batches import evaluating, presence
 from mmfast.data.kept import KeptFeatures, encode_once
 from mmfast.data.reader import Reader, evaluation_batches
 from mmfast.data.seeds import mixed
+from mmfast.data.standardize import Scaling
 from mmfast.distributed import rank_and_size
-from mmfast.errors import describe
+from mmfast.errors import changed, describe, shown
 from mmfast.methods._state import ResumableModule, Stage
 from mmfast.models import MultimodalModel
+from mmfast.models._text import count_text, module_text
+from mmfast.objectives import Objective
+from mmfast.predictions import Predictions, predict
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,26 @@ class Method:
     title: ClassVar[str]  # in tables and plots
     needs_validation: ClassVar[bool] = False
     needs_equal_dims: ClassVar[bool] = False
+    needs_classes: ClassVar[str] = ""  # why, where the method's mathematics takes no other task
     learner: ClassVar[type[Learner]]
 
-    def bind(self, model: MultimodalModel, *, seed: int = 0) -> Learner:
-        """Return the learner that trains `model` by this method; `seed` fixes every draw the method makes.
+    def bind(self, model: MultimodalModel, *, seed: int = 0, objective: Objective | None = None) -> Learner:
+        """Return the learner that trains `model` by this method.
+
+        Args:
+            model: what to train.
+            seed: fixes every draw the method makes.
+            objective: task and loss; None: classes and cross-entropy.
 
         Raises:
-            ValueError: the method needs encoders of equal dimension D and the model's differ.
+            ValueError: the method needs encoders of equal dimension D and the model's differ; or it needs
+                classes and the task has none.
         """
+        objective = objective or Objective()
+        if self.needs_classes and objective.task != "multiclass":
+            raise ValueError(
+                f"{self.name} needs task='multiclass', as {self.needs_classes}, got {objective.task!r}"
+            )
         if self.needs_equal_dims and len(set(model.dims)) > 1:
             found = ", ".join(f"{m} {d}" for m, d in zip(model.modalities, model.dims, strict=True))
             raise ValueError(
@@ -73,7 +88,9 @@ class Method:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self.learner(self, model, seed)
+            learner = self.learner(self, model, seed)
+        learner.objective = objective
+        return learner
 
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
@@ -107,12 +124,18 @@ class Learner(ResumableModule):
 
     protocol: ClassVar[str] = "masked"  # how the accuracy of one modality alone is taken
     steps_per_batch: int = 1
+    # What is known of the data it was trained on, by `Trainer.fit` and `mmfast.load`: names of the classes,
+    # what features were standardised by ({}: nothing), shapes of a sample. None: not known.
+    class_names: tuple[str, ...] | None = None
+    scaling: Scaling | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
 
     def __init__(self, method: Any, model: MultimodalModel, seed: int) -> None:
         super().__init__()
         self.method = method
         self.model = model
         self.seed = seed
+        self.objective = Objective()
         self.stage = Stage("train", 0)
         # How data sets are read in passes of the method's own, and the precision of these: the trainer's.
         self.reader = Reader()
@@ -127,6 +150,15 @@ class Learner(ResumableModule):
 
     def build(self) -> None:
         """Create what the method adds to the model."""
+
+    def __repr__(self) -> str:
+        method = f"{type(self.method).__name__}({shown(changed(self.method))})"
+        lines = [f"Learner({method}, seed {self.seed}, stage {self.stage.name!r}"]
+        lines += repr(self.model).splitlines()
+        for name, module in self.named_children():
+            if module is not self.model:
+                lines.append(f"{name}: {module_text(module)}, {count_text(module)}")
+        return "\n  ".join(lines) + ")"
 
     # What training calls
 
@@ -177,12 +209,29 @@ class Learner(ResumableModule):
 
     def forward(
         self,
-        batch: Mapping[str, Tensor],  # <modality>: [N, ...], label: [N]
+        batch: Mapping[str, Tensor],  # <modality>: [N, ...], label: [N] or [N, C]
         step: int = 0,
     ) -> Tensor:  # scalar
         """Return the loss of one optimizer step; a batch takes `steps_per_batch` of them."""
         logits = self.model.fuse(self.encode(batch), present=presence(batch, self.modalities))
-        return F.cross_entropy(logits.float(), batch["label"])
+        return self.loss(logits, batch["label"])
+
+    def loss(
+        self,
+        logits: Tensor,  # [N, C]
+        target: Tensor,  # [N] or [N, C]
+    ) -> Tensor:  # scalar
+        """Return the objective's mean loss: what papers write as the cross-entropy of the logits."""
+        return self.objective.mean(self.objective.losses(logits, target), target)
+
+    def unimodal_loss(
+        self,
+        logits: Tensor,  # [M, N, C]
+        target: Tensor,  # [N] or [N, C]
+        present: Tensor | None = None,  # bool [M, N]
+    ) -> Tensor:  # scalar
+        """Return the sum over modalities of their mean losses, each over the samples where it is present."""
+        return self.objective.mean(self.objective.stacked_losses(logits, target), target, present).sum()
 
     def edit_gradients(self, step: int, progress: float) -> None:
         """Change gradients between backward and optimizer step; `progress` is b / B of the epoch."""
@@ -195,6 +244,7 @@ class Learner(ResumableModule):
         """Take every modality's accuracy alone; return whether predictions are others for it.
 
         It is measured on validation data after each epoch and stage, None where no sample has the modality.
+        In other tasks than "multiclass" the figure that stands for accuracy: micro-F1, or R2.
         """
         return False
 
@@ -319,15 +369,20 @@ class Learner(ResumableModule):
     def modality_features(self, dataset: Any, *, share: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (m, features [n, D] in float32, labels [n]) batch by batch, in eval mode without gradients.
 
-        Samples that lack modality m are left out of its part. `share` is that of `batches`.
+        Samples that lack modality m, or a label, are left out of its part. `share` is that of `batches`.
         """
         for batch in self.batches(dataset, share=share):
             with evaluating(self):
                 present, features = presence(batch, self.modalities), self.encode(batch)
+            labels = self.objective.classes(batch["label"])
+            labelled = self.objective.counted(labels) if self.objective.may_ignore else None
             for m, h in enumerate(features):
-                keep = slice(None) if present is None else present[m]
-                if len(batch["label"][keep]):
-                    yield m, h[keep].float(), batch["label"][keep]
+                kept = [
+                    mask for mask in (labelled, None if present is None else present[m]) if mask is not None
+                ]
+                keep = torch.stack(kept).all(0) if kept else slice(None)
+                if len(labels[keep]):
+                    yield m, h[keep].float(), labels[keep]
 
     def own_logits(self, features: Sequence[Tensor]) -> Tensor:  # M x [N, D] -> [M, N, C]
         """Return the unimodal logits, those of every modality alone, by this learner's `protocol`."""
@@ -341,9 +396,40 @@ class Learner(ResumableModule):
         """Return the method's prediction under each of the given coalitions."""
         return self.model.coalition_logits(features, coalitions)
 
-    def predict(self, batch: Mapping[str, Tensor]) -> Tensor:  # [N, C]
-        """Return the logits the method predicts with."""
-        return self.fuse(self.encode(batch), present=presence(batch, self.modalities))
+    @overload
+    def predict(self, data: Mapping[str, Any]) -> Tensor: ...
+
+    @overload
+    def predict(self, data: Any, **options: Any) -> Predictions: ...
+
+    def predict(self, data: Any, **options: Any) -> Tensor | Predictions:
+        """Return the logits [N, C] that the method predicts with for a batch; of a data set, `Predictions`.
+
+        Of a batch all goes as it is, gradients and training mode included. A data set is read in order, in
+        eval mode, without gradients; its samples may have labels or not. Where the training data were
+        standardised by their own statistics, as those of commands are, so are the features of a data set:
+        ArrayDataset tells whether they are already.
+
+        Args:
+            data: a batch, {<modality>: [N, ...]}, or a data set of {<modality>: [...]} samples.
+            options: of a data set.
+                standardized: whether its features are standardised as those of the training data were; by
+                    default as it tells itself.
+                contributions: False leaves out what each modality contributes, which takes all 2^M
+                    coalitions; by default it is found where there are labels.
+                batch_size: samples at a time; by default 256, or what the trainer has.
+                num_workers, collate_fn, pin_memory, prefetch: how samples are read, as `mmfast.Trainer` takes
+                    them; by default as the trainer reads them.
+
+        Raises:
+            TypeError, ValueError: a data set that does not fit the model, was standardised otherwise than the
+                training data, or does not tell; or has other classes.
+        """
+        if not isinstance(data, Mapping):
+            return predict(self, data, **options)
+        if options:
+            raise TypeError(f"of a batch predict takes no options, got {', '.join(options)}")
+        return self.fuse(self.encode(data), present=presence(data, self.modalities))
 
     def selection_scores(
         self, accuracy: float, unimodal_accuracy: Sequence[float | None]

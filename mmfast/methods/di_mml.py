@@ -20,7 +20,7 @@ from mmfast.distributed import (
 )
 from mmfast.errors import check_one_of
 from mmfast.methods._frozen_encoders import FrozenEncodersLearner
-from mmfast.methods._late_fusion import repeat_for, unimodal_losses
+from mmfast.methods._late_fusion import repeat_for
 from mmfast.methods.base import Method, Stage, check_numbers
 
 CONTRASTS = ("infonce", "sigmoid")
@@ -92,9 +92,9 @@ class _DIMMLLearner(FrozenEncodersLearner):
         return broadcast_from_first((right * right.shape[1] > right.sum(1, keepdim=True)).cpu())
 
     def encoder_loss(self, features, labels, present):
-        loss = unimodal_losses(self.own_logits(features), labels, present)
+        loss = self.unimodal_loss(self.own_logits(features), labels, present)
         shared = torch.stack([self.shared_head(h) for h in features])
-        loss = loss + self.method.lam * unimodal_losses(shared, labels, present)
+        loss = loss + self.method.lam * self.unimodal_loss(shared, labels, present)
         if self._dims is not None:
             loss = loss + self._contrast(features, present)
         return loss
@@ -180,6 +180,9 @@ class DIMML(Method):
     name: ClassVar[str] = "di-mml"
     title: ClassVar[str] = "DI-MML"
     needs_equal_dims: ClassVar[bool] = True
+    needs_classes: ClassVar[str] = (
+        "it takes the centroid of each class and weights predictions by their entropy"
+    )
     learner = _DIMMLLearner
 
     lam: float = 1.0

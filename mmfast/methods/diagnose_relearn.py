@@ -163,6 +163,7 @@ class DiagnoseRelearn(Method):
     name: ClassVar[str] = "diagnose-relearn"
     title: ClassVar[str] = "Diagnose & re-learn"
     needs_validation: ClassVar[bool] = True
+    needs_classes: ClassVar[str] = "it clusters features and asks how pure in classes the clusters are"
     learner = _DiagnoseRelearnLearner
 
     lam: float = 3.0

@@ -13,7 +13,7 @@ from mmfast import ops
 from mmfast.data.batches import presence
 from mmfast.distributed import sum_over_processes
 from mmfast.errors import check_one_of
-from mmfast.methods._late_fusion import LateFusionLearner, unimodal_losses
+from mmfast.methods._late_fusion import LateFusionLearner
 from mmfast.methods.base import Method, check_numbers
 
 RESETS = ("never", "epoch", "step")
@@ -63,7 +63,7 @@ class _MLALearner(LateFusionLearner):
         present = presence(batch, self.modalities)
         present = None if present is None else present[step : step + 1]
         self._remember_mean(h.detach(), present)
-        return unimodal_losses(self.shared_head(h)[None], batch["label"], present)
+        return self.unimodal_loss(self.shared_head(h)[None], batch["label"], present)
 
     @torch.no_grad()
     def _remember_mean(self, h, present) -> None:
@@ -118,6 +118,7 @@ class MLA(Method):
     name: ClassVar[str] = "mla"
     title: ClassVar[str] = "MLA"
     needs_equal_dims: ClassVar[bool] = True
+    needs_classes: ClassVar[str] = "it weights modalities by the entropy of their class probabilities"
     learner = _MLALearner
 
     alpha: float = 0.1

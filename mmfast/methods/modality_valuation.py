@@ -68,6 +68,7 @@ class ModalityValuation(Method):
 
     name: ClassVar[str] = "modality-valuation"
     title: ClassVar[str] = "Modality-level valuation"
+    needs_classes: ClassVar[str] = "a coalition is worth its size where the predicted class is right"
     learner = _ModalityValuationLearner
 
     alpha: float = 1.0

@@ -1,4 +1,4 @@
-"""Multi-loss training: the fused cross-entropy plus one cross-entropy per modality."""
+"""Multi-loss training: the fused loss plus one loss per modality."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
-
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import UnimodalHeads, unimodal_losses
+from mmfast.methods._late_fusion import UnimodalHeads
 from mmfast.methods.base import Learner, Method, check_numbers
 
 
@@ -24,13 +22,15 @@ class _MultiLossLearner(Learner):
 
     def forward(self, batch, step=0):
         features, present = self.encode(batch), presence(batch, self.modalities)
-        fused = F.cross_entropy(self.model.fuse(features, present=present).float(), batch["label"])
-        return fused + self.method.lam * unimodal_losses(self.own_logits(features), batch["label"], present)
+        fused = self.loss(self.model.fuse(features, present=present), batch["label"])
+        return fused + self.method.lam * self.unimodal_loss(
+            self.own_logits(features), batch["label"], present
+        )
 
 
 @dataclass(frozen=True)
 class MultiLoss(Method):
-    """Train encoders and head by the fused cross-entropy plus `lam` times the sum of the unimodal ones.
+    """Train encoders and head by the fused loss plus `lam` times the sum of the unimodal ones.
 
     Attributes:
         lam: weight of the unimodal losses.

@@ -61,6 +61,7 @@ class SampleValuation(Method):
 
     name: ClassVar[str] = "sample-valuation"
     title: ClassVar[str] = "Sample-level valuation"
+    needs_classes: ClassVar[str] = "a coalition is worth its size where the predicted class is right"
     learner = _SampleValuationLearner
 
     kappa: float = 2.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data.batches import presence
-from mmfast.methods._late_fusion import LateFusionLearner, UnimodalHeads, separate_scores, unimodal_losses
+from mmfast.methods._late_fusion import LateFusionLearner, UnimodalHeads, separate_scores
 from mmfast.methods.base import Method
 
 
@@ -24,7 +24,7 @@ class SeparateLearner(LateFusionLearner):
 
     def forward(self, batch, step=0):
         logits = self.own_logits(self.encode(batch))
-        return unimodal_losses(logits, batch["label"], presence(batch, self.modalities))
+        return self.unimodal_loss(logits, batch["label"], presence(batch, self.modalities))
 
     def own_logits(self, features):
         return self.own_heads(features)
@@ -45,7 +45,7 @@ class _UnimodalLearner(SeparateLearner):
         # A modality that no sample has comes after all others.
         known = [unimodal_accuracy[name] for name in self.modalities]
         score = torch.tensor(
-            [-1.0 if value is None else value for value in known], dtype=self.score.dtype, device="cpu"
+            [-torch.inf if value is None else value for value in known], dtype=self.score.dtype, device="cpu"
         )
         before = self.score.cpu().argsort(stable=True, descending=True)
         self.score.copy_(score)
@@ -62,7 +62,7 @@ class _UnimodalLearner(SeparateLearner):
 
 @dataclass(frozen=True)
 class Unimodal(Method):
-    """Train every modality alone; the one with the best validation accuracy answers."""
+    """Train every modality alone; the one with the best accuracy on validation data answers."""
 
     name: ClassVar[str] = "unimodal"
     title: ClassVar[str] = "Best unimodal"

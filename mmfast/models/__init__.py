@@ -19,6 +19,7 @@ from mmfast.models.fusion import (
     SumHead,
 )
 from mmfast.models.multimodal import MultimodalModel
+from mmfast.models.pretrained import PretrainedEncoder
 from mmfast.models.resnet import ResNet18
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "GRUEncoder",
     "GatedHead",
     "MultimodalModel",
+    "PretrainedEncoder",
     "ResNet18",
     "SmallCNN",
     "SumHead",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmfast.errors import check_one_of, unknown_modalities
+from mmfast.errors import check_one_of, describe, unknown_modalities
 from mmfast.models._checks import check_size
+from mmfast.models._hugging_face import PREFIX, is_pretrained
 from mmfast.models.encoders import MLP, Encoder, FrameMean, GRUEncoder, SmallCNN, TemporalConv
 from mmfast.models.fusion import FusionHead
 from mmfast.models.multimodal import MultimodalModel
+from mmfast.models.pretrained import PretrainedEncoder
 from mmfast.models.resnet import ResNet18
 
 # Images with both sides at least this long go to ResNet-18.
@@ -21,16 +23,22 @@ TEMPORAL = ("conv", "gru")
 ENCODERS = {"mlp": (1,), "conv": (2,), "gru": (2,), "cnn": (3, 4), "resnet18": (3, 4)}
 
 
+# Ranks of the samples that a pretrained encoder takes, by its kind; FrameMean takes images' one to video.
+PRETRAINED = {"text": (1,), "image": (3, 4), "sound": (1, 2)}
+
+
 def encoder_for(
-    shape: Sequence[int],
-    dim: int,
+    shape: Sequence[int] | str,
+    dim: int | None,
     *,
     encoder: str | None = None,
     temporal: str = "conv",
     dropout: float = 0.0,
+    freeze: bool = False,
+    pooling: str | None = None,
     name: str = "shape",
 ) -> Encoder:
-    """Return an encoder that fits samples of the given shape.
+    """Return an encoder that fits samples of the given shape, or a pretrained one.
 
     | shape | encoder |
     | --- | --- |
@@ -38,20 +46,41 @@ def encoder_for(
     | [T, F] | `TemporalConv`, or `GRUEncoder` |
     | [C, H, W] | `SmallCNN`; `ResNet18` where H and W are both at least 96 |
     | [T, C, H, W] | `FrameMean` of the encoder for [C, H, W] |
+    | "hf:<name or folder>" | `PretrainedEncoder`, of text, images or sound |
 
     Args:
-        shape: shape of one sample, without N. T is not fixed by it, nor are H and W.
-        dim: D, the number of features.
-        encoder: "mlp", "conv", "gru", "cnn" or "resnet18", one that takes the shape; None chooses.
+        shape: shape of one sample, without N. T is not fixed by it, nor are H and W. Or
+            "hf:<name or folder>", a model of transformers, which knows what it takes.
+        dim: D, the number of features; None, for a pretrained encoder alone, takes its own.
+        encoder: "mlp", "conv", "gru", "cnn" or "resnet18", one that takes the shape; "hf:<name or folder>";
+            None chooses.
         temporal: "conv" or "gru", the encoder of sequences where `encoder` is None.
-        dropout: dropout in training; `ResNet18` has it before its last layer.
+        dropout: dropout in training; `ResNet18` and `PretrainedEncoder` have it before their last layer.
+        freeze, pooling: of a `PretrainedEncoder`; no other may be frozen, as its weights are drawn.
         name: what errors call the shape, usually the modality.
 
     Raises:
         TypeError, ValueError: a shape of another rank or with a size below 1, an unknown `temporal` or
-            `encoder`, or one that takes other shapes.
+            `encoder`, or one that takes other shapes; what `PretrainedEncoder` refuses.
+        ImportError, OSError: as `PretrainedEncoder`.
     """
     check_one_of("temporal", temporal, TEMPORAL, nearest_first=True)
+    if isinstance(shape, str) or is_pretrained(encoder):
+        if not isinstance(shape, str):
+            assert encoder is not None
+            pretrained = PretrainedEncoder(encoder, dim, pooling=pooling, freeze=freeze, dropout=dropout)
+            return _fitted(pretrained, shape, name)
+        if not is_pretrained(shape) or encoder not in (None, shape):
+            got = f"{describe(shape)}" + ("" if encoder is None else f" and encoder {describe(encoder)}")
+            raise ValueError(
+                f'{name} must be the shape of a sample, or "{PREFIX}<name or folder>", got {got}'
+            )
+        return PretrainedEncoder(shape, dim, pooling=pooling, freeze=freeze, dropout=dropout)
+    if freeze or pooling is not None:
+        option = f"pooling = {describe(pooling)}" if pooling is not None else "freeze = True"
+        raise ValueError(
+            f'{name} needs encoder = "{PREFIX}<name or folder>" for {option}, got {describe(encoder)}'
+        )
     if not 1 <= len(shape) <= 4:
         raise ValueError(
             f"{name} must have samples [D], [T, F], [C, H, W] or [T, C, H, W], got {list(shape)}"
@@ -60,6 +89,7 @@ def encoder_for(
     if encoder is not None:
         known = [one for one, ranks in ENCODERS.items() if len(sizes) in ranks]
         check_one_of(f"encoder of {name} {list(shape)}", encoder, known, nearest_first=True)
+    dim = check_size("dim", dim)
     if len(sizes) == 1:
         return MLP(sizes[0], dim, dropout=dropout)
     if len(sizes) == 2:
@@ -71,8 +101,18 @@ def encoder_for(
     return FrameMean(image) if len(sizes) == 4 else image
 
 
+def _fitted(encoder: PretrainedEncoder, shape: Sequence[int], name: str) -> Encoder:
+    """Return a pretrained encoder for samples of a shape, or raise ValueError where it takes others."""
+    if len(shape) not in PRETRAINED[encoder.kind]:
+        kinds = {"text": "[T]", "image": "[C, H, W] or [T, C, H, W]", "sound": "[T] or [T, F]"}
+        raise ValueError(
+            f"{name} must have samples {kinds[encoder.kind]} for {encoder.source!r}, got {list(shape)}"
+        )
+    return FrameMean(encoder) if len(shape) == 4 else encoder
+
+
 def build_model(
-    shapes: Mapping[str, Sequence[int]],  # modality -> shape of one sample
+    shapes: Mapping[str, Sequence[int] | str],  # modality -> shape of one sample
     num_classes: int,
     *,
     dim: int = 64,
@@ -87,8 +127,11 @@ def build_model(
         built = {name: encoder_for(shape, dim, **options) for name, shape in shapes.items()}
         model = MultimodalModel(built, dim, num_classes, fusion)
 
+    where `freeze` and `pooling` are those of the pretrained encoders alone.
+
     Args:
-        shapes: modality name -> [D], [T, F], [C, H, W] or [T, C, H, W], in the order of the coalition bits.
+        shapes: modality name -> [D], [T, F], [C, H, W] or [T, C, H, W], or "hf:<name or folder>", in the
+            order of the coalition bits.
         num_classes: C.
         dim: D of every encoder.
         fusion: a name of FUSION_HEADS or a FusionHead made for these dimensions.
@@ -102,8 +145,17 @@ def build_model(
     unknown = [name for name in named if name not in shapes]
     if unknown:
         raise unknown_modalities("encoders", ", ".join(unknown), shapes)
+    pretrained = {name for name, shape in shapes.items() if is_pretrained(named.get(name, shape))}
+    for_all = {key: value for key, value in options.items() if key not in ("freeze", "pooling")}
     built = {
-        name: encoder_for(shape, dim, name=name, encoder=named.get(name), **options)
+        # Where none is pretrained, each says that it is not.
+        name: encoder_for(
+            shape,
+            dim,
+            name=name,
+            encoder=named.get(name),
+            **(options if name in pretrained or not pretrained else for_all),
+        )
         for name, shape in shapes.items()
     }
     return MultimodalModel(built, dim, num_classes, fusion)

@@ -12,6 +12,7 @@ from mmfast.coalitions import contains, is_reserved, members, num_coalitions, pr
 from mmfast.errors import check_one_of, dtype_name
 from mmfast.models._checks import check_features, check_present, check_size, nobody_waits_for
 from mmfast.models._inputs import check_batch, encoded, without_absent
+from mmfast.models._text import count_text, module_text
 from mmfast.models.encoders import Encoder
 from mmfast.models.fusion import FusionHead, fusion_head
 
@@ -37,6 +38,8 @@ class MultimodalModel(nn.Module):
     Raises:
         TypeError, ValueError: no encoder, a modality name that cannot be used, dimensions for other
             modalities, an unknown head.
+
+    Its repr is a few lines; that of `model.encoders`, or of one of them, shows every layer.
     """
 
     encoders: nn.ModuleDict
@@ -68,6 +71,14 @@ class MultimodalModel(nn.Module):
         self.num_classes = check_size("num_classes", num_classes)
         self.encoders = nn.ModuleDict(dict(encoders.items()))
         self.head = fusion_head(fusion, self.dims, self.num_classes)
+
+    def __repr__(self) -> str:
+        size = count_text(self)
+        lines = [f"MultimodalModel({len(self.modalities)} modalities, {self.num_classes} classes, {size}"]
+        for (name, encoder), dim in zip(self.encoders.items(), self.dims, strict=True):
+            lines.append(f"{name}: {module_text(encoder)}, D = {dim}, {count_text(encoder)}")
+        lines.append(f"fusion: {module_text(self.head)}, {count_text(self.head)}")
+        return "\n  ".join(lines) + ")"
 
     @property
     def additive(self) -> bool:

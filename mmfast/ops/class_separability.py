@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.errors import shown
 from mmfast.ops._autograd import Op, differentiable, is_constant, without_derivative
 from mmfast.ops._checks import (
     check_float,
@@ -30,6 +31,9 @@ class ClassMoments(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # int64 [C]; hides tuple.count
     mean: Tensor  # [C, D]
     var: Tensor  # [C, D]
+
+    def __repr__(self) -> str:
+        return f"ClassMoments({shown(self._asdict())})"
 
     def merge(self, other: ClassMoments) -> ClassMoments:
         """Return the moments of both sets of samples together.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast import backend as _backend
+from mmfast.errors import shown
 from mmfast.ops._kmeans_checks import check_clustering, check_purity, exponent_of, is_shared, scaled
 from mmfast.ops._launch import DTYPE_CODE, as_int64, outside_autocast, strided, with_contiguous_rows
 from mmfast.ops._registration import define
@@ -30,6 +31,9 @@ class KMeans(NamedTuple):
     assignments: Tensor  # int64 [N]
     inertia: Tensor  # []
     num_iter: int
+
+    def __repr__(self) -> str:
+        return f"KMeans({shown(self._asdict())})"
 
 
 @torch.no_grad()

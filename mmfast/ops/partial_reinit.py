@@ -133,6 +133,10 @@ class ReinitPlan:
         self._words: Hashable | None = None
         self._look()
 
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self._params)
+        return f"ReinitPlan({len(self._params)} parameters of {size:,} values, backend={self._backend!r})"
+
     def _look(self) -> None:
         params, init_params = self._params, self._init_params
         self._table, self._words = None, words_of(params, init_params)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmfast.data.batches import Entries, evaluating
 from mmfast.data.reader import evaluation_batches
@@ -23,8 +24,11 @@ def check_data(
     *,
     whole: bool = False,
     collate_fn: Callable | None = None,
-) -> None:
-    """Raise unless `dataset` holds labelled samples of the model's modalities, as `check_samples` does.
+    task: str = "multiclass",
+) -> Tensor | None:  # [N] or [N, C]
+    """Return the labels if the data set tells them; raise unless it holds labelled samples of the modalities.
+
+    As `check_samples` does.
 
     Args:
         model: names the modalities and the number of classes C.
@@ -32,14 +36,17 @@ def check_data(
         dataset: map-style data set.
         whole: every class and every modality must occur, as in a training set.
         collate_fn: what makes batches of its samples, which may then differ in shape.
+        task: what labels are.
     """
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"model must be a mmfast.MultimodalModel, got {describe(model)}")
-    if whole and model.num_classes < 2:
+    if whole and task == "multiclass" and model.num_classes < 2:
         raise ValueError(
             "model must have C = 2 classes at least to be trained, got 1: all data have one label"
         )
-    check_samples(model.modalities, model.num_classes, name, dataset, whole=whole, collate_fn=collate_fn)
+    return check_samples(
+        model.modalities, model.num_classes, name, dataset, whole=whole, collate_fn=collate_fn, task=task
+    )
 
 
 def check_fits(learner: Learner, train: Any) -> None:

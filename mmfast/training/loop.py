@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ from mmfast.training.divergence import (
     input_text,
     spoilt_by_absence,
 )
-from mmfast.training.evaluation import Metrics, measure
+from mmfast.training.evaluation import measure
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.selection import BestWeights
 from mmfast.training.state import Cut, learner_state, load_state
@@ -49,6 +50,7 @@ class TrainingLoop:
         on_epoch: called with every epoch's entry of the history.
         on_state: called after every epoch, and where one is stopped within, with all it takes to go on.
         stop: whether to.
+        measures: what is measured of validation data, and what of it selects; None: as the task has it.
         history: the entries so far.
     """
 
@@ -60,6 +62,7 @@ class TrainingLoop:
     on_epoch: Callable[[dict[str, Any]], None]
     on_state: Callable[[dict[str, Any]], None]
     stop: Stop = field(default_factory=Stop)
+    measures: Measures | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, state: dict[str, Any] | None) -> None:
@@ -69,7 +72,7 @@ class TrainingLoop:
             DivergedError: a loss is NaN or infinite.
             Stopped: it was to stop, and has given its state.
         """
-        learner = self.learner
+        learner, measures = self.learner, self.measures or Measures(self.learner.objective)
         # Before any state is loaded: an optimizer's is as wide as its parameters.
         self.fabric.strategy.precision.convert_module(learner)
         first_stage, first_epoch = (state["stage"], state["epoch"] + 1) if state else (0, 0)
@@ -104,10 +107,9 @@ class TrainingLoop:
                 if self.val is not None:
                     if learner.encodes_once or (learner.reads_again(epoch) and learner.takes_kept):
                         learner.keep(self.val, whole=True)
-                    entry["val"] = asdict(self._measure(self.val, "val", stage, epoch))
-                    unimodal = entry["val"]["modality_accuracy"]
+                    entry["val"] = self._measure(self.val, "val", stage, epoch).as_dict()
                     if epoch >= stage.first_selectable:
-                        best.update(learner, entry["val"]["accuracy"], list(unimodal.values()), epoch)
+                        best.update(learner, *measures.score(entry["val"]), epoch)
                 self._end_epoch(optimizer, epoch, entry)
                 if not learner.encodes_once:
                     learner.forget()
@@ -118,7 +120,9 @@ class TrainingLoop:
                     self._stopped("after", epoch, stage)
             best.restore(learner)
             known = (
-                None if self.val is None else best.unimodal_accuracy(learner, self.history[-stage.epochs :])
+                None
+                if self.val is None
+                else best.unimodal_accuracy(learner, self.history[-stage.epochs :], measures)
             )
             if known is not None:
                 learner.note_unimodal_accuracy(known)
@@ -156,21 +160,22 @@ class TrainingLoop:
         )
         raise Stopped(text, rank=self.fabric.global_rank)
 
-    def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> Metrics:
+    def _measure(self, dataset: Any, part: str, stage: Stage, epoch: int) -> AnyMetrics:
         """Return the learner's figures by the predictions it makes when it knows those of each modality.
 
         Raises:
             DivergedError: predictions are NaN, as after a last step that no loss has seen.
         """
-        found, num_nan = measure(self.learner, dataset, self.fabric)
+        measures = self.measures or Measures(self.learner.objective)
+        found, num_nan = measure(self.learner, dataset, self.fabric, measures=measures)
         if num_nan:
             bad = bad_inputs_of(dataset, self.learner.modalities, self.learner.reader)
             place = "validation" if part == "val" else "training"
             self._raise(
                 bad, f"the {place} data", stage, epoch, f"{place}, for {num_nan} sample{'s' * (num_nan > 1)}"
             )
-        if self.learner.note_unimodal_accuracy(found.modality_accuracy):
-            found, _ = measure(self.learner, dataset, self.fabric)
+        if self.learner.note_unimodal_accuracy(measures.of_modalities(found.as_dict())):
+            found, _ = measure(self.learner, dataset, self.fabric, measures=measures)
         return found
 
     def _train_epoch(

@@ -10,6 +10,8 @@ from typing import Any
 from mmfast.errors import describe
 from mmfast.files import locked
 from mmfast.methods.base import Method
+from mmfast.objectives import Objective
+from mmfast.training.metrics import Measures
 
 LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
@@ -51,6 +53,9 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
         elif key == "config":
             # An option that is younger than the checkpoint had its default there.
             theirs = as_lists(type(method)().config()) | (theirs or {})
+        elif key == "objective":
+            # Runs of before knew of classes and cross-entropy alone.
+            theirs = Objective().config() | Measures().config() | (theirs or {})
         if theirs == ours:
             continue
         if isinstance(theirs, dict) and isinstance(ours, dict):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmfast.methods.base import Learner
 from mmfast.training.checkpoint import Parted
+from mmfast.training.metrics import Measures
 from mmfast.training.state import Part, groups_of, load_state, weights_of
 from mmfast.training.writing import snapshot
 
@@ -45,14 +46,16 @@ class BestWeights:
             }
 
     def unimodal_accuracy(
-        self, learner: Learner, entries: Sequence[Mapping[str, Any]]
+        self, learner: Learner, entries: Sequence[Mapping[str, Any]], measures: Measures | None = None
     ) -> dict[str, float | None] | None:
         """Return each modality's accuracy alone with the best weights, None where no epoch has measured it.
 
         Args:
             learner: whose the weights are.
             entries: of the history, one for each epoch of the stage, which validate.
+            measures: what of them stands for accuracy; None: accuracy.
         """
+        measures = measures or Measures()
         own = type(learner).selection_scores.__module__.startswith("mmfast.")
         if not self.parts or not (own or len({kept["epoch"] for kept in self.parts.values()}) == 1):
             return None
@@ -61,7 +64,7 @@ class BestWeights:
             prefix = f"model.encoders.{name}."
             epochs = (kept["epoch"] for part, kept in self.parts.items() if prefix.startswith(part))
             # An encoder that was never selected keeps its last weights.
-            found[name] = entries[next(epochs, -1)]["val"]["modality_accuracy"][name]
+            found[name] = measures.of_modalities(entries[next(epochs, -1)]["val"])[name]
         return found
 
     def restore(self, learner: Learner) -> None:

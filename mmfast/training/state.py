@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.data.origins import names_of_classes, shapes_of_samples, told_scaling
 from mmfast.distributed import gather_objects
+from mmfast.files import plain
 from mmfast.methods._state import EXTRA
 from mmfast.methods.base import Learner
 from mmfast.training.checkpoint import Parted
@@ -53,6 +55,59 @@ def load_state(learner: Learner, state: Mapping[str, Any], *, strict: bool = Tru
     entries = type(whole)(state)
     entries._metadata = whole._metadata  # type: ignore[attr-defined]
     learner.load_state_dict(entries, strict=strict)
+
+
+def note_data(learner: Learner, train: Any) -> None:
+    """Let a learner know what its training data tell of themselves."""
+    learner.class_names = names_of_classes(train)
+    learner.scaling = told_scaling(train)
+    learner.shapes = shapes_of_samples(train)
+
+
+def data_facts(learner: Learner) -> dict[str, Any]:
+    """Return what a learner knows of its training data, as a checkpoint holds it."""
+    return {
+        "modalities": list(learner.modalities),
+        "classes": None if learner.class_names is None else list(learner.class_names),
+        "scaling": plain(learner.scaling),
+        "shapes": plain(learner.shapes),
+    }
+
+
+def load_trained(learner: Learner, state: Mapping[str, Any], max_epochs: int) -> None:
+    """Load the selected weights of a checkpoint into a learner that was just bound, for predictions.
+
+    Args:
+        learner: of the method and the model of the checkpoint.
+        state: what the checkpoint holds.
+        max_epochs: of the run.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    # Those of before tell of data where they are of a command alone.
+    facts = state.get("data") or state.get("metadata") or {}
+    names = facts.get("modalities")
+    if names is not None and list(names) != list(learner.modalities):
+        raise ValueError(
+            f"model must have the modalities of the checkpoint, {', '.join(names)}, "
+            f"got {', '.join(learner.modalities)}"
+        )
+    learner.start_stage(learner.stages(max_epochs)[-1])
+    try:
+        learner.load_state_dict(state["learner"])
+    except RuntimeError as error:
+        learner.abandon()
+        raise ValueError(f"the checkpoint does not fit the model: {error}") from error
+    learner.unfreeze()
+    learner.eval()
+    if (classes := facts.get("classes")) is not None:
+        learner.class_names = tuple(classes)
+    if "scaling" in facts:
+        # Commands note None for data that were not standardised.
+        learner.scaling = facts["scaling"] if "data" in state else facts["scaling"] or {}
+    if (shapes := facts.get("shapes")) is not None:
+        learner.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

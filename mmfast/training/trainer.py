@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torchmetrics import Metric
 
 import mmfast
 from mmfast import methods
@@ -21,15 +24,18 @@ from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
+from mmfast.objectives import Loss, Objective
 from mmfast.training import checkpoint, launchers, strategies
 from mmfast.training.checks import check_data, check_fits
 from mmfast.training.divergence import check_weights
-from mmfast.training.evaluation import Metrics, evaluate
+from mmfast.training.evaluation import evaluate
 from mmfast.training.loop import TrainingLoop
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
-from mmfast.training.state import weights_of
+from mmfast.training.state import data_facts, load_trained, note_data, weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
+from mmfast.training.text import trainer_text
 from mmfast.training.writing import Writer
 
 # What other trainers call the settings of this one.
@@ -52,6 +58,19 @@ class Trainer:
 
     Args:
         method: a method of `mmfast.methods`, or its name.
+        task: "multiclass": one of C classes, labels [N] or probabilities [N, C]; "multilabel": any of C
+            labels, 0 and 1 [N, C]; "regression": K numbers, [N] or [N, K], which the model gives as its C
+            outputs. Methods whose mathematics needs classes refuse the others.
+        loss: a callable of outputs [N, C] in float32 and labels that returns [N], wherever the method has
+            the cross-entropy (of several labels the binary one, of numbers the squared error).
+        class_weights: "balanced" or [C] numbers, by which the cross-entropy counts the samples of a class.
+        label_smoothing: of the cross-entropy.
+        metrics: name -> torchmetrics object, measured beside the task's own figures on validation and test
+            data: probabilities and labels go in, one number comes out. See `mmfast.training.metrics`.
+        select: what model selection looks at: "val/accuracy", "val/loss", "val/<name of a metric>"; None: the
+            accuracy, of several labels "val/micro_f1", of numbers "val/r2". Methods that select the parts of
+            modalities apart look at the figure of each modality alone.
+        select_mode: "max" or "min"; None: as the figure is known to be.
         optimization: settings of optimizer, schedule, batch and epochs.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
         accelerator, devices, precision: as Lightning Fabric takes them. Where torchrun or srun has started
@@ -94,6 +113,13 @@ class Trainer:
         self,
         method: Method | str,
         *,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         optimization: Optimization | None = None,
         seed: int = 0,
         accelerator: str = "auto",
@@ -113,11 +139,17 @@ class Trainer:
         prefetch: int = 2,
         **settings: Any,
     ) -> None:
+        # First, while nothing else has a name here.
+        self._given = {name: value for name, value in locals().items() if name != "self"}
         if isinstance(method, type):
             raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
         if not isinstance(method, str | Method):
             raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
         self.method = methods.make(method) if isinstance(method, str) else method
+        self.objective = Objective(
+            task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
+        )
+        self.measures = Measures(self.objective, metrics, select, select_mode)
         self.optimization = _apply(optimization or Optimization(), settings)
         self.seed = seed
         self.out_dir = None if out_dir is None else Path(out_dir)
@@ -138,6 +170,9 @@ class Trainer:
             precision=precision,
             loggers=[self._logger(kind) for kind in loggers],
         )
+
+    def __repr__(self) -> str:
+        return trainer_text(self, self._given, inspect.signature(Trainer.__init__).parameters)
 
     @classmethod
     def published(cls, preset: str, **options: Any) -> Trainer:
@@ -179,9 +214,12 @@ class Trainer:
         free again and no gradient is left on the model; where it does not finish, its modules are in the
         modes they were in, and it keeps the weights it had by then.
         """
-        check_data(model, "train", train, whole=True, collate_fn=self.reader.collate_fn)
+        labels = self._check("train", model, train, whole=True)
+        objective = self.objective.for_data(labels, model.num_classes)
+        self.measures.check(objective, model.num_classes)
         if val is not None:
-            check_data(model, "val", val, collate_fn=self.reader.collate_fn)
+            val_labels = self._check("val", model, val)
+            objective.may_ignore |= val_labels is None or not bool(objective.counted(val_labels).all())
         elif self.method.needs_validation:
             raise ValueError(f"{self.method.name} needs a validation split, got val=None")
         self.launch()
@@ -192,11 +230,13 @@ class Trainer:
             )
         with torch.random.fork_rng(), kept_draws(), self.reader.staying():
             torch.manual_seed(self.seed)
-            learner = self.method.bind(model, seed=self.seed)
+            learner = self.method.bind(model, seed=self.seed, objective=objective)
             learner.reader, learner.autocast = self.reader, self.fabric.autocast
+            note_data(learner, train)
             try:
                 check_weights(learner)
                 learner.to(self.fabric.device)
+                objective.to(self.fabric.device)
                 check_fits(learner, train)
                 is_told_to_stop = self._train(learner, train, val, resume)
             except BaseException:
@@ -209,6 +249,8 @@ class Trainer:
         learner.unfreeze()
         learner.zero_grad(set_to_none=True)
         learner.eval()
+        # Data that come later may have samples without label.
+        objective.may_ignore = True
         self.learner = learner
         if is_told_to_stop:
             raise Stopped("stopped by SIGTERM when the fit was finished", rank=self.fabric.global_rank)
@@ -227,7 +269,8 @@ class Trainer:
                 self.fabric.barrier()
                 raise
             if folder is not None:
-                checkpoint.save(folder / MODEL, self._description() | {"learner": weights_of(learner)})
+                found = {"learner": weights_of(learner), "data": data_facts(learner)}
+                checkpoint.save(folder / MODEL, self._description() | found)
             return stop.due(now=True)
 
     def _run(
@@ -253,39 +296,52 @@ class Trainer:
                 on_epoch=record,
                 on_state=lambda state: writer.save(self._description() | state),
                 stop=stop,
+                measures=self.measures,
                 history=self.history,
             ).run(state)
 
-    def test(self, model: MultimodalModel, test: Any) -> Metrics:
-        """Return accuracy, macro-F1, every modality alone and its Shapley contribution on `test`.
+    def _check(
+        self, name: str, model: MultimodalModel, dataset: Any, *, whole: bool = False
+    ) -> Tensor | None:  # [N] or [N, C]
+        """Return a data set's labels if it tells them; raise unless it fits the model and the task."""
+        collate_fn, task = self.reader.collate_fn, self.objective.task
+        return check_data(model, name, dataset, whole=whole, collate_fn=collate_fn, task=task)
+
+    def test(self, model: MultimodalModel, test: Any) -> AnyMetrics:
+        """Return the task's figures on `test`, every modality alone, and its Shapley contribution.
+
+        `Metrics` of classes: accuracy and macro-F1; `MultilabelMetrics`, `RegressionMetrics`. Metrics of your
+        own are in it by name: `trainer.test(model, test)["auroc"]`.
 
         Raises:
             ValueError: `model` is not what this trainer has fitted, or the data do not fit it.
         """
-        check_data(model, "test", test, collate_fn=self.reader.collate_fn)
+        self._check("test", model, test)
         if self.learner is None or self.learner.model is not model:
             raise ValueError(
                 "model must be the one this trainer has fitted, got another: call fit or restore first"
             )
-        return evaluate(self.learner, test, self.fabric)
+        return evaluate(self.learner, test, self.fabric, measures=self.measures)
 
     def restore(self, model: MultimodalModel, path: str | Path | None = None) -> Learner:
         """Load the selected weights of a finished run into `model`; by default from `out_dir`/model.ckpt."""
         state = checkpoint.load(Path(path) if path else self._out("restore") / MODEL)
         check_same(state, self._description(), self.method, "method", "config")
-        learner = self.method.bind(model, seed=self.seed)
+        if (task := state.get("objective", {}).get("task", "multiclass")) != self.objective.task:
+            raise ValueError(f"task must be that of the checkpoint, {task!r}, got {self.objective.task!r}")
+        learner = self.method.bind(model, seed=self.seed, objective=self._without_data(model))
         learner.reader = self.reader
-        learner.start_stage(learner.stages(self.optimization.max_epochs)[-1])
-        try:
-            learner.load_state_dict(state["learner"])
-        except RuntimeError as error:
-            learner.abandon()
-            raise ValueError(f"the checkpoint does not fit the model: {error}") from error
-        learner.unfreeze()
+        load_trained(learner, state, self.optimization.max_epochs)
         learner.to(self.fabric.device)
-        learner.eval()
         self.learner, self.history = learner, state["history"]
         return learner
+
+    def _without_data(self, model: MultimodalModel) -> Objective:
+        """Return the objective of a finished run, for which balanced weights are not found anew."""
+        given = self.objective
+        if isinstance(given.class_weights, str):
+            given = Objective(given.task, label_smoothing=given.label_smoothing)
+        return given.for_data(None, model.num_classes)
 
     def _record(self, entry: dict[str, Any]) -> None:
         self.fabric.log_dict(_flat(entry), step=len(self.history) - 1)
@@ -298,6 +354,7 @@ class Trainer:
             "method": self.method.name,
             "config": as_lists(self.method.config()),
             "optimization": asdict(self.optimization),
+            "objective": self.objective.config() | self.measures.config(),
             "seed": self.seed,
             "metadata": self.metadata,
             "devices": self.fabric.world_size,
@@ -317,7 +374,10 @@ class Trainer:
             return None
         state = checkpoint.load(path)
         check_same(
-            state, self._description(), self.method, "method", "config", "optimization", "seed", "metadata"
+            state,
+            self._description(),
+            self.method,
+            *("method", "config", "optimization", "objective", "seed", "metadata"),
         )
         return state
 

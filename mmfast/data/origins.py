@@ -1,0 +1,144 @@
+"""What data sets tell of themselves: keys of samples, names of classes, how features were standardised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
+
+from mmfast.data.standardize import Scaling
+from mmfast.errors import describe
+
+
+def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
+    """Return the keys of a data set that has them as `sample_keys`, integers or strings; else None.
+
+    Of torch's Subset: those of its samples, or their numbers in the whole.
+
+    Raises:
+        TypeError, ValueError: keys of another kind, or of another number of samples.
+    """
+    if isinstance(dataset, Subset):
+        indices, keys = np.asarray(list(dataset.indices), dtype=np.int64), keys_of_samples(dataset.dataset)
+        return indices if keys is None else keys[indices]
+    keys = _attribute(dataset, "sample_keys")
+    if keys is None:
+        return None
+    array = np.asarray(keys)
+    if array.dtype.kind not in "iuSU":
+        raise TypeError(f"sample_keys must hold integers or strings, got dtype {array.dtype}")
+    if array.shape != (len(dataset),):
+        raise ValueError(f"sample_keys must have shape [N] = [{len(dataset)}], got {list(array.shape)}")
+    return array
+
+
+def names_of_classes(dataset: Any) -> tuple[str, ...] | None:
+    """Return the names of a data set that has them as `class_names`; of a Subset, those of the whole."""
+    if isinstance(dataset, Subset):
+        return names_of_classes(dataset.dataset)
+    names = _attribute(dataset, "class_names")
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names must be strings, one a class, got {describe(names)}")
+    return tuple(names)
+
+
+def shapes_of_samples(dataset: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a data set that has them as `shapes`, by modality; else None."""
+    if isinstance(dataset, Subset):
+        return shapes_of_samples(dataset.dataset)
+    shapes = _attribute(dataset, "shapes")
+    return {name: tuple(shape) for name, shape in shapes.items()} if isinstance(shapes, dict) else None
+
+
+def told_scaling(dataset: Any) -> Scaling | None:
+    """Return what features were standardised by: {} where they were not, None where nothing tells.
+
+    An ArrayDataset tells, and torch's Subset and ConcatDataset of such.
+
+    Raises:
+        ValueError: data sets put together of which one was standardised otherwise than another.
+    """
+    if isinstance(dataset, Subset):
+        return told_scaling(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return _common([told_scaling(part) for part in dataset.datasets])
+    if not hasattr(dataset, "scaling"):
+        return None
+    return dataset.scaling or {}
+
+
+def scaling_for(learner: Any, dataset: Any, standardized: bool | None) -> Scaling | None:
+    """Return what a data set's features are yet to be standardised by, for a learner; None: by nothing.
+
+    Args:
+        learner: has as `scaling` what its training data were standardised by, {} where they were not, None
+            where that is not known.
+        dataset: tells what its features were standardised by, or does not.
+        standardized: whether they are standardised as the training data were; None: as the data set tells.
+
+    Raises:
+        ValueError: the data set tells nothing of it and the learner needs it, or it was standardised
+            otherwise than the training data.
+    """
+    wanted = learner.scaling
+    if standardized is not None or wanted is None:
+        return None if standardized is None or standardized else wanted or None
+    told = told_scaling(dataset)
+    if told is None:
+        if not wanted:
+            return None
+        raise ValueError(
+            "dataset must tell whether its features are standardised, as those of the training data were, "
+            "got one that does not: give standardized=True, or standardized=False and they will be"
+        )
+    if not told:
+        return wanted or None
+    if not _is_same(told, wanted, learner.modalities):
+        by = "by statistics of their own" if wanted else "not at all"
+        raise ValueError(
+            f"dataset must be raw, or standardised as the training data were, {by}; got one that was "
+            "standardised otherwise: load it with standardize=False"
+        )
+    return None
+
+
+def check_standardized(learner: Any, dataset: Any) -> None:
+    """Raise ValueError for a data set that tells it was not standardised as a learner's training data were.
+
+    For what takes data as they are; a model, and a learner that knows nothing of its data, take any.
+    """
+    wanted = getattr(learner, "scaling", None)
+    told = None if wanted is None else told_scaling(dataset)
+    if wanted is None or told is None or _is_same(told, wanted, learner.modalities):
+        return
+    if wanted:
+        must, last = "be standardised as the training data were", " and .standardize(learner.scaling)"
+    else:
+        must, last = "not be standardised, as the training data were not", ""
+    raise ValueError(f"dataset must {must}: load it with standardize=False{last}")
+
+
+def _is_same(told: Scaling, wanted: Scaling, modalities: Sequence[str]) -> bool:
+    """Whether features were standardised by the same statistics, or not at all in both."""
+    if not told or not wanted:
+        return not told and not wanted
+    return all(
+        name in told and list(map(list, told[name])) == list(map(list, wanted[name])) for name in modalities
+    )
+
+
+def _common(found: Sequence[Scaling | None]) -> Scaling | None:
+    first = found[0] if found else None
+    if any(other != first for other in found):
+        raise ValueError("the parts of a ConcatDataset must be standardised alike, got some that are not")
+    return first
+
+
+def _attribute(dataset: Any, name: str) -> Any:
+    """Return an attribute, None where it is a method: data sets of others may call one so."""
+    value = getattr(dataset, name, None)
+    return None if callable(value) else value
