@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import mmfast
 from mmfast import methods
 from mmfast.training.divergence import DivergedError
 from support.integrations import (
+    AIMS,
     EPOCHS,
     RESUMED,
     SIZE,
@@ -27,6 +29,7 @@ from support.integrations import (
     method,
     new_model,
     num_epochs,
+    numbers,
     spoilt,
     trained,
 )
@@ -67,6 +70,35 @@ def test_weights_and_figures_are_those_of_the_trainer(name):
     assert module.evaluate(TEST) == trainer.test(trainer.learner.model, TEST)
     assert not module.learner.training
     assert all(parameter.requires_grad for parameter in module.learner.parameters())
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_losses_and_selection_are_those_of_the_trainer(aim):
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "lr": 1e-2, **AIMS[aim]}
+    expected = mmfast.Trainer("multi-loss", accelerator="cpu", **settings)
+    module = new_module("multi-loss", **settings)
+    expected.fit(new_model(), TRAIN, VAL)
+    trainer = new_trainer("multi-loss")
+    trainer.fit(module)
+    assert_same_weights(module.learner, expected.learner)
+    assert module.history == history_of(expected)
+    assert module.evaluate(TEST) == expected.test(expected.learner.model, TEST)
+    assert ("val/auroc" in trainer.callback_metrics) == (aim == "own")
+
+
+def test_numbers_are_predicted_as_by_the_trainer():
+    train, val = numbers(TRAIN), numbers(VAL)
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "task": "regression"}
+    expected = mmfast.Trainer("ensemble", accelerator="cpu", **settings)
+    expected.fit(new_model(1), train, val)
+    module, trainer = MethodModule("ensemble", new_model(1), train, val, **settings), new_trainer("ensemble")
+    trainer.fit(module)
+    assert_same_weights(module.learner, expected.learner)
+    assert trainer.callback_metrics["val/m0_r2"] == pytest.approx(
+        expected.history[-1]["val"]["modality_r2"]["m0"]
+    )
+    with pytest.raises(ValueError, match=r"mla needs task='multiclass', as .*, got 'regression'"):
+        MethodModule("mla", new_model(1), train, val, **settings)
 
 
 @pytest.mark.parametrize("name", ["frozen-unimodal", "mla", "di-mml"])

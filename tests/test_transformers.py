@@ -31,6 +31,7 @@ from support.integrations import (
     method,
     new_model,
     num_epochs,
+    numbers,
     spoilt,
     trained,
 )
@@ -84,6 +85,23 @@ def test_weights_and_figures_are_those_of_the_trainer(name, tmp_path):
     assert found["test_m0_contribution"] == figures.contribution["m0"]
     assert not trainer.learner.training
     assert all(parameter.requires_grad for parameter in trainer.learner.parameters())
+
+
+def test_numbers_are_predicted_as_by_the_trainer(tmp_path):
+    train, val = numbers(TRAIN), numbers(VAL)
+    loss = nn.HuberLoss(reduction="none")
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "lr": 1e-2, "task": "regression", "loss": loss}
+    expected = mmfast.Trainer(method("frozen-unimodal"), accelerator="cpu", **settings, **SAME)
+    expected.fit(new_model(1), train, val)
+    args = arguments(tmp_path, num_epochs("frozen-unimodal"), eval_strategy="epoch")
+    aim = {"task": "regression", "loss": loss}
+    trainer = MethodTrainer(method("frozen-unimodal"), new_model(1), args, train, val, **aim)
+    trainer.train()
+    assert_same_weights(trainer.learner, expected.learner)
+    assert trainer.history == history_of(expected)
+    logged = [entry["eval_m0_r2"] for entry in trainer.state.log_history if "eval_m0_r2" in entry]
+    assert logged == [entry["val"]["modality_r2"]["m0"] for entry in expected.history]
+    assert trainer.predict(val).predictions.shape == (40, 1)
 
 
 # Text as ids and mask, through a transformer

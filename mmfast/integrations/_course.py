@@ -29,7 +29,7 @@ from mmfast.distributed import (
 from mmfast.integrations._epoch import EpochBatches
 from mmfast.integrations._figures import as_fabric
 from mmfast.methods.base import Learner, Stage
-from mmfast.training.checks import check_data, check_fits
+from mmfast.training.checks import check_fits
 from mmfast.training.divergence import (
     LOSS,
     PREDICTIONS,
@@ -67,6 +67,7 @@ class Course:
     Args:
         learner: what is trained, in place; its reader reads all data.
         train, val: data sets; without `val` the last epoch is kept.
+        measures: what is measured besides the task's figures, and what selects.
         max_epochs: of the first stage.
         batch_size: samples of a batch over all processes.
 
@@ -80,7 +81,14 @@ class Course:
     """
 
     def __init__(
-        self, learner: Learner, train: Any, val: Any | None, *, max_epochs: int, batch_size: int
+        self,
+        learner: Learner,
+        train: Any,
+        val: Any | None,
+        *,
+        measures: Measures,
+        max_epochs: int,
+        batch_size: int,
     ) -> None:
         self.learner = learner
         self.train = train
@@ -91,17 +99,12 @@ class Course:
         self.index, self.epoch = 0, 0
         self.history: list[dict[str, Any]] = []
         self.lr, self.precision = 0.0, "32-true"
-        self.measures = Measures(learner.objective)
+        self.measures = measures
         self._best = BestWeights()
         self._cut: Cut | None = None
         self._current: EpochBatches | None = None
         self._running = contextlib.ExitStack()
         self.is_finished = False
-        method, collate = learner.method, learner.reader.collate_fn
-        if val is not None:
-            check_data(learner.model, "val", val, collate_fn=collate)
-        elif method.needs_validation:
-            raise ValueError(f"{method.name} needs a validation split, got val=None")
 
     # Where it stands
 
@@ -164,6 +167,8 @@ class Course:
         if not self.is_over and self.epoch > 0:
             self._take_best()
         self.is_finished = True
+        # Data that come later may have samples without label.
+        self.learner.objective.may_ignore = True
         self.learner.unfreeze()
         self.learner.zero_grad(set_to_none=True)
         self.learner.eval()
@@ -194,6 +199,7 @@ class Course:
 
     def _start_epoch(self) -> EpochBatches:
         learner, cut = self.learner, self._cut
+        learner.objective.to(learner.device)
         rank, world_size = rank_and_size()
         seed = learner.generator(self.index, self.epoch, rank).initial_seed()
         torch.manual_seed(seed)
@@ -297,7 +303,7 @@ class Course:
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
         """Return the figures of a data set, as `mmfast.Trainer.test` does."""
-        return evaluate(self.learner, dataset, as_fabric(self.learner))
+        return evaluate(self.learner, dataset, as_fabric(self.learner), measures=self.measures)
 
     def figures(self, dataset: Any) -> dict[str, Any]:
         """Return the same as plain values, as the history has them."""
@@ -305,13 +311,13 @@ class Course:
 
     def _measure(self, dataset: Any, part: str) -> AnyMetrics:
         learner, fabric = self.learner, as_fabric(self.learner)
-        found, num_nan = measure(learner, dataset, fabric)
+        found, num_nan = measure(learner, dataset, fabric, measures=self.measures)
         if num_nan:
             bad = bad_inputs_of(dataset, learner.modalities, learner.reader)
             where = f"{part}, for {num_nan} sample{'s' * (num_nan > 1)}"
             self._raise(PREDICTIONS, where, f"the {part} data", bad)
         if learner.note_unimodal_accuracy(self.measures.of_modalities(found.as_dict())):
-            found, _ = measure(learner, dataset, fabric)
+            found, _ = measure(learner, dataset, fabric, measures=self.measures)
         return found
 
     def _diverged(self, number: int, batch: Mapping[str, Any] | None = None) -> None:
@@ -370,7 +376,7 @@ class Course:
         Raises:
             ValueError: it is of another run.
         """
-        keys = ("method", "config", "seed", "max_epochs", "batch_size")
+        keys = ("method", "config", "objective", "seed", "max_epochs", "batch_size")
         check_same(state, self._description(), self.learner.method, *keys)
         self._drop_batches()
         self.is_finished = False
@@ -385,6 +391,7 @@ class Course:
         return {
             "method": method.name,
             "config": as_lists(method.config()),
+            "objective": self.learner.objective.config() | self.measures.config(),
             "seed": self.learner.seed,
             "max_epochs": self.max_epochs,
             "batch_size": self.batch_size,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from mmfast.data.reader import Reader
 from mmfast.integrations._course import Course
@@ -16,7 +17,8 @@ from mmfast.integrations._figures import flat
 from mmfast.integrations._options import bound, taken
 from mmfast.methods.base import Method
 from mmfast.models import MultimodalModel
-from mmfast.training.metrics import AnyMetrics
+from mmfast.objectives import Loss, Objective
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.state import random_state, set_random_state
 
@@ -59,6 +61,8 @@ class MethodHooks(_Base):
         method: a method of `mmfast.methods`, or its name.
         model: what to train, in place.
         train, val: data sets as `mmfast.Trainer.fit` takes them.
+        task, loss, class_weights, label_smoothing, metrics, select, select_mode: as `mmfast.Trainer` takes
+            them.
         optimization: `max_epochs` (of the first stage), `batch_size` (over all processes), `optimizer`, `lr`,
             `momentum`, `weight_decay`, `lr_step`, `lr_gamma`; other fields are Lightning's, and refused.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
@@ -85,6 +89,13 @@ class MethodHooks(_Base):
         train: Any,
         val: Any | None = None,
         *,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         optimization: Optimization | None = None,
         seed: int = 0,
         num_workers: int = 0,
@@ -98,9 +109,20 @@ class MethodHooks(_Base):
         self.automatic_optimization = False
         self.optimization = taken("MethodModule", optimization, settings, TAKEN, _INSTEAD)
         reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
-        self.learner = bound(method, model, train, reader=reader, seed=seed)
+        objective = Objective(task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing)
+        measures = Measures(objective, metrics, select, select_mode)
+        self.learner = bound(
+            method,
+            model,
+            train,
+            val,
+            reader=reader,
+            seed=seed,
+            objective=objective,
+            measures=measures,
+        )
         epochs, size = self.optimization.max_epochs, self.optimization.batch_size
-        self._course = Course(self.learner, train, val, max_epochs=epochs, batch_size=size)
+        self._course = Course(self.learner, train, val, measures=measures, max_epochs=epochs, batch_size=size)
         self._course.lr = self.optimization.lr
         self._draws: dict[str, Any] | None = None
 
@@ -120,7 +142,7 @@ class MethodHooks(_Base):
         return self(batch)
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
-        """Return accuracy, macro-F1, every modality alone and its Shapley contribution."""
+        """Return the task's figures on a data set, every modality alone, and its Shapley contribution."""
         return self._course.evaluate(dataset)
 
     # What Lightning calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ with needs_train("mmfast.integrations.transformers", extra="hf"):
     # Trainer asks for accelerate when it is made, in other words.
     import accelerate  # noqa: F401
     import transformers
+    from torchmetrics import Metric
     from transformers.trainer_callback import TrainerCallback
     from transformers.trainer_utils import PredictionOutput
     from transformers.utils import WEIGHTS_NAME
@@ -28,7 +29,9 @@ with needs_train("mmfast.integrations.transformers", extra="hf"):
     from mmfast.integrations._options import bound
     from mmfast.methods.base import Method
     from mmfast.models import MultimodalModel
+    from mmfast.objectives import Loss, Objective
     from mmfast.training.checks import check_data
+    from mmfast.training.metrics import Measures
     from mmfast.training.state import load_state, random_state, set_random_state
 
 __all__ = ["MethodTrainer"]
@@ -69,6 +72,8 @@ class MethodTrainer(transformers.Trainer):
             `ddp_find_unused_parameters=True`.
         train_dataset, eval_dataset: data sets as `mmfast.Trainer.fit` takes them.
         data_collator: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them.
+        task, loss, class_weights, label_smoothing, metrics, select, select_mode: as `mmfast.Trainer` takes
+            them.
         options: `callbacks`, `processing_class` and `optimizer_cls_and_kwargs` of transformers.Trainer.
 
     Attributes:
@@ -90,6 +95,13 @@ class MethodTrainer(transformers.Trainer):
         eval_dataset: Any | None = None,
         *,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         **options: Any,
     ) -> None:
         if not hasattr(transformers.Trainer, "_run_epoch"):
@@ -105,11 +117,23 @@ class MethodTrainer(transformers.Trainer):
             args.per_device_eval_batch_size,
             prefetch=args.dataloader_prefetch_factor or 2,
         )
-        self.learner = bound(method, model, train_dataset, reader=reader, seed=args.seed)
+        objective = Objective(task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing)
+        measures = Measures(objective, metrics, select, select_mode)
+        self.learner = bound(
+            method,
+            model,
+            train_dataset,
+            eval_dataset,
+            reader=reader,
+            seed=args.seed,
+            objective=objective,
+            measures=measures,
+        )
         self._course = Course(
             self.learner,
             train_dataset,
             eval_dataset,
+            measures=measures,
             max_epochs=epochs_of_first_stage(self.learner, args.num_train_epochs),
             batch_size=args.per_device_train_batch_size * args.world_size,
         )
@@ -238,8 +262,8 @@ class MethodTrainer(transformers.Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         found = self._measured if dataset is self.eval_dataset else None
         if found is None:
-            collate = self.learner.reader.collate_fn
-            check_data(self.learner.model, "eval_dataset", dataset, collate_fn=collate)
+            collate, task = self.learner.reader.collate_fn, self.learner.objective.task
+            check_data(self.learner.model, "eval_dataset", dataset, collate_fn=collate, task=task)
             found = self._course.figures(dataset)
         metrics = flat(found, metric_key_prefix, "_")
         self.log(metrics)
