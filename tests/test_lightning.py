@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import runpy
 import subprocess
 import sys
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import mmfast
 from mmfast import methods
 from mmfast.training.divergence import DivergedError
 from support.integrations import (
+    AIMS,
     EPOCHS,
     RESUMED,
     SIZE,
@@ -26,9 +29,11 @@ from support.integrations import (
     method,
     new_model,
     num_epochs,
+    numbers,
     spoilt,
     trained,
 )
+from support.stems import ROOT
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -65,6 +70,35 @@ def test_weights_and_figures_are_those_of_the_trainer(name):
     assert module.evaluate(TEST) == trainer.test(trainer.learner.model, TEST)
     assert not module.learner.training
     assert all(parameter.requires_grad for parameter in module.learner.parameters())
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_losses_and_selection_are_those_of_the_trainer(aim):
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "lr": 1e-2, **AIMS[aim]}
+    expected = mmfast.Trainer("multi-loss", accelerator="cpu", **settings)
+    module = new_module("multi-loss", **settings)
+    expected.fit(new_model(), TRAIN, VAL)
+    trainer = new_trainer("multi-loss")
+    trainer.fit(module)
+    assert_same_weights(module.learner, expected.learner)
+    assert module.history == history_of(expected)
+    assert module.evaluate(TEST) == expected.test(expected.learner.model, TEST)
+    assert ("val/auroc" in trainer.callback_metrics) == (aim == "own")
+
+
+def test_numbers_are_predicted_as_by_the_trainer():
+    train, val = numbers(TRAIN), numbers(VAL)
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "task": "regression"}
+    expected = mmfast.Trainer("ensemble", accelerator="cpu", **settings)
+    expected.fit(new_model(1), train, val)
+    module, trainer = MethodModule("ensemble", new_model(1), train, val, **settings), new_trainer("ensemble")
+    trainer.fit(module)
+    assert_same_weights(module.learner, expected.learner)
+    assert trainer.callback_metrics["val/m0_r2"] == pytest.approx(
+        expected.history[-1]["val"]["modality_r2"]["m0"]
+    )
+    with pytest.raises(ValueError, match=r"mla needs task='multiclass', as .*, got 'regression'"):
+        MethodModule("mla", new_model(1), train, val, **settings)
 
 
 @pytest.mark.parametrize("name", ["frozen-unimodal", "mla", "di-mml"])
@@ -147,6 +181,16 @@ def test_the_last_checkpoint_predicts_with_the_selected_weights(tmp_path):
     )
     assert torch.equal(found, expected)
     assert torch.equal(found, trained("di-mml").learner.predict(TEST[:]))
+
+
+def test_from_the_last_checkpoint_nothing_is_trained(tmp_path):
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    new_trainer("unimodal", callbacks=[keep], enable_checkpointing=True).fit(new_module("unimodal"))
+    module = new_module("unimodal")
+    new_trainer("unimodal").fit(module, ckpt_path=tmp_path / "last.ckpt")
+    assert_same_weights(module.learner, trained("unimodal").learner)
+    assert not module.learner.training
+    assert module.evaluate(TEST) == trained("unimodal").test(trained("unimodal").learner.model, TEST)
 
 
 def test_figures_are_logged(tmp_path):
@@ -330,6 +374,15 @@ def test_the_older_name_of_the_package_trains_the_same():
     options = {"enable_checkpointing": False, "reload_dataloaders_every_n_epochs": 1}
     package.Trainer(max_epochs=EPOCHS, **QUIET, **options).fit(module)
     assert_same_weights(module.learner, trained("joint").learner)
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "train_lightning.py"))["main"]
+    accuracy = main(method="joint", epochs=3, out=tmp_path, resume=False)
+    assert accuracy > 0.3
+    assert main(method="joint", epochs=3, out=tmp_path, resume=True) == accuracy
+    assert capsys.readouterr().out.count(f"accuracy {accuracy:.2f}; alone: audio ") == 2
+    assert "val/audio_accuracy" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
 def test_a_missing_package_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,11 @@ from support.integrations import (
     method,
     new_model,
     num_epochs,
+    numbers,
     spoilt,
     trained,
 )
+from support.stems import ROOT
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -82,6 +85,23 @@ def test_weights_and_figures_are_those_of_the_trainer(name, tmp_path):
     assert found["test_m0_contribution"] == figures.contribution["m0"]
     assert not trainer.learner.training
     assert all(parameter.requires_grad for parameter in trainer.learner.parameters())
+
+
+def test_numbers_are_predicted_as_by_the_trainer(tmp_path):
+    train, val = numbers(TRAIN), numbers(VAL)
+    loss = nn.HuberLoss(reduction="none")
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "lr": 1e-2, "task": "regression", "loss": loss}
+    expected = mmfast.Trainer(method("frozen-unimodal"), accelerator="cpu", **settings, **SAME)
+    expected.fit(new_model(1), train, val)
+    args = arguments(tmp_path, num_epochs("frozen-unimodal"), eval_strategy="epoch")
+    aim = {"task": "regression", "loss": loss}
+    trainer = MethodTrainer(method("frozen-unimodal"), new_model(1), args, train, val, **aim)
+    trainer.train()
+    assert_same_weights(trainer.learner, expected.learner)
+    assert trainer.history == history_of(expected)
+    logged = [entry["eval_m0_r2"] for entry in trainer.state.log_history if "eval_m0_r2" in entry]
+    assert logged == [entry["val"]["modality_r2"]["m0"] for entry in expected.history]
+    assert trainer.predict(val).predictions.shape == (40, 1)
 
 
 # Text as ids and mask, through a transformer
@@ -212,6 +232,14 @@ def test_a_run_goes_on_after_the_last_step_of_an_epoch(name, steps, tmp_path):
     assert trainer.history == history_of(trained(name, **SAME))
 
 
+def test_from_the_last_checkpoint_nothing_is_trained(tmp_path):
+    new_trainer("unimodal", tmp_path, save_strategy="epoch").train()
+    trainer = new_trainer("unimodal", tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(trainer.learner, trained("unimodal", **SAME).learner)
+    assert trainer.history == history_of(trained("unimodal", **SAME))
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     new_trainer("joint", tmp_path, save_strategy="epoch").train()
     folder = tmp_path / "checkpoint-20"
@@ -328,6 +356,16 @@ def test_options_are_checked(tmp_path):
         MethodTrainer(methods.Joint, new_model(), args, TRAIN)
     with pytest.raises(ValueError, match="diagnose-relearn needs a validation split, got val=None"):
         MethodTrainer("diagnose-relearn", new_model(), args, TRAIN)
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    # It takes its data from the example beside it.
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    main = runpy.run_path(str(ROOT / "examples" / "train_transformers.py"))["main"]
+    metrics = main(method="joint", epochs=4, samples=240, out=tmp_path)
+    assert metrics["test_accuracy"] > 0.5
+    assert f"accuracy {metrics['test_accuracy']:.2f}; alone: text " in capsys.readouterr().out
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 
 def test_a_missing_package_is_named():

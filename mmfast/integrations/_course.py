@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from mmfast import methods
-from mmfast.data.batches import Shard, all_marks, dataset_indices, epoch_shard
-from mmfast.data.devices import model_place
-from mmfast.data.reader import Reader
+from mmfast.data.batches import dataset_indices, epoch_shard
 from mmfast.data.seeds import seed_host
-from mmfast.data.sources import in_memory
-from mmfast.data.threads import fitting_threads
 from mmfast.distributed import (
     check_agreement,
     min_over_processes,
@@ -31,27 +26,28 @@ from mmfast.distributed import (
     sum_over_processes,
     world,
 )
-from mmfast.errors import describe
-from mmfast.methods.base import Learner, Method, Stage
-from mmfast.models import MultimodalModel
-from mmfast.training.checks import check_data, check_fits
+from mmfast.integrations._epoch import EpochBatches
+from mmfast.integrations._figures import as_fabric
+from mmfast.methods.base import Learner, Stage
+from mmfast.training.checks import check_fits
 from mmfast.training.divergence import (
     LOSS,
     PREDICTIONS,
     DivergedError,
     Losses,
+    absence_text,
     bad_inputs,
     bad_inputs_of,
     cause_text,
-    check_weights,
     has_finite_weights,
     input_text,
+    spoilt_by_absence,
 )
 from mmfast.training.evaluation import evaluate, measure
 from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.run_folder import as_lists, check_same
 from mmfast.training.selection import BestWeights
-from mmfast.training.state import Cut, random_state, set_random_state
+from mmfast.training.state import Cut, random_state
 
 
 class Course:
@@ -59,17 +55,19 @@ class Course:
 
         course.begin()
         while not course.is_over:
-            for batch in course.batches():
+            batches = course.batches()
+            for batch in batches:
                 for step in course.steps:
                     loss = course.loss(learner, batch, step)
-                    ...  # backward of loss * course.scale; edit_gradients(step, course.progress); move
-                course.end_batch()
+                    ...  # backward of loss * batches.scale; edit_gradients(step, batches.progress); move
+                batches.done += 1
             course.end_epoch(optimizer)  # enters the next stage after the last epoch of one
         course.finish()
 
     Args:
         learner: what is trained, in place; its reader reads all data.
         train, val: data sets; without `val` the last epoch is kept.
+        measures: what is measured besides the task's figures, and what selects.
         max_epochs: of the first stage.
         batch_size: samples of a batch over all processes.
 
@@ -83,7 +81,14 @@ class Course:
     """
 
     def __init__(
-        self, learner: Learner, train: Any, val: Any | None, *, max_epochs: int, batch_size: int
+        self,
+        learner: Learner,
+        train: Any,
+        val: Any | None,
+        *,
+        measures: Measures,
+        max_epochs: int,
+        batch_size: int,
     ) -> None:
         self.learner = learner
         self.train = train
@@ -94,17 +99,12 @@ class Course:
         self.index, self.epoch = 0, 0
         self.history: list[dict[str, Any]] = []
         self.lr, self.precision = 0.0, "32-true"
-        self.measures = Measures(learner.objective)
+        self.measures = measures
         self._best = BestWeights()
         self._cut: Cut | None = None
         self._current: EpochBatches | None = None
         self._running = contextlib.ExitStack()
         self.is_finished = False
-        method, collate = learner.method, learner.reader.collate_fn
-        if val is not None:
-            check_data(learner.model, "val", val, collate_fn=collate)
-        elif method.needs_validation:
-            raise ValueError(f"{method.name} needs a validation split, got val=None")
 
     # Where it stands
 
@@ -125,17 +125,12 @@ class Course:
     def is_over(self) -> bool:
         return self.epochs_done == self.num_epochs
 
-    @property
-    def batches_done(self) -> int:
-        """Batches that are done of the epoch that is under way."""
-        if self._current is not None:
-            return self._current.done
-        return self._cut.batch if self._cut else 0
-
-    @property
+    @cached_property
     def plain_batches(self) -> int:
         """Batches of an epoch that trains on the data set itself."""
-        return len(epoch_shard(len(self.train), self.batch_size, torch.Generator("cpu")).batches)
+        size, world_size = len(self.train), rank_and_size()[1]
+        shard = epoch_shard(size, self.batch_size, torch.Generator("cpu"), world_size=world_size)
+        return len(shard.batches)
 
     @property
     def stages_left(self) -> str:
@@ -172,6 +167,8 @@ class Course:
         if not self.is_over and self.epoch > 0:
             self._take_best()
         self.is_finished = True
+        # Data that come later may have samples without label.
+        self.learner.objective.may_ignore = True
         self.learner.unfreeze()
         self.learner.zero_grad(set_to_none=True)
         self.learner.eval()
@@ -202,6 +199,7 @@ class Course:
 
     def _start_epoch(self) -> EpochBatches:
         learner, cut = self.learner, self._cut
+        learner.objective.to(learner.device)
         rank, world_size = rank_and_size()
         seed = learner.generator(self.index, self.epoch, rank).initial_seed()
         torch.manual_seed(seed)
@@ -220,24 +218,13 @@ class Course:
             cut.set_random_state(rank, learner.device)
         self._cut = None
         draws = random_state(learner.device)
-        return EpochBatches(self, entries, shard, seed, losses, draws, first)
+        place = learner, self.train, self.batch_size
+        return EpochBatches(*place, entries, shard, seed, losses, draws, first)
 
     @property
     def steps(self) -> range:
         """The optimizer steps of a batch."""
         return range(self.learner.steps_per_batch)
-
-    @property
-    def progress(self) -> float:
-        """b / B of the epoch, as `edit_gradients` takes it."""
-        epoch = self.batches()
-        return epoch.done / len(epoch)
-
-    @property
-    def scale(self) -> float:
-        """What a loss is multiplied by, so that the mean of gradients over processes is the whole batch's."""
-        epoch = self.batches()
-        return epoch.shard.scales[epoch.done]
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:  # scalar
         """Return the loss of a step.
@@ -247,14 +234,10 @@ class Course:
         """
         epoch = self.batches()
         loss = module(batch, step)
-        if (bad := epoch.losses.add(loss.detach() * self.scale)) is not None:
+        if (bad := epoch.losses.add(loss.detach() * epoch.scale)) is not None:
             number = bad // len(self.steps)
             self._diverged(number, batch if number == epoch.done else None)
         return loss
-
-    def end_batch(self) -> None:
-        """Count a batch."""
-        self.batches().done += 1
 
     def end_epoch(self, optimizer: Any) -> dict[str, Any]:
         """Validate, select, let the method do what it does between epochs, and return the history's entry.
@@ -320,21 +303,21 @@ class Course:
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
         """Return the figures of a data set, as `mmfast.Trainer.test` does."""
-        return evaluate(self.learner, dataset, _as_fabric(self.learner))
+        return evaluate(self.learner, dataset, as_fabric(self.learner), measures=self.measures)
 
     def figures(self, dataset: Any) -> dict[str, Any]:
         """Return the same as plain values, as the history has them."""
         return self.evaluate(dataset).as_dict()
 
     def _measure(self, dataset: Any, part: str) -> AnyMetrics:
-        learner, fabric = self.learner, _as_fabric(self.learner)
-        found, num_nan = measure(learner, dataset, fabric)
+        learner, fabric = self.learner, as_fabric(self.learner)
+        found, num_nan = measure(learner, dataset, fabric, measures=self.measures)
         if num_nan:
             bad = bad_inputs_of(dataset, learner.modalities, learner.reader)
             where = f"{part}, for {num_nan} sample{'s' * (num_nan > 1)}"
             self._raise(PREDICTIONS, where, f"the {part} data", bad)
         if learner.note_unimodal_accuracy(self.measures.of_modalities(found.as_dict())):
-            found, _ = measure(learner, dataset, fabric)
+            found, _ = measure(learner, dataset, fabric, measures=self.measures)
         return found
 
     def _diverged(self, number: int, batch: Mapping[str, Any] | None = None) -> None:
@@ -351,8 +334,11 @@ class Course:
     def _raise(
         self, what: str, where: str, data: str, bad: Mapping[str, list[int]], batch: int | None = None
     ) -> None:
+        learner = self.learner
         if bad:
             cause = input_text(data, bad)
+        elif names := spoilt_by_absence(learner.model, self.train, learner.reader):
+            cause = absence_text(names)
         else:
             has_stepped = batch != 0 or bool(self.history)
             cause = cause_text(lr=self.lr, precision=self.precision, has_stepped=has_stepped)
@@ -390,7 +376,7 @@ class Course:
         Raises:
             ValueError: it is of another run.
         """
-        keys = ("method", "config", "seed", "max_epochs", "batch_size")
+        keys = ("method", "config", "objective", "seed", "max_epochs", "batch_size")
         check_same(state, self._description(), self.learner.method, *keys)
         self._drop_batches()
         self.is_finished = False
@@ -405,119 +391,8 @@ class Course:
         return {
             "method": method.name,
             "config": as_lists(method.config()),
+            "objective": self.learner.objective.config() | self.measures.config(),
             "seed": self.learner.seed,
             "max_epochs": self.max_epochs,
             "batch_size": self.batch_size,
         }
-
-
-def bound(method: Method | str, model: MultimodalModel, train: Any, *, reader: Reader, seed: int) -> Learner:
-    """Return a method's learner, bound to a model as `mmfast.Trainer.fit` binds it.
-
-    Args:
-        method: a method, or its name.
-        model, train: what is trained, and on what.
-        reader: of all data.
-        seed: of the run.
-    """
-    if isinstance(method, type):
-        raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
-    if not isinstance(method, str | Method):
-        raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
-    check_data(model, "train", train, whole=True, collate_fn=reader.collate_fn)
-    made = methods.make(method) if isinstance(method, str) else method
-    learner = made.bind(model, seed=seed)
-    check_weights(learner)
-    learner.reader = reader
-    return learner
-
-
-@dataclass(eq=False)
-class EpochBatches:
-    """The batches of an epoch from where it stands, in this process: sized, and iterated once.
-
-    Attributes:
-        course: of which run.
-        entries: what the epoch trains on.
-        shard: this process's batches, of all of which `len` is the number.
-        seed: of what data sets draw.
-        losses: of the steps so far, scaled by this process's share of the batch.
-        draws: random state to begin with.
-        done: batches that are.
-    """
-
-    course: Course
-    entries: Any
-    shard: Shard
-    seed: int
-    losses: Losses
-    draws: dict[str, Any]
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self._held = contextlib.ExitStack()
-
-    def __len__(self) -> int:
-        return len(self.shard.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Nothing happens before the first batch is asked for: loops make iterators they drop again.
-        learner, first = self.course.learner, self.done
-        self.close()
-        self._held.enter_context(fitting_threads(learner, self.course.train, self.course.batch_size))
-        set_random_state(self.draws, learner.device)
-        learner.train()
-        device, dtype = model_place(learner)
-        read = learner.reader.read(
-            self.entries,
-            self.shard.batches[first:],
-            learner.modalities,
-            device,
-            dtype=dtype,
-            seed=self.seed,
-            first=first,
-        )
-        # Sized loops ask for no batch beyond the last, at which a generator would end by itself.
-        self._held.enter_context(contextlib.closing(read))
-        alone = world() is None or in_memory(getattr(self.entries, "base", self.entries))
-        for batch in read:
-            # All processes must know of a mark that one of them has met.
-            yield batch if alone else batch | all_marks(batch, learner.modalities)
-
-    def close(self) -> None:
-        """End reading, and give torch its threads back."""
-        self._held.close()
-
-
-class _Place:
-    """What evaluation asks of Fabric, by the loop that drives the course."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.autocast = learner.autocast
-
-    @staticmethod
-    def all_reduce(values: Tensor, reduce_op: str = "sum") -> Tensor:  # same shape
-        assert reduce_op == "sum"
-        return sum_over_processes(values)
-
-
-def _as_fabric(learner: Learner) -> Fabric:
-    return cast(Fabric, _Place(learner))
-
-
-def flat(figures: Mapping[str, Any], prefix: str, separator: str = "/") -> dict[str, float]:
-    """Return figures under names of one level: val/accuracy, val/audio_accuracy.
-
-    Args:
-        figures: as the history has them; None, of what no sample has, is left out.
-        prefix: of each name.
-        separator: after the prefix.
-    """
-    found: dict[str, float] = {}
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            kind = key.removeprefix("modality_")
-            found |= flat({f"{name}_{kind}": item for name, item in value.items()}, prefix, separator)
-        elif isinstance(value, int | float):
-            found[prefix + separator + key] = float(value)
-    return found

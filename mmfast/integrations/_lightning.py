@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from mmfast.data.reader import Reader
-from mmfast.integrations._course import Course, EpochBatches, bound, flat
-from mmfast.integrations._options import taken
+from mmfast.integrations._course import Course
+from mmfast.integrations._epoch import EpochBatches
+from mmfast.integrations._figures import flat
+from mmfast.integrations._options import bound, taken
 from mmfast.methods.base import Method
 from mmfast.models import MultimodalModel
-from mmfast.training.metrics import AnyMetrics
+from mmfast.objectives import Loss, Objective
+from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.state import random_state, set_random_state
 
@@ -57,6 +61,8 @@ class MethodHooks(_Base):
         method: a method of `mmfast.methods`, or its name.
         model: what to train, in place.
         train, val: data sets as `mmfast.Trainer.fit` takes them.
+        task, loss, class_weights, label_smoothing, metrics, select, select_mode: as `mmfast.Trainer` takes
+            them.
         optimization: `max_epochs` (of the first stage), `batch_size` (over all processes), `optimizer`, `lr`,
             `momentum`, `weight_decay`, `lr_step`, `lr_gamma`; other fields are Lightning's, and refused.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
@@ -83,6 +89,13 @@ class MethodHooks(_Base):
         train: Any,
         val: Any | None = None,
         *,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         optimization: Optimization | None = None,
         seed: int = 0,
         num_workers: int = 0,
@@ -96,9 +109,20 @@ class MethodHooks(_Base):
         self.automatic_optimization = False
         self.optimization = taken("MethodModule", optimization, settings, TAKEN, _INSTEAD)
         reader = Reader(num_workers, collate_fn, eval_batch_size, pin_memory, prefetch)
-        self.learner = bound(method, model, train, reader=reader, seed=seed)
+        objective = Objective(task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing)
+        measures = Measures(objective, metrics, select, select_mode)
+        self.learner = bound(
+            method,
+            model,
+            train,
+            val,
+            reader=reader,
+            seed=seed,
+            objective=objective,
+            measures=measures,
+        )
         epochs, size = self.optimization.max_epochs, self.optimization.batch_size
-        self._course = Course(self.learner, train, val, max_epochs=epochs, batch_size=size)
+        self._course = Course(self.learner, train, val, measures=measures, max_epochs=epochs, batch_size=size)
         self._course.lr = self.optimization.lr
         self._draws: dict[str, Any] | None = None
 
@@ -118,7 +142,7 @@ class MethodHooks(_Base):
         return self(batch)
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
-        """Return accuracy, macro-F1, every modality alone and its Shapley contribution."""
+        """Return the task's figures on a data set, every modality alone, and its Shapley contribution."""
         return self._course.evaluate(dataset)
 
     # What Lightning calls
@@ -189,8 +213,8 @@ class MethodHooks(_Base):
 
         return [type("Release", (self._lightning.Callback,), {"on_exception": on_exception})()]
 
-    def train_dataloader(self) -> EpochBatches:
-        """Return the batches of the next epoch, or of the rest of one that was stopped within."""
+    def train_dataloader(self) -> EpochBatches | list[Any]:
+        """Return the batches of the next epoch, or of the rest of one; none where all is done."""
         course = self._course
         done = self.trainer.fit_loop.epoch_progress.current.processed
         if course.is_finished or done != course.epochs_done:
@@ -198,16 +222,15 @@ class MethodHooks(_Base):
                 f"the module has been trained for {course.epochs_done} epochs, and the trainer begins after "
                 f"{done}: make a new module, and to go on give its checkpoint as ckpt_path"
             )
-        batches = course.batches()
-        if batches.done == len(batches):
+        if not course.is_over and (batches := course.batches()).done == len(batches):
             # A checkpoint of the last batch's end, after which Lightning takes the epoch for done.
             self._end_epoch()
-        return course.batches()
+        return [] if course.is_over else course.batches()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take the steps of a batch."""
-        course, optimizer = self._course, self.optimizers()
-        if self.trainer.train_dataloader is not course.batches():
+        course, batches, optimizer = self._course, self._course.batches(), self.optimizers()
+        if self.trainer.train_dataloader is not batches:
             raise ValueError(
                 "trainer.fit must be given the module alone, as its method decides what an epoch trains on, "
                 "got data loaders, too"
@@ -217,10 +240,10 @@ class MethodHooks(_Base):
             loss = course.loss(self.learner, batch, step)
             # Lightning runs all of a training step in its precision; gradients are made in their own.
             with torch.autocast(self.device.type, enabled=False):
-                self.manual_backward(loss * course.scale)
-                self.learner.edit_gradients(step, course.progress)
+                self.manual_backward(loss * batches.scale)
+                self.learner.edit_gradients(step, batches.progress)
                 optimizer.step()
-        course.end_batch()
+        batches.done += 1
 
     def on_train_epoch_end(self) -> None:
         """Validate, select, and enter the next stage where one is over."""
@@ -247,6 +270,11 @@ class MethodHooks(_Base):
         """Keep the best weights, and let all train again."""
         self._course.finish()
         self._release()
+
+    def on_fit_end(self) -> None:
+        """Do the same where there was nothing to train, as from the last checkpoint."""
+        if not self._course.is_finished:
+            self.on_train_end()
 
     def _release(self) -> None:
         """Give what was changed outside the learner back."""

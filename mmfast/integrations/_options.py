@@ -1,4 +1,4 @@
-"""Which settings of an `Optimization` an integration takes, and which it leaves to the other loop's own."""
+"""What a run in the loop of others is made of: a method bound to a model, and settings of `Optimization`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,59 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from mmfast.errors import did_you_mean, either
+from mmfast import methods
+from mmfast.data.reader import Reader
+from mmfast.errors import describe, did_you_mean, either
+from mmfast.methods.base import Learner, Method
+from mmfast.models import MultimodalModel
+from mmfast.objectives import Objective
+from mmfast.training.checks import check_data
+from mmfast.training.divergence import check_weights
+from mmfast.training.metrics import Measures
 from mmfast.training.optimization import Optimization
+from mmfast.training.state import note_data
+
+
+def bound(
+    method: Method | str,
+    model: MultimodalModel,
+    train: Any,
+    val: Any | None,
+    *,
+    reader: Reader,
+    seed: int,
+    objective: Objective,
+    measures: Measures,
+) -> Learner:
+    """Return a method's learner, bound to a model as `mmfast.Trainer.fit` binds it.
+
+    Args:
+        method: a method, or its name.
+        model, train, val: what is trained, and on what.
+        reader: of all data.
+        seed: of the run.
+        objective: task and loss.
+        measures: what is measured besides the task's figures, and what of all selects.
+    """
+    if isinstance(method, type):
+        raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
+    if not isinstance(method, str | Method):
+        raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
+    made = methods.make(method) if isinstance(method, str) else method
+    options: dict[str, Any] = {"collate_fn": reader.collate_fn, "task": objective.task}
+    labels = check_data(model, "train", train, whole=True, **options)
+    objective = objective.for_data(labels, model.num_classes)
+    measures.check(objective, model.num_classes)
+    if val is not None:
+        labels = check_data(model, "val", val, **options)
+        objective.may_ignore |= labels is None or not bool(objective.counted(labels).all())
+    elif made.needs_validation:
+        raise ValueError(f"{made.name} needs a validation split, got val=None")
+    learner = made.bind(model, seed=seed, objective=objective)
+    check_weights(learner)
+    learner.reader = reader
+    note_data(learner, train)
+    return learner
 
 
 def taken(

@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.errors import describe, needs_train
+from mmfast.errors import needs_train
 
 with needs_train("mmfast.integrations.transformers", extra="hf"):
     # Trainer asks for accelerate when it is made, in other words.
     import accelerate  # noqa: F401
     import transformers
+    from torchmetrics import Metric
     from transformers.trainer_callback import TrainerCallback
     from transformers.trainer_utils import PredictionOutput
     from transformers.utils import WEIGHTS_NAME
 
     from mmfast.data.batches import evaluating
     from mmfast.data.reader import Reader
-    from mmfast.integrations._course import Course, EpochBatches, bound, flat
+    from mmfast.integrations._arguments import check_arguments, epochs_of_first_stage
+    from mmfast.integrations._course import Course
+    from mmfast.integrations._figures import flat
+    from mmfast.integrations._options import bound
     from mmfast.methods.base import Method
     from mmfast.models import MultimodalModel
+    from mmfast.objectives import Loss, Objective
     from mmfast.training.checks import check_data
+    from mmfast.training.metrics import Measures
     from mmfast.training.state import load_state, random_state, set_random_state
 
 __all__ = ["MethodTrainer"]
 
 # What of a checkpoint holds the course, beside the files of transformers.
 _COURSE = "mmfast_course.pt"
-# Arguments that have one value here, and why.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "max_steps": (-1, "stages are counted in epochs"),
-    "gradient_accumulation_steps": (1, "a method takes all its steps with each batch"),
-    "label_smoothing_factor": (0.0, "the loss is the method's"),
-    "load_best_model_at_end": (False, "the best weights of each stage are put back at its end"),
-    "train_sampling_strategy": ("random", "the method decides what an epoch trains on"),
-    "dataloader_drop_last": (False, "the method decides what an epoch trains on"),
-    "data_seed": (None, "the order of samples follows from seed"),
-    "auto_find_batch_size": (False, "a run that begins anew would go on with what it has trained"),
-    "activation_checkpointing": (False, "encoders do that by themselves, before they are in the model"),
-    "torch_compile": (False, "methods look into the model: compile its encoders"),
-    "bf16_full_eval": (False, "methods read features between epochs, and go on with the same weights"),
-    "fp16_full_eval": (False, "methods read features between epochs, and go on with the same weights"),
-}
-_OPTIONS = ("callbacks", "processing_class", "optimizer_cls_and_kwargs")
 
 
 class MethodTrainer(transformers.Trainer):
@@ -82,6 +72,8 @@ class MethodTrainer(transformers.Trainer):
             `ddp_find_unused_parameters=True`.
         train_dataset, eval_dataset: data sets as `mmfast.Trainer.fit` takes them.
         data_collator: from a list of samples to a batch, such as `mmfast.data.pad`; None stacks them.
+        task, loss, class_weights, label_smoothing, metrics, select, select_mode: as `mmfast.Trainer` takes
+            them.
         options: `callbacks`, `processing_class` and `optimizer_cls_and_kwargs` of transformers.Trainer.
 
     Attributes:
@@ -103,6 +95,13 @@ class MethodTrainer(transformers.Trainer):
         eval_dataset: Any | None = None,
         *,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        task: str = "multiclass",
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | Tensor | str | None = None,  # [C]
+        label_smoothing: float = 0.0,
+        metrics: Mapping[str, Metric] | None = None,
+        select: str | None = None,
+        select_mode: str | None = None,
         **options: Any,
     ) -> None:
         if not hasattr(transformers.Trainer, "_run_epoch"):
@@ -111,19 +110,31 @@ class MethodTrainer(transformers.Trainer):
                 f"got {transformers.__version__}"
             )
         args = args or transformers.TrainingArguments("tmp_trainer")
-        _check(args, options)
+        check_arguments(args, options)
         reader = Reader(
             args.dataloader_num_workers,
             data_collator,
             args.per_device_eval_batch_size,
             prefetch=args.dataloader_prefetch_factor or 2,
         )
-        self.learner = bound(method, model, train_dataset, reader=reader, seed=args.seed)
+        objective = Objective(task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing)
+        measures = Measures(objective, metrics, select, select_mode)
+        self.learner = bound(
+            method,
+            model,
+            train_dataset,
+            eval_dataset,
+            reader=reader,
+            seed=args.seed,
+            objective=objective,
+            measures=measures,
+        )
         self._course = Course(
             self.learner,
             train_dataset,
             eval_dataset,
-            max_epochs=_epochs_of_first_stage(self.learner, args.num_train_epochs),
+            measures=measures,
+            max_epochs=epochs_of_first_stage(self.learner, args.num_train_epochs),
             batch_size=args.per_device_train_batch_size * args.world_size,
         )
         self._course.lr = args.learning_rate
@@ -168,9 +179,11 @@ class MethodTrainer(transformers.Trainer):
 
     # An epoch
 
-    def get_train_dataloader(self) -> EpochBatches:  # type: ignore[override]
+    def get_train_dataloader(self) -> Any:
         """Return the batches of the next epoch, or of the rest of one that was stopped within."""
-        return self._course.batches()
+        course = self._course
+        # Where all is done, transformers asks for their number alone.
+        return [{}] * course.plain_batches if course.is_over else course.batches()
 
     def _run_epoch(self, **given: Any) -> None:  # type: ignore[override]
         course, batches = self._course, self._course.batches()
@@ -197,7 +210,7 @@ class MethodTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:  # scalar
         """Take the steps of a batch, whose last move the loop makes; return the sum of their losses."""
-        course, losses = self._course, []
+        course, batches, losses = self._course, self._course.batches(), []
         for step in course.steps:
             if step > 0:
                 if self.args.max_grad_norm > 0:
@@ -205,10 +218,10 @@ class MethodTrainer(transformers.Trainer):
                 cast(Any, self.optimizer).step()
                 model.zero_grad()
             loss = course.loss(model, inputs, step)
-            self.accelerator.backward(loss * course.scale)
-            self.learner.edit_gradients(step, course.progress)
+            self.accelerator.backward(loss * batches.scale)
+            self.learner.edit_gradients(step, batches.progress)
             losses.append(loss.detach())
-        course.end_batch()
+        batches.done += 1
         return torch.stack(losses).sum()
 
     def _end_epoch(self) -> None:
@@ -249,8 +262,8 @@ class MethodTrainer(transformers.Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         found = self._measured if dataset is self.eval_dataset else None
         if found is None:
-            collate = self.learner.reader.collate_fn
-            check_data(self.learner.model, "eval_dataset", dataset, collate_fn=collate)
+            collate, task = self.learner.reader.collate_fn, self.learner.objective.task
+            check_data(self.learner.model, "eval_dataset", dataset, collate_fn=collate, task=task)
             found = self._course.figures(dataset)
         metrics = flat(found, metric_key_prefix, "_")
         self.log(metrics)
@@ -336,36 +349,3 @@ class _Paced:
         before, after = ((epoch.done - back) * counted // len(epoch) for back in (1, 0))
         for _ in range(after - before):
             self.scheduler.step()
-
-
-def _check(args: transformers.TrainingArguments, options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"MethodTrainer must get options among {', '.join(_OPTIONS)}, got {name}")
-    for name, (wanted, reason) in _FIXED.items():
-        if (value := getattr(args, name, wanted)) != wanted:
-            raise ValueError(f"{name} must be {wanted!r}, as {reason}, got {describe(value)}")
-    if args.fsdp or args.deepspeed:
-        kind = "fsdp" if args.fsdp else "deepspeed"
-        raise ValueError(f"{kind} must not be set: it splits parameters, and methods look into whole ones")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"n_gpu must be 1 in each process, got {args.n_gpu}: start one process a GPU by torchrun, or "
-            "show one by CUDA_VISIBLE_DEVICES"
-        )
-    if args.world_size > 1 and not args.ddp_find_unused_parameters:
-        raise ValueError(
-            "ddp_find_unused_parameters must be True for several processes, as a method's step may leave "
-            f"parts of the learner out, got {args.ddp_find_unused_parameters}"
-        )
-
-
-def _epochs_of_first_stage(learner: Any, num_epochs: float) -> int:
-    """Return the epochs that the stages behind the first one leave for it."""
-    others = learner.stages(1)[1:]
-    epochs = num_epochs - sum(stage.epochs for stage in others)
-    if epochs < 1 or epochs != int(epochs):
-        named = " and ".join(f"{stage.epochs} of the stage {stage.name}" for stage in others)
-        least = f"a whole number above {named}, epochs of all stages" if others else "a whole number"
-        raise ValueError(f"num_train_epochs must be {least}, got {num_epochs:g}")
-    return int(epochs)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAUROC
 
 import mmfast
 from mmfast import methods
+from mmfast.data import ArrayDataset
 from mmfast.methods.base import Learner
 from support.learners import NUM_CLASSES, make_data
 
@@ -36,7 +38,7 @@ def num_epochs(name: str) -> int:
     return EPOCHS + SHORT.get(name, {}).get("head_epochs", 0)
 
 
-def new_model() -> mmfast.MultimodalModel:
+def new_model(num_classes: int = NUM_CLASSES) -> mmfast.MultimodalModel:
     """Return a model whose encoders draw when they train, and have statistics."""
     torch.manual_seed(3)
     encoders = {
@@ -45,7 +47,7 @@ def new_model() -> mmfast.MultimodalModel:
         )
         for name in ("m0", "m1")
     }
-    return mmfast.MultimodalModel(encoders, 8, NUM_CLASSES)
+    return mmfast.MultimodalModel(encoders, 8, num_classes)
 
 
 @functools.cache
@@ -55,6 +57,22 @@ def trained(name: str, has_val: bool = True, **settings: Any) -> mmfast.Trainer:
     trainer = mmfast.Trainer(method(name), accelerator="cpu", **settings)
     trainer.fit(new_model(), TRAIN, VAL if has_val else None)
     return trainer
+
+
+# What is trained for, and what selects, otherwise than by accuracy.
+AIMS: dict[str, dict[str, Any]] = {
+    "weighted": {"class_weights": "balanced", "label_smoothing": 0.1, "select": "val/loss"},
+    "own": {
+        "loss": nn.MultiMarginLoss(reduction="none"),
+        "metrics": {"auroc": MulticlassAUROC(NUM_CLASSES)},
+        "select": "val/auroc",
+    },
+}
+
+
+def numbers(data: ArrayDataset) -> ArrayDataset:
+    """Return the same data with numbers to predict in place of classes."""
+    return ArrayDataset(data.arrays, data.labels.float() - data.arrays["m0"][:, 0], task="regression")
 
 
 def history_of(trainer: mmfast.Trainer) -> list[dict[str, Any]]:

@@ -1,20 +1,22 @@
-"""Two processes in the loops of Lightning and of transformers come to what the trainer's two come to."""
+"""The loops of Lightning and of transformers beside the trainer's: two processes of each, and the table."""
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo backend"
-)
+
+from support.stems import ROOT
 
 FOLDER = Path(__file__).parent
 LOOPS = ("lightning", "transformers")
@@ -83,6 +85,9 @@ def launch(program: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo backend"
+)
 def test_two_processes_train_as_those_of_the_trainer(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SCRIPT)
@@ -91,3 +96,20 @@ def test_two_processes_train_as_those_of_the_trainer(tmp_path):
     cases = [*METHODS, "resumed sample-valuation"]
     wanted = {f"{loop} {case} in {rank}" for loop in LOOPS for case in cases for rank in range(2)}
     assert {path.name for path in tmp_path.glob("* in ?")} == wanted
+
+
+def test_the_table_holds_each_loop_to_the_trainer(tmp_path, capsys):
+    tool = runpy.run_path(str(ROOT / "tools" / "integrations"))
+    (row,) = tool["main"](["--methods", "di-mml", "--epochs", "2", "--json", str(tmp_path / "table.json")])
+    assert row["difference"] == 0
+    assert row["trainer"] == row["lightning"] == row["transformers"] > 0.1
+    assert json.loads((tmp_path / "table.json").read_text()) == [row]
+    accuracy = f"{100 * row['trainer']:.2f}"
+    line = f"| di-mml | {accuracy} | {accuracy} | {accuracy} | 0 |"
+    assert line in capsys.readouterr().out
+
+
+def test_differences_are_found():
+    tool = runpy.run_path(str(ROOT / "tools" / "integrations"))
+    weights = {"a": torch.zeros(2), "b": torch.ones(1, dtype=torch.int64)}
+    assert tool["largest_difference"](weights, {"a": torch.tensor([0, -0.5]), "b": torch.ones(1)}) == 0.5
