@@ -10,7 +10,9 @@ import torch
 from test_option_resume import make
 from test_steps import fit
 from test_trainer import SPLITS, make_model, without_times
+from torch import nn
 
+import mmfast
 from mmfast.training.averaging import Average
 
 
@@ -90,6 +92,27 @@ def test_buffers_of_a_method_are_not_averaged():
     averaged, plain = (fit("mla", val=None, **options) for options in ({"ema_decay": 0.5}, {}))
     for name in ("projector", "previous"):
         assert torch.equal(averaged.learner.state_dict()[name], plain.learner.state_dict()[name])
+
+
+class Masked(nn.Module):
+    """An encoder with a constant that no average may touch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 8)
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, x):
+        h = self.inner(x)
+        return (self.mask.softmax(1) @ h[:, :, None])[..., 0]
+
+
+def test_constants_of_a_model_stay_as_they_are():
+    torch.manual_seed(0)
+    model = mmfast.MultimodalModel({name: Masked() for name in ("a", "b")}, 8, 3)
+    trainer = fit("joint", model=model, ema_decay=0.9)
+    assert all(entry["val"]["loss"] < 10 for entry in trainer.history)
+    assert torch.equal(model.encoders["a"].mask, Masked().mask)
 
 
 def test_weights_of_half_precision_are_averaged_in_single():

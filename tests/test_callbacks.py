@@ -143,7 +143,7 @@ def test_a_callback_ends_a_run_and_the_best_weights_are_kept():
     assert trainer.test(model, SPLITS.val).accuracy == pytest.approx(max(found))
     # The next fit is a new one.
     assert not trainer.should_stop
-    trainer.callbacks._callbacks.clear()
+    trainer.callbacks.clear()
     trainer.fit(make_model(), SPLITS.train, SPLITS.val)
     assert len(trainer.history) == 9
 
@@ -211,6 +211,13 @@ class Almost:
 def test_what_is_no_callback_says_so(callbacks, kind, text):
     with pytest.raises(kind, match=re.escape(text)):
         mmfast.Trainer("joint", callbacks=callbacks)
+
+
+def test_callbacks_that_are_added_later_are_looked_at_too():
+    trainer = make_trainer("joint", accelerator="cpu")
+    trainer.callbacks.append(Misspelt())
+    with pytest.raises(ValueError, match="got on_train_epoch_end of Misspelt"):
+        trainer.fit(make_model(), SPLITS.train)
 
 
 def test_gradients_are_there_after_a_step():

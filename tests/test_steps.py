@@ -16,7 +16,6 @@ from torch import nn
 
 import mmfast
 from mmfast.data.batches import epoch_shard
-from mmfast.training.callbacks import Callbacks
 from mmfast.training.checks import check_settings
 from mmfast.training.divergence import DivergedError
 from mmfast.training.groups import parameter_groups
@@ -114,7 +113,7 @@ def test_gradients_of_float16_are_clipped_after_their_scaling_is_undone():
     for scale in (1.0, 2.0**10):
         trainer = make_trainer("mla", **PLAIN, max_epochs=1, gradient_clip_val=0.3)
         noted[scale] = Noted()
-        trainer.callbacks = Callbacks([noted[scale]], trainer)
+        trainer.callbacks.append(noted[scale])
         # Fabric takes bfloat16 in its place on a CPU; the scaling is what counts here.
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.fabric._precision = MixedPrecision("16-mixed", "cpu", scaler)
@@ -145,7 +144,7 @@ def test_gradients_are_clipped_by_value_after_the_method_has_edited_them():
 
     other = make_trainer("mla", **PLAIN, max_epochs=1, gradient_clip_val=1.0, gradient_clip_algorithm="value")
     noted = Noted()
-    other.callbacks = Callbacks([noted], other)
+    other.callbacks.append(noted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(other.method), "learner", Scaled)
         other.fit(make_model(), SPLITS.train)
@@ -292,6 +291,14 @@ def test_a_fit_that_fails_gives_frozen_modules_back():
 def test_what_cannot_be_frozen_says_so(freeze, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         fit("joint", freeze=freeze)
+
+
+def test_a_later_stage_that_would_train_nothing_is_told_at_once():
+    told = Noted()
+    text = "freeze must leave something to train in stage 'head' of di-mml, got ('head',)"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fit("di-mml", freeze=("head",), callbacks=[told])
+    assert told.entries == []
 
 
 # What settings exclude

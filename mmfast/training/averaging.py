@@ -13,13 +13,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mmfast.distributed import share_buffers
 from mmfast.methods.base import Learner
 
+# Names of the buffers that torch's norm layers keep, and those of libraries after them.
+_STATISTICS = ("running_mean", "running_var")
+
 
 class Average:
     """The exponential moving average of a stage: of parameters that train, and statistics of the model.
 
-    Statistics are the model's buffers of floating-point numbers, as batch norm's: those of the weights that
-    train would not be those of the average. Numbers of half precision are averaged in float32, in which
-    small changes are not lost. Buffers of the method itself are left alone: they are part of its training.
+    Statistics are the running means and variances of norm layers, as those of the weights that train would
+    not be those of the average. All other buffers are left alone: a model's may be constants, such as masks
+    of minus infinity, and a method's are part of its training. Numbers of half precision are averaged in
+    float32, in which small changes are not lost.
 
     Args:
         learner: in its stage.
@@ -33,7 +37,8 @@ class Average:
 
     def _values(self) -> list[Tensor]:
         """Return the tensors of the learner that are averaged."""
-        statistics = [buffer for buffer in self._learner.model.buffers() if buffer.is_floating_point()]
+        buffers = self._learner.model.named_buffers()
+        statistics = [buffer for name, buffer in buffers if name.rpartition(".")[2] in _STATISTICS]
         return [*self._learner.trainable_parameters(), *statistics]
 
     # What AveragedModel asks of the module whose average it is

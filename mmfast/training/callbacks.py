@@ -75,18 +75,22 @@ class Callbacks:
     def __init__(self, callbacks: Iterable[Any], trainer: Any) -> None:
         if not isinstance(callbacks, list | tuple):
             raise TypeError(f"callbacks must be a list of objects, got {describe(callbacks)}")
-        for number, callback in enumerate(callbacks):
-            _check(f"callbacks[{number}]", callback)
-        self._callbacks = list(callbacks)
+        self.callbacks = list(callbacks)
         self._trainer = trainer
+        self.check()
+
+    def check(self) -> None:
+        """Raise what the callbacks that there are by now are wrong in."""
+        for number, callback in enumerate(self.callbacks):
+            _check(f"callbacks[{number}]", callback)
 
     def has(self, hook: str) -> bool:
         """Whether anyone wants to be told of this."""
-        return any(hasattr(callback, hook) for callback in self._callbacks)
+        return any(hasattr(callback, hook) for callback in self.callbacks)
 
     def tell(self, hook: str, learner: Any, *more: Any) -> None:
         """Call a method of all that have it."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             if hasattr(callback, hook):
                 getattr(callback, hook)(self._trainer, learner, *more)
 
@@ -104,7 +108,7 @@ class Callbacks:
     def _tell_end(self, learner: Any, error: BaseException | None) -> None:
         """Call `on_fit_end` of all, also where that of one fails; the first error is what is raised."""
         first = error
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             try:
                 if hasattr(callback, "on_fit_end"):
                     callback.on_fit_end(self._trainer, learner, error)

@@ -16,7 +16,7 @@ from mmfast.data.samples import check_samples
 from mmfast.errors import describe
 from mmfast.methods.base import Learner
 from mmfast.models import MultimodalModel
-from mmfast.training.groups import check_scales, modules_named
+from mmfast.training.groups import check_scales, modules_named, trains_in
 from mmfast.training.optimization import Optimization
 
 
@@ -76,11 +76,16 @@ def check_settings(learner: Learner, settings: Optimization, num_samples: int, *
             f"patience needs validation data, on which it looks for improvement, got {settings.patience} "
             "and val=None"
         )
-    modules_named(learner.model, settings.freeze)
+    held = modules_named(learner.model, settings.freeze)
     check_scales(learner, settings.lr_scale)
     batches = math.ceil(num_samples / settings.batch_size)
     steps = math.ceil(batches / settings.accumulate_grad_batches) * learner.steps_per_batch
     for stage in learner.stages(settings.max_epochs):
+        if not trains_in(learner, stage, held):
+            raise ValueError(
+                f"freeze must leave something to train in stage {stage.name!r} of {learner.method.name}, got "
+                f"{settings.freeze}"
+            )
         for name, length in (("warmup_epochs", stage.epochs), ("warmup_steps", stage.epochs * steps)):
             if (value := getattr(settings, name)) and value >= length:
                 raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mmfast.errors import did_you_mean
-from mmfast.methods.base import Learner
+from mmfast.methods.base import Learner, Stage
 from mmfast.models import MultimodalModel
 from mmfast.training.optimization import Optimization
 
@@ -17,17 +17,7 @@ _MODEL = "model."
 
 
 def parameter_groups(learner: Learner, settings: Optimization) -> list[nn.Parameter] | list[dict[str, Any]]:
-    """Return what of a learner trains now, in groups where settings tell parameters apart.
-
-    Raises:
-        ValueError: nothing trains, or a name of `lr_scale` fits no parameter.
-    """
-    if not learner.trainable_parameters():
-        raise ValueError(
-            f"freeze must leave something to train in stage {learner.stage.name!r} of "
-            f"{learner.method.name}, got {settings.freeze}"
-        )
-    check_scales(learner, settings.lr_scale)
+    """Return what of a learner trains now, in groups where settings tell parameters apart."""
     if not (settings.lr_scale or settings.no_decay_norms_and_biases):
         return learner.trainable_parameters()
     undecayed = _undecayed(learner) if settings.no_decay_norms_and_biases else set()
@@ -56,6 +46,14 @@ def check_scales(learner: Learner, patterns: Iterable[str]) -> None:
                 f"lr_scale must name parameters or modules of the learner, got {pattern!r}"
                 f"{did_you_mean(pattern, sorted(known))}"
             )
+
+
+def trains_in(learner: Learner, stage: Stage, held: Sequence[nn.Module]) -> bool:
+    """Whether anything trains in a stage of a learner that was just bound, with modules held as they are."""
+    before, learner.stage = learner.stage, stage
+    still = {id(p) for module in (*learner.frozen(), *held) for p in module.parameters()}
+    learner.stage = before
+    return any(p.requires_grad and id(p) not in still for p in learner.parameters())
 
 
 def modules_named(model: MultimodalModel, names: Sequence[str]) -> tuple[nn.Module, ...]:

@@ -169,7 +169,8 @@ class Trainer:
         self.metadata = metadata or {}
         self.progress = progress
         self.on_epoch = on_epoch
-        self.callbacks = Callbacks(callbacks, self)
+        self._told = Callbacks(callbacks, self)
+        self.callbacks = self._told.callbacks
         self.compile = compile
         self.deterministic = deterministic
         self.should_stop = False
@@ -238,6 +239,7 @@ class Trainer:
                 f"batch_size must be at least the number of devices = {self.fabric.world_size}, "
                 f"got {self.optimization.batch_size}"
             )
+        self._told.check()
         self.should_stop = False
         with torch.random.fork_rng(), kept_draws(), self.reader.staying(), self._algorithms():
             torch.manual_seed(self.seed)
@@ -251,7 +253,7 @@ class Trainer:
                 learner.to(self.fabric.device)
                 objective.to(self.fabric.device)
                 check_fits(learner, train)
-                with self.callbacks.around(learner):
+                with self._told.around(learner):
                     is_told_to_stop = self._train(learner, train, val, resume)
                     learner.held = ()
                     learner.unfreeze()
@@ -329,13 +331,13 @@ class Trainer:
         with finalizing(self.fabric.loggers), bar as advance, Writer(path) as writer:
 
             def record(entry: dict[str, Any]) -> bool:
-                self.callbacks.tell("on_epoch_end", learner, entry)
+                self._told.tell("on_epoch_end", learner, entry)
                 self._record(entry)
                 advance(1)
                 return self._asked_to_stop()
 
             def note_step(entry: dict[str, Any]) -> None:
-                self.callbacks.tell("on_step_end", learner, entry)
+                self._told.tell("on_step_end", learner, entry)
 
             advance(len(self.history))
             TrainingLoop(
@@ -345,7 +347,7 @@ class Trainer:
                 self.fabric,
                 self.optimization,
                 on_epoch=record,
-                on_step=note_step if self.callbacks.has("on_step_end") else None,
+                on_step=note_step if self._told.has("on_step_end") else None,
                 stepping=CompiledSteps(learner.model) if self.compile else contextlib.nullcontext,
                 on_state=lambda state: writer.save(self._description() | state),
                 stop=stop,
