@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MultimodalModel",
+    "Predictions",
     "Trainer",
     "Valuation",
     "backend",
@@ -24,6 +25,7 @@ __all__ = [
 
 _HOME = {
     "MultimodalModel": "mmfast.models",
+    "Predictions": "mmfast.predictions",
     "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
     "load": "mmfast.experiments.loading",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
     from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
+    from mmfast.predictions import Predictions
     from mmfast.training.trainer import Trainer
     from mmfast.valuation import Valuation, valuate
 

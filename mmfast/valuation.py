@@ -219,7 +219,7 @@ def _valuated(
         accuracy,
         present,
         predicted=_joined(answers, share),
-        class_names=getattr(module, "class_names", None) or names_of_classes(dataset),
+        class_names=getattr(module, "class_names", None) or names_of_classes(dataset, module.num_classes),
         sample_keys=keys_of_samples(dataset),
     )
 
