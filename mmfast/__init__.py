@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MultimodalModel",
+    "Predictions",
     "Trainer",
     "Valuation",
     "backend",
@@ -25,6 +26,7 @@ __all__ = [
 
 _HOME = {
     "MultimodalModel": "mmfast.models",
+    "Predictions": "mmfast.predictions",
     "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
     "compare": "mmfast.experiments.compare",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from mmfast.experiments.compare import compare
     from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
+    from mmfast.predictions import Predictions
     from mmfast.training.trainer import Trainer
     from mmfast.valuation import Valuation, valuate
 

@@ -325,7 +325,7 @@ class _Rows:
 
 def _class_names(learner: Any, dataset: Any) -> tuple[str, ...] | None:
     """Return the names of the classes; raise where the data set's labels are numbers of other ones."""
-    own, told = learner.class_names, names_of_classes(dataset)
+    own, told = learner.class_names, names_of_classes(dataset, learner.num_classes)
     if own is None or told is None or own == told or getattr(dataset, "labels", True) is None:
         return own or told
     raise ValueError(

@@ -272,9 +272,9 @@ def _valuated(
         present,
         value,
         None if bool(labelled.all()) else labelled,
-        _joined(answers, share) if task == "multiclass" else None,
-        getattr(module, "class_names", None) or names_of_classes(dataset),
-        keys_of_samples(dataset),
+        predicted=_joined(answers, share) if task == "multiclass" else None,
+        class_names=getattr(module, "class_names", None) or names_of_classes(dataset, module.num_classes),
+        sample_keys=keys_of_samples(dataset),
     )
 
 

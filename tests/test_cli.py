@@ -79,7 +79,7 @@ def figures(out):
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["compare", "train", "valuate", "bench", "info"])
+@pytest.mark.parametrize("name", ["compare", "train", "valuate", "predict", "bench", "info"])
 def test_help_names_every_option_and_says_what_it_does(name):
     text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).stdout
     assert COMMANDS[name].help.splitlines()[0] in text
@@ -90,7 +90,7 @@ def test_help_names_every_option_and_says_what_it_does(name):
 
 
 def test_help_lists_the_commands():
-    assert set(COMMANDS) == {"compare", "train", "valuate", "bench", "info"}
+    assert set(COMMANDS) == {"compare", "train", "valuate", "predict", "bench", "info"}
     assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 
 

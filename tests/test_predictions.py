@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ import mmfast
 from mmfast import methods, predictions
 from mmfast.data import ArrayDataset, Splits
 from mmfast.predictions import Predictions
+from mmfast.training.state import note_data
 from support.learners import NUM_CLASSES, bind, make_data
 
 
@@ -176,16 +178,8 @@ def test_a_valuation_leads_back_to_the_data(splits, learner, tmp_path):
     assert [row["correct"] for row in rows] == [str(right) for right in predicted.correct.tolist()]
     assert read_table(tmp_path / "v.parquet").to_pydict() == found.columns()
     renamed = dataclasses.replace(found, modalities=("key", "class"))
-    assert list(renamed.columns()) == [
-        "sample",
-        "label",
-        "key",
-        "class",
-        "key_",
-        "class_",
-        "prediction",
-        "correct",
-    ]
+    columns = ["sample", "label", "key", "class", "key_", "class_", "prediction", "correct"]
+    assert list(renamed.columns()) == columns
 
 
 def test_a_learner_of_raw_data_refuses_those_that_are_standardised(splits):
@@ -338,6 +332,30 @@ def test_subsets_know_where_their_samples_come_from(splits):
 def test_keys_and_names_that_do_not_fit_are_refused(options, text):
     with pytest.raises((TypeError, ValueError), match=text):
         ArrayDataset({"a": torch.zeros(2, 3)}, **options)
+
+
+def test_attributes_of_ones_own_that_mean_something_else_do_no_harm():
+    class Own(list):
+        class_names = {0: "x"}  # noqa: RUF012
+        shapes = scaling = 3.0
+
+        def sample_keys(self):
+            return 1
+
+    data, learner = make_data(6), bind("joint")
+    samples = Own(data[i] for i in range(6))
+    note_data(learner, samples)
+    assert (learner.class_names, learner.scaling, learner.shapes) == (None, None, None)
+    found = learner.predict(samples)
+    assert (found.sample_keys, found.class_names) == (None, None)
+    assert torch.equal(found.targets, data.labels)
+
+
+def test_padded_sequences_without_labels():
+    data, learner = make_data(6), bind("joint")
+    samples = [{"m0": data.arrays["m0"][i], "m1": data.arrays["m1"][i]} for i in range(6)]
+    padded = learner.predict(samples, collate_fn=functools.partial(mmfast.data.pad, names=()))
+    torch.testing.assert_close(padded.logits, learner.predict(data).logits)
 
 
 def test_arrays_without_labels(splits):

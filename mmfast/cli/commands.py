@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from mmfast.cli import machine_commands
+from mmfast.cli import machine_commands, predict_command
 from mmfast.cli.flags import (
     Accelerator,
     Data,
@@ -316,5 +316,6 @@ def valuate(
         console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
 
 
+app.command()(predict_command.predict)
 app.command()(machine_commands.bench)
 app.command()(machine_commands.info)

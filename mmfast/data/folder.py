@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,10 +72,70 @@ def load_folder(
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
     samples = find_samples(path)
-    total = sum(len(files) for sample in samples for files in sample.files.values())
     bad = Unreadable(path)
-    rate, num_samples = _audio_length(samples, seconds, bad)
-    read = _Decoder(bad, rate, num_samples, mels, size, frames)
+    sound = audio_length(samples, seconds, bad)
+    files = read_files(path, samples, bad, sound, mels, size, frames, skip_unreadable, num_workers)
+    # Of all samples: a class that loses its last one is refused, not forgotten.
+    class_names = sorted({sample.label for sample in samples})
+    number = {name: label for label, name in enumerate(class_names)}
+    try:
+        splits = Splits.from_arrays(
+            files.arrays,
+            [number[sample.label] for sample in files.samples],
+            split=[sample.part for sample in files.samples] if samples[0].part else None,
+            present=files.present,
+            class_names=class_names,
+            seed=seed,
+            standardize=standardize,
+            name=path.resolve().name,
+            sample_keys=[sample.key for sample in files.samples],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return replace(splits.with_notes(files.notes), sound=sound if sound[0] else None)
+
+
+class Files(NamedTuple):
+    """What the files of a folder hold.
+
+    Attributes:
+        arrays: [N, ...] of each modality, zeros where a sample has none.
+        present: bool [N] of the modalities that some samples lack.
+        samples: the N samples.
+        notes: remarks on how they were read.
+    """
+
+    arrays: dict[str, Tensor]  # [N, ...] each
+    present: dict[str, np.ndarray]  # bool [N] each
+    samples: list[Sample]
+    notes: list[str]
+
+
+def read_files(
+    path: Path,
+    samples: Sequence[Sample],
+    bad: Unreadable,
+    sound: tuple[int, int],
+    mels: int,
+    size: int,
+    frames: int,
+    skip_unreadable: bool,
+    num_workers: int,
+) -> Files:
+    """Read the files of all samples.
+
+    Args:
+        path: the folder.
+        samples: in it.
+        bad: the files that are known to be unreadable so far.
+        sound: samples a second of recordings, and how many of them are taken.
+        mels, size, frames, skip_unreadable, num_workers: as `load_folder` has them.
+
+    Raises:
+        ImportError, ValueError: as `load_folder`.
+    """
+    total = sum(len(files) for sample in samples for files in sample.files.values())
+    read = _Decoder(bad, *sound, mels, size, frames)
     names = sorted({name for sample in samples for name in sample.files})
     stacks = {name: _stack(name, samples, read, num_workers) for name in names}
     if bad.reasons and not skip_unreadable:
@@ -94,25 +154,8 @@ def load_folder(
         notes.append(f"files of other kinds passed over: {passed_over}")
     if bad.reasons:
         notes.append(_what_is_left_out(len(bad.reasons), int((~kept).sum())))
-    # Of all samples: a class that loses its last one is refused, not forgotten.
-    class_names = sorted({sample.label for sample in samples})
-    number = {name: label for label, name in enumerate(class_names)}
     remaining = [sample for sample, keep in zip(samples, kept) if keep]
-    try:
-        splits = Splits.from_arrays(
-            arrays,
-            [number[sample.label] for sample in remaining],
-            split=[sample.part for sample in remaining] if samples[0].part else None,
-            present={name: mask for name, mask in masks.items() if not mask.all()},
-            class_names=class_names,
-            seed=seed,
-            standardize=standardize,
-            name=path.resolve().name,
-            sample_keys=[sample.key for sample in remaining],
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return splits.with_notes(notes)
+    return Files(arrays, {name: mask for name, mask in masks.items() if not mask.all()}, remaining, notes)
 
 
 def _what_is_left_out(num_files: int, num_samples: int) -> str:
@@ -173,8 +216,17 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _audio_length(samples: Sequence[Sample], seconds: float | None, bad: Unreadable) -> tuple[int, int]:
-    """Return the common sample rate and the length in samples of all recordings (0, 0 without any)."""
+def audio_length(
+    samples: Sequence[Sample], seconds: float | None, bad: Unreadable, rate: int | None = None
+) -> tuple[int, int]:
+    """Return the common sample rate and the length in samples of all recordings (0, 0 without any).
+
+    Args:
+        samples: of a folder.
+        seconds: the length, where it is given.
+        bad: takes note of recordings of another rate.
+        rate: what all must have; None takes the most frequent one.
+    """
     headers = []
     for sample in samples:
         for file, *_ in sample.files.values():
@@ -184,10 +236,11 @@ def _audio_length(samples: Sequence[Sample], seconds: float | None, bad: Unreada
     if not headers:
         return 0, 0
     # The most frequent one: a single odd file is then the one that is named, wherever it stands.
-    rate = Counter(rate for _, _, rate, _ in headers).most_common(1)[0][0]
+    whose = "most recordings have" if rate is None else "those of training had"
+    rate = rate or Counter(rate for _, _, rate, _ in headers).most_common(1)[0][0]
     for _, file, other, _ in headers:
         if other != rate:
-            bad.reasons[file] = f"has {other} samples a second, most recordings have {rate}; resample it"
+            bad.reasons[file] = f"has {other} samples a second, {whose} {rate}; resample it"
     lengths = [length for part, _, own, length in headers if part in ("train", "") and own == rate]
     longest = min(max(lengths, default=0), round(_MAX_SECONDS * rate))
     return rate, round(seconds * rate) if seconds is not None else longest

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
@@ -15,6 +15,8 @@ from mmfast.coalitions import PRESENT_SUFFIX, RESERVED
 from mmfast.data.channels import channels_first
 from mmfast.data.members import BROKEN, Member, read_header
 from mmfast.data.splits import Splits
+
+T = TypeVar("T")
 
 
 def load_npz(
@@ -44,12 +46,35 @@ def load_npz(
             and what `Splits.from_arrays` refuses. Every message begins with the path.
     """
     path = Path(path)
+
+    def made(arrays: Mapping[str, np.ndarray | Member]) -> Splits:
+        return _splits(arrays, path.stem, seed=seed, standardize=standardize, modalities=modalities)
+
+    return read_npz(path, made)
+
+
+def read_npz(path: Path, make: Callable[[Mapping[str, np.ndarray | Member]], T]) -> T:
+    """Return what `make` makes of a file's arrays, while the file is open.
+
+    Raises:
+        ValueError: a file that is damaged or holds Python objects, and what `make` raises. Every message
+            begins with the path.
+    """
     with _open(path) as archive:
         arrays = _arrays(path, archive)
         try:
-            return _splits(arrays, path.stem, seed=seed, standardize=standardize, modalities=modalities)
+            return make(arrays)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {_damage(arrays) or error}") from error
+
+
+def marks_among(features: dict[str, np.ndarray | Member]) -> dict[str, np.ndarray | Member]:
+    """Take the arrays `<modality>__present` out of a file's arrays, and return them by modality."""
+    return {
+        key.removesuffix(PRESENT_SUFFIX): features.pop(key)
+        for key in list(features)
+        if key.endswith(PRESENT_SUFFIX)
+    }
 
 
 def _splits(
@@ -67,11 +92,7 @@ def _splits(
         hint = f" (is {close[0]!r} meant?)" if close else ""
         raise ValueError(f"must hold an array named label, got {', '.join(features) or 'no array'}{hint}")
     label, split, group = (features.pop(key, None) for key in ("label", "split", "group"))
-    present = {
-        key.removesuffix(PRESENT_SUFFIX): features.pop(key)
-        for key in list(features)
-        if key.endswith(PRESENT_SUFFIX)
-    }
+    present = marks_among(features)
     if modalities and set(modalities) <= set(features):
         _read_through({key: array for key, array in features.items() if key not in modalities})
         features = {key: array for key, array in features.items() if key in modalities}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
+from mmfast.data.arrays import ArrayDataset
 from mmfast.data.standardize import Scaling
-from mmfast.errors import describe
 
 
 def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
@@ -34,24 +34,24 @@ def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
     return array
 
 
-def names_of_classes(dataset: Any) -> tuple[str, ...] | None:
-    """Return the names of a data set that has them as `class_names`; of a Subset, those of the whole."""
+def names_of_classes(dataset: Any, num_classes: int) -> tuple[str, ...] | None:
+    """Return the names of a data set that has them as `class_names`; of a Subset, those of the whole.
+
+    An attribute that is something else than C strings is a matter of the data set's own: None.
+    """
     if isinstance(dataset, Subset):
-        return names_of_classes(dataset.dataset)
+        return names_of_classes(dataset.dataset, num_classes)
     names = _attribute(dataset, "class_names")
-    if names is None:
+    if not isinstance(names, list | tuple) or len(names) != num_classes:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names must be strings, one a class, got {describe(names)}")
-    return tuple(names)
+    return tuple(names) if all(isinstance(name, str) for name in names) else None
 
 
 def shapes_of_samples(dataset: Any) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of a data set that has them as `shapes`, by modality; else None."""
+    """Return the shapes of an ArrayDataset's samples, or of a Subset of one, by modality; else None."""
     if isinstance(dataset, Subset):
         return shapes_of_samples(dataset.dataset)
-    shapes = _attribute(dataset, "shapes")
-    return {name: tuple(shape) for name, shape in shapes.items()} if isinstance(shapes, dict) else None
+    return dataset.shapes if isinstance(dataset, ArrayDataset) else None
 
 
 def told_scaling(dataset: Any) -> Scaling | None:
@@ -66,9 +66,7 @@ def told_scaling(dataset: Any) -> Scaling | None:
         return told_scaling(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return _common([told_scaling(part) for part in dataset.datasets])
-    if not hasattr(dataset, "scaling"):
-        return None
-    return dataset.scaling or {}
+    return (dataset.scaling or {}) if isinstance(dataset, ArrayDataset) else None
 
 
 def scaling_for(learner: Any, dataset: Any, standardized: bool | None) -> Scaling | None:

@@ -56,6 +56,20 @@ def find_samples(path: Path) -> list[Sample]:
     return samples
 
 
+def find_new_samples(path: Path) -> list[Sample]:
+    """Return the samples of a folder whose files may lie in it without folders of classes; label "" then."""
+    loose = [Sample("", "", stem, files) for stem, files in sorted(_group_files(path).items())]
+    if not loose:
+        return find_samples(path)
+    filled = [folder.name for folder in _folders(path) if any(map(_is_usable, folder.rglob("*")))]
+    if filled:
+        raise ValueError(
+            f"{path}: must hold recordings, pictures and arrays, or folders of classes with such, got files "
+            f"beside the folders {', '.join(filled[:5])}"
+        )
+    return loose
+
+
 def other_files(path: Path, samples: Sequence[Sample]) -> str:
     """Return how many files of which other kinds lie beside those of the samples: "2 .mp3, 1 .txt" or ""."""
     folders = {path / sample.part / sample.label for sample in samples}
@@ -77,13 +91,13 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
+def _is_usable(file: Path) -> bool:
+    return _is_file(file) and file.suffix.lower() in READABLE and not file.name.startswith(".")
+
+
 def _group_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """Return the files of one class by stem and modality."""
-    found = [
-        file
-        for file in sorted(folder.iterdir())
-        if _is_file(file) and file.suffix.lower() in READABLE and not file.name.startswith(".")
-    ]
+    found = [file for file in sorted(folder.iterdir()) if _is_usable(file)]
     videos = _find_videos(found)
     samples: dict[str, dict[str, list[Path]]] = defaultdict(dict)
     for stem, pictures in videos.items():

@@ -24,7 +24,8 @@ class Splits:
     """The three parts of a data set: fit on `train`, select on `val`, report `test` once.
 
     `split_seed` is the seed of the split where one was drawn, and None where it was given or made by block.
-    `scaling` is what the features were standardised by, None where they were not.
+    `scaling` is what the features were standardised by, None where they were not. `sound` tells of recordings
+    how many samples a second they have, and how many samples of each are taken.
     """
 
     train: ArrayDataset
@@ -36,6 +37,7 @@ class Splits:
     split_seed: int | None
     description: str
     scaling: Scaling | None = None
+    sound: tuple[int, int] | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:

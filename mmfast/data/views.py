@@ -82,6 +82,15 @@ def choose(
     return replace(found, description=splits.description.replace(before, after, 1))
 
 
+def viewed(part: ArrayDataset, encoders: Mapping[str, str]) -> ArrayDataset:
+    """Return a data set with its modalities taken as `choose` takes them, all of them in their order."""
+    views = {
+        name: _view(name, shape, encoders[name]) if name in encoders else _as_it_is
+        for name, shape in part.shapes.items()
+    }
+    return _chosen(part, views)
+
+
 def _chosen(part: ArrayDataset, views: Mapping[str, Callable[[Tensor], Tensor]]) -> ArrayDataset:
     return part._with(
         arrays={name: view(part.arrays[name]).contiguous() for name, view in views.items()},

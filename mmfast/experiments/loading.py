@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 
 import mmfast
 from mmfast import methods, models
@@ -178,6 +179,18 @@ def load(
     if (dtype := _MIXED.get(found.precision.get("precision", ""))) is not None:
         learner.autocast = functools.partial(torch.autocast, place.type, dtype=dtype)
     return learner
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Return the first device of an accelerator as Lightning Fabric takes it: auto, cpu, cuda or another.
+
+    Raises:
+        ValueError: the machine lacks it.
+    """
+    try:
+        return Fabric(accelerator=accelerator, devices=1).device
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"accelerator {accelerator!r} cannot be used: {error}") from error
 
 
 def _device(device: torch.device | str) -> torch.device:

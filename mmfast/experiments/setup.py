@@ -136,6 +136,7 @@ class Setup:
             "fusion": self.fusion,
             "skip_unreadable": self.skip_unreadable,
             "scaling": plain(self.splits.scaling),
+            "sound": plain(self.splits.sound),
             "data": self.fingerprint,
         }
 

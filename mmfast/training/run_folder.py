@@ -50,7 +50,7 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
         theirs, ours = state.get(key), mine[key]
         if key == "metadata":
             # Where the data came from and how they were read is free: they themselves are compared.
-            free = {"source": None, "skip_unreadable": None}
+            free = {"source": None, "skip_unreadable": None, "sound": None}
             theirs, ours = ({**values, **free} for values in (theirs or {}, ours))
         elif key == "config":
             # An option that is younger than the checkpoint had its default there.

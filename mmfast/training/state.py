@@ -59,7 +59,7 @@ def load_state(learner: Learner, state: Mapping[str, Any], *, strict: bool = Tru
 
 def note_data(learner: Learner, train: Any) -> None:
     """Let a learner know what its training data tell of themselves."""
-    learner.class_names = names_of_classes(train)
+    learner.class_names = names_of_classes(train, learner.num_classes)
     learner.scaling = told_scaling(train)
     learner.shapes = shapes_of_samples(train)
 
