@@ -118,20 +118,29 @@ def test_every_setting_of_a_run_has_an_option():
         options = {option.name for option in COMMANDS[command].params}
         names = {"max_epochs": "epochs"}
         assert {names.get(field.name, field.name) for field in fields(Optimization)} <= options
-        assert {"compile", "deterministic"} <= options
+        assert {"compile", "deterministic", "class_weights", "label_smoothing", "select"} <= options
 
 
 def test_settings_of_a_run_reach_it(npz, tmp_path):
     words = ["--method", "mla", "--schedule", "cosine", "--warmup-steps", "3", "--gradient-clip-val", "0.5"]
     words += ["--accumulate-grad-batches", "2", "--no-decay-norms-and-biases", "--patience", "1"]
     words += ["--freeze", "encoders.a", "--freeze", "encoders.b.0", "--lr-scale", "encoders.c=0.1"]
-    words += ["--ema-decay", "0.5", "--deterministic"]
+    words += ["--ema-decay", "0.5", "--deterministic", "--select", "val/loss", "--class-weights", "balanced"]
     result = train(npz, tmp_path, *words)
     assert result.exit_code == 2
     assert "got 'encoders.b.0'; did you mean" in result.stderr
     words[words.index("encoders.b.0")] = "encoders.b"
     assert train(npz, tmp_path, *words).exit_code == 0
-    found = Optimization(**checkpoint.load(tmp_path / "last.ckpt")["optimization"])
+    state = checkpoint.load(tmp_path / "last.ckpt")
+    assert state["objective"] == {
+        "task": "multiclass",
+        "loss": None,
+        "class_weights": "balanced",
+        "label_smoothing": 0.0,
+        "select": "val/loss",
+        "select_mode": "min",
+    }
+    found = Optimization(**state["optimization"])
     expected = Optimization(
         max_epochs=2,
         schedule="cosine",

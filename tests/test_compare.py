@@ -309,6 +309,15 @@ OPTIONS = {
 }
 
 
+# What the loss and selection are told.
+LEARNING = {
+    "class_weights": (0.5, 1.0, 2.5),
+    "label_smoothing": 0.1,
+    "select": "val/loss",
+    "select_mode": "min",
+}
+
+
 @pytest.mark.parametrize("method", [Joint(), DIMML(temperature=3.5, e0=2), MLA(weights=(0.25, 0.75))])
 def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatch):
     setup = Setup(
@@ -320,6 +329,7 @@ def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatc
         accelerator="cpu",
         compile=isinstance(method, MLA),
         deterministic=isinstance(method, MLA),
+        **({} if isinstance(method, Joint) else LEARNING),
     )
     seen = {}
 
@@ -333,5 +343,5 @@ def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatc
     assert (seen["method"], seen["seed"], seen["out_dir"], seen["resume"]) == (method, 7, tmp_path, True)
     for name in ("source", "optimization", "dim", "fusion", "accelerator", "devices", "precision", "probe"):
         assert getattr(seen["setup"], name) == getattr(setup, name), name
-    for name in ("compile", "deterministic"):
+    for name in ("compile", "deterministic", *LEARNING):
         assert getattr(seen["setup"], name) == getattr(setup, name), name

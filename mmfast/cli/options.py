@@ -209,6 +209,11 @@ def set_given(base: Optimization, **settings: Any) -> Optimization:
     return replace(base, **{name: value for name, value in settings.items() if value is not None})
 
 
+def parse_weights(text: str | None) -> str | tuple[float, ...] | None:
+    """Return "balanced", or the numbers in "1,2.5,1"."""
+    return text if text in (None, "balanced") else parse_value("class_weights", text, tuple[float, ...])
+
+
 def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
     """Return the setup of a command, its data loaded.
 
@@ -230,6 +235,10 @@ def setup_of(given: Mapping[str, Any], base: Optimization) -> Setup:
         encoders=given["encoder"],
         compile=bool(given["compile"]),
         deterministic=bool(given["deterministic"]),
+        class_weights=parse_weights(given["class_weights"]),
+        label_smoothing=given["label_smoothing"] or 0.0,
+        select=given["select"],
+        select_mode=given["select_mode"],
         **{name: given[name] for name in rest},
     )
 

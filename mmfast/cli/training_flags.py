@@ -91,6 +91,22 @@ TRAINING: dict[str, Any] = {
             metavar="NAME",
         ),
     ],
+    "class_weights": Annotated[
+        str | None,
+        _option(
+            "balanced, or a number for each class in the order of their names: what its samples count in the "
+            "loss; the same by default.",
+            metavar="balanced|W,W,...",
+        ),
+    ],
+    "label_smoothing": Annotated[
+        float | None, _option("Label smoothing of the cross-entropy; none by default.")
+    ],
+    "select": Annotated[
+        str | None,
+        _option("Figure by which the best epoch is kept, such as val/loss; val/accuracy by default."),
+    ],
+    "select_mode": Annotated[str | None, _option("max or min; by default what is better for the figure.")],
     "compile": Annotated[
         bool | None, _option("Compile the training steps of encoders and head.", "--compile")
     ],

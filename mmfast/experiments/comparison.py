@@ -132,6 +132,7 @@ class Comparison:
             },
             "configuration": {
                 **setup.optimization.told(),
+                **setup.learning,
                 "dim": setup.dim,
                 "fusion": setup.fusion,
                 "precision": setup.precision,

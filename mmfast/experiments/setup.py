@@ -58,7 +58,7 @@ class Setup:
         eval_batch_size: samples of a batch where nothing is trained.
         data_on_device: one of DATA_ON_DEVICE; "auto" puts data on a GPU if they fill at most a quarter of its
             free memory.
-        compile, deterministic: as `Trainer` takes them.
+        compile, deterministic, class_weights, label_smoothing, select, select_mode: as `Trainer` takes them.
     """
 
     source: str
@@ -79,6 +79,10 @@ class Setup:
     data_on_device: str = "auto"
     compile: bool = False
     deterministic: bool = False
+    class_weights: str | tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    select: str | None = None
+    select_mode: str | None = None
 
     def __post_init__(self) -> None:
         check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
@@ -113,6 +117,12 @@ class Setup:
     def named_encoders(self) -> dict[str, str]:
         """The encoders that are chosen by name; what a modality is taken as is seen in its shape."""
         return {name: encoder for name, encoder in self.encoders.items() if encoder in ENCODERS}
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """What the trainer's loss and selection are told, where it is not the default."""
+        given = ("class_weights", "label_smoothing", "select", "select_mode")
+        return {name: getattr(self, name) for name in given if getattr(self, name)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,6 +172,7 @@ class Setup:
                 eval_batch_size=self.eval_batch_size,
                 compile=self.compile,
                 deterministic=self.deterministic,
+                **self.learning,
                 **options,
             )
         except RuntimeError as error:
@@ -176,6 +187,7 @@ class Setup:
         learner = method.bind(model)
         check_fits(learner, self.splits.train)
         check_settings(learner, self.optimization, len(self.splits.train), has_val=True)
+        self.trainer(method, 0, None).objective.for_data(self.splits.train.labels, model.num_classes)
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
 
 

@@ -98,6 +98,7 @@ def train_arguments(setup: Setup, planned: PlannedRun, folder: Path) -> list[str
     words += [f"--lr-scale={name}={factor}" for name, factor in optimization.lr_scale.items()]
     words += [f"--freeze={name}" for name in optimization.freeze]
     words += [f"--{key}={value}" for key, value in arguments.items()]
+    words += [f"--{key.replace('_', '-')}={format_value(value)}" for key, value in setup.learning.items()]
     words += [f"--encoder={name}={kind}" for name, kind in setup.encoders.items()]
     if setup.modalities is not None:
         words.append(f"--modalities={','.join(setup.modalities)}")

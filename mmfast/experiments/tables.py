@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _LAYOUTS = ((2, None), (2, 9), (1, 9))
 _Layout = tuple[int, int | None]
 _SHOWN_COALITIONS = 16
+# Figures that have columns of their own; others are metrics of the user's.
+_FIGURES = ("accuracy", "macro_f1", "loss", "modality_accuracy", "contribution")
 
 
 def show(
@@ -54,7 +56,11 @@ def show(
         if number:
             console.print()
         console.print(table)
-    if any(summary.runs for summary in summaries):
+    runs = [entry for summary in summaries for entry in summary.runs]
+    if own := [name for name in (runs[0]["metrics"] if runs else {}) if name not in _FIGURES]:
+        console.print()
+        show_figures(console, runs, only=own)
+    if runs:
         console.print()
         console.print(Text(_note(summaries), style="dim"))
     console.print()
