@@ -104,11 +104,12 @@ def describe(value: object) -> str:
 
 
 @contextlib.contextmanager
-def needs_train(what: str) -> Iterator[None]:
+def needs_train(what: str, extra: str = "train") -> Iterator[None]:
     """Turn the failed import of another package into an ImportError that says how to install it.
 
     Args:
         what: needs the package, as the sentence begins: "mmfast.Trainer".
+        extra: brings it.
     """
     try:
         yield
@@ -117,5 +118,5 @@ def needs_train(what: str) -> Iterator[None]:
         if package in ("", "mmfast"):
             raise
         raise ImportError(
-            f'{what} needs {package}, which is not installed: pip install "mmfast[train]"', name=error.name
+            f'{what} needs {package}, which is not installed: pip install "mmfast[{extra}]"', name=error.name
         ) from error

@@ -109,6 +109,7 @@ ROOMS = (
     "data",
     "valuation",
     "predictions",
+    "export",
     "methods",
     "training",
     "experiments",
