@@ -60,7 +60,7 @@ def main(folder: Path):
     learner = mmfast.load(folder / "runs" / f"{best}-seed0", model=make_model())
     predictions = learner.predict(test, collate_fn=pad)
     predictions.to_csv(folder / "predictions.csv")
-    # export
+    learner.export(folder / "model.onnx", pad([test[i] for i in range(4)]))
     return found, predictions
 
 

@@ -111,6 +111,7 @@ ROOMS = (
     "utilities",
     "valuation",
     "predictions",
+    "export",
     "methods",
     "training",
     "integrations",

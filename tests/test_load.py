@@ -145,6 +145,15 @@ def test_a_run_of_before_data_were_noted_takes_them_from_its_command(folder, tmp
     assert (old.class_names, old.scaling, old.shapes) == (new.class_names, new.scaling, new.shapes)
 
 
+def test_metadata_of_ones_own_are_no_matter_of_the_learner(of_python, tmp_path):
+    state = checkpoint.load(of_python[0] / "model.ckpt")
+    for key in ("format", "data"):
+        state.pop(key)
+    own = {"classes": 10, "shapes": "wide", "modalities": 3}
+    checkpoint.save(tmp_path / "model.ckpt", {**state, "metadata": own})
+    assert mmfast.load(tmp_path, model=make_model()).class_names is None
+
+
 def test_a_run_of_another_version_is_named(of_python, tmp_path):
     out, _ = of_python
     newer = changed(out, tmp_path, mmfast="9.1.0", config={"alpha": 0.1, "beta": 2})

@@ -18,6 +18,7 @@ from mmfast.errors import describe
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
+from mmfast.objectives import Objective
 from mmfast.training import checkpoint
 from mmfast.training.run_folder import LAST, MODEL
 from mmfast.training.state import load_trained
@@ -92,6 +93,10 @@ class Run:
                 fusion=self.facts["fusion"],
                 encoders=named,
             )
+
+    def objective(self) -> Objective:
+        """Return the task of the run; a loss of one's own is not kept."""
+        return Objective(self.state.get("objective", {}).get("task", "multiclass"))
 
     def check_commands(self) -> None:
         """Raise ValueError unless data can be loaded as for the run, and it is finished."""
@@ -173,7 +178,7 @@ def load(
     if model is None:
         model = found.model()
     with found.of_another_version():
-        learner = found.method().bind(model, seed=state["seed"])
+        learner = found.method().bind(model, seed=state["seed"], objective=found.objective())
         load_trained(learner, state, state["optimization"]["max_epochs"])
     learner.to(place)
     if (dtype := _MIXED.get(found.precision.get("precision", ""))) is not None:

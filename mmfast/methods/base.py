@@ -33,6 +33,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, overload
 
 import torch
@@ -46,6 +47,7 @@ from mmfast.data.seeds import mixed
 from mmfast.data.standardize import Scaling
 from mmfast.distributed import rank_and_size
 from mmfast.errors import changed, describe, shown
+from mmfast.export import export
 from mmfast.methods._state import ResumableModule, Stage
 from mmfast.models import MultimodalModel
 from mmfast.models._text import count_text, module_text
@@ -443,6 +445,37 @@ class Learner(ResumableModule):
         if options:
             raise TypeError(f"of a batch predict takes no options, got {', '.join(options)}")
         return self.fuse(self.encode(data), present=presence(data, self.modalities))
+
+    def export(self, path: str | Path, example: Any | None = None, *, standardized: bool = False) -> Path:
+        """Write the prediction to a file that runs without mmfast, and return its path.
+
+            learner.export("model.pt2")
+            logits = torch.export.load("model.pt2").module()({"audio": a, "image": x}, present)
+
+        A file of torch.export (`.pt2`) or ONNX (`.onnx`, which takes `pip install "mmfast[export]"`). Its
+        inputs are one tensor [N, ...] for each modality, under its name; of a nest one for each of its
+        tensors, named `text.ids` or `pair.0`; and `present`, bool [N, M], which samples have which modality:
+        what lies in the place of an absent one is not looked at. Its output is `logits`, [N, C] float32. N is
+        free, all other sizes are those of the example. Raw inputs are standardised as the training data were,
+        where that was done. The file tells modalities, classes and inputs in `mmfast.json`, an extra file of
+        `.pt2` and a metadata property of `.onnx`.
+
+        Before it is in its place the file is run, an `.onnx` where onnxruntime is installed, and must give
+        the logits of the learner on the CPU, in float32, within 1e-4 of the largest one (of 1 at least), for
+        several N and with modalities absent.
+
+        Args:
+            path: of the file; it ends in .pt2 or .onnx.
+            example: a batch, or a data set, of such samples as the encoders take. May be left out where the
+                shapes of the training data are known: of runs of commands, and of an ArrayDataset.
+            standardized: the inputs will be standardised already.
+
+        Raises:
+            ImportError: a package for ONNX is missing.
+            TypeError, ValueError: another ending, no example where one is needed, a model that torch.export
+                cannot follow, an operator that ONNX has not, or a file that predicts otherwise.
+        """
+        return export(self, path, example, standardized=standardized)
 
     def selection_scores(
         self, accuracy: float, unimodal_accuracy: Sequence[float | None]

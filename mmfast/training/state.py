@@ -85,8 +85,11 @@ def load_trained(learner: Learner, state: Mapping[str, Any], max_epochs: int) ->
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    # Those of before tell of data where they are of a command alone.
-    facts = state.get("data") or state.get("metadata") or {}
+    facts = state.get("data")
+    if facts is None:
+        # Those of before tell of data where they are of a command alone; other metadata are the user's own.
+        noted = state.get("metadata") or {}
+        facts = noted if {"source", "shapes", "classes", "scaling"} <= set(noted) else {}
     names = facts.get("modalities")
     if names is not None and list(names) != list(learner.modalities):
         raise ValueError(
