@@ -12,7 +12,7 @@ from mmfast.methods.base import Learner
 _FIXED: dict[str, tuple[Any, str]] = {
     "max_steps": (-1, "stages are counted in epochs"),
     "gradient_accumulation_steps": (1, "a method takes all its steps with each batch"),
-    "label_smoothing_factor": (0.0, "the loss is the method's"),
+    "label_smoothing_factor": (0.0, "MethodTrainer takes label_smoothing"),
     "load_best_model_at_end": (False, "the best weights of each stage are put back at its end"),
     "train_sampling_strategy": ("random", "the method decides what an epoch trains on"),
     "dataloader_drop_last": (False, "the method decides what an epoch trains on"),
