@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.data.batches import dataset_indices, epoch_shard
+from mmfast.data.batches import epoch_shard
 from mmfast.data.seeds import seed_host
 from mmfast.distributed import (
     check_agreement,
@@ -29,22 +28,12 @@ from mmfast.distributed import (
 from mmfast.integrations._epoch import EpochBatches
 from mmfast.integrations._figures import as_fabric
 from mmfast.methods.base import Learner, Stage
+from mmfast.training.blame import Blame
 from mmfast.training.checks import check_fits
-from mmfast.training.divergence import (
-    LOSS,
-    PREDICTIONS,
-    DivergedError,
-    Losses,
-    absence_text,
-    bad_inputs,
-    bad_inputs_of,
-    cause_text,
-    has_finite_weights,
-    input_text,
-    spoilt_by_absence,
-)
+from mmfast.training.divergence import Losses, bad_inputs_of, has_finite_weights
 from mmfast.training.evaluation import evaluate, measure
 from mmfast.training.metrics import AnyMetrics, Measures
+from mmfast.training.optimization import Optimization
 from mmfast.training.run_folder import as_lists, check_same
 from mmfast.training.selection import BestWeights
 from mmfast.training.state import Cut, random_state
@@ -68,8 +57,7 @@ class Course:
         learner: what is trained, in place; its reader reads all data.
         train, val: data sets; without `val` the last epoch is kept.
         measures: what is measured besides the task's figures, and what selects.
-        max_epochs: of the first stage.
-        batch_size: samples of a batch over all processes.
+        settings: `max_epochs`, of the first stage; `batch_size`, over all processes; `lr`, for errors alone.
 
     Attributes:
         stages: of the run.
@@ -77,7 +65,7 @@ class Course:
         epoch: epochs that are done of it.
         history: entries as those of the trainer, without seconds.
         is_finished: `finish` was called, so that it goes on from a state alone.
-        lr, precision: for the text of errors; whoever drives the course sets them.
+        precision: for errors alone; whoever drives the course sets it.
     """
 
     def __init__(
@@ -87,18 +75,16 @@ class Course:
         val: Any | None,
         *,
         measures: Measures,
-        max_epochs: int,
-        batch_size: int,
+        settings: Optimization,
     ) -> None:
         self.learner = learner
         self.train = train
         self.val = val
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.stages = learner.stages(max_epochs)
+        self.settings = settings
+        self.stages = learner.stages(settings.max_epochs)
         self.index, self.epoch = 0, 0
         self.history: list[dict[str, Any]] = []
-        self.lr, self.precision = 0.0, "32-true"
+        self.precision = "32-true"
         self.measures = measures
         self._best = BestWeights()
         self._cut: Cut | None = None
@@ -129,7 +115,7 @@ class Course:
     def plain_batches(self) -> int:
         """Batches of an epoch that trains on the data set itself."""
         size, world_size = len(self.train), rank_and_size()[1]
-        shard = epoch_shard(size, self.batch_size, torch.Generator("cpu"), world_size=world_size)
+        shard = epoch_shard(size, self.settings.batch_size, torch.Generator("cpu"), world_size=world_size)
         return len(shard.batches)
 
     @property
@@ -207,7 +193,7 @@ class Course:
         start = learner.resume_epoch if cut else learner.start_epoch
         entries = start(self.epoch, self.train)
         order = learner.generator(self.index, self.epoch)
-        shard = epoch_shard(len(entries), self.batch_size, order, rank=rank, world_size=world_size)
+        shard = epoch_shard(len(entries), self.settings.batch_size, order, rank=rank, world_size=world_size)
         check_agreement("samples of an epoch", len(entries))
         first = cut.batch if cut else 0
         num_steps = learner.steps_per_batch
@@ -218,7 +204,7 @@ class Course:
             cut.set_random_state(rank, learner.device)
         self._cut = None
         draws = random_state(learner.device)
-        place = learner, self.train, self.batch_size
+        place = learner, self.train, self.settings.batch_size
         return EpochBatches(*place, entries, shard, seed, losses, draws, first)
 
     @property
@@ -226,7 +212,7 @@ class Course:
         """The optimizer steps of a batch."""
         return range(self.learner.steps_per_batch)
 
-    def loss(self, module: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:  # scalar
+    def loss(self, module: nn.Module, batch: dict[str, Any], step: int) -> Tensor:  # scalar
         """Return the loss of a step.
 
         Raises:
@@ -315,36 +301,21 @@ class Course:
         if num_nan:
             bad = bad_inputs_of(dataset, learner.modalities, learner.reader)
             where = f"{part}, for {num_nan} sample{'s' * (num_nan > 1)}"
-            self._raise(PREDICTIONS, where, f"the {part} data", bad)
+            self._blame.end(
+                bad, f"the {part} data", self.stage, min(self.epoch, self.stage.epochs - 1), where
+            )
         if learner.note_unimodal_accuracy(self.measures.of_modalities(found.as_dict())):
             found, _ = measure(learner, dataset, fabric, measures=self.measures)
         return found
 
-    def _diverged(self, number: int, batch: Mapping[str, Any] | None = None) -> None:
-        """Raise the error of a batch whose loss is not finite, which is read again where it is not given."""
-        epoch, reader, names = self.batches(), self.learner.reader, self.learner.modalities
-        chosen = epoch.shard.batches[number]
-        if batch is None:
-            here, cpu = replace(reader, num_workers=0), torch.device("cpu")
-            (batch,) = here.read(epoch.entries, [chosen], names, cpu, seed=epoch.seed, first=number)
-        samples = dataset_indices(epoch.entries, chosen).tolist()
-        bad = bad_inputs(batch, samples, names) or bad_inputs_of(self.train, names, reader)
-        self._raise(LOSS, f"batch {number + 1} of {len(epoch)}", "the training data", bad, number)
+    @property
+    def _blame(self) -> Blame:
+        return Blame(self.learner, self.train, self.settings, self.precision, is_first=not self.history)
 
-    def _raise(
-        self, what: str, where: str, data: str, bad: Mapping[str, list[int]], batch: int | None = None
-    ) -> None:
-        learner = self.learner
-        if bad:
-            cause = input_text(data, bad)
-        elif names := spoilt_by_absence(learner.model, self.train, learner.reader):
-            cause = absence_text(names)
-        else:
-            has_stepped = batch != 0 or bool(self.history)
-            cause = cause_text(lr=self.lr, precision=self.precision, has_stepped=has_stepped)
-        samples = sorted({sample for found in bad.values() for sample in found})
-        text = f"{what} in epoch {self.epoch + 1} of {self.stage.epochs}, {where}: {cause}"
-        raise DivergedError(text, epoch=self.epoch, batch=batch, samples=samples)
+    def _diverged(self, number: int, batch: dict[str, Any] | None = None) -> None:
+        """Raise the error of a batch whose loss is not finite, which is read again where it is not given."""
+        epoch = self.batches()
+        self._blame.for_batch(epoch.entries, epoch.shard, number, self.stage, self.epoch, epoch.seed, batch)
 
     # What it goes on from
 
@@ -393,6 +364,6 @@ class Course:
             "config": as_lists(method.config()),
             "objective": self.learner.objective.config() | self.measures.config(),
             "seed": self.learner.seed,
-            "max_epochs": self.max_epochs,
-            "batch_size": self.batch_size,
+            "max_epochs": self.settings.max_epochs,
+            "batch_size": self.settings.batch_size,
         }

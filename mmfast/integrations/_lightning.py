@@ -121,9 +121,7 @@ class MethodHooks(_Base):
             objective=objective,
             measures=measures,
         )
-        epochs, size = self.optimization.max_epochs, self.optimization.batch_size
-        self._course = Course(self.learner, train, val, measures=measures, max_epochs=epochs, batch_size=size)
-        self._course.lr = self.optimization.lr
+        self._course = Course(self.learner, train, val, measures=measures, settings=self.optimization)
         self._draws: dict[str, Any] | None = None
 
     @property
@@ -171,10 +169,10 @@ class MethodHooks(_Base):
                 f"what each epoch trains on, got {trainer.reload_dataloaders_every_n_epochs}"
             )
         self._check_strategy(trainer.strategy)
-        if course.batch_size < trainer.world_size:
+        if course.settings.batch_size < trainer.world_size:
             raise ValueError(
                 f"batch_size must be at least the number of devices = {trainer.world_size}, "
-                f"got {course.batch_size}"
+                f"got {course.settings.batch_size}"
             )
 
     def _check_strategy(self, strategy: Any) -> None:

@@ -32,6 +32,7 @@ with needs_train("mmfast.integrations.transformers", extra="hf"):
     from mmfast.objectives import Loss, Objective
     from mmfast.training.checks import check_data
     from mmfast.training.metrics import Measures
+    from mmfast.training.optimization import Optimization
     from mmfast.training.state import load_state, random_state, set_random_state
 
 __all__ = ["MethodTrainer"]
@@ -129,15 +130,12 @@ class MethodTrainer(transformers.Trainer):
             objective=objective,
             measures=measures,
         )
-        self._course = Course(
-            self.learner,
-            train_dataset,
-            eval_dataset,
-            measures=measures,
+        settings = Optimization(
             max_epochs=epochs_of_first_stage(self.learner, args.num_train_epochs),
             batch_size=args.per_device_train_batch_size * args.world_size,
+            lr=args.learning_rate,
         )
-        self._course.lr = args.learning_rate
+        self._course = Course(self.learner, train_dataset, eval_dataset, measures=measures, settings=settings)
         self._measured: dict[str, Any] | None = None
         super().__init__(
             model=self.learner, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
