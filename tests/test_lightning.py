@@ -131,15 +131,17 @@ class StopAfter(lightning.Callback):
         self.seen += 1
 
 
-def resumed(name: str, folder: Any, stop: StopAfter, **checkpoint: Any) -> MethodModule:
+def resumed(
+    name: str, folder: Any, stop: StopAfter, settings: dict[str, Any] | None = None, **checkpoint: Any
+) -> MethodModule:
     """Return a module that goes on from what another has left behind."""
     keep = lightning.callbacks.ModelCheckpoint(folder, save_last=True, **checkpoint)
-    module = new_module(name)
+    module = new_module(name, **(settings or {}))
     with pytest.raises(Stop):
         new_trainer(name, callbacks=[keep, stop], enable_checkpointing=True).fit(module)
     # What a fit has frozen is free, however it ends.
     assert all(parameter.requires_grad for parameter in module.learner.parameters())
-    again = new_module(name)
+    again = new_module(name, **(settings or {}))
     new_trainer(name).fit(again, ckpt_path=folder / "last.ckpt", weights_only=True)
     return again
 
@@ -351,19 +353,39 @@ def test_what_a_module_is_made_of_is_checked(call, kind, text):
         call()
 
 
-def test_settings_that_lightning_has_itself_are_refused():
-    from dataclasses import dataclass
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cosine": {"schedule": "cosine", "warmup_epochs": 1},
+    "clipped norm": {"warmup_steps": 7, "gradient_clip_val": 0.5},
+    "clipped value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "groups": {"no_decay_norms_and_biases": True, "lr_scale": {"encoders.m0": 0.1}, "weight_decay": 0.1},
+}
 
-    from mmfast.integrations import _options
-    from mmfast.training.optimization import Optimization
 
-    @dataclass(frozen=True)
-    class More(Optimization):
-        clip: float | None = None
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("name", ["mla", "di-mml"])
+def test_options_of_optimization_are_those_of_the_trainer(name, case):
+    settings = {"max_epochs": EPOCHS, "batch_size": SIZE, "lr": 1e-2, "optimizer": "adamw", **OPTIONS[case]}
+    expected = mmfast.Trainer(method(name), accelerator="cpu", **settings)
+    expected.fit(new_model(), TRAIN, VAL)
+    module = fitted(name, **settings)
+    assert_same_weights(module.learner, expected.learner)
+    assert module.history == history_of(expected)
 
-    assert _options.taken("It", More(lr=1.0), {}, ("lr",), "use yours").lr == 1.0
-    with pytest.raises(ValueError, match="It does not take clip of Optimization: use yours"):
-        _options.taken("It", More(clip=1.0), {}, ("lr",), "use yours")
+
+def test_a_schedule_goes_on(tmp_path):
+    settings = {"schedule": "cosine", "warmup_steps": 8}
+    module = resumed("di-mml", tmp_path, StopAfter(batches=9), settings, every_n_train_steps=4)
+    assert_same_weights(module.learner, trained("di-mml", **settings).learner)
+
+
+@pytest.mark.parametrize("option", ["accumulate_grad_batches", "patience"])
+def test_settings_that_are_not_taken_are_refused(option):
+    with pytest.raises(
+        ValueError, match=f"MethodModule does not take {option} of Optimization: use Lightning"
+    ):
+        new_module("joint", **{option: 2})
+    with pytest.raises(ValueError, match="lr_scale must name parameters or modules of the learner, got 'm7'"):
+        new_module("joint", lr_scale={"m7": 2.0})
 
 
 def test_the_older_name_of_the_package_trains_the_same():

@@ -29,7 +29,7 @@ from mmfast.integrations._epoch import EpochBatches
 from mmfast.integrations._figures import as_fabric
 from mmfast.methods.base import Learner, Stage
 from mmfast.training.blame import Blame
-from mmfast.training.checks import check_fits
+from mmfast.training.checks import check_fits, check_settings
 from mmfast.training.divergence import Losses, bad_inputs_of, has_finite_weights
 from mmfast.training.evaluation import evaluate, measure
 from mmfast.training.metrics import AnyMetrics, Measures
@@ -81,6 +81,7 @@ class Course:
         self.train = train
         self.val = val
         self.settings = settings
+        check_settings(learner, settings, len(train), has_val=val is not None)
         self.stages = learner.stages(settings.max_epochs)
         self.index, self.epoch = 0, 0
         self.history: list[dict[str, Any]] = []

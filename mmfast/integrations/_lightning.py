@@ -18,16 +18,31 @@ from mmfast.integrations._options import bound, taken
 from mmfast.methods.base import Method
 from mmfast.models import MultimodalModel
 from mmfast.objectives import Loss, Objective
+from mmfast.training.groups import parameter_groups
 from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
+from mmfast.training.schedule import Schedule
 from mmfast.training.state import random_state, set_random_state
 
 # Fields of Optimization that it takes.
-TAKEN = ("max_epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_step", "lr_gamma")
-_INSTEAD = (
-    "use callbacks of Lightning's, such as StochasticWeightAveraging, EarlyStopping or one that clips in "
-    "on_before_optimizer_step"
+TAKEN = (
+    "max_epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "lr_step",
+    "lr_gamma",
+    "schedule",
+    "warmup_epochs",
+    "warmup_steps",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "no_decay_norms_and_biases",
+    "lr_scale",
 )
+_INSTEAD = "use Lightning's callbacks, such as EarlyStopping and WeightAveraging"
 # Under which a checkpoint holds the course.
 _KEY = "mmfast"
 # Its own attributes are those of a LightningModule, of which package is known below it alone.
@@ -53,9 +68,9 @@ class MethodHooks(_Base):
     `val/<modality>_contribution`, and what the method reports under `method/`.
 
     Clipping and accumulation of gradients by arguments of lightning.Trainer are for automatic optimization,
-    and Lightning refuses them. EarlyStopping ends the run, not the stage: the best weights of its stage are
-    kept, later stages are left out, and a warning says so. For several processes take
-    `strategy="ddp_find_unused_parameters_true"`.
+    and Lightning refuses them: clip by `gradient_clip_val` of the module. EarlyStopping ends the run, not the
+    stage: the best weights of its stage are kept, later stages are left out, and a warning says so. For
+    several processes take `strategy="ddp_find_unused_parameters_true"`.
 
     Args:
         method: a method of `mmfast.methods`, or its name.
@@ -63,8 +78,9 @@ class MethodHooks(_Base):
         train, val: data sets as `mmfast.Trainer.fit` takes them.
         task, loss, class_weights, label_smoothing, metrics, select, select_mode: as `mmfast.Trainer` takes
             them.
-        optimization: `max_epochs` (of the first stage), `batch_size` (over all processes), `optimizer`, `lr`,
-            `momentum`, `weight_decay`, `lr_step`, `lr_gamma`; other fields are Lightning's, and refused.
+        optimization: `max_epochs` (of the first stage), `batch_size` (over all processes), optimizer,
+            schedule, warm-up, clipping and parameter groups; `accumulate_grad_batches`, `patience`, `freeze`
+            and `ema_decay` are refused.
         seed: fixes heads that methods add, order of samples, dropout and the methods' draws.
         num_workers, collate_fn, eval_batch_size, pin_memory, prefetch: as `mmfast.Trainer` takes them.
         settings: fields of `optimization` to set on top of it.
@@ -122,6 +138,8 @@ class MethodHooks(_Base):
             measures=measures,
         )
         self._course = Course(self.learner, train, val, measures=measures, settings=self.optimization)
+        self._schedule: Schedule | None = None
+        self._loaded: dict[str, Any] | None = None
         self._draws: dict[str, Any] | None = None
 
     @property
@@ -195,12 +213,22 @@ class MethodHooks(_Base):
                 f"'ddp_find_unused_parameters_true', as methods look into whole parameters, got {name}"
             )
 
-    def configure_optimizers(self) -> Any:
-        """Return optimizer and schedule of the current stage."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the current stage, whose rates the module's own schedule moves."""
+        settings, stage = self.optimization, self._course.stage
+        optimizer = settings.make_optimizer(parameter_groups(self.learner, settings))
+        self._schedule = Schedule(settings, optimizer, stage.epochs)
+        if self._loaded is not None:
+            self._schedule.load_state_dict(self._loaded)
+            self._loaded = None
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip gradients, whose scaling for float16 is undone by then."""
         settings = self.optimization
-        optimizer = settings.make_optimizer(self.learner.trainable_parameters())
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.lr_step or 10**9, settings.lr_gamma)
-        return [optimizer], [{"scheduler": schedule, "interval": "epoch"}]
+        if settings.gradient_clip_val is not None:
+            kind = settings.gradient_clip_algorithm
+            self.clip_gradients(optimizer, settings.gradient_clip_val, kind)
 
     def configure_callbacks(self) -> Any:
         """Return what gives back what a fit has frozen and seeded, however it fails."""
@@ -233,6 +261,8 @@ class MethodHooks(_Base):
                 "trainer.fit must be given the module alone, as its method decides what an epoch trains on, "
                 "got data loaders, too"
             )
+        schedule = self._schedule
+        assert schedule is not None
         for step in course.steps:
             optimizer.zero_grad()
             loss = course.loss(self.learner, batch, step)
@@ -241,6 +271,7 @@ class MethodHooks(_Base):
                 self.manual_backward(loss * batches.scale)
                 self.learner.edit_gradients(step, batches.progress)
                 optimizer.step()
+                schedule.end_step()
         batches.done += 1
 
     def on_train_epoch_end(self) -> None:
@@ -254,7 +285,8 @@ class MethodHooks(_Base):
 
     def _end_epoch(self) -> dict[str, Any]:
         course, strategy = self._course, self.trainer.strategy
-        self.lr_schedulers().step()
+        assert self._schedule is not None
+        self._schedule.end_epoch()
         entry = course.end_epoch(self.optimizers(use_pl_optimizer=False))
         if course.epoch == 0:
             if isinstance(strategy, self._lightning.strategies.DDPStrategy):
@@ -282,9 +314,11 @@ class MethodHooks(_Base):
             self._draws = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEY] = self._course.state()
+        schedule = None if self._schedule is None else self._schedule.state_dict()
+        checkpoint[_KEY] = self._course.state() | {"schedule": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if _KEY not in checkpoint:
             raise ValueError("ckpt_path must be a checkpoint of a MethodModule, got one of another module")
         self._course.load_state(checkpoint[_KEY])
+        self._loaded = checkpoint[_KEY]["schedule"]
