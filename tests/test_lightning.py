@@ -229,6 +229,15 @@ def test_early_stopping_keeps_the_best_weights_of_its_stage():
     assert module.evaluate(VAL).modality_accuracy["m1"] == best
 
 
+def test_a_failed_prediction_leaves_the_learner_as_it_is():
+    module = fitted("joint")
+    loader = DataLoader([{"m0": torch.zeros(5), "m1": torch.zeros(7)}])
+    with pytest.raises((RuntimeError, ValueError), match=r"m1|shapes"):
+        lightning.Trainer(**QUIET).predict(module, loader)
+    assert not module.learner.training
+    assert module.evaluate(TEST) == trained("joint").test(trained("joint").learner.model, TEST)
+
+
 def test_a_module_is_fitted_once():
     module = fitted("joint")
     with pytest.raises(

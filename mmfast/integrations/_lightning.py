@@ -42,7 +42,7 @@ TAKEN = (
     "no_decay_norms_and_biases",
     "lr_scale",
 )
-_INSTEAD = "use Lightning's callbacks, such as EarlyStopping and WeightAveraging"
+_INSTEAD = "use Lightning's EarlyStopping, and requires_grad_(False) for what is to stay as it is"
 # Under which a checkpoint holds the course.
 _KEY = "mmfast"
 # Its own attributes are those of a LightningModule, of which package is known below it alone.
@@ -70,7 +70,9 @@ class MethodHooks(_Base):
     Clipping and accumulation of gradients by arguments of lightning.Trainer are for automatic optimization,
     and Lightning refuses them: clip by `gradient_clip_val` of the module. EarlyStopping ends the run, not the
     stage: the best weights of its stage are kept, later stages are left out, and a warning says so. For
-    several processes take `strategy="ddp_find_unused_parameters_true"`.
+    several processes take `strategy="ddp_find_unused_parameters_true"`. `trainer.predict` gives the logits of
+    the batches of a loader; figures are those of `evaluate`, which all processes call, as `trainer.validate`
+    and `trainer.test` have no steps here.
 
     Args:
         method: a method of `mmfast.methods`, or its name.
@@ -154,7 +156,9 @@ class MethodHooks(_Base):
         """Return the logits the method predicts with."""
         return self.learner.predict(batch)
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int = 0) -> Tensor:  # [N, C]
+    def predict_step(
+        self, batch: Mapping[str, Tensor], batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> Tensor:  # [N, C]
         return self(batch)
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
@@ -234,8 +238,9 @@ class MethodHooks(_Base):
         """Return what gives back what a fit has frozen and seeded, however it fails."""
 
         def on_exception(callback: Any, trainer: Any, module: Any, exception: BaseException) -> None:
-            self._course.abandon()
-            self._release()
+            if self._draws is not None:
+                self._course.abandon()
+                self._release()
 
         return [type("Release", (self._lightning.Callback,), {"on_exception": on_exception})()]
 
