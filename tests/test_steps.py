@@ -172,11 +172,15 @@ class OwnNorm(nn.Module):
         return x / x.square().mean(-1, keepdim=True).sqrt() * self.weight
 
 
+class NormedLinear(nn.Linear):
+    """A layer that normalises its input is no norm layer."""
+
+
 def make_normed() -> mmfast.MultimodalModel:
     torch.manual_seed(0)
     encoders = {}
     for name in ("a", "b"):
-        encoders[name] = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), OwnNorm())
+        encoders[name] = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), NormedLinear(8, 8), OwnNorm())
     return mmfast.MultimodalModel(encoders, 8, 3)
 
 
@@ -387,6 +391,20 @@ def test_a_warm_up_longer_than_a_stage_says_so(name, settings, text):
 def test_checks_take_what_is_just_short_enough():
     learner = make_learner("mla")
     check_settings(learner, Optimization(max_epochs=2, batch_size=32, warmup_steps=23), 168, has_val=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_grad_norm", "gradient_clip_val"),
+        ("gradient_accumulation_steps", "accumulate_grad_batches"),
+        ("warmup_step", "warmup_steps"),
+        ("torch_compile", "compile"),
+    ],
+)
+def test_names_of_other_trainers_are_understood(name, meant):
+    with pytest.raises(ValueError, match=f"no setting '{name}'; did you mean {meant}"):
+        mmfast.Trainer("joint", **{name: 1})
 
 
 def test_without_options_there_are_the_results_of_before():

@@ -48,7 +48,10 @@ class Callback:
         """
 
     def on_epoch_end(self, trainer: Any, learner: Any, entry: dict[str, Any]) -> None:
-        """Be told of an epoch; `entry` is that of `trainer.history`, and may get further plain values."""
+        """Be told of an epoch; `entry` is that of `trainer.history`, and may get further plain values.
+
+        The learner has the weights that train, also where it is their average that is validated.
+        """
 
     def on_fit_end(self, trainer: Any, learner: Any, error: BaseException | None) -> None:
         """Be told that the fit has ended, by an error or without: Stopped and KeyboardInterrupt are errors.

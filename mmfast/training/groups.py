@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +15,8 @@ from mmfast.models import MultimodalModel
 from mmfast.training.optimization import Optimization
 
 _MODEL = "model."
+# How classes of norm layers are named, also those of other libraries: BatchNorm2d, LlamaRMSNorm.
+_NORM = re.compile(r"Norm(Act)?(\dd)?$")
 
 
 def parameter_groups(learner: Learner, settings: Optimization) -> list[nn.Parameter] | list[dict[str, Any]]:
@@ -86,8 +89,7 @@ def _undecayed(learner: Learner) -> set[str]:
     """Return the names of all parameters of norm layers, biases and parameters of one dimension."""
     found = set()
     for prefix, module in learner.named_modules():
-        # By the name of its class: libraries have norm layers of their own.
-        is_norm = "norm" in type(module).__name__.lower()
+        is_norm = _NORM.search(type(module).__name__) is not None
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if is_norm or parameter.ndim <= 1 or name.endswith("bias"):
                 found.add(name)

@@ -47,6 +47,12 @@ _OTHER_NAMES = {
     "epochs": "max_epochs",
     "num_epochs": "max_epochs",
     "wd": "weight_decay",
+    "max_grad_norm": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "early_stopping_patience": "patience",
+    "torch_compile": "compile",
 }
 
 
