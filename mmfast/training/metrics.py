@@ -128,7 +128,7 @@ class Measures:
     ) -> None:
         self.task = (objective or Objective()).task
         self.tally = TALLIES[self.task]
-        self.metrics = dict(metrics.items()) if metrics is not None else {}
+        self.metrics = _by_name(metrics)
         taken = {name.name for name in fields(_KINDS[self.task])}
         for name, metric in self.metrics.items():
             if isinstance(metric, type) or not isinstance(metric, Metric):
@@ -154,7 +154,7 @@ class Measures:
             check_one_of("select_mode", mode, MODES)
         known = [*self.tally.names, *self.metrics]
         name = f"val/{self.main}" if select is None else select
-        part, _, figure = name.rpartition("/")
+        part, _, figure = name.rpartition("/") if isinstance(name, str) else (None, "", "")
         if part not in ("val", "") or figure not in known:
             names = [f"val/{each}" for each in known]
             hint = did_you_mean(f"val/{figure}", names)
@@ -181,7 +181,12 @@ class Measures:
             entry: figures of validation data, as `as_dict` gives them.
         """
         alone = entry[f"modality_{self.selected}"].values()
-        return self.sign * entry[self.selected], [None if v is None else self.sign * v for v in alone]
+        scores = [None if value is None else self._score(value) for value in alone]
+        return self._score(entry[self.selected]), scores
+
+    def _score(self, value: float | None) -> float:
+        # A metric that has no value, as a correlation with what never varies, is no better than any.
+        return -math.inf if value is None or math.isnan(value) else self.sign * value
 
     def of_modalities(self, entry: Mapping[str, Any]) -> dict[str, float | None]:
         """Return the accuracy of each modality alone, or what stands for it."""
@@ -249,6 +254,15 @@ def predictions(
     if objective.task == "multiclass":
         return outputs.softmax(1)
     return outputs.sigmoid() if objective.task == "multilabel" else objective.like_target(outputs, target)
+
+
+def _by_name(metrics: Any) -> dict[str, Any]:
+    """Return metrics by name; a MetricCollection has names, too."""
+    if metrics is None:
+        return {}
+    if not hasattr(metrics, "items") or not all(isinstance(name, str) for name, _ in metrics.items()):
+        raise TypeError(f"metrics must map names to torchmetrics objects, got {describe(metrics)}")
+    return dict(metrics.items())
 
 
 class ExtraMetrics:
