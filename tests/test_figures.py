@@ -10,6 +10,7 @@ from sklearn import metrics as sk
 from test_trainer import SPLITS, make_model, make_trainer
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAUROC
 
 from mmfast.objectives import Objective
 from mmfast.training import figures as training_figures
@@ -117,3 +118,15 @@ def test_an_epoch_without_a_value_is_never_the_best(name):
     trainer.fit(model, SPLITS.train, SPLITS.val)
     found = model.encoders["a"].layers[0][0].weight
     assert [torch.equal(found, each) for each in weights] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["joint", "ensemble", "unimodal"])
+def test_a_modality_that_no_sample_has_is_none_in_metrics_too(name):
+    val = SPLITS.val.subset(range(len(SPLITS.val)))
+    val.present["b"] = torch.zeros(len(val), dtype=torch.bool)
+    options = {"metrics": {"auroc": MulticlassAUROC(3)}, "select": "val/auroc", "max_epochs": 2}
+    trainer = make_trainer(name, **options)
+    trainer.fit(make_model(), SPLITS.train, val)
+    for entry in trainer.history:
+        assert entry["val"]["modality_auroc"]["b"] is None
+        assert entry["val"]["modality_auroc"]["a"] > 0

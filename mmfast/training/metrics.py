@@ -279,7 +279,8 @@ class ExtraMetrics:
         self.metrics = {name: metric.clone().to(device) for name, metric in metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
-        self.num_nan = torch.zeros(1, dtype=torch.int64, device=device)
+        # Of NaN in the outputs, and of samples.
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(
         self,
@@ -294,7 +295,8 @@ class ExtraMetrics:
             outputs, target = outputs[counted], target[counted]
         if len(outputs) == 0:
             return
-        self.num_nan += outputs.isnan().sum()
+        self.counts[0] += outputs.isnan().sum()
+        self.counts[1] += len(outputs)
         prediction = predictions(self.objective, outputs.nan_to_num(0.0), target)
         if self.objective.task == "multiclass":
             target = self.objective.classes(target)
@@ -303,11 +305,13 @@ class ExtraMetrics:
         for metric in self.metrics.values():
             metric.update(prediction, target)
 
-    def message(self) -> Tensor:  # [1]
-        """Return the number of NaN in the outputs so far."""
-        return self.num_nan
+    def message(self) -> Tensor:  # [2]
+        """Return the numbers of NaN in the outputs and of samples so far."""
+        return self.counts
 
-    def figures(self, message: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of all processes' samples; NaN where an output of any is."""
-        found = {name: computed(metric) for name, metric in self.metrics.items()}
+    def figures(self, message: Sequence[float]) -> dict[str, float | None]:
+        """Return the metrics of all processes' samples; NaN where an output of any is, None of no samples."""
+        if not message[1]:
+            return dict.fromkeys(self.metrics)
+        found: dict[str, float | None] = {name: computed(metric) for name, metric in self.metrics.items()}
         return dict.fromkeys(found, math.nan) if message[0] else found
