@@ -72,7 +72,7 @@ class Objective:
                     f"{name} must not be given {other}, as it is that of the cross-entropy, "
                     f"got {describe(value)}"
                 )
-        if not 0 <= label_smoothing < 1:
+        if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing < 1):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {describe(label_smoothing)}")
         self.task = task
         self.loss = loss
@@ -175,10 +175,7 @@ class Objective:
         assert self.loss is not None
         outputs = self.like_target(outputs, target)
         counted = self.counted(target)
-        if self.may_ignore and self._are_classes(target):
-            # Losses that look up a class would look up that of -100.
-            target = target.masked_fill(~counted, 0)
-        found = self.loss(outputs, target)
+        found = self.loss(outputs, self.for_functions(target))
         if not isinstance(found, Tensor):
             raise TypeError(f"loss must return a tensor [N] = [{len(outputs)}], got {describe(found)}")
         if found.shape != counted.shape:
@@ -187,6 +184,19 @@ class Objective:
             raise ValueError(f"loss must return one number a sample, [N] = [{len(outputs)}], got {got}{hint}")
         return found.float().masked_fill(~counted, 0.0) if self.may_ignore else found.float()
 
+    def for_functions(
+        self,
+        target: Tensor,  # [N] or [N, C]
+    ) -> Tensor:  # same shape
+        """Return the targets as functions of one's own get them: float32 where they are no classes.
+
+        A class is 0 where it is IGNORED, and what the function gives for it counts nowhere.
+        """
+        if not self._are_classes(target):
+            return target.float()
+        # What looks up a class would look up that of -100.
+        return target.masked_fill(~self.counted(target), 0) if self.may_ignore else target
+
     def like_target(
         self,
         outputs: Tensor,  # [N, C]
@@ -194,6 +204,33 @@ class Objective:
     ) -> Tensor:  # [N] or [N, C]
         """Return the outputs in the form of the targets: of one number [N], where targets are [N]."""
         return outputs.flatten() if self.task == "regression" and target.ndim == 1 else outputs
+
+    def mean_loss(
+        self,
+        outputs: Tensor,  # [N, C]
+        target: Tensor,  # [N] or [N, C]
+    ) -> Tensor:  # scalar
+        """Return the weighted mean of the losses, as `mean` does."""
+        if not (self.is_plain and self._are_classes(target)):
+            return self.mean(self.losses(outputs, target), target)
+        # Torch adds up its own mean in another order than that of a tensor, with other last digits.
+        mean = F.cross_entropy(outputs.float(), target, reduction="sum") / len(target)
+        return mean if self._counts_all(target) else mean / self._share(self.weights(target))
+
+    def sums(
+        self,
+        outputs: Tensor,  # [N, C]
+        target: Tensor,  # [N] or [N, C]
+        counted: Tensor,  # bool [N]
+    ) -> Tensor:  # [2]
+        """Return the sums of losses and of weights over the samples that count."""
+        if self.is_plain and self._are_classes(target):
+            shown = target.masked_fill(~counted, IGNORED)
+            loss = F.cross_entropy(outputs.float(), shown, reduction="sum")
+            return torch.stack([loss, counted.sum().to(loss)])
+        pair = torch.stack([self.losses(outputs, target), self.weights(target)])
+        # Not 0 times what it is where a sample does not count: that may be NaN.
+        return pair.masked_fill(~counted, 0.0).sum(1)
 
     def weights(
         self,
@@ -225,17 +262,24 @@ class Objective:
         else:
             weights = self.weights(target)
             weights = weights.expand_as(losses) if present is None else weights * present
+        return losses.mean(-1) / self._share(weights)
+
+    def _share(
+        self,
+        weights: Tensor,  # [..., N]
+    ) -> Tensor:  # [...]
+        """Return the mean weight over all processes' samples; where that is 0, something to divide 0 by."""
         samples = torch.full_like(weights[..., 0], weights.shape[-1])
         total, all_samples = sum_over_processes(torch.stack([weights.sum(-1), samples]))
-        # Where nothing counts the sum is 0, whatever it is divided by.
-        return losses.mean(-1) / (total.masked_fill(total == 0, 1.0) / all_samples)
+        return total.masked_fill(total == 0, 1.0) / all_samples
 
     def _counts_all(self, target: Tensor) -> bool:
         """Whether every sample of a target counts, and as much as any other."""
         return not self._are_classes(target) or not (self.may_ignore or self.class_weights is not None)
 
     def _are_classes(self, target: Tensor) -> bool:
-        return self.task == "multiclass" and target.ndim == 1
+        # A utility may be of numbers where the model is of classes.
+        return self.task == "multiclass" and target.ndim == 1 and not target.is_floating_point()
 
     # Targets
 
@@ -282,6 +326,8 @@ def _checked_weights(
         raise ValueError(f"class_weights must have shape [C], got {list(found.shape)}")
     if not bool((found.isfinite() & (found >= 0)).all()):
         raise ValueError(f"class_weights must be finite and not negative, got {describe(weights)}")
+    if not bool(found.any()):
+        raise ValueError(f"class_weights must not all be 0, got {describe(weights)}")
     return found
 
 

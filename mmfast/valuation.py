@@ -207,13 +207,15 @@ def valuate(
     }
     reader = replace(reader_of(module), **{key: value for key, value in given.items() if value is not None})
     task = utilities.task_of(utility, objective)
+    # Of the labels, which a plain model may have for a utility of another task.
+    told = objective if task in (None, objective.task) else Objective(task)
     check_samples(
         model.modalities, model.num_classes, "dataset", dataset, collate_fn=reader.collate_fn, task=task
     )
     check_standardized(model, dataset)
     autocast = contextlib.nullcontext if fabric is None else fabric.autocast
     with _evaluating(module, dataset, reader), autocast():
-        found = _valuated(module, dataset, worth, objective, task, backend, reader, share=fabric is not None)
+        found = _valuated(module, dataset, worth, told, task, backend, reader, share=fabric is not None)
     return replace(found, utility=utilities.name_of(utility, objective))
 
 
@@ -470,7 +472,7 @@ def _utilities(
 ) -> Tensor:  # [N, S]
     """Return what coalitions are worth; one whose logits hold NaN, a class for argmax, is never right."""
     if not isinstance(utility, str):
-        return utility(logits, target)
+        return utility(logits, objective.for_functions(target))
     labels = objective.classes(target)
     labels = labels.clamp(min=0) if objective.may_ignore else labels
     values = ops.coalition_utilities(logits, labels, utility=utility, backend=backend)

@@ -137,6 +137,22 @@ class TestOwnLoss:
         assert logits.grad[[1, 3]].eq(0).all()
         assert logits.grad[[0, 2]].ne(0).any()
 
+    def test_sees_real_numbers_where_targets_are_no_classes(self):
+        huber = nn.HuberLoss(reduction="none")
+        objective, outputs = Objective("regression", loss=huber), torch.randn(5, 1)
+        torch.testing.assert_close(
+            objective.losses(outputs, torch.arange(5)), huber(outputs[:, 0], torch.arange(5.0))
+        )
+
+        def weighted(logits, target):
+            return F.binary_cross_entropy_with_logits(
+                logits, target, reduction="none", pos_weight=torch.tensor([2.0, 3.0])
+            ).mean(1)
+
+        logits, target = torch.randn(4, 2), torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]])
+        found = Objective("multilabel", loss=weighted).losses(logits, target)
+        torch.testing.assert_close(found, weighted(logits, target.float()))
+
     def test_may_be_a_module_with_buffers(self):
         class Focal(nn.Module):
             def __init__(self):
@@ -204,6 +220,12 @@ class TestOwnLoss:
                 "label_smoothing must not be given with task='regression', as it is that of the",
                 ValueError,
             ),
+            ({"label_smoothing": "a little"}, "label_smoothing must lie in [0, 1), got", ValueError),
+            ({"class_weights": [0, 0]}, "class_weights must not all be 0, got [0, 0]", ValueError),
+            ({"metrics": [1]}, "metrics must map names to torchmetrics objects, got [1]", TypeError),
+            ({"metrics": {1: 1}}, "metrics must map names to torchmetrics objects, got dict", TypeError),
+            ({"select": 3}, "select must be one of val/accuracy, val/macro_f1, val/loss, got 3", ValueError),
+            ({"lr_scale": {1: 2}}, "lr_scale must map names to factors, got the name 1", TypeError),
         ],
     )
     def test_what_cannot_be_is_refused_at_once(self, options, text, kind):
@@ -301,6 +323,29 @@ class TestLeftOut:
         assert torch.equal(found.column(1), rest.column(1))
         assert torch.equal(found.labelled, labelled)
         assert rest.labelled is None
+
+    def test_a_utility_of_ones_own_never_sees_them(self):
+        def log_probability(logits, labels):
+            index = labels[:, None, None].expand(-1, logits.shape[1], 1)
+            return logits.log_softmax(2).gather(2, index)[..., 0]
+
+        gaps, _ = self.with_gaps(make_data())
+        learner = bind("joint").eval()
+        found = mmfast.valuate(learner, gaps, utility=log_probability).contributions
+        expected = mmfast.valuate(learner, gaps, utility="log_probability").contributions
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+    def test_a_number_may_be_minus_100(self):
+        features = {"m0": torch.randn(4, 5), "m1": torch.randn(4, 5)}
+        model = build_model({"m0": (5,), "m1": (5,)}, 1, dim=8)
+        for numbers in (torch.tensor([-100.0, 1.0, 2.0, -100.0]), torch.tensor([-100, 1, 2, -100])):
+            data = ArrayDataset(features, numbers, task="regression")
+            found = mmfast.valuate(model, data, utility="negative_squared_error")
+            assert found.labelled is None
+            assert found.contributions.isfinite().all()
+        data = ArrayDataset(features, torch.tensor([-100.0, 1.0, 2.0, 3.0]), task="regression")
+        found = mmfast.valuate(model, data, utility=lambda z, y: -(z[..., 0] - y[:, None]).abs())
+        assert found.contributions.isfinite().all()
 
     def test_no_copies_are_made_of_them(self):
         gaps, labelled = self.with_gaps(make_data())

@@ -135,3 +135,45 @@ def test_the_last_method_is_checked_before_the_first_runs():
     with raises("mla needs features of equal dimension D from all encoders, got a 8, b 4"):
         mmfast.compare(["joint", "mla"], own, *PARTS, on_run=seen.append, **QUICK)
     assert not seen
+
+
+def test_a_model_that_is_no_new_one_is_refused():
+    made = model()
+    with raises("model must return a new model each time, got one with weights of the one before"):
+        mmfast.compare(["joint", "mla"], lambda: made, *PARTS, **QUICK)
+    with raises("model must return a new model each time, got one with weights of the one before"):
+        mmfast.compare(["joint"], lambda: made, *PARTS, seeds=2, **QUICK)
+
+
+def test_nothing_else_of_the_program_is_drawn_anew():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    compared(["joint"], max_epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_without_validation_data():
+    train, _, test = PARTS
+    found = mmfast.compare(["joint"], model, train, None, test, **QUICK)
+    assert "Data: samples train 168, test 36." in str(found)
+    with raises("diagnose-relearn needs a validation split, got val=None"):
+        mmfast.compare(["diagnose-relearn"], model, train, None, test, **QUICK)
+
+
+def test_a_folder_is_of_one_precision(tmp_path):
+    compared(["joint"], out_dir=tmp_path, max_epochs=1)
+    with pytest.raises(ValueError, match="precision is 32-true there, bf16-mixed here"):
+        compared(["joint", "mla"], out_dir=tmp_path, max_epochs=1, precision="bf16-mixed", resume=True)
+
+
+def test_numbers_that_diverged_are_told():
+    train, val, test = diabetes()
+    options = {"task": "regression", "lr": 1e30, "max_epochs": 2}
+    found = mmfast.compare(
+        ["joint", "ensemble"], lambda: build_model(train.shapes, 1, dim=8), train, val, test, **options
+    )
+    text = " ".join(str(found).split())
+    assert "Diverged, and in no figure: Joint with seed 0; Ensemble with seed 0. The first of them:" in text
+    with raises("seeds must be an integer, got 1.5", TypeError):
+        compared(["joint"], seeds=1.5)

@@ -74,6 +74,16 @@ def test_batches_of_a_step_count_by_their_samples():
     assert per_sample == pytest.approx([2 / 10] * 4)
 
 
+def test_a_loss_that_is_only_looked_at_is_no_batch_of_a_step():
+    learner, batch = make_learner("mla"), SPLITS.train[torch.arange(8)]
+    learner.eval()
+    learner(SPLITS.train[torch.arange(20, 40)], 0)
+    learner.train()
+    learner(batch, 0)
+    expected = learner.model.encode_modality(batch, "a").mean(0).detach()
+    torch.testing.assert_close(learner.current, expected)
+
+
 def test_a_loss_that_is_nan_is_told_by_its_own_batch():
     data = SPLITS.train.subset(range(len(SPLITS.train)))
     first = epoch_shard(len(data), 32, make_learner("mla").generator(0, 0)).batches[4][0]

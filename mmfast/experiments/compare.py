@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -21,7 +22,7 @@ from mmfast.errors import describe
 from mmfast.experiments.comparison import clear_run, has_run
 from mmfast.experiments.results import FORMAT, RESULTS, Results
 from mmfast.experiments.setup import diverged_entry, finished_entry, machine, versions
-from mmfast.experiments.summary import Summary, summarize
+from mmfast.experiments.summary import Summary, diverged_sentence, summarize
 from mmfast.experiments.tables import show, show_figures
 from mmfast.files import plain
 from mmfast.methods import Method
@@ -86,7 +87,10 @@ class Compared:
             show(console, self.summaries, data=self.data, num_test=self.num_test)
         else:
             show_figures(console, self.runs)
-            console.print(f"\nData: {self.data}.", soft_wrap=True)
+            console.print()
+            if lost := diverged_sentence(summarize([entry for entry in self.runs if "diverged" in entry])):
+                console.print(lost)
+            console.print(f"Data: {self.data}.", soft_wrap=True)
         if self.out is not None:
             console.print(f"Written to {self.out}: {RESULTS}, runs.", soft_wrap=True)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -123,7 +127,7 @@ def compare(
     Args:
         methods: methods of `mmfast.methods`, or their names; "all", or names separated by commas.
         model: returns the model to train, new each time.
-        train, val, test: data sets as `mmfast.Trainer.fit` takes them.
+        train, val, test: data sets as `mmfast.Trainer.fit` takes them; `val` may be None, too.
         seeds: runs of each method, with the seeds 0, 1, ...
         out_dir: folder for results.json and in runs/<method>-seed<seed> the checkpoints, from which
             `mmfast.load(..., model=model())` gives the learners; None keeps figures alone.
@@ -140,17 +144,21 @@ def compare(
     """
     if not callable(model) or isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a function that returns a new model, got {describe(model)}")
+    if not isinstance(seeds, int):
+        raise TypeError(f"seeds must be an integer, got {describe(seeds)}")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if mine := [name for name in _OWN if name in options]:
         raise TypeError(f"{mine[0]} is the comparison's to give, and no option of it")
     chosen = _chosen(methods)
     parts = {"train": train, "val": val, "test": test}
+    make = _Maker(model, len(chosen) * seeds)
     out = None if out_dir is None else Path(out_dir)
     # Before any run: what would end the last one ends the first.
     trainers = [Trainer(method, **options) for method in chosen]
     for trainer in trainers:
-        trainer.check(_made(model, 0), train, val, test)
+        trainer.check(make(0), train, val, test)
+    make.check_new()
     results = None if out is None else _results(out, chosen, parts, trainers[0], resume, overwrite, seeds)
     runs = []
     for seed in range(seeds):
@@ -158,7 +166,7 @@ def compare(
             entry = None if results is None else results.find(method.name, seed)
             if entry is None:
                 folder = None if out is None else _folder(out, method, seed)
-                entry = _run(method, seed, model, parts, folder, resume=resume, options=options)
+                entry = _run(method, seed, make, parts, folder, resume=resume, options=options)
                 if results is not None and folder is not None:
                     results.add(entry, folder)
                 if on_run is not None:
@@ -172,7 +180,7 @@ def compare(
 def _run(
     method: Method,
     seed: int,
-    model: Callable[[], MultimodalModel],
+    make: _Maker,
     parts: dict[str, Any],
     folder: Path | None,
     *,
@@ -180,7 +188,8 @@ def _run(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     begun = time.perf_counter()
-    trainer, made = Trainer(method, seed=seed, out_dir=folder, **options), _made(model, seed)
+    trainer, made = Trainer(method, seed=seed, out_dir=folder, **options), make(seed)
+    make.check_new()
     try:
         trainer.fit(made, parts["train"], parts["val"], resume=resume and folder is not None)
     except DivergedError as error:
@@ -189,12 +198,37 @@ def _run(
     return plain(entry | {"wall_seconds": time.perf_counter() - begun})
 
 
-def _made(model: Callable[[], MultimodalModel], seed: int) -> MultimodalModel:
-    torch.manual_seed(seed)
-    made = model()
-    if not isinstance(made, MultimodalModel):
-        raise TypeError(f"model must return a mmfast.MultimodalModel, got {describe(made)}")
-    return made
+class _Maker:
+    """Makes the models of runs: each anew, with the weights of its seed.
+
+    Args:
+        model: the function of the program.
+        num_runs: that it makes models for.
+    """
+
+    def __init__(self, model: Callable[[], MultimodalModel], num_runs: int) -> None:
+        self._model, self._num_runs = model, num_runs
+        self._before: list[weakref.ref[torch.nn.Parameter]] = []
+        self._is_new = True
+
+    def __call__(self, seed: int) -> MultimodalModel:
+        # What the program draws after a comparison is what it would have drawn without.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = self._model()
+        if not isinstance(made, MultimodalModel):
+            raise TypeError(f"model must return a mmfast.MultimodalModel, got {describe(made)}")
+        trained = [p for p in made.parameters() if p.requires_grad]
+        self._is_new &= not {id(p) for p in trained} & {id(before()) for before in self._before}
+        self._before = [weakref.ref(p) for p in trained]
+        return made
+
+    def check_new(self) -> None:
+        """Raise ValueError where a model had weights of the one before: a run would go on from another's."""
+        if not self._is_new and self._num_runs > 1:
+            raise ValueError(
+                "model must return a new model each time, got one with weights of the one before"
+            )
 
 
 def _chosen(methods: Sequence[Method | str] | str) -> list[Method]:
@@ -211,7 +245,8 @@ def _chosen(methods: Sequence[Method | str] | str) -> list[Method]:
 
 
 def _sizes(parts: dict[str, Any]) -> str:
-    return f"samples {', '.join(f'{name} {len(part):,}' for name, part in parts.items())}"
+    sizes = (f"{name} {len(part):,}" for name, part in parts.items() if part is not None)
+    return f"samples {', '.join(sizes)}"
 
 
 def _folder(out: Path, method: Method, seed: int) -> Path:
@@ -245,13 +280,14 @@ def _results(
         "data": {
             "source": "data sets of a program",
             "description": _sizes(parts),
-            "sizes": {name: len(part) for name, part in parts.items()},
-            "fingerprint": "-".join(_digest(parts[name]) for name in PARTS),
+            "sizes": {name: len(part) for name, part in parts.items() if part is not None},
+            "fingerprint": "-".join(_digest(parts[name]) for name in PARTS if parts[name] is not None),
         },
         "configuration": {
             **as_lists(asdict(trainer.optimization)),
             **trainer.objective.config(),
             **trainer.measures.config(),
+            "precision": trainer.fabric.strategy.precision.precision,
             "methods": {method.name: method.config() for method in chosen},
         },
     }

@@ -237,7 +237,7 @@ class Learner(ResumableModule):
         target: Tensor,  # [N] or [N, C]
     ) -> Tensor:  # scalar
         """Return the objective's mean loss: what papers write as the cross-entropy of the logits."""
-        return self.objective.mean(self.objective.losses(logits, target), target)
+        return self.objective.mean_loss(logits, target)
 
     def unimodal_loss(
         self,

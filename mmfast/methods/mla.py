@@ -73,9 +73,10 @@ class _MLALearner(LateFusionLearner):
         keep = torch.ones_like(h[:, 0]) if present is None else present[0].float()
         # The sum of the features and their number, [D + 1], in one message.
         found = sum_over_processes(torch.cat([keep @ h, keep.sum()[None]]))
-        if self.training and self._seen is not None and self._seen[0] == step:
-            found = found + self._seen[1]
-        self._seen = step, found
+        if self.training:
+            if self._seen is not None and self._seen[0] == step:
+                found = found + self._seen[1]
+            self._seen = step, found
         self.current.copy_(found[:-1] / found[-1].clamp(min=1))
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassF1Score, MultilabelAveragePrecision
 
+from mmfast.distributed import sum_over_processes
 from mmfast.objectives import IGNORED, Objective
 
 
@@ -50,10 +51,7 @@ class Tally:
     ) -> None:
         """Take in the samples of a batch that count."""
         if "loss" in self.wanted:
-            losses, weights = self.objective.losses(outputs, target), self.objective.weights(target)
-            # Not 0 times what it is where a sample does not count: that may be NaN.
-            pair = torch.stack([losses, weights]).masked_fill(~counted, 0.0)
-            self.loss += pair.sum(1)
+            self.loss += self.objective.sums(outputs, target, counted)
         self._add(outputs, target, counted)
 
     def _add(self, outputs: Tensor, target: Tensor, counted: Tensor) -> None:
@@ -112,8 +110,14 @@ class LabelTally(Tally):
         both, either = (given & true & counted).sum(), ((given.long() + true) * counted).sum()
         self.sums += torch.stack([both, either, counted.sum()])
         if "map" in self.wanted:
-            self.outputs.append(outputs)
+            self.outputs.append(self._ranks(outputs, true))
             self.targets.append(torch.where(counted, true.long(), -1))
+
+    def _ranks(self, outputs, true):
+        """Return scores in [0, 1] in the order of the logits; the metric's own sigmoid makes large ones 1."""
+        logits = outputs.nan_to_num().to(self.sums.dtype)
+        scores = (logits / (1 + logits.abs()) + 1) / 2
+        return torch.where(outputs.isnan().any(1)[:, None], (~true).to(scores), scores)
 
     def _figures(self, sums):
         both, either, count = sums
@@ -134,12 +138,29 @@ class NumberTally(Tally):
     def num_sums(self):
         return 4 * self.num_classes + 1
 
+    def __init__(self, objective, num_classes, device, wanted):
+        super().__init__(objective, num_classes, device, wanted)
+        # Targets are counted from here, as the squares of large ones would hide how they differ.
+        self.origin = torch.zeros_like(self.sums[:num_classes])
+
     def _add(self, outputs, target, counted):
-        real, counted = self.sums.dtype, counted[:, None]
-        y = target.view_as(outputs).to(real).masked_fill(~counted, 0.0)
-        error = (outputs.to(real) - target.view_as(outputs).to(real)).masked_fill(~counted, 0.0)
+        real, count, counted = self.sums.dtype, counted.sum(), counted[:, None]
+        y = target.view_as(outputs).to(real)
+        first = y.masked_fill(~counted, 0.0).sum(0) / count.clamp(min=1)
+        self.origin = torch.where(self.sums[-1] > 0, self.origin, first)
+        error = (outputs.to(real) - y).masked_fill(~counted, 0.0)
+        y = (y - self.origin).masked_fill(~counted, 0.0)
         columns = torch.stack([y, y * y, error * error, error.abs()]).sum(1)  # [4, K]
-        self.sums += torch.cat([columns.flatten(), counted.sum()[None]])
+        self.sums += torch.cat([columns.flatten(), count[None]])
+
+    def message(self):
+        # From one origin for all processes: the mean of theirs.
+        size, count = self.num_classes, self.sums[-1:]
+        *total, all_counts = sum_over_processes(torch.cat([self.origin * count, count])).split([size, 1])
+        shift = self.origin - total[0] / all_counts.clamp(min=1)
+        y, squares, rest = self.sums.split([size, size, 2 * size + 1])
+        moved = y + count * shift, squares + 2 * shift * y + count * shift * shift
+        return torch.cat([self.loss, *moved, rest])
 
     def _figures(self, sums):
         *columns, count = sums

@@ -128,7 +128,7 @@ class Measures:
     ) -> None:
         self.task = (objective or Objective()).task
         self.tally = TALLIES[self.task]
-        self.metrics = dict(metrics.items()) if metrics is not None else {}
+        self.metrics = _by_name(metrics)
         taken = {name.name for name in fields(_KINDS[self.task])}
         for name, metric in self.metrics.items():
             if isinstance(metric, type) or not isinstance(metric, Metric):
@@ -154,7 +154,7 @@ class Measures:
             check_one_of("select_mode", mode, MODES)
         known = [*self.tally.names, *self.metrics]
         name = f"val/{self.main}" if select is None else select
-        part, _, figure = name.rpartition("/")
+        part, _, figure = name.rpartition("/") if isinstance(name, str) else (None, "", "")
         if part not in ("val", "") or figure not in known:
             names = [f"val/{each}" for each in known]
             hint = did_you_mean(f"val/{figure}", names)
@@ -181,7 +181,12 @@ class Measures:
             entry: figures of validation data, as `as_dict` gives them.
         """
         alone = entry[f"modality_{self.selected}"].values()
-        return self.sign * entry[self.selected], [None if v is None else self.sign * v for v in alone]
+        scores = [None if value is None else self._score(value) for value in alone]
+        return self._score(entry[self.selected]), scores
+
+    def _score(self, value: float | None) -> float:
+        # A metric that has no value, as a correlation with what never varies, is no better than any.
+        return -math.inf if value is None or math.isnan(value) else self.sign * value
 
     def of_modalities(self, entry: Mapping[str, Any]) -> dict[str, float | None]:
         """Return the accuracy of each modality alone, or what stands for it."""
@@ -251,6 +256,15 @@ def predictions(
     return outputs.sigmoid() if objective.task == "multilabel" else objective.like_target(outputs, target)
 
 
+def _by_name(metrics: Any) -> dict[str, Any]:
+    """Return metrics by name; a MetricCollection has names, too."""
+    if metrics is None:
+        return {}
+    if not hasattr(metrics, "items") or not all(isinstance(name, str) for name, _ in metrics.items()):
+        raise TypeError(f"metrics must map names to torchmetrics objects, got {describe(metrics)}")
+    return dict(metrics.items())
+
+
 class ExtraMetrics:
     """The user's metrics of a pass, for one predictor.
 
@@ -265,7 +279,8 @@ class ExtraMetrics:
         self.metrics = {name: metric.clone().to(device) for name, metric in metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
-        self.num_nan = torch.zeros(1, dtype=torch.int64, device=device)
+        # Of NaN in the outputs, and of samples.
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(
         self,
@@ -280,7 +295,8 @@ class ExtraMetrics:
             outputs, target = outputs[counted], target[counted]
         if len(outputs) == 0:
             return
-        self.num_nan += outputs.isnan().sum()
+        self.counts[0] += outputs.isnan().sum()
+        self.counts[1] += len(outputs)
         prediction = predictions(self.objective, outputs.nan_to_num(0.0), target)
         if self.objective.task == "multiclass":
             target = self.objective.classes(target)
@@ -289,11 +305,13 @@ class ExtraMetrics:
         for metric in self.metrics.values():
             metric.update(prediction, target)
 
-    def message(self) -> Tensor:  # [1]
-        """Return the number of NaN in the outputs so far."""
-        return self.num_nan
+    def message(self) -> Tensor:  # [2]
+        """Return the numbers of NaN in the outputs and of samples so far."""
+        return self.counts
 
-    def figures(self, message: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of all processes' samples; NaN where an output of any is."""
-        found = {name: computed(metric) for name, metric in self.metrics.items()}
+    def figures(self, message: Sequence[float]) -> dict[str, float | None]:
+        """Return the metrics of all processes' samples; NaN where an output of any is, None of no samples."""
+        if not message[1]:
+            return dict.fromkeys(self.metrics)
+        found: dict[str, float | None] = {name: computed(metric) for name, metric in self.metrics.items()}
         return dict.fromkeys(found, math.nan) if message[0] else found

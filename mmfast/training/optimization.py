@@ -52,10 +52,11 @@ class Optimization:
             what a method does with them.
         gradient_clip_algorithm: "norm": all gradients of a step together are scaled to this norm at most;
             "value": each element lies in [-val, val].
-        accumulate_grad_batches: batches of a step, fewer at the end of an epoch; their losses count by their
-            samples. A method of several steps a batch takes each of them with all these batches, as with one
-            large batch, so they are held on the device. Batch norm, and losses that compare the samples of a
-            batch, see the batches one by one.
+        accumulate_grad_batches: batches of a step, fewer at the end of an epoch; their mean losses count by
+            their samples, also where fewer of one batch have a label or a modality, or classes weigh more. A
+            method of several steps a batch takes each of them with all these batches, as with one large
+            batch, so they are held on the device. Batch norm, and losses that compare the samples of a batch,
+            see the batches one by one.
         no_decay_norms_and_biases: no weight decay for norm layers, biases and other parameters of one
             dimension.
         lr_scale: factors of the learning rate, by the name of parameters or modules of the learner, "model."
@@ -147,6 +148,8 @@ class Optimization:
                 f"{describe(self.lr_scale)}"
             )
         for name, factor in self.lr_scale.items():
+            if not isinstance(name, str):
+                raise TypeError(f"lr_scale must map names to factors, got the name {describe(name)}")
             _check_number(f"lr_scale[{name!r}]", factor, optional=False)
         object.__setattr__(self, "lr_scale", dict(self.lr_scale))
 
