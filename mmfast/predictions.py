@@ -270,7 +270,9 @@ def predict(
     keys, class_names = keys_of_samples(dataset), _class_names(learner, dataset)
     scaling = scaling_for(learner, dataset, standardized)
     found = _Rows(learner)
-    with fitting_threads(learner, dataset, reader.batch_size, reader), evaluating(learner):
+    threads = fitting_threads(learner, dataset, reader.batch_size, reader)
+    # A callback may ask while the learner trains.
+    with threads, evaluating(learner), learner.objective.for_any_labels():
         for batch in _batches(learner, dataset, reader, scaling):
             found.add(batch, contributions=contributions)
     predictions = found.joined(class_names, keys, task)
