@@ -31,6 +31,8 @@ class Cells:
         return list(self.values)
 
 
+# Bytes that are no text are written as their numbers.
+_ERRORS = "backslashreplace"
 # A part of a column: int64, float64 or bool [n], or cells.
 Column = Tensor | Cells
 # From the numbers of a first row and of the one after the last to these rows, by column.
@@ -46,7 +48,8 @@ def write_csv(path: str | Path, rows: Rows, size: int, at_once: int) -> None:
         size: number of rows.
         at_once: rows that are held at a time.
     """
-    with open(path, "w", newline="") as file:
+    # Names of files may hold bytes that are no text.
+    with open(path, "w", newline="", encoding="utf-8", errors=_ERRORS) as file:
         writer = csv.writer(file)
         writer.writerow(rows(0, 0))
         for columns in _parts(rows, size, at_once):
@@ -76,6 +79,8 @@ def write_parquet(path: str | Path, rows: Rows, size: int, at_once: int) -> None
         return kinds[column.kind if isinstance(column, Cells) else column.dtype]
 
     def array(column: Column) -> Any:
+        if isinstance(column, Cells) and column.kind is str:
+            return pyarrow.array(map(_as_utf8, column.values), pyarrow.string())
         if isinstance(column, Cells) or column.dtype == torch.bool:
             return pyarrow.array(column.tolist(), kind_of(column))
         # Of numpy's arrays pyarrow asks whether they are pandas's, and imports that for it.
@@ -87,6 +92,10 @@ def write_parquet(path: str | Path, rows: Rows, size: int, at_once: int) -> None
         for columns in _parts(rows, size, at_once):
             batch = [array(column) for column in columns.values()]
             writer.write_batch(pyarrow.RecordBatch.from_arrays(batch, schema=schema))
+
+
+def _as_utf8(text: str | None) -> bytes | None:
+    return None if text is None else text.encode(errors=_ERRORS)
 
 
 def _parts(rows: Rows, size: int, at_once: int) -> Iterator[Mapping[str, Column]]:
@@ -109,6 +118,8 @@ def keys_of(
     keys: Any,  # numpy's [n], integers or strings
 ) -> Column:
     """Return the keys of samples as a column."""
+    if keys.dtype.kind == "S":
+        return Cells(str, [key.decode(errors=_ERRORS) for key in keys.tolist()])
     if keys.dtype.kind in "iu":
         return torch.tensor(keys.tolist(), dtype=torch.int64, device="cpu")
     return Cells(str, keys.astype(str).tolist())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +126,15 @@ class Objective:
         )
         found.may_ignore = labels is None or not bool(self.counted(labels).all())
         return found
+
+    @contextlib.contextmanager
+    def for_any_labels(self) -> Iterator[None]:
+        """Take labels of other data than those of training within this context: any may be IGNORED."""
+        before, self.may_ignore = self.may_ignore, True
+        try:
+            yield
+        finally:
+            self.may_ignore = before
 
     def to(self, device: torch.device) -> None:
         """Move what a loss that is a module holds to a device."""

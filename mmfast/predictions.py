@@ -16,13 +16,13 @@ from mmfast.columns import Cells, Column, keys_of, names_of, only, write_csv, wr
 from mmfast.data.arrays import LABEL
 from mmfast.data.batches import evaluating, presence
 from mmfast.data.devices import model_place
-from mmfast.data.origins import keys_of_samples, names_of_classes, scaling_for
+from mmfast.data.origins import has_no_labels, keys_of_samples, names_of_classes, scaling_for
 from mmfast.data.reader import Reader, evaluation_batches, reader_of
 from mmfast.data.samples import check_samples
 from mmfast.data.standardize import Scaling, scaled
 from mmfast.data.threads import fitting_threads
 from mmfast.errors import check_one_of
-from mmfast.objectives import TASKS
+from mmfast.objectives import IGNORED, TASKS, check_targets
 from mmfast.valuation import batch_contributions
 
 # Rows of a table that are written at a time.
@@ -181,7 +181,7 @@ class Predictions:
         """Return classes, or values of a regression, as columns."""
         if self.task != "regression":
             return {name: _named(answers, self.class_names, self.task)}
-        values = answers.reshape(len(answers), -1).double()
+        values = (answers if answers.ndim == 2 else answers[:, None]).double()
         names = [name] if values.shape[1] == 1 else self._of_classes(name)
         return dict(zip(names, values.T, strict=True))
 
@@ -270,7 +270,9 @@ def predict(
     keys, class_names = keys_of_samples(dataset), _class_names(learner, dataset)
     scaling = scaling_for(learner, dataset, standardized)
     found = _Rows(learner)
-    with fitting_threads(learner, dataset, reader.batch_size, reader), evaluating(learner):
+    threads = fitting_threads(learner, dataset, reader.batch_size, reader)
+    # A callback may ask while the learner trains.
+    with threads, evaluating(learner), learner.objective.for_any_labels():
         for batch in _batches(learner, dataset, reader, scaling):
             found.add(batch, contributions=contributions)
     predictions = found.joined(class_names, keys, task)
@@ -303,13 +305,38 @@ class _Rows:
         if labels is None:
             return
         self.targets.append(labels.cpu())
+        self._check(self.targets[-1])
         if contributions:
             unknown = ~learner.objective.counted(labels)[:, None]
             phi = batch_contributions(learner, features, labels, present)
             self.contributions.append(phi.float().masked_fill(unknown, torch.nan).cpu())
 
+    def _check(
+        self,
+        labels: Tensor,  # [n] or [n, C]
+    ) -> None:
+        """Raise ValueError for labels of the last batch that are none of the task's."""
+        task, num_classes = self.learner.objective.task, self.learner.num_classes
+        first = sum(map(len, self.logits[:-1]))
+        if task != "multiclass" or labels.ndim == 2:
+            where = "labels of dataset"
+            check_targets(task, num_classes, where, labels, lambda row: f"label of sample {first + row}")
+            return
+        bad = ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"label of sample {first + row} of dataset must lie in [0, C) = [0, {num_classes}), or be "
+                f"{IGNORED} for none, got {labels[row]}"
+            )
+
     def joined(self, class_names: tuple[str, ...] | None, keys: np.ndarray | None, task: str) -> Predictions:
         """Return the rows of all batches."""
+        if self.targets and (lack := sum(map(len, self.logits)) - sum(map(len, self.targets))):
+            raise ValueError(
+                f"dataset must have a label in all of its samples or in none, got {lack:,} without: "
+                f"{IGNORED} is the class of a sample without"
+            )
         return Predictions(
             torch.cat(self.logits),
             torch.cat(self.own_logits, dim=1),
@@ -326,7 +353,7 @@ class _Rows:
 def _class_names(learner: Any, dataset: Any) -> tuple[str, ...] | None:
     """Return the names of the classes; raise where the data set's labels are numbers of other ones."""
     own, told = learner.class_names, names_of_classes(dataset, learner.num_classes)
-    if own is None or told is None or own == told or getattr(dataset, "labels", True) is None:
+    if own is None or told is None or own == told or has_no_labels(dataset):
         return own or told
     raise ValueError(
         f"dataset must have the classes of the training data, {', '.join(own)}, got {', '.join(told)}"

@@ -214,7 +214,8 @@ def valuate(
     )
     check_standardized(model, dataset)
     autocast = contextlib.nullcontext if fabric is None else fabric.autocast
-    with _evaluating(module, dataset, reader), autocast():
+    # A callback may ask while the learner trains.
+    with _evaluating(module, dataset, reader), autocast(), objective.for_any_labels():
         found = _valuated(module, dataset, worth, told, task, backend, reader, share=fabric is not None)
     return replace(found, utility=utilities.name_of(utility, objective))
 

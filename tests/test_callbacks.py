@@ -226,3 +226,31 @@ def test_gradients_are_there_after_a_step():
             assert all(isinstance(p.grad, torch.Tensor) for p in learner.trainable_parameters())
 
     fit("joint", callbacks=[Looks()])
+
+
+def test_other_data_may_lack_labels_while_a_learner_trains():
+    data, found = SPLITS.test, []
+    labels = data.labels.clone()
+    labels[::3] = -100
+    some = mmfast.data.ArrayDataset(data.arrays, labels, present=data.present, num_classes=data.num_classes)
+
+    class Asks(Callback):
+        def on_epoch_end(self, trainer, learner, entry):
+            told = learner.predict(some, standardized=True)
+            values = [
+                mmfast.valuate(learner, some, utility=utility).contributions
+                for utility in (None, "negative_loss")
+            ]
+            found[:] = [told.contributions, *values]
+            assert not learner.objective.may_ignore
+
+    trainer = make_trainer("joint", max_epochs=1, callbacks=[Asks()])
+    learner = trainer.fit(make_model(), SPLITS.train)
+    expected = [
+        learner.predict(some, standardized=True).contributions,
+        mmfast.valuate(learner, some).contributions,
+        mmfast.valuate(learner, some, utility="negative_loss").contributions,
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.isnan().any(1), labels == -100)
+        torch.testing.assert_close(one, other, equal_nan=True)

@@ -422,3 +422,14 @@ def test_a_missing_package_is_named():
     assert (
         'lightning needs lightning, which is not installed: pip install "mmfast[lightning]"' in found.stderr
     )
+
+
+def test_other_data_may_lack_labels_before_a_module_is_fitted():
+    labels = TEST.labels.clone()
+    labels[::3] = -100
+    module = new_module("joint", loss=torch.nn.MultiMarginLoss(reduction="none"))
+    some = mmfast.data.ArrayDataset(TEST.arrays, labels)
+    kept = TEST.subset([i for i in range(len(TEST)) if i % 3])
+    found, expected = (module.evaluate(data).as_dict() for data in (some, kept))
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"])

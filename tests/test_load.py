@@ -186,3 +186,55 @@ def test_a_run_in_mixed_precision_predicts_in_it(tmp_path):
 def test_a_learner_of_no_run_knows_nothing_of_data():
     learner = bind("joint")
     assert (learner.class_names, learner.scaling, learner.shapes) == (None, None, None)
+
+
+def absolute_error(outputs, target):
+    return (outputs - target).abs()
+
+
+TARGETS = {
+    "regression": (torch.arange(30) / 30, {}),
+    "regression by a loss": (torch.arange(30) / 30, {"loss": absolute_error}),
+    "multilabel": (torch.arange(90).view(30, 3) % 2, {}),
+    "multiclass": (torch.arange(30) // 3 % 3, {"class_weights": "balanced", "label_smoothing": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_a_run_is_loaded_with_its_task(tmp_path, case):
+    (labels, options), task = TARGETS[case], case.split()[0]
+    data = ArrayDataset(make_data(30).arrays, labels[:30], task=task)
+
+    def model():
+        return mmfast.models.build_model(data.shapes, data.num_classes, dim=8)
+
+    trainer = mmfast.Trainer(task=task, method="joint", max_epochs=1, out_dir=tmp_path, **options)
+    fitted = trainer.fit(model(), data)
+    loaded = mmfast.load(tmp_path, model=model(), loss=options.get("loss"))
+    one, other = fitted.predict(data), loaded.predict(data)
+    assert other.task == task
+    assert other.columns() == one.columns()
+    values = [
+        mmfast.valuate(each, data, utility="negative_loss").coalition_value for each in (fitted, loaded)
+    ]
+    assert torch.equal(*values)
+    restored = model()
+    trainer.restore(restored)
+    value = mmfast.valuate(trainer.learner, data, utility="negative_loss").coalition_value
+    assert torch.equal(value, values[0])
+
+
+def test_a_loss_of_ones_own_is_asked_for_where_it_is_measured(tmp_path):
+    data = ArrayDataset(make_data(30).arrays, torch.arange(30) / 30, task="regression")
+    models = [mmfast.models.build_model(data.shapes, 1, dim=8) for _ in range(3)]
+    trainer = mmfast.Trainer(
+        "joint", task="regression", loss=absolute_error, max_epochs=1, out_dir=tmp_path / "own"
+    )
+    trainer.fit(models[0], data)
+    learner = mmfast.load(tmp_path / "own", model=models[1])
+    assert learner.predict(data).contributions.isfinite().all()
+    with pytest.raises(ValueError, match=r"must be given to be measured, mmfast.load\(..., loss=absolute_er"):
+        mmfast.valuate(learner, data, utility="negative_loss")
+    mmfast.Trainer("joint", task="regression", max_epochs=1, out_dir=tmp_path / "plain").fit(models[2], data)
+    with pytest.raises(ValueError, match="loss must be None, as the run had none of its own, got function"):
+        mmfast.load(tmp_path / "plain", model=models[1], loss=absolute_error)

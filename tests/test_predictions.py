@@ -366,3 +366,81 @@ def test_arrays_without_labels(splits):
     assert data.subset([1]).labels is None
     with pytest.raises(ValueError, match="must have 'label'"):
         mmfast.valuate(mmfast.models.build_model(data.shapes, 3, dim=4), data)
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 1), (12, 2)])
+def test_values_are_written_as_tables(shape, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found = Predictions(
+        torch.arange(24.0).view(12, 2)[:, : shape[-1] if len(shape) > 1 else 1],
+        torch.zeros(1, 12, shape[-1] if len(shape) > 1 else 1),
+        ("a",),
+        None,
+        torch.ones(12, 1, dtype=torch.bool),
+        torch.rand(shape),
+        task="regression",
+    )
+    found.to_csv(tmp_path / "table.csv")
+    rows = rows_of(tmp_path / "table.csv")
+    assert [float(row["prediction" if len(shape) == 1 or shape[1] == 1 else "prediction__1"]) for row in rows]
+    found.to_parquet(tmp_path / "table.parquet")
+    assert parquet.read_table(tmp_path / "table.parquet").to_pydict() == found.columns()
+    assert list(rows[0]) == list(found.columns())
+
+
+def test_data_sets_put_together_keep_keys_and_classes(splits, learner):
+    both = learner.predict(ConcatDataset([splits.val, Subset(splits.test, [2, 0])]))
+    expected = [*splits.val.sample_keys, *splits.test.sample_keys[[2, 0]]]
+    assert both.sample_keys.tolist() == expected
+    some = ArrayDataset(splits.val.arrays, splits.val.labels, sample_keys=range(len(splits.val)))
+    assert learner.predict(ConcatDataset([splits.test, some])).sample_keys is None
+    other = splits.test._with(class_names=("owl", "dog", "cat"))
+    with pytest.raises(ValueError, match="classes of the training data, cat, dog, owl, got owl, dog, cat"):
+        learner.predict(ConcatDataset([other, other]))
+    with pytest.raises(ValueError, match="must have the same classes, got cat, dog, owl in one and owl, dog"):
+        learner.predict(ConcatDataset([splits.test, other]))
+    unlabelled = without_labels(splits.test)._with(class_names=other.class_names)
+    for data in (unlabelled, Subset(unlabelled, [0, 1]), ConcatDataset([unlabelled, unlabelled])):
+        assert learner.predict(data).class_names == ("cat", "dog", "owl")
+
+
+def test_labels_beyond_the_first_samples_are_checked(splits, learner):
+    def samples(change, rows):
+        found = [dict(splits.standardize().train[i]) for i in range(64)]
+        for row in rows:
+            change(found[row])
+        return found
+
+    options = {"standardized": True, "batch_size": 16}
+    for rows in (range(63), range(16), range(48, 64)):
+        if 0 in rows:
+            data = samples(lambda sample: sample.pop("label"), rows)
+        with pytest.raises(ValueError, match=r"all (of its )?samples (or in none, got|must have 'label')"):
+            learner.predict(data, **options)
+    for label in (7, -5):
+        data = samples(lambda sample: sample.update(label=label), [40])  # noqa: B023
+        for contributions in (True, False):
+            with pytest.raises(
+                ValueError, match=rf"label of sample 40 of dataset must lie in .*, got {label}"
+            ):
+                learner.predict(data, contributions=contributions, **options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "written"),
+    [
+        (np.array([2**63, 1], dtype=np.uint64), ["9223372036854775808", "1"]),
+        (np.array(["é".encode(), b"\xff"]), ["é", "\\xff"]),
+        ([b"\xe9".decode(errors="surrogateescape"), "é"], ["\\udce9", "é"]),
+    ],
+    ids=["large", "bytes", "no text"],
+)
+def test_keys_of_every_kind_are_written(keys, written, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    learner, data = bind("joint"), make_data(2)
+    found = learner.predict(ArrayDataset(data.arrays, sample_keys=keys))
+    found.to_csv(tmp_path / "table.csv")
+    found.to_parquet(tmp_path / "table.parquet")
+    with open(tmp_path / "table.csv", encoding="utf-8") as file:
+        assert [row["key"] for row in csv.DictReader(file)] == written
+    assert parquet.read_table(tmp_path / "table.parquet").to_pydict()["key"] == written

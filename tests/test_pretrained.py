@@ -150,8 +150,48 @@ def test_cls_is_the_state_of_the_first_token():
     states = theirs(pretrained.bert).eval()(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(encoder(IDS), states[:, 0])
     left = {"input_ids": IDS.roll(1, 1), "attention_mask": MASK.roll(1, 1)}
-    states = theirs(pretrained.bert).eval()(**left).last_hidden_state
-    torch.testing.assert_close(encoder(left), torch.stack([states[0, 0], states[1, 1]]))
+    # Not those of positions 1 to 3, as the model itself has it of a text that another in the batch pads.
+    states = [
+        theirs(pretrained.bert).eval()(ids).last_hidden_state for ids in (IDS[:1].roll(1, 1), IDS[1:, :3])
+    ]
+    torch.testing.assert_close(encoder(left), torch.cat([h[:, 0] for h in states]))
+
+
+@pytest.mark.parametrize("make", [pretrained.bert, pretrained.gpt2, pretrained.roberta, pretrained.t5])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_before_a_text_changes_no_feature(make, pooling):
+    encoder = PretrainedEncoder(folder_of(make), 5, pooling=pooling).eval()
+    ids, mask = torch.cat([IDS.new_full((2, 3), 9), IDS], 1), torch.cat([MASK.new_zeros(2, 3), MASK], 1)
+    alone = torch.cat([encoder(IDS[:1]), encoder(IDS[1:, :3])])
+    torch.testing.assert_close(encoder({"input_ids": ids, "attention_mask": mask}), alone)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_padding_before_sound_changes_no_feature(norm):
+    encoder = encoder_for(folder_of(pretrained.wav2vec2, norm=norm), 5).eval()
+    waves, mask = sound(400), torch.ones(2, 400, dtype=torch.int64)
+    mask[1, :170] = 0
+    found = encoder({"input_values": waves, "attention_mask": mask})
+    torch.testing.assert_close(found, torch.cat([encoder(waves[:1]), encoder(waves[1:, 170:])]))
+
+
+def test_sound_below_one_window():
+    """A recording so short is read with what pads it; one that nothing pads is refused."""
+    for norm in ("layer", "group"):
+        encoder = encoder_for(folder_of(pretrained.wav2vec2, norm=norm), 5).eval()
+        mask = (torch.arange(400) < torch.tensor([[400], [3]])).long()
+        found = encoder({"input_values": sound(400) * mask, "attention_mask": mask})
+        assert found.isfinite().all()
+        encoder(sound(20))
+        with pytest.raises(ValueError, match=r"input must have at least T = 20 values, .*, got 19"):
+            encoder(sound(19))
+
+
+def test_positions_behind_that_of_padding_are_fewer():
+    encoder = encoder_for(folder_of(pretrained.roberta), 5).eval()
+    encoder(IDS.repeat(1, 5))
+    with pytest.raises(ValueError, match="input must have at most T = 22 positions, got 24"):
+        encoder(IDS.repeat(1, 6))
 
 
 def test_a_pooler_without_weights_is_not_taken(tmp_path):

@@ -15,7 +15,8 @@ from mmfast.data.standardize import Scaling
 def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
     """Return the keys of a data set that has them as `sample_keys`, integers or strings; else None.
 
-    Of torch's Subset: those of its samples, or their numbers in the whole.
+    Of torch's Subset: those of its samples, or their numbers in the whole; of a ConcatDataset those of all
+    parts, where these have keys of one kind.
 
     Raises:
         TypeError, ValueError: keys of another kind, or of another number of samples.
@@ -23,6 +24,8 @@ def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
     if isinstance(dataset, Subset):
         indices, keys = np.asarray(list(dataset.indices), dtype=np.int64), keys_of_samples(dataset.dataset)
         return indices if keys is None else keys[indices]
+    if isinstance(dataset, ConcatDataset):
+        return _joined([keys_of_samples(part) for part in dataset.datasets])
     keys = _attribute(dataset, "sample_keys")
     if keys is None:
         return None
@@ -31,20 +34,36 @@ def keys_of_samples(dataset: Any) -> np.ndarray | None:  # [N]
         raise TypeError(f"sample_keys must hold integers or strings, got dtype {array.dtype}")
     if array.shape != (len(dataset),):
         raise ValueError(f"sample_keys must have shape [N] = [{len(dataset)}], got {list(array.shape)}")
-    return array
+    # Tables hold integers of int64.
+    is_large = array.dtype.kind == "u" and len(array) > 0 and array.max() > np.iinfo(np.int64).max
+    return array.astype(str) if is_large else array
 
 
 def names_of_classes(dataset: Any, num_classes: int) -> tuple[str, ...] | None:
     """Return the names of a data set that has them as `class_names`; of a Subset, those of the whole.
 
     An attribute that is something else than C strings is a matter of the data set's own: None.
+
+    Raises:
+        ValueError: data sets put together whose class numbers mean other classes in one than in another.
     """
     if isinstance(dataset, Subset):
         return names_of_classes(dataset.dataset, num_classes)
+    if isinstance(dataset, ConcatDataset):
+        return _agreed([names_of_classes(part, num_classes) for part in dataset.datasets])
     names = _attribute(dataset, "class_names")
     if not isinstance(names, list | tuple) or len(names) != num_classes:
         return None
     return tuple(names) if all(isinstance(name, str) for name in names) else None
+
+
+def has_no_labels(dataset: Any) -> bool:
+    """Whether a data set tells that none of its samples has a label: its attribute `labels` is None."""
+    if isinstance(dataset, Subset):
+        return has_no_labels(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(has_no_labels, dataset.datasets))
+    return getattr(dataset, "labels", True) is None
 
 
 def shapes_of_samples(dataset: Any) -> dict[str, tuple[int, ...]] | None:
@@ -134,6 +153,23 @@ def _common(found: Sequence[Scaling | None]) -> Scaling | None:
     if any(other != first for other in found):
         raise ValueError("the parts of a ConcatDataset must be standardised alike, got some that are not")
     return first
+
+
+def _joined(found: Sequence[np.ndarray | None]) -> np.ndarray | None:  # [n] each -> [N]
+    """Return the keys of data sets put together, None where one has none, or numbers and another names."""
+    keys = [part for part in found if part is not None]
+    is_number = {part.dtype.kind in "iu" for part in keys}
+    return np.concatenate(keys) if len(keys) == len(found) and len(is_number) == 1 else None
+
+
+def _agreed(found: Sequence[tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    told = list(dict.fromkeys(names for names in found if names is not None))
+    if len(told) > 1:
+        raise ValueError(
+            f"the parts of a ConcatDataset must have the same classes, got {', '.join(told[0])} in one and "
+            f"{', '.join(told[1])} in another"
+        )
+    return told[0] if told else None
 
 
 def _attribute(dataset: Any, name: str) -> Any:

@@ -18,10 +18,10 @@ from mmfast.errors import describe
 from mmfast.methods import Learner, Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
-from mmfast.objectives import Objective
+from mmfast.objectives import Loss
 from mmfast.training import checkpoint
 from mmfast.training.run_folder import LAST, MODEL
-from mmfast.training.state import load_trained
+from mmfast.training.state import load_trained, objective_of
 
 # What metadata must hold for a model to be built from them, and for data to be loaded as in training.
 _MODEL = ("shapes", "classes", "dim", "fusion")
@@ -94,10 +94,6 @@ class Run:
                 encoders=named,
             )
 
-    def objective(self) -> Objective:
-        """Return the task of the run; a loss of one's own is not kept."""
-        return Objective(self.state.get("objective", {}).get("task", "multiclass"))
-
     def check_commands(self) -> None:
         """Raise ValueError unless data can be loaded as for the run, and it is finished."""
         missing = [key for key in _DATA if key not in self.facts]
@@ -142,7 +138,11 @@ def open_run(path: str | Path) -> Run:
 
 
 def load(
-    run: str | Path, *, model: MultimodalModel | None = None, device: torch.device | str = "cpu"
+    run: str | Path,
+    *,
+    model: MultimodalModel | None = None,
+    loss: Loss | None = None,
+    device: torch.device | str = "cpu",
 ) -> Learner:
     """Return the learner of a finished run, in eval mode and ready to predict; no data are read.
 
@@ -158,13 +158,15 @@ def load(
             the model.ckpt in it.
         model: for a run of `mmfast.Trainer` with a model of one's own: that model, built as it was for
             training. It gets the weights of the run.
+        loss: for a run with a loss of one's own: that loss, if it is to be measured; predictions need none.
         device: where the learner goes.
 
     Raises:
         FileNotFoundError: there is no finished run.
         TypeError: `model` is none.
         ValueError: the checkpoint cannot be read, was written by another version that does not fit, or is of
-            another model; the model must be given and is not; or the device cannot be used.
+            another model; the model must be given and is not; there is no loss of one's own; or the device
+            cannot be used.
     """
     if model is not None and not isinstance(model, MultimodalModel):
         raise TypeError(f"model must be a mmfast.MultimodalModel, got {describe(model)}")
@@ -178,9 +180,11 @@ def load(
     if model is None:
         model = found.model()
     with found.of_another_version():
-        learner = found.method().bind(model, seed=state["seed"], objective=found.objective())
+        objective = objective_of(state, loss).for_data(None, model.num_classes)
+        learner = found.method().bind(model, seed=state["seed"], objective=objective)
         load_trained(learner, state, state["optimization"]["max_epochs"])
     learner.to(place)
+    learner.objective.to(place)
     if (dtype := _MIXED.get(found.precision.get("precision", ""))) is not None:
         learner.autocast = functools.partial(torch.autocast, place.type, dtype=dtype)
     return learner

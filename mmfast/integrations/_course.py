@@ -290,7 +290,9 @@ class Course:
 
     def evaluate(self, dataset: Any) -> AnyMetrics:
         """Return the figures of a data set, as `mmfast.Trainer.test` does."""
-        return evaluate(self.learner, dataset, as_fabric(self.learner), measures=self.measures)
+        # Asked for while it trains, too, of data that training knows nothing of.
+        with self.learner.objective.for_any_labels():
+            return evaluate(self.learner, dataset, as_fabric(self.learner), measures=self.measures)
 
     def figures(self, dataset: Any) -> dict[str, Any]:
         """Return the same as plain values, as the history has them."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mmfast.errors import check_one_of
 
+# No model needs more of a waveform than this for one state.
+_MOST_WINDOW = 2**16
 POOLINGS = {
     "text": ("mean", "cls", "pooler"),
     "image": ("mean", "cls", "pooler"),
@@ -47,6 +49,26 @@ def probed(backbone: Any, source: str) -> Any:
             f"{source!r} must encode {backbone.main_input_name} alone, got from {type(backbone).__name__}: "
             f"{reason}"
         ) from error
+
+
+def most_positions(backbone: Any) -> int | None:
+    """Return how many positions a model tells apart, None where it does not say."""
+    most = getattr(backbone.config, "max_position_embeddings", None)
+    for name, module in backbone.named_modules():
+        if most is not None and name.endswith("position_embeddings"):
+            # RoBERTa and its kin count positions from behind that of padding.
+            padding = getattr(module, "padding_idx", None)
+            return most if padding is None else most - padding - 1
+    return most
+
+
+def window_of(backbone: Any) -> int:
+    """Return how many values of a waveform one state is made of, 1 where the model does not shorten them."""
+    shorten = getattr(backbone, "_get_feat_extract_output_lengths", None)
+    if backbone.main_input_name != "input_values" or shorten is None:
+        return 1
+    lengths = shorten(torch.arange(1, _MOST_WINDOW, device="cpu"))
+    return int((lengths >= 1).int().argmax()) + 1
 
 
 def _example(backbone: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfast.errors import describe, dtype_name
 from mmfast.models._checks import check_dropout, nobody_waits_for
 from mmfast.models._hugging_face import KINDS, load_backbone, load_processor
-from mmfast.models._states import choose, probed
+from mmfast.models._states import choose, most_positions, probed, window_of
 from mmfast.models.encoders import Encoder
 
 _LETTERS = {"text": "T", "image": "C, H, W", "sound": "T"}
@@ -95,6 +95,7 @@ class PretrainedEncoder(Encoder):
         self.projection = nn.Identity() if dim is None else nn.Linear(width, dim)
         self.dropout = nn.Dropout(check_dropout(dropout))
         self.backbone = backbone
+        self._window = window_of(backbone)
         self._takes = takes
         for name, p in backbone.named_parameters():
             # A pooler that is not asked gets no gradient.
@@ -139,6 +140,11 @@ class PretrainedEncoder(Encoder):
             )
         if is_text:
             self._check_ids(main, name)
+        elif main.dim() == 2 and main.shape[1] < self._window:
+            raise ValueError(
+                f"{name} must have at least T = {self._window} values, as one state is made of so many, "
+                f"got {main.shape[1]}"
+            )
 
     def forward(
         self,
@@ -154,6 +160,7 @@ class PretrainedEncoder(Encoder):
         if mask is not None:
             mask = mask.bool()
             mask = mask | ~mask.any(1, keepdim=True)
+            inputs, mask = _padded_behind(inputs, mask)
             inputs[_ATTENTION] = mask.long()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             h = self._by_length(inputs, mask) if mask is not None and self._sees_padding else None
@@ -176,7 +183,8 @@ class PretrainedEncoder(Encoder):
         mask: Tensor,  # bool [N, T]
     ) -> Tensor:  # [N, D]
         """Return pooled states of samples that the model reads together with those of their length alone."""
-        name, lengths = self.backbone.main_input_name, mask.sum(1)
+        # Below one window of its convolutions it reads nothing.
+        name, lengths = self.backbone.main_input_name, mask.sum(1).clamp(min=self._window)
         parts, order = [], []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
@@ -250,7 +258,7 @@ class PretrainedEncoder(Encoder):
         name: str,
     ) -> None:
         config = self.backbone.config
-        most = getattr(config, "max_position_embeddings", None)
+        most = most_positions(self.backbone)
         # Positions that turn are counted on beyond what training saw; a table of them has an end.
         if most is not None and 0 < most < ids.shape[1] and not hasattr(config, "rope_parameters"):
             raise ValueError(
@@ -266,6 +274,24 @@ class PretrainedEncoder(Encoder):
                 f"{name} must hold ids in [0, V) = [0, {size}), got {low if low < 0 else high}: "
                 "of another tokenizer?"
             )
+
+
+def _padded_behind(
+    inputs: Mapping[str, Any],
+    mask: Tensor,  # bool [N, T]
+) -> tuple[dict[str, Any], Tensor]:
+    """Return inputs and mask with what is left out before a sample's first position behind its last one.
+
+    Models count positions from the first, or read from there on, whatever the mask says.
+    """
+    size = mask.shape[1]
+    places = (torch.arange(size, device=mask.device) + mask.int().argmax(1, keepdim=True)) % size  # [N, T]
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    turned = {
+        key: value[rows, places] if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        for key, value in inputs.items()
+    }
+    return turned, mask[rows, places]
 
 
 def _sizes(kind: str, config: Any) -> tuple[int | None, ...]:

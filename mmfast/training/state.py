@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mmfast.data.origins import names_of_classes, shapes_of_samples, told_scaling
 from mmfast.distributed import gather_objects
+from mmfast.errors import describe
 from mmfast.files import plain
 from mmfast.methods._state import EXTRA
 from mmfast.methods.base import Learner
+from mmfast.objectives import Loss, Objective
 from mmfast.training.checkpoint import Parted
 
 # The prefixes of the entries of a state dict that are selected together.
@@ -71,7 +73,52 @@ def data_facts(learner: Learner) -> dict[str, Any]:
         "classes": None if learner.class_names is None else list(learner.class_names),
         "scaling": plain(learner.scaling),
         "shapes": plain(learner.shapes),
+        # Balanced ones are found from data that nobody has later.
+        "class_weights": learner.objective.config()["class_weights"],
     }
+
+
+def objective_of(state: Mapping[str, Any], loss: Loss | None = None) -> Objective:
+    """Return the objective that a checkpoint tells of, weights of classes as they were found.
+
+    Args:
+        state: what the checkpoint holds.
+        loss: of the run, where that had one of its own; without it the objective has one that raises
+            ValueError, as the checkpoint knows no more than its name.
+
+    Raises:
+        ValueError: a loss for a run that had none of its own.
+    """
+    told = state.get("objective") or {}
+    task, name = told.get("task", "multiclass"), told.get("loss")
+    if loss is not None and name is None:
+        raise ValueError(f"loss must be None, as the run had none of its own, got {describe(loss)}")
+    if name is not None:
+        return Objective(task, loss=loss or _LostLoss(name))
+    weights = found_weights(state, told.get("class_weights"))
+    return Objective(task, class_weights=weights, label_smoothing=told.get("label_smoothing", 0.0))
+
+
+def found_weights(state: Mapping[str, Any], weights: Any) -> Any:
+    """Return weights of classes; in place of balanced ones those that a run has found, where it tells."""
+    return (state.get("data") or {}).get("class_weights") if isinstance(weights, str) else weights
+
+
+class _LostLoss:
+    """Stands for a loss of which the name alone is known."""
+
+    def __init__(self, name: str) -> None:
+        self.__qualname__ = name
+
+    def __call__(
+        self,
+        outputs: Tensor,  # [N, C]
+        target: Tensor,  # [N] or [N, C]
+    ) -> Tensor:  # [N]
+        raise ValueError(
+            f"loss of the run must be given to be measured, mmfast.load(..., loss={self.__qualname__}): "
+            "the checkpoint tells its name alone"
+        )
 
 
 def load_trained(learner: Learner, state: Mapping[str, Any], max_epochs: int) -> None:

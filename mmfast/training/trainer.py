@@ -36,7 +36,7 @@ from mmfast.training.metrics import AnyMetrics, Measures
 from mmfast.training.optimization import Optimization
 from mmfast.training.reporting import LOGGERS, epoch_bar, finalizing, flat, make_logger
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
-from mmfast.training.state import data_facts, load_trained, note_data, weights_of
+from mmfast.training.state import data_facts, found_weights, load_trained, note_data, weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
 from mmfast.training.text import trainer_text
 from mmfast.training.writing import Writer
@@ -390,18 +390,19 @@ class Trainer:
         check_same(state, self._description(), self.method, "method", "config")
         if (task := state.get("objective", {}).get("task", "multiclass")) != self.objective.task:
             raise ValueError(f"task must be that of the checkpoint, {task!r}, got {self.objective.task!r}")
-        learner = self.method.bind(model, seed=self.seed, objective=self._without_data(model))
+        learner = self.method.bind(model, seed=self.seed, objective=self._of_finished(model, state))
         learner.reader = self.reader
         load_trained(learner, state, self.optimization.max_epochs)
         learner.to(self.fabric.device)
         self.learner, self.history = learner, state["history"]
         return learner
 
-    def _without_data(self, model: MultimodalModel) -> Objective:
+    def _of_finished(self, model: MultimodalModel, state: dict[str, Any]) -> Objective:
         """Return the objective of a finished run, for which balanced weights are not found anew."""
         given = self.objective
         if isinstance(given.class_weights, str):
-            given = Objective(given.task, label_smoothing=given.label_smoothing)
+            weights = found_weights(state, given.class_weights)
+            given = Objective(given.task, class_weights=weights, label_smoothing=given.label_smoothing)
         return given.for_data(None, model.num_classes)
 
     def _asked_to_stop(self) -> bool:

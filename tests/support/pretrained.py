@@ -34,6 +34,11 @@ def bert(**options: Any) -> Any:
     return transformers.BertModel(config)
 
 
+def roberta() -> Any:
+    config = transformers.RobertaConfig(vocab_size=12, max_position_embeddings=24, pad_token_id=1, **_TINY)
+    return transformers.RobertaModel(config)
+
+
 def gpt2() -> Any:
     ends = {"bos_token_id": 2, "eos_token_id": 3}
     config = transformers.GPT2Config(vocab_size=12, n_embd=16, n_layer=1, n_head=2, n_positions=24, **ends)
