@@ -313,3 +313,11 @@ def test_standardize_can_be_left_to_the_caller():
     scaled = Splits.from_arrays(data, label)
     assert not torch.equal(raw.train.arrays["audio"], scaled.train.arrays["audio"])
     assert torch.equal(raw.standardize().test.arrays["audio"], scaled.test.arrays["audio"])
+
+
+@pytest.mark.parametrize("names", [None, ["x", "y"]])
+def test_a_label_that_stands_for_none_is_no_class_of_a_split(names):
+    labels = np.array([0, 1] * 20)
+    labels[:3] = -100
+    with pytest.raises(ValueError, match="labels must be those of all samples, got -100 for 3 of 40"):
+        Splits.from_arrays({"a": np.zeros((40, 2))}, labels, class_names=names)

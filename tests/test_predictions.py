@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import types
 
 import numpy as np
 import pytest
@@ -283,7 +282,7 @@ def test_logits_that_are_nan_are_no_prediction():
 def test_several_labels_at_once_and_values():
     data, learner = make_data(6), bind("joint")
     targets = torch.tensor([[1, 0, 1]] * 6)
-    learner.objective = types.SimpleNamespace(task="multilabel")
+    learner.objective = mmfast.objectives.Objective("multilabel")
     found = learner.predict(ArrayDataset(data.arrays))
     assert torch.equal(found.probabilities, found.logits.sigmoid())
     assert torch.equal(found.predicted, found.logits > 0)
@@ -303,7 +302,7 @@ def test_several_labels_at_once_and_values():
         [True, False],
     )
     assert table["probability__y"] == pytest.approx([0.2689414] * 2)
-    learner.objective = types.SimpleNamespace(task="regression")
+    learner.objective = mmfast.objectives.Objective("regression")
     found = learner.predict(ArrayDataset(data.arrays))
     assert (found.probabilities, found.accuracy) == (None, None)
     assert found.columns()["m1__prediction__2"] == found.own_logits[1, :, 2].tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfast.data.arrays import ArrayDataset, Checked, check
 from mmfast.data.standardize import Scaling, scale, scaling_of
+from mmfast.objectives import IGNORED
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.15
@@ -269,6 +270,12 @@ def _encode_labels(labels: Any, class_names: Sequence[str] | None) -> tuple[np.n
         raise ValueError(f"labels must have shape {expected}, got {list(array.shape)}")
     if len(array) == 0:
         raise ValueError("labels must hold at least one sample, got shape [0]")
+    if array.dtype.kind == "i" and (lack := int((array == IGNORED).sum())):
+        # As a class of its own it would be learned.
+        raise ValueError(
+            f"labels must be those of all samples, got {IGNORED} for {lack:,} of {len(array):,}: leave these "
+            "out, or give ArrayDataset parts"
+        )
     if class_names is None:
         array = array.astype(str) if array.dtype.kind == "S" else array
         names, encoded = np.unique(array, return_inverse=True)
