@@ -203,3 +203,8 @@ def test_bad_input_says_what_was_expected(case):
     call, error, text = BAD[case]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_size_is_no_shape():
+    with pytest.raises(TypeError, match=r"^audio must have a shape, such as \[20\], got 20$"):
+        build_model({"audio": 20}, 3)

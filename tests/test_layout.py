@@ -109,6 +109,7 @@ ROOMS = (
     "models",
     "data",
     "utilities",
+    "contributions",
     "valuation",
     "predictions",
     "export",

@@ -244,6 +244,13 @@ class TestClassWeights:
         torch.testing.assert_close(learner.objective.class_weights, expected)
         assert trainer._description()["objective"]["class_weights"] == "balanced"
 
+    def test_balanced_ones_of_a_part_are_those_of_the_part(self):
+        rows = [i for i, y in enumerate(SPLITS.train.labels.tolist()) if y or i % 2]
+        part = torch.utils.data.Subset(torch.utils.data.Subset(SPLITS.train, rows), range(60))
+        learner = make_trainer("joint", class_weights="balanced", max_epochs=1).fit(make_model(), part)
+        counts = torch.bincount(SPLITS.train.labels[rows[:60]], minlength=3)
+        torch.testing.assert_close(learner.objective.class_weights, 60 / (3 * counts.float()))
+
     def test_of_another_number_of_classes_are_refused(self):
         with raises("class_weights must have shape [C] = [3], got [2]"):
             make_trainer("joint", class_weights=[1, 2]).fit(make_model(), SPLITS.train)

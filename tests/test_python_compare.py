@@ -10,9 +10,11 @@ from test_objectives import raises
 from test_tasks import DATA, diabetes
 from test_trainer import QUICK, SMALL, SPLITS, make_model
 from torchmetrics.classification import MulticlassAUROC
+from typer.testing import CliRunner
 
 import mmfast
 from mmfast import methods
+from mmfast.cli.commands import app
 from mmfast.models import build_model
 
 PARTS = (SPLITS.train, SPLITS.val, SPLITS.test)
@@ -177,3 +179,12 @@ def test_numbers_that_diverged_are_told():
     assert "Diverged, and in no figure: Joint with seed 0; Ensemble with seed 0. The first of them:" in text
     with raises("seeds must be an integer, got 1.5", TypeError):
         compared(["joint"], seeds=1.5)
+
+
+def test_commands_say_that_a_run_of_a_program_is_for_python(tmp_path):
+    compared(["joint"], out_dir=tmp_path, max_epochs=1)
+    words = ["predict", "--model", str(tmp_path / "runs" / "joint-seed0"), "--data", "htad"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "is of a program with data or a model of its own" in result.stderr
+    assert "mmfast.load(..., model=) takes it" in result.stderr

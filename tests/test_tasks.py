@@ -160,7 +160,11 @@ def test_methods_of_classes_say_why(name, task):
     model = build_model(train.shapes, train.num_classes, dim=8)
     reason = methods.METHODS[name].needs_classes
     with raises(f"{name} needs task='multiclass', as {reason}, got '{task}'"):
-        mmfast.Trainer(name, task=task).fit(model, train, val)
+        mmfast.Trainer(name, task=task)
+    trainer = mmfast.Trainer("joint", task=task)
+    trainer.method = methods.make(name)
+    with raises(f"{name} needs task='multiclass', as {reason}, got '{task}'"):
+        trainer.fit(model, train, val)
 
 
 @pytest.mark.parametrize("name", FREE)

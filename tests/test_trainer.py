@@ -444,3 +444,9 @@ def test_the_optimizer_forgets_where_the_method_says_so():
     kept, dropped = losses(), losses(reset_optimizer=True)
     assert kept[:2] == dropped[:2]
     assert kept[2] != dropped[2]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "max_epochs", "lr_step"])
+def test_settings_that_are_no_numbers_are_named(name):
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got '1e-3'$"):
+        mmfast.Trainer("joint", **{name: "1e-3"})

@@ -268,7 +268,7 @@ def valuate(
         Path | None,
         typer.Option(
             help="Folder for valuation.csv, valuation.parquet, contributions.png and coalitions.json. "
-            "By default valuation-SPLIT beside the model.",
+            "By default valuation-SPLIT beside the model, of other data valuation-DATA-SPLIT.",
             show_default=False,
         ),
     ] = None,
@@ -304,7 +304,8 @@ def valuate(
         if not trainer.fabric.is_global_zero:
             return
         beside = model if model.is_dir() else model.parent
-        out = out or beside / f"valuation-{split}"
+        of_others = f"{splits.name}-" if data is not None else ""
+        out = out or beside / f"valuation-{of_others}{split}"
         facts = {key: state[key] for key in ("method", "seed")} | {"data": splits.description, "split": split}
         files = save_valuation(valuation, out, facts)
         console = make_console()

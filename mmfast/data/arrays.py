@@ -354,10 +354,11 @@ def _check_labels(labels: Any, num_classes: int | None, task: str) -> tuple[Tens
     except TypeError as error:
         if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind in "SU":
             raise TypeError(f"{error}: {ENCODE}") from None
-        raise
+        raise TypeError(f"{error}: task='regression' takes numbers") from None
     if tensor.ndim != 1:
         expected = f"[N] = [{len(tensor)}]" if tensor.ndim else "[N]"
-        raise ValueError(f"labels must have shape {expected}, got {list(tensor.shape)}")
+        hint = ": task='multilabel' takes 0 and 1 for each label" * (tensor.ndim == 2 and tensor.shape[1] > 1)
+        raise ValueError(f"labels must have shape {expected}, got {list(tensor.shape)}{hint}")
     upper = "C - 1" if num_classes is None else str(num_classes - 1)
     outside = tensor < 0 if num_classes is None else (tensor < 0) | (tensor >= num_classes)
     outside &= tensor != IGNORED

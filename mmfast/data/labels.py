@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from mmfast.data.arrays import ENCODE
 from mmfast.data.collate import as_array, is_array
 from mmfast.errors import describe
 from mmfast.objectives import IGNORED, check_targets, expected
+
+
+def told_labels(dataset: Any) -> Any:
+    """Return the labels of all samples, of a Subset its part; None where a data set does not tell."""
+    if not isinstance(dataset, Subset):
+        return getattr(dataset, "labels", None)
+    whole = told_labels(dataset.dataset)
+    return None if whole is None else _as_numpy("the whole", whole)[np.asarray(dataset.indices)]
 
 
 def check_label(task: str, num_classes: int, name: str, index: int, label: Any) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mmfast.coalitions import present_key
 from mmfast.data.arrays import LABEL, ArrayDataset
 from mmfast.data.collate import arrays_of, as_array, is_array, name_of
-from mmfast.data.labels import check_label, check_labels
+from mmfast.data.labels import check_label, check_labels, told_labels
 from mmfast.data.splits import Splits
 from mmfast.errors import describe
 
@@ -73,7 +73,7 @@ def check_samples(
     for key, mask in masks.items() if isinstance(masks, Mapping) else ():
         if whole and key in modalities and not bool(torch.as_tensor(mask, device="cpu").any()):
             raise ValueError(f"{name} must hold samples with {key}, got none of {size}")
-    labels = getattr(dataset, "labels", None)
+    labels = told_labels(dataset)
     if labels is None or task is None:
         return None
     return check_labels(task, num_classes, name, labels, size, whole=whole, needed=need_labels)

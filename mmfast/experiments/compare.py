@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mmfast import methods as _methods
 from mmfast.data.arrays import LABEL
+from mmfast.data.labels import told_labels
 from mmfast.data.splits import PARTS
 from mmfast.errors import describe
 from mmfast.experiments.comparison import clear_run, has_run
@@ -298,7 +299,7 @@ def _results(
 
 def _digest(dataset: Any) -> str:
     """Return a digest of a data set's labels, of a few where it does not tell them all."""
-    labels = getattr(dataset, "labels", None)
+    labels = told_labels(dataset)
     if labels is None:
         few = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
         labels = [np.asarray(dataset[i][LABEL]).tolist() for i in few]

@@ -97,6 +97,11 @@ class Run:
     def check_commands(self) -> None:
         """Raise ValueError unless data can be loaded as for the run, and it is finished."""
         missing = [key for key in _DATA if key not in self.facts]
+        if missing and "learner" in self.state:
+            raise ValueError(
+                f"{self.file} is of a program with data or a model of its own, of which it does not tell "
+                f"{', '.join(missing)}: in Python mmfast.load(..., model=) takes it"
+            )
         if missing or "learner" not in self.state:
             raise ValueError(
                 f"{self.file} must be the {MODEL} of mmfast train or compare, got one without "

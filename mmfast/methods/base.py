@@ -79,10 +79,7 @@ class Method:
                 classes and the task has none.
         """
         objective = objective or Objective()
-        if self.needs_classes and objective.task != "multiclass":
-            raise ValueError(
-                f"{self.name} needs task='multiclass', as {self.needs_classes}, got {objective.task!r}"
-            )
+        self.check_task(objective.task)
         if self.needs_equal_dims and len(set(model.dims)) > 1:
             found = ", ".join(f"{m} {d}" for m, d in zip(model.modalities, model.dims, strict=True))
             raise ValueError(
@@ -93,6 +90,11 @@ class Method:
             learner = self.learner(self, model, seed)
         learner.objective = objective
         return learner
+
+    def check_task(self, task: str) -> None:
+        """Raise ValueError, with the reason, where the method needs classes and the task has none."""
+        if self.needs_classes and task != "multiclass":
+            raise ValueError(f"{self.name} needs task='multiclass', as {self.needs_classes}, got {task!r}")
 
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""

@@ -81,6 +81,8 @@ def encoder_for(
         raise ValueError(
             f'{name} needs encoder = "{PREFIX}<name or folder>" for {option}, got {describe(encoder)}'
         )
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must have a shape, such as [20], got {describe(shape)}")
     if not 1 <= len(shape) <= 4:
         raise ValueError(
             f"{name} must have samples [D], [T, F], [C, H, W] or [T, C, H, W], got {list(shape)}"

@@ -99,6 +99,9 @@ class Optimization:
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_one_of("schedule", self.schedule, SCHEDULES, suggest=True)
         check_one_of("gradient_clip_algorithm", self.gradient_clip_algorithm, CLIPPINGS, suggest=True)
+        for name in ("max_epochs", "batch_size", "lr", "lr_gamma", "momentum", "weight_decay", "lr_step"):
+            if not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name} must be a number, got {describe(getattr(self, name))}")
         for name in ("max_epochs", "batch_size", "lr", "lr_gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {describe(getattr(self, name))}")

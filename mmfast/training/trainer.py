@@ -168,6 +168,7 @@ class Trainer:
         self.objective = Objective(
             task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
         )
+        self.method.check_task(self.objective.task)
         self.measures = Measures(self.objective, metrics, select, select_mode)
         self.optimization = _apply(optimization or Optimization(), settings)
         self.seed = seed
