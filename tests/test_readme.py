@@ -14,8 +14,12 @@ def snippets() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 
 
-def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_snippets_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert len(snippets()) >= 3
+    # Some write files.
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for snippet in snippets():
         exec(compile(snippet, "README.md", "exec"), namespace)

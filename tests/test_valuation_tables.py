@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmfast import valuation
+from mmfast import contributions
 from mmfast.experiments.tables import show_valuation
 from mmfast.valuation import Valuation
 
@@ -36,7 +36,7 @@ def plain(found: Valuation) -> dict[str, list]:
 
 @pytest.fixture(params=[7, 250, 10_000])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(valuation, "_ROWS", request.param)
+    monkeypatch.setattr(contributions, "_ROWS", request.param)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_the_columns_are_lists_of_all_samples():
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_what_writing_takes_does_not_grow_with_samples(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(valuation, "_ROWS", 500)
+    monkeypatch.setattr(contributions, "_ROWS", 500)
     found = make(20_000)
     write = found.to_csv if kind == "csv" else found.to_parquet
     write(tmp_path / "first")
