@@ -186,7 +186,10 @@ def test_a_run_of_python_is_refused(tmp_path, new):
     trainer.fit(mmfast.models.build_model(splits.shapes, 3, dim=4), splits.train)
     result = predict(tmp_path / "run", new)
     assert result.exit_code == 2
-    assert "must be the model.ckpt of mmfast train or compare" in result.stderr
+    assert (
+        "is of a program with data or a model of its own, of which it does not tell source" in result.stderr
+    )
+    assert "in Python mmfast.load(..., model=) takes it" in result.stderr
 
 
 # The embedded data, and folders
