@@ -110,3 +110,34 @@ def test_a_valuation_is_shown_and_written_without_a_modality(tmp_path):
     for name in tables.save_valuation(found, tmp_path, {}):
         assert (tmp_path / name).stat().st_size > 0
     assert json.loads((tmp_path / "coalitions.json").read_text())["mean_contribution"]["m1"] is None
+
+
+@pytest.mark.parametrize("name", ["joint", "multi-loss", "unimodal", "mla", "sample-valuation"])
+def test_a_key_that_is_not_there_says_as_much_as_a_mark(name):
+    """From the fifth sample on, which nobody looks at before; of a batch of the last ones none has it."""
+    data = make_data(60)
+    has = torch.arange(60) % 3 != 0
+    has[:4], has[48:] = True, False
+    marked = ArrayDataset(data.arrays, data.labels, present={"m1": has})
+    silent = []
+    for i in range(60):
+        sample = dict(data[i])
+        if not has[i]:
+            del sample["m1"]
+        silent.append(sample)
+    found = []
+    for part in (marked, silent):
+        torch.manual_seed(0)
+        model = build_model({"m0": (5,), "m1": (5,)}, NUM_CLASSES, dim=8)
+        options = {"warmup": 1} if name == "sample-valuation" else {}
+        trainer = mmfast.Trainer(methods.make(name, **options), max_epochs=3, batch_size=12)
+        trainer.reader.batch_size = 12
+        learner = trainer.fit(model, part, part)
+        predicted = learner.predict(part)
+        assert torch.equal(predicted.present[:, 1], has)
+        found.append((trainer.test(model, part), predicted.logits))
+    (one, logits), (other, logits_of_other) = found
+    assert one.modality_accuracy == pytest.approx(other.modality_accuracy)
+    assert one.contribution == pytest.approx(other.contribution, abs=1e-5)
+    assert one.loss == pytest.approx(other.loss, rel=1e-4)
+    torch.testing.assert_close(logits, logits_of_other, rtol=1e-3, atol=1e-4)

@@ -359,7 +359,6 @@ class TestLeftOut:
         learner = bind("sample-valuation").eval()
         phi, present = valuation.contributions(learner, gaps)
         assert torch.equal(present, labelled[:, None].expand(-1, 2))
-        learner.method.warmup  # noqa: B018
         learner.end_epoch(5, gaps, None)
         assert learner.copies[~labelled].sum() == 0
         assert phi[labelled].isfinite().all()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.processes import launch
 
 pytest.importorskip("lightning_fabric")
 
@@ -119,28 +117,10 @@ if torch.distributed.is_initialized():
 """
 
 
-def launch(num_processes: int, folder: Path) -> list[dict]:
-    """Run the script in so many processes; return what each of them found."""
-    folder.mkdir()
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    done = subprocess.run(
-        [sys.executable, *words, str(script), str(folder / "rank")],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"rank{rank}").read_text()) for rank in range(num_processes)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[int, list[dict]]:
     folder = tmp_path_factory.mktemp("options_parallel")
-    return {number: launch(number, folder / str(number)) for number in (1, 2)}
+    return {number: launch(SCRIPT, number, folder / str(number)) for number in (1, 2)}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -127,15 +127,7 @@ def parse_encoders(assignments: Iterable[str]) -> dict[str, str]:
     Raises:
         ValueError: no such form, or a modality given twice.
     """
-    found: dict[str, str] = {}
-    for text in assignments:
-        name, equals, kind = (word.strip() for word in text.rpartition("="))
-        if not (equals and name and kind):
-            raise ValueError(f"encoder must have the form MODALITY=KIND, such as audio=image, got {text!r}")
-        if name in found:
-            raise ValueError(f"encoder must be given once for {name}, got {found[name]} and {kind}")
-        found[name] = kind
-    return found
+    return _pairs("encoder", "MODALITY=KIND, such as audio=image", assignments)
 
 
 def parse_scales(assignments: Iterable[str]) -> dict[str, float]:
@@ -144,16 +136,20 @@ def parse_scales(assignments: Iterable[str]) -> dict[str, float]:
     Raises:
         ValueError: no such form, or a name given twice.
     """
-    found: dict[str, float] = {}
+    found = _pairs("lr_scale", "NAME=FACTOR, such as encoders.text=0.1", assignments)
+    return {name: parse_value(f"lr_scale of {name}", factor, float) for name, factor in found.items()}
+
+
+def _pairs(option: str, form: str, assignments: Iterable[str]) -> dict[str, str]:
+    """Return {name: value} from texts NAME=VALUE."""
+    found: dict[str, str] = {}
     for text in assignments:
-        name, equals, factor = (word.strip() for word in text.rpartition("="))
-        if not (equals and name):
-            raise ValueError(
-                f"lr_scale must have the form NAME=FACTOR, such as encoders.text=0.1, got {text!r}"
-            )
+        name, equals, value = (word.strip() for word in text.rpartition("="))
+        if not (equals and name and value):
+            raise ValueError(f"{option} must have the form {form}, got {text!r}")
         if name in found:
-            raise ValueError(f"lr_scale must be given once for {name}, got {found[name]} and {factor}")
-        found[name] = parse_value(f"lr_scale of {name}", factor, float)
+            raise ValueError(f"{option} must be given once for {name}, got {found[name]} and {value}")
+        found[name] = value
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from mmfast.coalitions import PRESENT_SUFFIX, rows_key
+from mmfast.coalitions import PRESENT_SUFFIX, present_key, rows_key
 from mmfast.data.arrays import LABEL, as_label
 from mmfast.data.batches import takes_batches, to_read
 from mmfast.data.collate import collate, takes_parts
@@ -146,7 +146,23 @@ class Source(Dataset):
         batch = self.collate(samples)
         if self.is_own and not isinstance(batch, Mapping):
             raise TypeError(f"collate_fn must return a dict of the batch's values, got {describe(batch)}")
-        return _with_fitting_labels(dict(batch))
+        batch = dict(batch) if read is not None else self._with_marks(batch, len(samples))
+        return _with_fitting_labels(batch)
+
+    def _with_marks(self, batch: Mapping[str, Any], num_samples: int) -> Batch:
+        """Return a batch that tells of every modality which some of its samples do not hold who has it.
+
+        They may say so themselves, by `<modality>__present`, or lack the key alone.
+        """
+        found = dict(batch)
+        for name in self.modalities:
+            rows = found.get(rows_key(name))
+            if rows is None and name not in found and takes_parts(self.collate):
+                rows = found[rows_key(name)] = torch.zeros(0, dtype=torch.int64, device="cpu")
+            if rows is not None and present_key(name) not in found:
+                mark = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
+                found[present_key(name)] = mark.index_fill_(0, rows, True)
+        return found
 
     def _samples(self, dataset: Any, indices: list[int], read: np.ndarray | None) -> list[Any]:
         if hasattr(dataset, "__getitems__") and (read is None or not _offers_parts(dataset)):

@@ -236,7 +236,7 @@ def _chosen(methods: Sequence[Method | str] | str) -> list[Method]:
     if isinstance(methods, str):
         names = _methods.METHODS if methods == "all" else [name.strip() for name in methods.split(",")]
         methods = list(names)
-    chosen = [Trainer(method).method for method in methods]
+    chosen = [_methods.chosen(method) for method in methods]
     if not chosen:
         raise ValueError("methods must name at least one method, got none")
     twice = [method.name for method in chosen if sum(other.name == method.name for other in chosen) > 1]

@@ -27,7 +27,6 @@ from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
-from mmfast.training.checks import check_data, check_fits, check_settings
 from mmfast.training.divergence import DivergedError
 from mmfast.training.evaluation import probe
 from mmfast.training.metrics import AnyMetrics
@@ -180,14 +179,9 @@ class Setup:
 
     def check(self, method: Method) -> int:
         """Return the number of epochs of a run of `method`, or raise ValueError for what would stop one."""
-        model = self.model(0)
-        check_data(model, "train", self.splits.train, whole=True)
-        for name in ("val", "test"):
-            check_data(model, name, getattr(self.splits, name))
+        model, splits = self.model(0), self.splits
+        self.trainer(method, 0, None).check(model, splits.train, splits.val, splits.test)
         learner = method.bind(model)
-        check_fits(learner, self.splits.train)
-        check_settings(learner, self.optimization, len(self.splits.train), has_val=True)
-        self.trainer(method, 0, None).objective.for_data(self.splits.train.labels, model.num_classes)
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
 
 

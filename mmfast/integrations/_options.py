@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from typing import Any
 
 from mmfast import methods
 from mmfast.data.reader import Reader
-from mmfast.errors import describe, did_you_mean, either
+from mmfast.errors import either
 from mmfast.methods.base import Learner, Method
 from mmfast.models import MultimodalModel
 from mmfast.objectives import Objective
-from mmfast.training.checks import check_data
+from mmfast.training.checks import objective_for
 from mmfast.training.divergence import check_weights
 from mmfast.training.metrics import Measures
-from mmfast.training.optimization import Optimization
+from mmfast.training.optimization import Optimization, with_settings
 from mmfast.training.state import note_data
 
 
@@ -40,20 +40,10 @@ def bound(
         objective: task and loss.
         measures: what is measured besides the task's figures, and what of all selects.
     """
-    if isinstance(method, type):
-        raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
-    if not isinstance(method, str | Method):
-        raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
-    made = methods.make(method) if isinstance(method, str) else method
-    options: dict[str, Any] = {"collate_fn": reader.collate_fn, "task": objective.task}
-    labels = check_data(model, "train", train, whole=True, **options)
-    objective = objective.for_data(labels, model.num_classes)
-    measures.check(objective, model.num_classes)
-    if val is not None:
-        labels = check_data(model, "val", val, **options)
-        objective.may_ignore |= labels is None or not bool(objective.counted(labels).all())
-    elif made.needs_validation:
-        raise ValueError(f"{made.name} needs a validation split, got val=None")
+    made = methods.chosen(method)
+    objective = objective_for(
+        made, model, train, val, objective=objective, measures=measures, collate_fn=reader.collate_fn
+    )
     learner = made.bind(model, seed=seed, objective=objective)
     check_weights(learner)
     learner.reader = reader
@@ -80,13 +70,7 @@ def taken(
     Raises:
         ValueError: another field is set, or there is none of that name.
     """
-    known = [field.name for field in fields(Optimization)]
-    for name in settings:
-        if name not in known:
-            raise ValueError(
-                f"{what} has no setting {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
-            )
-    found = replace(optimization or Optimization(), **settings)
+    found = with_settings(what, optimization, settings, names)
     others = [field for field in fields(found) if field.name not in names]
     wrong = [field.name for field in others if getattr(found, field.name) != _default(field)]
     if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from mmfast.errors import check_one_of, did_you_mean
+from mmfast.errors import check_one_of, describe, did_you_mean
 from mmfast.methods.base import Learner, Method, Stage
 from mmfast.methods.di_mml import DIMML
 from mmfast.methods.diagnose_relearn import DiagnoseRelearn
@@ -33,7 +33,15 @@ _CLASSES: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _CLASSES}
 
-__all__ = ["METHODS", "Learner", "Method", "Stage", "make", *(method.__name__ for method in _CLASSES)]
+__all__ = [
+    "METHODS",
+    "Learner",
+    "Method",
+    "Stage",
+    "chosen",
+    "make",
+    *(method.__name__ for method in _CLASSES),
+]
 
 
 def make(name: str, **options: Any) -> Method:
@@ -49,3 +57,17 @@ def make(name: str, **options: Any) -> Method:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"method {name} has no option {option!r}{did_you_mean(option, known)}; {has}")
     return METHODS[name](**options)
+
+
+def chosen(method: Method | str) -> Method:
+    """Return a method as it is, or the one of this name.
+
+    Raises:
+        TypeError: it is neither, such as a method's class.
+        ValueError: unknown name.
+    """
+    if isinstance(method, type):
+        raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
+    if not isinstance(method, str | Method):
+        raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
+    return make(method) if isinstance(method, str) else method

@@ -14,9 +14,11 @@ from mmfast.data.batches import Entries, evaluating
 from mmfast.data.reader import evaluation_batches
 from mmfast.data.samples import check_samples
 from mmfast.errors import describe
-from mmfast.methods.base import Learner
+from mmfast.methods.base import Learner, Method
 from mmfast.models import MultimodalModel
+from mmfast.objectives import Objective
 from mmfast.training.groups import check_scales, modules_named, trains_in
+from mmfast.training.metrics import Measures
 from mmfast.training.optimization import Optimization
 
 
@@ -50,6 +52,40 @@ def check_data(
     return check_samples(
         model.modalities, model.num_classes, name, dataset, whole=whole, collate_fn=collate_fn, task=task
     )
+
+
+def objective_for(
+    method: Method,
+    model: MultimodalModel,
+    train: Any,
+    val: Any | None,
+    *,
+    objective: Objective,
+    measures: Measures,
+    collate_fn: Callable | None,
+) -> Objective:
+    """Return the objective of a run with what it takes from the data, which are checked, as are metrics.
+
+    Args:
+        method: to train by.
+        model, train, val: what is trained, and on what.
+        objective: as it was given.
+        measures: of the run.
+        collate_fn: what makes batches.
+
+    Raises:
+        TypeError, ValueError: as `check_data`; or the method needs a validation split and has none.
+    """
+    options: dict[str, Any] = {"collate_fn": collate_fn, "task": objective.task}
+    labels = check_data(model, "train", train, whole=True, **options)
+    objective = objective.for_data(labels, model.num_classes)
+    measures.check(objective, model.num_classes)
+    if val is not None:
+        labels = check_data(model, "val", val, **options)
+        objective.may_ignore |= labels is None or not bool(objective.counted(labels).all())
+    elif method.needs_validation:
+        raise ValueError(f"{method.name} needs a validation split, got val=None")
+    return objective
 
 
 def check_fits(learner: Learner, train: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmfast.errors import check_one_of, describe
+from mmfast.errors import check_one_of, describe, did_you_mean
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine", "none")
@@ -26,6 +26,19 @@ _ALWAYS_TOLD = (
     "lr_step",
     "lr_gamma",
 )
+# What other trainers call the settings of this one.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "epochs": "max_epochs",
+    "num_epochs": "max_epochs",
+    "wd": "weight_decay",
+    "max_grad_norm": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "early_stopping_patience": "patience",
+    "torch_compile": "compile",
+}
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,33 @@ class Optimization:
             )
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+
+def with_settings(
+    what: str,
+    optimization: Optimization | None,
+    settings: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+) -> Optimization:
+    """Return the settings of a run with some set on top.
+
+    Args:
+        what: takes them, as the sentence begins: "Trainer".
+        optimization: None stands for the defaults.
+        settings: fields by name.
+        names: of the fields that are offered; None: all.
+
+    Raises:
+        ValueError: there is no field of a name; the nearest ones are given.
+    """
+    known = [field.name for field in fields(Optimization)]
+    offered = known if names is None else names
+    meant = {word: own for word, own in _OTHER_NAMES.items() if names is None or own in names}
+    for name in settings:
+        if name not in known:
+            near = did_you_mean(name, offered, meant)
+            raise ValueError(f"{what} has no setting {name!r}{near}; it has {', '.join(offered)}")
+    return replace(optimization or Optimization(), **settings)
 
 
 def _check_number(name: str, value: Any, *, below: float | None = None, optional: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +19,27 @@ from mmfast import methods
 from mmfast.data.reader import Reader
 from mmfast.data.seeds import kept_draws
 from mmfast.distributed import check_agreement, max_over_processes
-from mmfast.errors import check_one_of, describe, did_you_mean
+from mmfast.errors import check_one_of
 from mmfast.methods.base import Learner, Method
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import MultimodalModel
 from mmfast.objectives import Loss, Objective
 from mmfast.training import checkpoint, launchers, strategies
 from mmfast.training.callbacks import Callbacks
-from mmfast.training.checks import check_data, check_fits, check_settings
+from mmfast.training.checks import check_data, check_fits, check_settings, objective_for
 from mmfast.training.divergence import check_weights
 from mmfast.training.evaluation import evaluate
 from mmfast.training.execution import CompiledSteps, deterministic
 from mmfast.training.groups import modules_named
 from mmfast.training.loop import TrainingLoop
 from mmfast.training.metrics import AnyMetrics, Measures
-from mmfast.training.optimization import Optimization
+from mmfast.training.optimization import Optimization, with_settings
 from mmfast.training.reporting import LOGGERS, epoch_bar, finalizing, flat, make_logger
 from mmfast.training.run_folder import LAST, MODEL, alone_in, as_lists, check_same
 from mmfast.training.state import data_facts, found_weights, load_trained, note_data, weights_of
 from mmfast.training.stopping import Stop, Stopped, listening
 from mmfast.training.text import trainer_text
 from mmfast.training.writing import Writer
-
-# What other trainers call the settings of this one.
-_OTHER_NAMES = {
-    "learning_rate": "lr",
-    "epochs": "max_epochs",
-    "num_epochs": "max_epochs",
-    "wd": "weight_decay",
-    "max_grad_norm": "gradient_clip_val",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
-    "lr_scheduler": "schedule",
-    "lr_scheduler_type": "schedule",
-    "early_stopping_patience": "patience",
-    "torch_compile": "compile",
-}
 
 
 class Trainer:
@@ -160,17 +146,13 @@ class Trainer:
     ) -> None:
         # First, while nothing else has a name here.
         self._given = {name: value for name, value in locals().items() if name != "self"}
-        if isinstance(method, type):
-            raise TypeError(f"method must be an instance, {method.__name__}(), or a name, got the class")
-        if not isinstance(method, str | Method):
-            raise TypeError(f"method must be a method of mmfast.methods or its name, got {describe(method)}")
-        self.method = methods.make(method) if isinstance(method, str) else method
+        self.method = methods.chosen(method)
         self.objective = Objective(
             task, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
         )
         self.method.check_task(self.objective.task)
         self.measures = Measures(self.objective, metrics, select, select_mode)
-        self.optimization = _apply(optimization or Optimization(), settings)
+        self.optimization = with_settings("Trainer", optimization, settings)
         self.seed = seed
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.metadata = metadata or {}
@@ -286,7 +268,7 @@ class Trainer:
         """Raise what `fit` and `test` would have against model and data before any training."""
         objective = self._objective_of(model, train, val)
         if test is not None:
-            self._check("test", model, test)
+            self._check_test(model, test)
         learner = self.method.bind(model, seed=self.seed, objective=objective)
         learner.reader = self.reader
         check_settings(learner, self.optimization, len(train), has_val=val is not None)
@@ -296,15 +278,15 @@ class Trainer:
 
     def _objective_of(self, model: MultimodalModel, train: Any, val: Any | None) -> Objective:
         """Return the objective with what it takes from the data, which are checked."""
-        labels = self._check("train", model, train, whole=True)
-        objective = self.objective.for_data(labels, model.num_classes)
-        self.measures.check(objective, model.num_classes)
-        if val is not None:
-            val_labels = self._check("val", model, val)
-            objective.may_ignore |= val_labels is None or not bool(objective.counted(val_labels).all())
-        elif self.method.needs_validation:
-            raise ValueError(f"{self.method.name} needs a validation split, got val=None")
-        return objective
+        return objective_for(
+            self.method,
+            model,
+            train,
+            val,
+            objective=self.objective,
+            measures=self.measures,
+            collate_fn=self.reader.collate_fn,
+        )
 
     def _algorithms(self) -> contextlib.AbstractContextManager[None]:
         return deterministic() if self.deterministic else contextlib.nullcontext()
@@ -362,13 +344,6 @@ class Trainer:
                 history=self.history,
             ).run(state)
 
-    def _check(
-        self, name: str, model: MultimodalModel, dataset: Any, *, whole: bool = False
-    ) -> Tensor | None:  # [N] or [N, C]
-        """Return a data set's labels if it tells them; raise unless it fits the model and the task."""
-        collate_fn, task = self.reader.collate_fn, self.objective.task
-        return check_data(model, name, dataset, whole=whole, collate_fn=collate_fn, task=task)
-
     def test(self, model: MultimodalModel, test: Any) -> AnyMetrics:
         """Return the task's figures on `test`, every modality alone, and its Shapley contribution.
 
@@ -378,12 +353,15 @@ class Trainer:
         Raises:
             ValueError: `model` is not what this trainer has fitted, or the data do not fit it.
         """
-        self._check("test", model, test)
+        self._check_test(model, test)
         if self.learner is None or self.learner.model is not model:
             raise ValueError(
                 "model must be the one this trainer has fitted, got another: call fit or restore first"
             )
         return evaluate(self.learner, test, self.fabric, measures=self.measures)
+
+    def _check_test(self, model: MultimodalModel, test: Any) -> None:
+        check_data(model, "test", test, collate_fn=self.reader.collate_fn, task=self.objective.task)
 
     def restore(self, model: MultimodalModel, path: str | Path | None = None) -> Learner:
         """Load the selected weights of a finished run into `model`; by default from `out_dir`/model.ckpt."""
@@ -460,12 +438,3 @@ class Trainer:
         if kind not in LOGGERS:
             raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {kind!r}")
         return make_logger(kind, self._out(f"log to {kind}"))
-
-
-def _apply(optimization: Optimization, settings: dict[str, Any]) -> Optimization:
-    known = [field.name for field in fields(Optimization)]
-    for name in settings:
-        if name not in known:
-            near = did_you_mean(name, known, _OTHER_NAMES)
-            raise ValueError(f"Trainer has no setting {name!r}{near}; it has {', '.join(known)}")
-    return replace(optimization, **settings)
