@@ -18,8 +18,9 @@ from mmfast.data import ArrayDataset, reader
 from mmfast.data.batches import epoch_shard
 from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
-from mmfast.training.evaluation import evaluate, probe
+from mmfast.training.evaluation import evaluate
 from mmfast.training.optimization import Optimization
+from mmfast.training.probes import probe
 from mmfast.training.selection import BestWeights
 from support.learners import NUM_CLASSES, bind, make_data
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmfast.experiments.outcomes import OUTCOME
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, Results
 from mmfast.experiments.setup import (
     PlannedRun,
@@ -143,7 +144,10 @@ class Comparison:
 
     def _done(self, planned: PlannedRun) -> bool:
         entry = self.results.find(planned.method.name, planned.seed)
-        return entry is not None and (not self.setup.probe or "probe" in entry or "diverged" in entry)
+        if entry is None or "diverged" in entry:
+            return entry is not None
+        # Results of before have neither; the run is tested again.
+        return (self.folder(planned) / OUTCOME).exists() and (not self.setup.probe or "probe" in entry)
 
     def _clear(self) -> None:
         """Remove what comparisons write, and nothing else.
@@ -191,4 +195,5 @@ def clear_run(folder: Path) -> None:
     with alone_in(folder):
         for name in (LAST, MODEL):
             checkpoint.remove(folder / name)
-        (folder / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, OUTCOME):
+            (folder / name).unlink(missing_ok=True)

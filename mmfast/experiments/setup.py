@@ -23,12 +23,12 @@ from mmfast.data.splits import PARTS
 from mmfast.data.views import choose
 from mmfast.errors import changed, check_one_of, shown
 from mmfast.experiments.loading import open_run
+from mmfast.experiments.outcomes import OUTCOME, Outcome, outcome_of
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
 from mmfast.training.divergence import DivergedError
-from mmfast.training.evaluation import probe
 from mmfast.training.metrics import AnyMetrics
 from mmfast.training.optimization import Optimization
 from mmfast.training.trainer import Trainer
@@ -218,11 +218,30 @@ def make_run(
     model = setup.model(seed)
     trainer.launch()
     parts = setup.parts_on(trainer.fabric.device)
-    learner = trainer.fit(model, parts["train"], parts["val"], resume=resume)
-    entry = finished_entry(trainer, trainer.test(model, parts["test"]))
-    if setup.probe:
-        entry["probe"] = probe(learner, parts["train"], parts["test"], trainer.fabric)
+    trainer.fit(model, parts["train"], parts["val"], resume=resume)
+    entry, outcome = finished(trainer, model, parts["train"], parts["test"], probe=setup.probe)
+    if outcome is not None and trainer.fabric.is_global_zero:
+        outcome.save(out_dir / OUTCOME)
     return plain(entry | {"wall_seconds": time.perf_counter() - begun})
+
+
+def finished(
+    trainer: Trainer, model: MultimodalModel, train: Any, test: Any, *, probe: bool
+) -> tuple[dict[str, Any], Outcome | None]:
+    """Test a run that is finished; return its entry for results, and what it makes of each test sample.
+
+    Args:
+        trainer: has fitted `model`.
+        model: of the run.
+        train, test: data sets.
+        probe: ask a probe of each modality, too.
+    """
+    entry, learner = finished_entry(trainer, trainer.test(model, test)), trainer.learner
+    assert learner is not None
+    outcome = outcome_of(learner, train, test, trainer.fabric, probe=probe)
+    if outcome is not None:
+        entry |= outcome.figures(learner.modalities)
+    return entry, outcome
 
 
 def finished_entry(trainer: Trainer, metrics: AnyMetrics) -> dict[str, Any]:

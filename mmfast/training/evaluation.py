@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from mmfast.data.batches import evaluating, presence
 from mmfast.data.threads import fitting_threads
-from mmfast.distributed import broadcast_from_first, rank_and_size
 from mmfast.methods.base import Learner
 from mmfast.training.metrics import AnyMetrics, ExtraMetrics, Measures
 from mmfast.training.metrics import Metrics as Metrics
@@ -149,36 +147,3 @@ def _measured(
             present,
         )
     return found
-
-
-def probe(learner: Learner, train: Any, test: Any, fabric: Fabric) -> dict[str, float]:
-    """Return each modality's test accuracy by a logistic regression on its frozen features (`probe`).
-
-    Features are standardised by the training part. Samples that lack the modality are left out of both parts.
-    Several processes share the encoding, and the first fits.
-    """
-    parts = []
-    for dataset in (train, test):
-        with fabric.autocast():
-            if learner.takes_kept:
-                learner.keep(dataset, whole=True)
-            found = [
-                [(h.cpu(), y.cpu()) for m, h, y in learner.modality_features(dataset) if m == wanted]
-                for wanted in range(len(learner.modalities))
-            ]
-        learner.forget()
-        parts.append([[torch.cat(each).numpy() for each in zip(*pairs, strict=True)] for pairs in found])
-    accuracy = _fitted_accuracy(learner.modalities, *parts) if rank_and_size()[0] == 0 else None
-    return broadcast_from_first(accuracy)
-
-
-def _fitted_accuracy(names: Sequence[str], train: Sequence[Any], test: Sequence[Any]) -> dict[str, float]:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    accuracy = {}
-    for name, fitted, asked in zip(names, train, test, strict=True):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*fitted)
-        accuracy[name] = float(classifier.score(*asked))
-    return accuracy

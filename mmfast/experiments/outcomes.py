@@ -1,0 +1,182 @@
+"""What a run makes of each test sample: kept beside its figures, for what is said of several runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from mmfast.data.batches import evaluating, marks_of, presence
+from mmfast.data.threads import fitting_threads
+from mmfast.files import replacing
+from mmfast.methods.base import Learner
+from mmfast.objectives import IGNORED
+from mmfast.training.probes import probe_answers
+from mmfast.valuation import batch_contributions
+
+# Beside a run's figures, in its folder.
+OUTCOME = "test.npz"
+# Of equal width, for the calibration error.
+_BINS = 15
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The answers of one run to all test samples, in the order of the data set.
+
+    Attributes:
+        probabilities: float32 [N, C], NaN where the logits are.
+        predicted: int64 [N], the class of the largest logit, -1 where they hold NaN.
+        labels: int64 [N], negative where a sample has none.
+        contributions: float32 [N, M], Shapley values under `cardinality`, NaN without label.
+        present: bool [N, M], which samples have which modality.
+        without: bool [M, N], which are classified right when modality m is missing.
+        probed: bool [M, N], which are classified right by the probe of modality m, False where it is absent;
+            None where no probe was asked.
+    """
+
+    probabilities: np.ndarray
+    predicted: np.ndarray
+    labels: np.ndarray
+    contributions: np.ndarray
+    present: np.ndarray
+    without: np.ndarray
+    probed: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        probed = "" if self.probed is None else ", probed"
+        return f"Outcome({len(self)} samples, {self.probabilities.shape[1]} classes{probed})"
+
+    @property
+    def labelled(self) -> np.ndarray:  # bool [N]
+        """Which samples have a label: figures are over these."""
+        return self.labels >= 0
+
+    @property
+    def correct(self) -> np.ndarray:  # bool [N]
+        """Which samples are classified right."""
+        return self.labelled & (self.predicted == self.labels)
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Expected calibration error over 15 bins of equal width (Guo et al., ICML 2017); None with NaN."""
+        probabilities, right = self.probabilities[self.labelled], self.correct[self.labelled]
+        if not len(right) or np.isnan(probabilities).any():
+            return None
+        sure = probabilities.max(1).astype(np.float64)
+        bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
+        gap = np.bincount(bins, right - sure, _BINS)
+        return float(np.abs(gap).sum() / len(right))
+
+    def accuracy_without(self) -> list[float]:
+        """Return the accuracy with each modality missing, M figures."""
+        return self.without[:, self.labelled].mean(1).tolist()
+
+    def probe_of(self, m: int) -> np.ndarray | None:  # float64 [N]
+        """Return whether the probe of modality m is right, NaN for samples without it or without label."""
+        if self.probed is None:
+            return None
+        return np.where(self.present[:, m] & self.labelled, self.probed[m].astype(np.float64), np.nan)
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        with replacing(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Outcome:
+        """Return what `save` has written.
+
+        Raises:
+            ValueError: the file is not whole.
+        """
+        try:
+            with np.load(path) as arrays:
+                return cls(**arrays)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it, and the run is tested again") from error
+
+    def figures(self, modalities: tuple[str, ...]) -> dict[str, Any]:
+        """Return what results tell of it besides the metrics of the run."""
+        found: dict[str, Any] = {
+            "ece": self.calibration_error,
+            "missing": dict(zip(modalities, self.accuracy_without(), strict=True)),
+        }
+        if self.probed is not None:
+            probes = [self.probe_of(m) for m in range(len(modalities))]
+            found["probe"] = {
+                name: None if right is None or np.isnan(right).all() else float(np.nanmean(right))
+                for name, right in zip(modalities, probes, strict=True)
+            }
+        return found
+
+
+def outcome_of(learner: Learner, train: Any, test: Any, fabric: Fabric, *, probe: bool) -> Outcome | None:
+    """Return what a learner makes of each sample of `test`; None for other tasks than classes.
+
+    Args:
+        learner: trained.
+        train: what probes are fitted to.
+        test: map-style; every process reads all of it.
+        fabric: of the run.
+        probe: ask a probe of each modality, too.
+    """
+    if learner.objective.task != "multiclass":
+        return None
+    size = learner.reader.batch_size
+    with fitting_threads(learner, test, size), evaluating(learner), fabric.autocast():
+        rows = [_answered(learner, batch) for batch in learner.batches(test, size)]
+    names = ("probabilities", "predicted", "labels", "contributions", "present", "without")
+    arrays = {
+        name: torch.cat(parts).cpu().numpy()
+        for name, parts in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    found = Outcome(**arrays | {"without": np.ascontiguousarray(arrays["without"].T)})
+    if not probe:
+        return found
+    probed = np.zeros_like(found.without)
+    for m, right in enumerate(probe_answers(learner, train, test, fabric).values()):
+        probed[m, found.present[:, m] & found.labelled] = right
+    return replace(found, probed=probed)
+
+
+def _answered(learner: Learner, batch: Any) -> list[Tensor]:
+    """Return a batch's rows of the fields of Outcome; of `without` they are columns."""
+    target, present = batch["label"], presence(batch, learner.modalities)
+    features, counted = learner.encode(batch), learner.objective.counted(target)
+    labels = torch.where(counted, learner.objective.classes(target), IGNORED)
+    logits = learner.fuse(features, present=present).float()
+    phi = batch_contributions(learner, features, target, present).float()
+    marks = marks_of(present, labels, len(features)).T  # [M, N]
+    right = []
+    for m in range(len(features)):
+        rest = marks.clone()
+        rest[m] = False
+        right.append(_classes(learner.fuse(features, present=rest)) == labels)
+    return [
+        # Infinite logits have a class, and so they have probabilities.
+        logits.clamp(-_LARGEST, _LARGEST).softmax(1),
+        _classes(logits),
+        labels,
+        phi.masked_fill(~counted[:, None], torch.nan),
+        marks.T,
+        torch.stack(right, 1),
+    ]
+
+
+def _classes(
+    logits: Tensor,  # [N, C]
+) -> Tensor:  # [N] int64
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
