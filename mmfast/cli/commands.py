@@ -69,7 +69,7 @@ def compare(
     encoder: Encoders = None,
     split_seed: SplitSeed = 0,
     skip_unreadable: SkipUnreadable = False,
-    probe: Probe = False,
+    probe: Probe = True,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
     num_nodes: OneNode = 1,
@@ -116,7 +116,8 @@ def compare(
             counted = f"{known} run{'s' * (known != 1)} in {out / RESULTS}"
             print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
             raise typer.Exit(_status(end)) from None
-        summaries = summarize(comparison.results.content["runs"], [method.name for method in chosen], seeds)
+        runs = comparison.results.content["runs"]
+        summaries = summarize(runs, [method.name for method in chosen], seeds, outcomes=comparison.outcomes())
         finite = [summary for summary in summaries if summary.runs]
         files = [RESULTS, *(plot_comparison(finite, out) if finite else [])]
         console.print()

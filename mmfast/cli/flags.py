@@ -165,7 +165,9 @@ DataOnDevice = Annotated[
 Probe = Annotated[
     bool,
     typer.Option(
-        "--probe", help="Measure each modality by a logistic regression on its frozen features, too."
+        "--probe/--no-probe",
+        help="Measure each modality by a logistic regression on its frozen features, too; what a model "
+        "neglects is told by it.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Drop what --out holds and start anew.")]

@@ -23,8 +23,9 @@ from mmfast.errors import describe
 from mmfast.experiments.comparison import clear_run, has_run
 from mmfast.experiments.results import FORMAT, RESULTS, Results
 from mmfast.experiments.setup import diverged_entry, finished_entry, machine, versions
-from mmfast.experiments.summary import Summary, diverged_sentence, summarize
+from mmfast.experiments.summary import Summary, summarize
 from mmfast.experiments.tables import show, show_figures
+from mmfast.experiments.verdict import diverged_sentence
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel

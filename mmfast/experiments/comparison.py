@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfast.experiments.outcomes import OUTCOME
+from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, Results
 from mmfast.experiments.setup import (
     PlannedRun,
@@ -114,6 +114,12 @@ class Comparison:
     def folder(self, planned: PlannedRun) -> Path:
         """Return where the checkpoints of a run lie."""
         return self.out / "runs" / f"{planned.method.name}-seed{planned.seed}"
+
+    def outcomes(self) -> OutcomeFiles:
+        """Return what each run makes of the test samples."""
+        runs = self.results.content["runs"]
+        made = [PlannedRun(METHODS[entry["method"]](), entry["seed"], 0) for entry in runs]
+        return OutcomeFiles({(run.method.name, run.seed): self.folder(run) for run in made})
 
     def _description(self) -> dict[str, Any]:
         setup, splits = self.setup, self.setup.splits

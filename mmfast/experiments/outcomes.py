@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,28 @@ class Outcome:
                 for name, right in zip(modalities, probes, strict=True)
             }
         return found
+
+
+class OutcomeFiles(Mapping[tuple[str, int], Outcome]):
+    """The outcomes in the folders of runs, by method and seed; each is read when it is asked for.
+
+    Args:
+        folders: of the runs; those without one are left out.
+    """
+
+    def __init__(self, folders: Mapping[tuple[str, int], Path]) -> None:
+        self._paths = {
+            key: folder / OUTCOME for key, folder in folders.items() if (folder / OUTCOME).exists()
+        }
+
+    def __getitem__(self, key: tuple[str, int]) -> Outcome:
+        return Outcome.load(self._paths[key])
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def outcome_of(learner: Learner, train: Any, test: Any, fabric: Fabric, *, probe: bool) -> Outcome | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mmfast import coalitions
-from mmfast.experiments.summary import (
-    Summary,
+from mmfast.experiments.findings import JOINT, Findings, find
+from mmfast.experiments.summary import Summary, mean_std
+from mmfast.experiments.verdict import (
+    EXPLANATION,
     diverged_sentence,
     idle_sentence,
-    mean_std,
-    neglect_sentence,
-    ranking_sentence,
+    ranking,
+    verdict,
 )
 from mmfast.files import write_json
 from mmfast.methods import METHODS
@@ -52,7 +53,8 @@ def show(
         out: folder of the files.
         files: names of what was written to `out`.
     """
-    for number, table in enumerate(tables(summaries, console.width)):
+    findings = find(summaries)
+    for number, table in enumerate(tables(summaries, console.width, findings)):
         if number:
             console.print()
         console.print(table)
@@ -62,150 +64,193 @@ def show(
         show_figures(console, runs, only=own)
     if runs:
         console.print()
-        console.print(Text(_note(summaries), style="dim"))
+        console.print(Text(note(summaries, findings), style="dim"))
     console.print()
-    for sentence in (
-        diverged_sentence(summaries),
-        neglect_sentence(summaries, num_test),
-        ranking_sentence(summaries),
-        idle_sentence(summaries),
-    ):
-        if sentence:
-            console.print(Text(sentence))
+    for sentence in sentences(summaries, findings):
+        console.print(Text(sentence))
     console.print(Text(f"Data: {data}."))
     if out is not None:
         # A path is never broken over lines: it is there to be copied.
         console.print(Text(f"Written to {out}: {', '.join(files)}."), soft_wrap=True)
 
 
-def _note(summaries: Sequence[Summary]) -> str:
+def sentences(summaries: Sequence[Summary], findings: Findings | None = None) -> list[str]:
+    """Return what a comparison says in words."""
+    findings = find(summaries) if findings is None else findings
+    said = verdict(summaries, findings)
+    found = (
+        diverged_sentence(summaries),
+        f"{said} {EXPLANATION}" if said else "",
+        ranking(summaries, findings),
+        idle_sentence(summaries),
+    )
+    return [sentence for sentence in found if sentence]
+
+
+def note(summaries: Sequence[Summary], findings: Findings) -> str:
     """Return what the table's figures are."""
     seeds = max(len(summary.accuracy) for summary in summaries)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
-    note = (
-        f"Test set, {spread}; accuracy, macro-F1 and each modality alone in %. Alone by masked: the others' "
-        "features are zero; own-head: by a head of its own. Contribution: mean Shapley value under "
-        "|S| · [correct]."
-    )
+    parts = [
+        f"Test set, {spread}; accuracy, macro-F1, calibration error (ECE) and each modality alone in %. "
+        "Alone by masked: the others' features are zero; own-head: by a head of its own. Contribution: mean "
+        "Shapley value under |S| · [correct]."
+    ]
     if any(summary.probe for summary in summaries):
-        note += " Probe: logistic regression on frozen features."
-    return note
+        parts.append("Probe: logistic regression on frozen features.")
+    if any(summary.missing for summary in summaries):
+        parts.append("Without: accuracy when the modality is missing from all test samples.")
+    if _costs(summaries):
+        parts.append("Cost: seconds of training, over those of Joint.")
+    shown = "".join(findings.marks(summary.name) for summary in summaries)
+    for mark, meaning in (("*", "better than Joint"), ("†", "better than every simple baseline")):
+        if mark in shown:
+            parts.append(f"{mark}: {meaning}, at 95% after Holm's correction.")
+    return " ".join(parts)
 
 
-def tables(summaries: Sequence[Summary], width: int) -> list[Table]:
-    """Return the results as tables that fit `width`: one, a second for the modalities, or one per figure."""
+def _costs(summaries: Sequence[Summary]) -> dict[str, str]:
+    """Return by method how many times as long it trains as the joint model does; empty without one."""
+    joint = next((summary.seconds for summary in summaries if summary.name == JOINT), None)
+    if not joint or len(summaries) < 2:
+        return {}
+    return {s.name: "–" if s.seconds is None else f"{s.seconds / joint:.1f}x" for s in summaries}
+
+
+def tables(summaries: Sequence[Summary], width: int, findings: Findings | None = None) -> list[Table]:
+    """Return the results as tables that fit `width`: one, some more for the modalities, or one per figure."""
+    findings = find(summaries) if findings is None else findings
     modalities = list(next((summary.alone for summary in summaries if summary.runs), {}))
     if len(modalities) <= 4:
+        kinds = _kinds(summaries)
         for layout in _LAYOUTS:
-            whole = _whole_table(summaries, modalities, layout)
+            columns = _main_columns(summaries, findings)
+            columns += _modality_columns(summaries, modalities, kinds, layout[1])
+            whole = _table(columns, gap=layout[0])
             if _fits(whole, width):
                 return [whole]
-        for layout in _LAYOUTS:
-            split = _modality_table(summaries, modalities, layout)
-            if _fits(split, width):
-                return [_main_table(summaries), split]
-    return [_main_table(summaries, numbered=True), *_by_modality(summaries, modalities, width)]
+        for parts in (1, 2, len(kinds)):
+            size = -(-len(kinds) // parts)
+            groups = [kinds[start : start + size] for start in range(0, len(kinds), size)]
+            for layout in _LAYOUTS:
+                split = [_modality_table(summaries, modalities, group, layout) for group in groups]
+                if all(_fits(table, width) for table in split):
+                    return [_table(_main_columns(summaries, findings)), *split]
+    main = _table(_main_columns(summaries, findings, numbered=True))
+    return [main, *_by_modality(summaries, modalities, width)]
 
 
 def _fits(table: Table, width: int) -> bool:
     return Console(width=10_000).measure(table).maximum <= width
 
 
-def _table(*, gap: int = 2) -> Table:
-    return Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
+class _Column(NamedTuple):
+    """A column of a table: its header, a cell for each row, and whether it is one of figures."""
+
+    header: str
+    cells: Sequence[str | Text]
+    figures: bool = True
+
+
+def _table(columns: Sequence[_Column] = (), *, gap: int = 2) -> Table:
+    """Return a table without lines; columns may be added."""
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
+    for column in columns:
+        justify: Any = "right" if column.figures else "left"
+        table.add_column(column.header, justify=justify, no_wrap=True, vertical="bottom")
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _main_columns(
-    summaries: Sequence[Summary], table: Table, *, numbered: bool = False
-) -> list[list[str | Text]]:
-    """Add the columns of what is no modality's, and return the rows' cells."""
-    if numbered:
-        table.add_column("", justify="right", vertical="bottom")
-    table.add_column("Method", no_wrap=True, vertical="bottom")
-    for name in ("Accuracy", "Macro-F1"):
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    summaries: Sequence[Summary], findings: Findings, *, numbered: bool = False
+) -> list[_Column]:
+    """Return the columns of what is no modality's; those that would be empty are left out."""
     best = max((round(summary.mean_accuracy, 6) for summary in summaries if summary.runs), default=None)
-    rows: list[list[str | Text]] = []
-    for number, summary in enumerate(summaries, 1):
+    titles, accuracies = [], []
+    for summary in summaries:
         is_best = bool(summary.runs) and round(summary.mean_accuracy, 6) == best
-        accuracy = mean_std(summary.accuracy) if summary.runs else "diverged"
         total, title = len(summary.runs) + len(summary.diverged), summary.title
         if summary.runs and summary.diverged:
             title += f", {len(summary.runs)} of {total} runs"
-        row: list[str | Text] = [str(number)] if numbered else []
-        row += [Text(text, "bold" if is_best else "") for text in (title, accuracy)]
-        rows.append([*row, mean_std(summary.macro_f1)])
-    return rows
-
-
-def _main_table(summaries: Sequence[Summary], *, numbered: bool = False) -> Table:
-    table = _table()
-    rows = _main_columns(summaries, table, numbered=numbered)
-    table.add_column("s/epoch", justify="right", vertical="bottom")
+        accuracy = mean_std(summary.accuracy) if summary.runs else "diverged"
+        titles.append(Text(title, "bold" if is_best else ""))
+        accuracies.append(Text(accuracy, "bold" if is_best else ""))
+    marks = [findings.marks(summary.name) for summary in summaries]
+    costs = _costs(summaries)
+    columns = [
+        _Column("Method", titles, figures=False),
+        _Column("Accuracy", accuracies),
+        _Column("", marks if any(marks) else [], figures=False),
+        _Column("Macro-F1", [mean_std(s.macro_f1) for s in summaries]),
+        _Column(
+            "ECE", [_share(s.ece) for s in summaries] if any(s.ece is not None for s in summaries) else []
+        ),
+        _Column("Cost", [costs[s.name] for s in summaries] if costs else []),
+        _Column("s/epoch", [_seconds(s.seconds_per_epoch) for s in summaries]),
+    ]
     if numbered:
-        table.add_column("alone by", no_wrap=True)
-    for row, summary in zip(rows, summaries, strict=True):
-        protocol = [summary.protocol] if numbered else []
-        table.add_row(*row, _seconds(summary.seconds_per_epoch), *protocol)
-    return table
+        columns.insert(0, _Column("", [str(number) for number in range(1, len(summaries) + 1)]))
+        columns.append(_Column("alone by", [summary.protocol for summary in summaries], figures=False))
+    return [column for column in columns if len(column.cells) == len(summaries)]
 
 
-def _whole_table(summaries: Sequence[Summary], modalities: Sequence[str], layout: _Layout) -> Table:
-    table = _table(gap=layout[0])
-    rows = _main_columns(summaries, table)
-    figures = _modality_columns(summaries, table, modalities, layout[1])
-    table.add_column("s/epoch", justify="right", vertical="bottom")
-    for row, cells, summary in zip(rows, figures, summaries, strict=True):
-        table.add_row(*row, *cells, _seconds(summary.seconds_per_epoch))
-    return table
+def _modality_table(
+    summaries: Sequence[Summary], modalities: Sequence[str], kinds: Sequence[str], layout: _Layout
+) -> Table:
+    titles = _Column("Method", [summary.title for summary in summaries], figures=False)
+    return _table([titles, *_modality_columns(summaries, modalities, kinds, layout[1])], gap=layout[0])
 
 
-def _modality_table(summaries: Sequence[Summary], modalities: Sequence[str], layout: _Layout) -> Table:
-    table = _table(gap=layout[0])
-    table.add_column("Method", no_wrap=True, vertical="bottom")
-    figures = _modality_columns(summaries, table, modalities, layout[1])
-    for summary, cells in zip(summaries, figures, strict=True):
-        table.add_row(summary.title, *cells)
-    return table
+# What is told of each modality: how a column is headed, and its cells.
+_OF_MODALITIES: dict[str, Callable[[Summary, str], str]] = {
+    "alone": lambda summary, name: _share(summary.alone.get(name)),
+    "probe": lambda summary, name: _share(summary.probe.get(name)),
+    "contrib.": lambda summary, name: _number(summary.contribution.get(name)),
+    "without": lambda summary, name: _share(summary.missing.get(name)),
+}
+# By kind, the title of a table of its own.
+_TITLES = {
+    "alone": "Each modality alone",
+    "probe": "Each modality by probe",
+    "contrib.": "Contribution",
+    "without": "Without the modality",
+}
+
+
+def _kinds(summaries: Sequence[Summary]) -> list[str]:
+    """Return what is known of each modality."""
+    known = {"probe": any(s.probe for s in summaries), "without": any(s.missing for s in summaries)}
+    return [kind for kind in _OF_MODALITIES if known.get(kind, True)]
 
 
 def _modality_columns(
-    summaries: Sequence[Summary], table: Table, modalities: Sequence[str], wrap: int | None
-) -> list[list[str]]:
-    """Add a column per modality and figure, and return the rows' cells."""
-    kinds = ["alone", *(["probe"] if any(s.probe for s in summaries) else []), "contrib."]
+    summaries: Sequence[Summary], modalities: Sequence[str], kinds: Sequence[str], wrap: int | None
+) -> list[_Column]:
+    """Return a column for each modality and kind of figure."""
+    columns = []
     for kind in kinds:
         for name in modalities:
-            table.add_column(f"{hyphenate(name, wrap)}\n{kind}", justify="right", vertical="bottom")
+            cells = [_OF_MODALITIES[kind](summary, name) for summary in summaries]
+            columns.append(_Column(f"{hyphenate(name, wrap)}\n{kind}", cells))
         if kind == "alone":
-            table.add_column("by", no_wrap=True, vertical="bottom")
-    rows = []
-    for summary in summaries:
-        cells = [*(_share(summary.alone.get(m)) for m in modalities), summary.protocol]
-        if "probe" in kinds:
-            cells += [_share(summary.probe.get(m)) for m in modalities]
-        rows.append([*cells, *(_number(summary.contribution.get(m)) for m in modalities)])
-    return rows
+            columns.append(_Column("by", [summary.protocol for summary in summaries], figures=False))
+    return columns
 
 
 def _by_modality(summaries: Sequence[Summary], modalities: Sequence[str], width: int) -> list[Table]:
     """Return a table per figure: rows are modalities, columns methods, by number where room is short."""
     figures = [
-        ("Each modality alone", [[_share(s.alone.get(m)) for s in summaries] for m in modalities]),
-        ("Contribution", [[_number(s.contribution.get(m)) for s in summaries] for m in modalities]),
+        (_TITLES[kind], [[_OF_MODALITIES[kind](s, m) for s in summaries] for m in modalities])
+        for kind in _kinds(summaries)
     ]
-    if any(summary.probe for summary in summaries):
-        probed = [[_share(s.probe.get(m)) for s in summaries] for m in modalities]
-        figures.insert(1, ("Each modality by probe", probed))
     found = []
     for title, rows in figures:
         for headers in ([s.name for s in summaries], [str(n) for n in range(1, len(summaries) + 1)]):
-            table = _table()
-            table.add_column(title)
-            for header in headers:
-                table.add_column(header, justify="right", no_wrap=True)
-            for name, cells in zip(modalities, rows, strict=True):
-                table.add_row(name, *cells)
+            by_method = zip(headers, zip(*rows, strict=True), strict=True)
+            columns = [_Column(header, cells) for header, cells in by_method]
+            table = _table([_Column(title, modalities, figures=False), *columns])
             if _fits(table, width):
                 break
         found.append(table)

@@ -58,6 +58,7 @@ class Method:
     title: ClassVar[str]  # in tables and plots
     needs_validation: ClassVar[bool] = False
     needs_equal_dims: ClassVar[bool] = False
+    is_baseline: ClassVar[bool] = False  # a simple one, which published methods are held against
     needs_classes: ClassVar[str] = ""  # why, where the method's mathematics takes no other task
     learner: ClassVar[type[Learner]]
 

@@ -20,4 +20,5 @@ class Ensemble(Method):
 
     name: ClassVar[str] = "ensemble"
     title: ClassVar[str] = "Ensemble"
+    is_baseline: ClassVar[bool] = True
     learner = _EnsembleLearner

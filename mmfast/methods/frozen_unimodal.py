@@ -42,6 +42,7 @@ class FrozenUnimodal(Method):
 
     name: ClassVar[str] = "frozen-unimodal"
     title: ClassVar[str] = "Frozen unimodal + head"
+    is_baseline: ClassVar[bool] = True
     learner = _FrozenUnimodalLearner
 
     head_epochs: int = 20

@@ -14,4 +14,5 @@ class Joint(Method):
 
     name: ClassVar[str] = "joint"
     title: ClassVar[str] = "Joint"
+    is_baseline: ClassVar[bool] = True
     learner = Learner

@@ -38,6 +38,7 @@ class MultiLoss(Method):
 
     name: ClassVar[str] = "multi-loss"
     title: ClassVar[str] = "Joint + unimodal losses"
+    is_baseline: ClassVar[bool] = True
     learner = _MultiLossLearner
 
     lam: float = 1.0

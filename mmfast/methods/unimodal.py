@@ -66,4 +66,5 @@ class Unimodal(Method):
 
     name: ClassVar[str] = "unimodal"
     title: ClassVar[str] = "Best unimodal"
+    is_baseline: ClassVar[bool] = True
     learner = _UnimodalLearner

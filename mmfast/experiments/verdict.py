@@ -1,0 +1,142 @@
+"""Sentences about a comparison, each no stronger than what the runs support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mmfast.experiments.differences import Estimate
+from mmfast.experiments.findings import JOINT, Findings, Margin, find
+from mmfast.experiments.summary import Summary, mean_std
+from mmfast.methods import METHODS
+
+# What the words of a verdict mean.
+EXPLANATION = (
+    "How much a modality is used is its mean Shapley value, of M for all together where every prediction is "
+    "right; what is unlearnt is how far a linear probe on its encoder's features stays below one on those of "
+    "the encoder trained alone, in points of accuracy. The interval (±) is that of 95% over seeds and test "
+    "samples, and where intervals overlap nothing is claimed."
+)
+
+
+def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> str:
+    """Return which modality joint training uses least and what it leaves unlearnt, "" without joint runs."""
+    findings = find(summaries) if findings is None else findings
+    use = findings.use.get(JOINT, {})
+    if len(use) < 2:
+        return ""
+    least, neglected = findings.least_used(JOINT), findings.neglected(JOINT)
+    text = f"Joint training {_use_text(use, least)}"
+    gaps = findings.unlearnt.get(JOINT)
+    if not gaps:
+        return f"{text}."
+    if next(iter(gaps.values())).num_seeds < 2:
+        return f"{text}. What it leaves unlearnt is not told from one seed: give more."
+    if not neglected:
+        return f"{text}, and leaves nothing of any modality unlearnt that these runs can tell."
+    parts = [
+        f"{gap.text(100, 1)} points of {'it' if name == least else name}" for name, gap in neglected.items()
+    ]
+    return f"{text} and leaves {_listed(parts)} unlearnt."
+
+
+def _use_text(use: Mapping[str, Estimate], least: str | None) -> str:
+    if least is not None:
+        return f"uses {least} least ({use[least].text()} of {len(use)})"
+    means = [each.mean for each in use.values()]
+    low, high = f"{min(means):.2f}", f"{max(means):.2f}"
+    span = f"each {low}" if low == high else f"{low} to {high}"
+    return f"uses no modality clearly less than all others ({span} of {len(use)})"
+
+
+def ranking(summaries: Sequence[Summary], findings: Findings | None = None) -> str:
+    """Return which methods lie above or below joint training, and above every simple baseline."""
+    findings = find(summaries) if findings is None else findings
+    ended = [summary for summary in summaries if summary.runs]
+    if not ended:
+        return ""
+    best = max(ended, key=lambda summary: summary.mean_accuracy)
+    figure = f"{best.title}, {mean_std(best.accuracy)}%"
+    if len(ended) == 1:
+        return ""
+    margins = findings.over_joint or findings.over_baselines
+    if not margins:
+        return f"Highest accuracy: {figure}."
+    if max(margin.estimate.num_seeds for margin in margins.values()) < 2:
+        return (
+            f"Highest accuracy in this one run: {figure}. One seed does not tell methods apart, as another "
+            "may rank them otherwise: give more."
+        )
+    parts = [f"Highest accuracy: {figure}."]
+    if findings.over_joint:
+        joint = next(summary for summary in ended if summary.name == JOINT)
+        parts.append(_against_joint(joint, findings.over_joint))
+    if text := _against_baselines(findings.over_baselines):
+        parts.append(text)
+    return " ".join(parts)
+
+
+def _against_joint(joint: Summary, margins: Mapping[str, Margin]) -> str:
+    clear = {name: margin for name, margin in margins.items() if margin.is_clear}
+    of = f"Joint ({100 * joint.mean_accuracy:.1f}%) at 95%, Holm-corrected over {_count(margins)}"
+    above = _ranked(clear, lambda margin: margin.estimate.mean > 0)
+    below = _ranked(clear, lambda margin: margin.estimate.mean < 0)
+    if not above and not below:
+        return f"No method is told apart from {of}."
+    found = f"Better than {of}: {above}." if above else f"No method is better than {of}."
+    return f"{found} Worse: {below}." if below else found
+
+
+def _against_baselines(margins: Mapping[str, Margin]) -> str:
+    if not margins:
+        return ""
+    clear = {name: margin for name, margin in margins.items() if margin.is_clear}
+    if not clear:
+        return "None is better than every simple baseline."
+    return f"Better than every simple baseline: {_listed([METHODS[name].title for name in clear])}."
+
+
+def _ranked(margins: Mapping[str, Margin], chosen: Callable[[Margin], bool]) -> str:
+    kept = {name: margin for name, margin in margins.items() if chosen(margin)}
+    order = sorted(kept, key=lambda name: -abs(kept[name].estimate.mean))
+    points = [f"{METHODS[name].title} by {_points(kept[name].estimate)}" for name in order]
+    return ", ".join(points) + (" points" if points else "")
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{100 * abs(estimate.mean):.1f} ± {100 * estimate.half_width:.1f}"
+
+
+def _count(margins: Mapping[str, Margin]) -> str:
+    return f"{len(margins)} methods" if len(margins) > 1 else "one method"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Return "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def diverged_sentence(summaries: Sequence[Summary]) -> str:
+    """Return which runs have no result, and why, or "" where all have one."""
+    lost = []
+    for summary in summaries:
+        if summary.diverged:
+            seeds = ", ".join(str(entry["seed"]) for entry in summary.diverged)
+            plural = "s" * (len(summary.diverged) > 1)
+            lost.append(f"{summary.title} with seed{plural} {seeds}")
+    if not lost:
+        return ""
+    entries = [entry for summary in summaries for entry in summary.diverged]
+    which = "The first of them" if len(entries) > 1 else "The cause"
+    return f"Diverged, and in no figure: {'; '.join(lost)}. {which}: {entries[0]['diverged']}."
+
+
+def idle_sentence(summaries: Sequence[Summary]) -> str:
+    """Return which methods gave the joint model itself, as where a run ends before they intervene."""
+    joint = next((s for s in summaries if s.name == "joint" and s.runs), None)
+    if joint is None:
+        return ""
+    figures = [entry["metrics"] for entry in joint.runs]
+    same = [s.title for s in summaries if s is not joint and [e["metrics"] for e in s.runs] == figures]
+    if not same:
+        return ""
+    return f"Without effect in these runs, the same as {joint.title} in every figure: {', '.join(same)}."
