@@ -1,0 +1,186 @@
+"""What a comparison claims: only what the answers to each test sample support."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmfast.experiments.findings import find
+from mmfast.experiments.outcomes import Outcome
+from mmfast.experiments.summary import summarize
+from mmfast.experiments.verdict import ranking, verdict
+from mmfast.methods import METHODS
+
+NAMES = ("audio", "image")
+
+
+def made(accuracy=0.7, probes=(0.5, 0.6), shares=(0.6, 0.8), num=1000, seed=0, probed=True):
+    """An outcome of about these figures; the same samples are the easy ones for every run."""
+    draw = np.random.default_rng(seed)
+    # Which samples are easy is the same for all runs, save for a tenth.
+    ease = np.random.default_rng(99).random(num)
+    ease = np.where(draw.random(num) < 0.1, draw.random(num), ease)
+    labels = np.zeros(num, np.int64)
+    predicted = np.where(ease < accuracy, 0, 1)
+    phi = np.stack([2 * share * (ease < 0.5) for share in shares], 1).astype(np.float32)
+    present = np.ones((num, len(shares)), bool)
+    right = np.stack([ease < probe for probe in probes])
+    probabilities = np.eye(2, dtype=np.float32)[predicted]
+    return Outcome(probabilities, predicted, labels, phi, present, right, right if probed else None)
+
+
+def runs_of(figures, names=NAMES):
+    """Entries and outcomes of {method: [outcome of each seed]}."""
+    outcomes = {(m, seed): each for m, row in figures.items() for seed, each in enumerate(row)}
+    entries = []
+    for (method, seed), each in outcomes.items():
+        accuracy = float(each.correct.mean())
+        metrics = {"accuracy": accuracy, "macro_f1": accuracy, "loss": 1.0}
+        by_name = dict(zip(names, each.contributions.mean(0).tolist(), strict=True))
+        entries.append(
+            {
+                "method": method,
+                "seed": seed,
+                "metrics": metrics | {"modality_accuracy": by_name, "contribution": by_name},
+                "protocol": METHODS[method].learner.protocol,
+                "seconds": 1.0,
+                "seconds_per_epoch": 0.05,
+                "history": [],
+                **each.figures(names),
+            }
+        )
+    return summarize(entries, outcomes=outcomes)
+
+
+def seeds(count=5, **figures):
+    return [made(seed=seed, **figures) for seed in range(count)]
+
+
+def test_neglect_is_what_the_probe_loses_against_the_encoder_trained_alone():
+    summaries = runs_of(
+        {"joint": seeds(probes=(0.45, 0.6)), "unimodal": seeds(probes=(0.55, 0.6)), "mla": seeds()}
+    )
+    findings = find(summaries)
+    assert list(findings.neglected("joint")) == ["audio"]
+    gap = findings.unlearnt["joint"]["audio"]
+    assert gap.mean == pytest.approx(0.1, abs=0.03)
+    assert 0 < gap.half_width < 0.05
+    assert list(findings.neglected("mla")) == ["audio"]
+    assert "unimodal" not in findings.unlearnt
+    use = findings.use["joint"]["audio"]
+    assert verdict(summaries) == (
+        f"Joint training uses audio least ({use.mean:.2f} ± {use.half_width:.2f} of 2) and leaves "
+        f"{100 * gap.mean:.1f} ± {100 * gap.half_width:.1f} points of it unlearnt."
+    )
+
+
+def test_the_least_used_need_not_be_the_neglected():
+    summaries = runs_of({"joint": seeds(probes=(0.5, 0.5)), "unimodal": seeds(probes=(0.5, 0.6))})
+    assert verdict(summaries).endswith("points of image unlearnt.")
+    assert "uses audio least" in verdict(summaries)
+    both = runs_of({"joint": seeds(probes=(0.4, 0.5)), "ensemble": seeds(probes=(0.55, 0.6))})
+    assert list(find(both).neglected("joint")) == ["audio", "image"]
+    assert " points of it and " in verdict(both)
+    assert verdict(both).endswith("points of image unlearnt.")
+
+
+def test_nothing_is_claimed_where_intervals_overlap():
+    summaries = runs_of(
+        {"joint": seeds(probes=(0.5, 0.6), shares=(0.7, 0.71)), "unimodal": seeds(probes=(0.503, 0.6))}
+    )
+    said = verdict(summaries)
+    assert said.startswith("Joint training uses no modality clearly less than all others (0.7")
+    assert said.endswith(" of 2), and leaves nothing of any modality unlearnt that these runs can tell.")
+    assert find(summaries).neglected("joint") == {}
+    # Ten points in one seed and none in the others are not beyond the spread over seeds.
+    wild = [made(seed=s, probes=(p, 0.6)) for s, p in enumerate((0.3, 0.5, 0.52, 0.48, 0.5))]
+    assert find(runs_of({"joint": wild, "unimodal": seeds(probes=(0.5, 0.6))})).neglected("joint") == {}
+    # Nor are five points of a test part of 40 samples.
+    few = {"num": 40}
+    small = runs_of({"joint": seeds(probes=(0.45, 0.6), **few), "unimodal": seeds(probes=(0.5, 0.6), **few)})
+    assert find(small).neglected("joint") == {}
+
+
+def test_differences_too_small_for_a_word_are_no_neglect():
+    large = {"num": 200_000, "count": 3}
+    summaries = runs_of(
+        {"joint": seeds(probes=(0.5, 0.6), **large), "unimodal": seeds(probes=(0.506, 0.6), **large)}
+    )
+    assert find(summaries).unlearnt["joint"]["audio"].low > 0
+    assert find(summaries).neglected("joint") == {}
+
+
+def test_of_one_seed_nothing_is_claimed():
+    figures = {
+        "joint": seeds(1, probes=(0.2, 0.6)),
+        "unimodal": seeds(1, probes=(0.6, 0.6)),
+        "mla": seeds(1, accuracy=0.9),
+    }
+    summaries = runs_of(figures)
+    findings = find(summaries)
+    assert findings.neglected("joint") == {}
+    assert findings.marks("mla") == ""
+    assert verdict(summaries).endswith("What it leaves unlearnt is not told from one seed: give more.")
+    assert ranking(summaries).startswith("Highest accuracy in this one run: MLA, ")
+
+
+def test_without_what_is_needed_less_is_said():
+    alone = runs_of({"joint": seeds()})
+    assert verdict(alone).endswith("of 2).")
+    assert ranking(alone) == ""
+    assert verdict(runs_of({"mla": seeds()})) == ""
+    unprobed = runs_of({"joint": seeds(probed=False), "unimodal": seeds()})
+    assert verdict(unprobed).endswith("of 2).")
+    one = runs_of({"joint": [made(probes=(0.5,), shares=(0.6,))]}, names=("audio",))
+    assert verdict(one) == ""
+    assert find([]).as_dict() == {}
+
+
+def test_methods_are_marked_where_they_are_better():
+    summaries = runs_of(
+        {
+            "joint": seeds(accuracy=0.6),
+            "unimodal": seeds(accuracy=0.5),
+            "ensemble": seeds(accuracy=0.65),
+            "di-mml": seeds(accuracy=0.75),
+            "mla": seeds(accuracy=0.64),
+        }
+    )
+    findings = find(summaries)
+    marks = {name: findings.marks(name) for name in ("joint", "unimodal", "ensemble", "di-mml", "mla")}
+    assert marks == {"joint": "", "unimodal": "", "ensemble": "*", "di-mml": "*†", "mla": "*"}
+    assert set(findings.over_joint) == {"unimodal", "ensemble", "di-mml", "mla"}
+    assert set(findings.over_baselines) == {"di-mml", "mla"}
+    # The one that it is closest to.
+    assert findings.over_baselines["di-mml"].over == "ensemble"
+    assert findings.over_baselines["mla"].over == "ensemble"
+    assert findings.over_baselines["mla"].p == 1.0
+    text = ranking(summaries)
+    assert "Better than Joint (" in text
+    assert "Holm-corrected over 4 methods: DI-MML by " in text
+    assert ". Worse: Best unimodal by " in text
+    assert text.endswith("Better than every simple baseline: DI-MML.")
+
+
+def test_correction_counts_the_methods():
+    figures = {"joint": seeds(accuracy=0.6, num=400), "mla": seeds(accuracy=0.635, num=400)}
+    alone = find(runs_of(figures)).over_joint["mla"]
+    assert alone.p == alone.estimate.p
+    rest = {name: seeds(accuracy=0.6, num=400) for name in METHODS if name not in figures}
+    among = find(runs_of(figures | rest)).over_joint["mla"]
+    assert among.estimate.p == alone.estimate.p
+    assert among.p == pytest.approx(min(1.0, 9 * alone.p))
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have():
+    figures = {"joint": seeds(5, accuracy=0.6), "mla": seeds(2, accuracy=0.7)}
+    assert find(runs_of(figures)).over_joint["mla"].estimate.num_seeds == 2
+
+
+def test_plain_values_are_for_json():
+    import json
+
+    found = find(runs_of({"joint": seeds(2), "unimodal": seeds(2), "mla": seeds(2)})).as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert set(found["mla"]) == {"use", "unlearnt", "over_joint", "over_baselines"}
+    assert set(found["mla"]["over_joint"]) == {"over", "mean", "low", "high", "p", "corrected_p"}
