@@ -123,7 +123,7 @@ def _variance(
     # Where an estimated addend is below 0, it is 0.
     parts = max(by_seed + by_sample - residual, by_seed, by_sample)
     if parts == 0:
-        return 0.0, 1.0
+        return 0.0, num_samples - 1
     spread = by_seed**2 / (num_seeds - 1) + by_sample**2 / (num_samples - 1) + residual**2 / free
     freedom = parts**2 / spread
     return parts / (num_seeds * num_samples), max(freedom, num_seeds - 1)
