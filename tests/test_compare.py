@@ -18,6 +18,7 @@ from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
 from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.pictures import PICTURES
 from mmfast.experiments.setup import PlannedRun, Setup, fingerprint
 from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import DIMML, METHODS, MLA, Joint
@@ -78,7 +79,16 @@ def metrics(out):
 
 def test_results_hold_every_run_with_its_facts(done):
     found = results(done[0])
-    assert set(found) == {"format", "versions", "machine", "data", "configuration", "runs", "checksum"}
+    assert set(found) == {
+        "format",
+        "versions",
+        "machine",
+        "data",
+        "configuration",
+        "runs",
+        "summary",
+        "checksum",
+    }
     assert found["format"] == 1
     assert found["data"]["sizes"] == {"train": 96, "val": 21, "test": 23}
     assert found["data"]["shapes"] == {"audio": [6], "pose": [5, 3]}
@@ -102,9 +112,9 @@ def test_it_prints_a_line_a_run_the_table_and_where_files_are(done):
     assert "20/20 mla seed 1: accuracy" in text
     for method in METHODS.values():
         assert method.title in text
-    assert f"Written to {out}: results.json, accuracy.png, modality_accuracy.png, contributions.png." in text
+    assert f"Written to {out}: report.html, results.json, results.csv, predictions.parquet, " in text
     assert "\x1b" not in text
-    for name in ("accuracy.png", "modality_accuracy.png", "contributions.png"):
+    for name in PICTURES:
         assert (out / name).stat().st_size > 10_000
     assert not list(out.rglob("*.tmp"))
 

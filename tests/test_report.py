@@ -169,8 +169,8 @@ def test_summaries_choose_methods_and_seeds():
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_pictures(count, tmp_path):
     summaries = everything(MODALITIES[count])
-    for name in plot_comparison(summaries, tmp_path):
-        height, width = imread(tmp_path / name).shape[:2]
+    for picture in plot_comparison(summaries, tmp_path):
+        height, width = imread(tmp_path / picture.name).shape[:2]
         assert 600 <= height <= 2000
         assert 700 <= width <= 2500
 

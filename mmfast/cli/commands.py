@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from mmfast.cli import machine_commands, predict_command
 from mmfast.cli.flags import (
     Accelerator,
+    Confusion,
     Data,
     DataOnDevice,
     Devices,
@@ -70,6 +72,7 @@ def compare(
     split_seed: SplitSeed = 0,
     skip_unreadable: SkipUnreadable = False,
     probe: Probe = True,
+    confusion: Confusion = None,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
     num_nodes: OneNode = 1,
@@ -86,8 +89,10 @@ def compare(
     """
     with plain_errors(traceback):
         from mmfast.cli.options import make_methods, setup_of
+        from mmfast.data import overview
         from mmfast.experiments.comparison import Comparison
-        from mmfast.experiments.pictures import plot_comparison
+        from mmfast.experiments.confusions import confused_methods
+        from mmfast.experiments.kept_files import write_files
         from mmfast.experiments.results import RESULTS
         from mmfast.experiments.subprocesses import DIVERGED
         from mmfast.experiments.summary import summarize
@@ -96,6 +101,7 @@ def compare(
         from mmfast.training.stopping import Stopped
 
         chosen = make_methods(methods, settings or ())
+        confused = confused_methods(confusion, [method.name for method in chosen])
         setup = setup_of(context.params, Optimization())
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
@@ -117,9 +123,20 @@ def compare(
             print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
             raise typer.Exit(_status(end)) from None
         runs = comparison.results.content["runs"]
-        summaries = summarize(runs, [method.name for method in chosen], seeds, outcomes=comparison.outcomes())
-        finite = [summary for summary in summaries if summary.runs]
-        files = [RESULTS, *(plot_comparison(finite, out) if finite else [])]
+        outcomes, splits = comparison.outcomes(), setup.splits
+        summaries = summarize(runs, [method.name for method in chosen], seeds, outcomes=outcomes)
+        files = [RESULTS]
+        if any(summary.runs for summary in summaries):
+            files = write_files(
+                comparison.results,
+                summaries,
+                outcomes,
+                splits.class_names,
+                keys=splits.test.sample_keys,
+                confused=confused,
+                overview=overview(splits, setup.model(0), seeds=seeds),
+                command=_command(),
+            )
         console.print()
         show(
             console,
@@ -132,6 +149,13 @@ def compare(
         if lost := [summary.title for summary in summaries if not summary.runs]:
             print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)
             raise typer.Exit(DIVERGED)
+
+
+def _command() -> str:
+    """Return the command of this process as one types it."""
+    program = Path(sys.argv[0])
+    words = ["python", "-m", "mmfast"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def _status(end: BaseException) -> int:

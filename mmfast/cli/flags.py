@@ -162,6 +162,15 @@ DataOnDevice = Annotated[
         "at most a quarter of a GPU's free memory."
     ),
 ]
+Confusion = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Methods whose confusion matrices are drawn: names separated by commas, all or none; by default "
+        "joint and the best one.",
+        show_default=False,
+    ),
+]
 Probe = Annotated[
     bool,
     typer.Option(

@@ -161,7 +161,7 @@ class Comparison:
         Raises:
             BlockingIOError: another process makes one of the runs.
         """
-        from mmfast.experiments.pictures import PICTURES
+        from mmfast.experiments.kept_files import FILES
 
         runs = []
         for folder in (self.out / "runs").glob("*"):
@@ -176,7 +176,7 @@ class Comparison:
                     raise BlockingIOError(
                         f"another process makes a run in {folder}: wait for its end, or give another --out"
                     ) from None
-            for name in (RESULTS, f"{RESULTS}.damaged", *PICTURES):
+            for name in (RESULTS, f"{RESULTS}.damaged", *FILES):
                 (self.out / name).unlink(missing_ok=True)
             for folder in runs:
                 shutil.rmtree(folder)

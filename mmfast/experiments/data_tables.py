@@ -11,23 +11,26 @@ from mmfast.experiments.tables import hyphenate
 
 # Width at which modality names go over to another line, from wide to narrow; at None nothing is broken.
 _LAYOUTS = (None, 24, 14, 9)
-_NOTE = "Absent: samples of all parts without it. Constant: features or channels that never vary in train."
+OVERVIEW_NOTE = (
+    "Absent: samples of all parts without it. Constant: features or channels that never vary in train."
+)
 
 
 def show_overview(console: Console, overview: Overview) -> None:
     """Print how each modality was read, and what a result on the data will not show."""
     unbounded = Console(width=10_000)
-    tables = [_table(overview, wrap) for wrap in _LAYOUTS]
+    tables = [overview_table(overview, wrap) for wrap in _LAYOUTS]
     fitting = [table for table in tables if unbounded.measure(table).maximum <= console.width]
     console.print(fitting[0] if fitting else tables[-1])
     if any(modality.lacking or modality.constant for modality in overview.modalities):
-        console.print(Text(_NOTE, style="dim"))
+        console.print(Text(OVERVIEW_NOTE, style="dim"))
     for sentence in overview.warnings:
         console.print(Text(f"Warning: {sentence}", style="yellow"))
     console.print()
 
 
-def _table(overview: Overview, wrap: int | None) -> Table:
+def overview_table(overview: Overview, wrap: int | None) -> Table:
+    """Return how each modality was read; names go over to another line at a width, at None nothing does."""
     wide = wrap is None
     table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="bold", pad_edge=False)
     above = "" if wide else "\n"

@@ -1,210 +1,285 @@
-"""Pictures of a comparison; PNG, readable without colour, and drawn without a display."""
+"""Pictures of a comparison; PNG, readable without colour, and drawn without a display.
+
+In all of them a black bar is what all modalities reach together, a small dot one seed, and a shape with its
+colour a modality.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mmfast.experiments import picture_titles as titles
+from mmfast.experiments.contribution_curves import contribution_curves
+from mmfast.experiments.findings import Findings, find
+from mmfast.experiments.picture_parts import entitle, legend_below, shape_of, short, swarm
 from mmfast.experiments.summary import Summary
-from mmfast.plots import COLORS, DPI, GREY, MARKERS
+from mmfast.plots import DPI, GREY, fonts_for
 
 # File names of the pictures of a comparison.
-PICTURES = ("accuracy.png", "modality_accuracy.png", "contributions.png")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+PICTURES = ("accuracy.png", "probes.png", "contributions.png", "missing.png", "modality_accuracy.png")
+# Modalities that are told apart by shapes; more make a grid.
+_MOST_SHAPES = 4
+_ALL: dict[str, Any] = {"marker": "|", "color": "black", "markersize": 17, "markeredgewidth": 2}
 
 
-def plot_comparison(summaries: Sequence[Summary], folder: Path) -> list[str]:
-    """Write the pictures of a comparison and return their file names."""
-    for plot, name in zip((plot_accuracy, plot_modality_accuracy, plot_contributions), PICTURES, strict=True):
-        plot(summaries, folder / name)
-    return list(PICTURES)
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was written.
+
+    Attributes:
+        name: of the file.
+        title: what it shows, in a sentence.
+        text: what can be read there, for those who do not see it.
+    """
+
+    name: str
+    title: str
+    text: str
 
 
-def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
+def plot_comparison(
+    summaries: Sequence[Summary], folder: Path, findings: Findings | None = None
+) -> list[Picture]:
+    """Write the pictures of a comparison; of missing modalities and of probes only where these are known."""
+    plots = dict(
+        zip(PICTURES, (plot_accuracy, plot_probes, plot_contributions, plot_missing, plot_modality_accuracy))
+    )
+    if not any(summary.probe for summary in summaries):
+        del plots["probes.png"]
+    if len(summaries[0].alone) < 2 or not any(summary.missing for summary in summaries):
+        del plots["missing.png"]
+    for name in set(PICTURES) - set(plots):
+        # Of other runs.
+        (folder / name).unlink(missing_ok=True)
+    findings = findings or find(summaries)
+    return [plot(summaries, folder / name, findings) for name, plot in plots.items()]
+
+
+def letters_missing(names: Sequence[str]) -> str:
+    """Return a sentence where names have letters that no installed font has, else ""."""
+    with fonts_for(names) as note:
+        return note
+
+
+def _written(draw: Callable[[], Figure], path: Path, title: str, text: str, names: Sequence[str]) -> Picture:
+    with fonts_for([*names, title]):
+        figure = draw()
+        entitle(figure, title)
+        figure.savefig(path, dpi=DPI)
+    return Picture(path.name, title, text)
+
+
+def plot_accuracy(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
     """Write test accuracy per method: mean, standard deviation, every seed; lines at the baselines."""
-    figure = Figure(figsize=(7.5, 1.5 + 0.36 * len(summaries)), layout="constrained")
+    title = titles.accuracy_title(summaries, findings or find(summaries))
+    text = _told(summaries, lambda s: f"{100 * s.mean_accuracy:.1f}%", "Test accuracy")
+    return _written(lambda: _accuracy(summaries), path, title, text, [])
+
+
+def _accuracy(summaries: Sequence[Summary]) -> Figure:
+    figure = Figure(figsize=(7.5, 1.9 + 0.4 * len(summaries)), layout="constrained")
     axes = figure.subplots()
-    bars = {s.name: 100 * s.mean_accuracy for s in summaries if s.name in ("joint", "unimodal")}
-    for name, color, dash in (("joint", COLORS[0], "--"), ("unimodal", COLORS[1], ":")):
-        if name in bars:
-            title = next(s.title for s in summaries if s.name == name)
-            axes.axvline(bars[name], color=color, linestyle=dash, linewidth=1.4, label=title, zorder=1)
-    seeds = max(len(s.accuracy) for s in summaries)
+    handles = []
+    for name, dash in (("joint", "--"), ("unimodal", ":")):
+        for summary in summaries:
+            if summary.name == name:
+                mean = 100 * summary.mean_accuracy
+                axes.axvline(mean, color=GREY, linestyle=dash, linewidth=1.3, zorder=1)
+                handles.append(Line2D([], [], color=GREY, ls=dash, label=f"{summary.title}, its mean"))
+    _method_axis(axes, [summary.title for summary in summaries])
+    every = [100 * value for summary in summaries for value in summary.accuracy]
+    # About a dot's width, so that no dot hides another.
+    width = max(max(every) - min(every), 1.0) / 60
+    seeds = max(len(summary.accuracy) for summary in summaries)
     for row, summary in enumerate(summaries):
         values = [100 * value for value in summary.accuracy]
+        mean = statistics.fmean(values)
         if len(values) > 1:
-            axes.scatter(
-                values,
-                [row] * len(values),
-                s=16,
-                facecolors="none",
-                edgecolors=GREY,
-                linewidths=0.8,
-                zorder=2,
-            )
-            axes.errorbar(
-                statistics.fmean(values),
-                row,
-                xerr=statistics.stdev(values),
-                color="black",
-                capsize=3,
-                zorder=3,
-            )
-        axes.plot(statistics.fmean(values), row, "o", color="black", markersize=6, zorder=4)
-    _method_axis(axes, [summary.title for summary in summaries])
-    spread = f", mean ± standard deviation and each of {seeds} seeds" if seeds > 1 else ""
-    axes.set_xlabel(f"Test accuracy (%){spread}")
-    if bars:
-        figure.legend(loc="outside upper right", ncols=len(bars), frameon=False)
-    figure.savefig(path, dpi=DPI)
-
-
-def plot_modality_accuracy(summaries: Sequence[Summary], path: Path) -> None:
-    """Write the accuracy of every modality alone per method: dots, or a coloured grid for more than four."""
-    modalities = list(summaries[0].alone)
-    draw = _dots if len(modalities) <= 4 else _grid
-    draw(summaries, modalities).savefig(path, dpi=DPI)
-
-
-def _dots(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(7.5, 1.8 + 0.42 * len(summaries)), layout="constrained")
-    axes = figure.subplots()
-    for row, summary in enumerate(summaries):
-        # Offsets within the row keep equal figures apart.
-        offsets = [0.13 * (m - (len(modalities) - 1) / 2) for m in range(len(modalities))]
-        for m, name in enumerate(modalities):
-            value = summary.alone[name]
-            if value is None:
-                continue
-            axes.plot(
-                100 * value,
-                row + offsets[m],
-                MARKERS[m],
-                markersize=7,
-                markeredgecolor=COLORS[m],
-                markerfacecolor=COLORS[m] if summary.protocol == "own-head" else "white",
-                markeredgewidth=1.5,
-            )
-        axes.plot(100 * summary.mean_accuracy, row, "|", color="black", markersize=17, markeredgewidth=1.8)
-    _method_axis(axes, [summary.title for summary in summaries])
-    axes.set_xlabel("Test accuracy (%), mean over seeds")
-    style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgewidth": 1.5}
-    handles = [
-        Line2D([], [], marker=MARKERS[m], color=COLORS[m], label=f"{name} alone", **style)
-        for m, name in enumerate(modalities)
-    ]
-    handles.append(
-        Line2D([], [], marker="|", color="black", label="all modalities", **(style | {"markersize": 14}))
-    )
-    for protocol, face in (("own-head", GREY), ("masked", "white")):
-        if any(summary.protocol == protocol for summary in summaries):
-            shape = Line2D(
-                [], [], marker="o", color=GREY, markerfacecolor=face, label=f"alone: {protocol}", **style
-            )
-            handles.append(shape)
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / 2), frameon=False
-    )
+            offsets = swarm(values, width)
+            step = min(0.16, 0.42 / max(1.0, max(map(abs, offsets))))
+            axes.plot(values, [row + step * o for o in offsets], ".", color=GREY, markersize=7, zorder=4)
+            spread = statistics.stdev(values)
+            axes.errorbar(mean, row, xerr=spread, color="black", capsize=3, linewidth=1.2, zorder=3)
+        axes.plot(mean, row, zorder=5, **_ALL)
+    over = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    axes.set_xlabel(f"Accuracy on the test set (%), {over}")
+    if seeds > 1:
+        mean_style = _ALL | {"markersize": 12, "linestyle": "-", "linewidth": 1.2}
+        handles.insert(0, Line2D([], [], label="mean ± standard deviation", **mean_style))
+        handles.insert(1, Line2D([], [], color=GREY, marker=".", linestyle="none", label="one seed"))
+    legend_below(figure, handles)
     return figure
 
 
-def _grid(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
-    rows = [
-        [math.nan if (value := summary.alone[name]) is None else 100 * value for name in modalities]
-        for summary in summaries
-    ]
-    figure = Figure(figsize=(3.2 + 0.6 * len(modalities), 2.1 + 0.4 * len(summaries)), layout="constrained")
+def plot_modality_accuracy(
+    summaries: Sequence[Summary], path: Path, findings: Findings | None = None
+) -> Picture:
+    """Write the accuracy of every modality alone per method: shapes, or a grid for more than four."""
+    title = "What each modality reaches alone"
+    text = _told(
+        summaries, lambda s: _listed(s.alone, 100.0), "Test accuracy of each modality alone, in percent"
+    )
+    figures = [summary.alone for summary in summaries]
+    rows = [f"{summary.title} ({summary.protocol})" for summary in summaries]
+    return _written(
+        lambda: _by_modality(summaries, figures, rows, "{} alone", "Modality alone"),
+        path,
+        title,
+        text,
+        list(figures[0]),
+    )
+
+
+def plot_probes(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
+    """Write what linear probes reach on every modality's frozen features, as `plot_modality_accuracy`."""
+    summaries = [summary for summary in summaries if summary.probe]
+    figures = [summary.probe for summary in summaries]
+    title = titles.probe_title(findings or find(summaries))
+    text = _told(summaries, lambda s: _listed(s.probe, 100.0), "Test accuracy of a probe of each, in percent")
+    rows = [summary.title for summary in summaries]
+    return _written(
+        lambda: _by_modality(summaries, figures, rows, "probe of {}", "Modality that is probed"),
+        path,
+        title,
+        text,
+        list(figures[0]),
+    )
+
+
+def plot_missing(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
+    """Write the accuracy with each modality missing at test time, per method, as `plot_modality_accuracy`."""
+    summaries = [summary for summary in summaries if summary.missing]
+    figures = [summary.missing for summary in summaries]
+    title = titles.missing_title(summaries)
+    text = _told(summaries, lambda s: _listed(s.missing, 100.0), "Test accuracy without each, in percent")
+    rows = [summary.title for summary in summaries]
+    return _written(
+        lambda: _by_modality(summaries, figures, rows, "without {}", "Modality that is missing"),
+        path,
+        title,
+        text,
+        list(figures[0]),
+    )
+
+
+def plot_contributions(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
+    """Write the mean contribution of every modality over epochs, and to test samples, a panel a method."""
+    title = titles.contribution_title(findings or find(summaries))
+    text = _told(summaries, lambda s: _listed(s.contribution, 1.0, 2), "Mean contribution on the test set")
+    return _written(
+        lambda: contribution_curves(summaries), path, title, text, list(summaries[0].contribution)
+    )
+
+
+def _by_modality(
+    summaries: Sequence[Summary],
+    figures: Sequence[Mapping[str, float | None]],
+    rows: Sequence[str],
+    label: str,
+    what: str,
+) -> Figure:
+    """Return shapes or a grid: one row a method, a shape or a column for each modality, and for all of them.
+
+    Args:
+        summaries: one a method.
+        figures: for each of them an accuracy by modality.
+        rows: for each of them what stands beside it.
+        label: of a modality in a legend.
+        what: the columns of a grid are.
+    """
+    if len(figures[0]) <= _MOST_SHAPES:
+        return _shapes(summaries, figures, rows, label)
+    return _grid(summaries, figures, rows, what)
+
+
+def _shapes(
+    summaries: Sequence[Summary],
+    figures: Sequence[Mapping[str, float | None]],
+    rows: Sequence[str],
+    label: str,
+) -> Figure:
+    names = list(figures[0])
+    figure = Figure(figsize=(7.5, 2.1 + 0.42 * len(summaries)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(rows, cmap="cividis", aspect="auto")
+    for row, (summary, values) in enumerate(zip(summaries, figures, strict=True)):
+        axes.plot(100 * summary.mean_accuracy, row, **_ALL)
+        for m, name in enumerate(names):
+            if (value := values[name]) is not None:
+                # Offsets within the row keep equal figures apart.
+                place = row + 0.15 * (m - (len(names) - 1) / 2)
+                axes.plot(100 * value, place, markersize=7, linestyle="none", **shape_of(m))
+    _method_axis(axes, rows)
+    axes.set_xlabel(f"Accuracy on the test set (%), {_over(summaries)}")
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 7}
+    handles = [
+        Line2D([], [], label=label.format(short(name)), **shape_of(m), **style)
+        for m, name in enumerate(names)
+    ]
+    handles.append(Line2D([], [], label="all modalities", **(style | _ALL | {"markersize": 13})))
+    legend_below(figure, handles)
+    return figure
+
+
+def _grid(
+    summaries: Sequence[Summary],
+    figures: Sequence[Mapping[str, float | None]],
+    rows: Sequence[str],
+    what: str,
+) -> Figure:
+    names = list(figures[0])
+    cells = [
+        [math.nan if (value := values[name]) is None else 100 * value for name in names]
+        + [100 * summary.mean_accuracy]
+        for summary, values in zip(summaries, figures, strict=True)
+    ]
+    size = (4.4 + 0.62 * (len(names) + 1), 2.9 + 0.4 * len(summaries))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="cividis", aspect="auto")
     low, high = image.get_clim()
-    for y, row in enumerate(rows):
+    for y, row in enumerate(cells):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                dark = value < (low + high) / 2
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.0f}",
-                    ha="center",
-                    va="center",
-                    color="white" if dark else "black",
-                    fontsize=9,
-                )
-    axes.set_xticks(range(len(modalities)), modalities, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(summaries)), [f"{s.title} ({s.protocol})" for s in summaries])
+                color = "white" if value < (low + high) / 2 else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
+    # What all modalities reach stands apart.
+    axes.axvline(len(names) - 0.5, color="white", linewidth=4)
+    headers = [*(short(name, 22) for name in names), "all modalities"]
+    axes.set_xticks(range(len(headers)), headers, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(what)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="Accuracy alone (%)", fraction=0.04)
-    axes.set_title("Each modality alone on the test set, mean over seeds", fontsize=11, loc="left")
+    figure.colorbar(image, ax=axes, label=f"Accuracy on the test set (%),\n{_over(summaries)}", fraction=0.04)
     return figure
 
 
-def plot_contributions(summaries: Sequence[Summary], path: Path) -> None:
-    """Write the mean contribution of every modality to validation samples over epochs, one panel a method."""
-    modalities = list(summaries[0].contribution)
-    columns = len(summaries) if len(summaries) <= 4 else math.ceil(len(summaries) / 2)
-    rows = math.ceil(len(summaries) / columns)
-    legend_columns = min(len(modalities), 2 * columns, 6)
-    legend_height = 0.3 * math.ceil(len(modalities) / legend_columns)
-    size = (max(5.0, 0.5 + 2.6 * columns), 0.6 + legend_height + 2.3 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for panel in panels.flat[len(summaries) :]:
-        panel.remove()
-    for summary, axes in zip(summaries, panels.flat, strict=False):
-        for m, name in enumerate(modalities):
-            epochs, means = _over_epochs(summary, name)
-            axes.plot(
-                epochs,
-                means,
-                marker="o" if len(epochs) == 1 else None,
-                color=COLORS[m % len(COLORS)],
-                linestyle=_DASHES[m // len(COLORS) % len(_DASHES)],
-                linewidth=1.6,
-                label=name,
-            )
-        stages = [entry["stage"] for entry in summary.runs[0]["history"]]
-        for epoch in range(1, len(stages)):
-            if stages[epoch] != stages[epoch - 1]:
-                axes.axvline(epoch + 0.5, color=GREY, linewidth=1, linestyle=":")
-        axes.set_title(summary.title, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=6, integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(
-        "Epoch (dotted line: the next stage begins)" if _has_stages(summaries) else "Epoch", fontsize=10
-    )
-    figure.supylabel("Mean contribution, validation set", fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=legend_columns, frameon=False)
-    figure.savefig(path, dpi=DPI)
+def _over(summaries: Sequence[Summary]) -> str:
+    seeds = max(len(summary.accuracy) for summary in summaries)
+    return f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
 
 
-def _has_stages(summaries: Sequence[Summary]) -> bool:
-    return any(len({entry["stage"] for entry in s.runs[0]["history"]}) > 1 for s in summaries)
+def _told(summaries: Sequence[Summary], figure: Callable[[Summary], str], what: str) -> str:
+    """Return the figures of a picture as a sentence."""
+    return f"{what}: {'; '.join(f'{summary.title} {figure(summary)}' for summary in summaries)}."
 
 
-def _over_epochs(summary: Summary, modality: str) -> tuple[list[int], list[float]]:
-    """Return epochs counted from 1 over all stages, and the contribution's mean over seeds."""
-    curves = [[entry["val"]["contribution"][modality] for entry in run["history"]] for run in summary.runs]
-    epochs, means = [], []
-    for epoch, values in enumerate(zip(*curves, strict=False), 1):
-        known = [value for value in values if value is not None]
-        if known:
-            epochs.append(epoch)
-            means.append(statistics.fmean(known))
-    return epochs, means
+def _listed(figures: Mapping[str, float | None], scale: float, digits: int = 1) -> str:
+    known = {name: "unknown" if v is None else f"{scale * v:.{digits}f}" for name, v in figures.items()}
+    return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
-def _method_axis(axes: Any, titles: Sequence[str]) -> None:
-    axes.set_yticks(range(len(titles)), titles)
-    axes.set_ylim(len(titles) - 0.4, -0.6)
+def _method_axis(axes: Any, rows: Sequence[str]) -> None:
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)

@@ -14,6 +14,8 @@ from mmfast.methods import METHODS
 FORMAT = 1
 RESULTS = "results.json"
 METRICS = "metrics.json"  # of a single run, in its folder
+# Key of what the runs of a comparison that has ended come to.
+SUMMARY = "summary"
 # Key of a run's file: which data and settings it belongs to.
 _COMPARISON = "comparison"
 # Key of what tells whether the rest is what was written.
@@ -64,6 +66,15 @@ class Results:
         with self._lock():
             self._take_in()
             self._put(entry)
+            # It was that of the other runs.
+            self.content.pop(SUMMARY, None)
+            self._write(self.content)
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Write beside the runs what they come to."""
+        with self._lock():
+            self._take_in()
+            self.content[SUMMARY] = plain(summary)
             self._write(self.content)
 
     def _write(self, content: dict[str, Any]) -> None:

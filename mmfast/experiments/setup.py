@@ -31,6 +31,7 @@ from mmfast.models.build import ENCODERS
 from mmfast.training.divergence import DivergedError
 from mmfast.training.metrics import AnyMetrics
 from mmfast.training.optimization import Optimization
+from mmfast.training.selection import kept_epochs
 from mmfast.training.trainer import Trainer
 
 # Whether data lie on the device all the time.
@@ -261,6 +262,7 @@ def finished_entry(trainer: Trainer, metrics: AnyMetrics) -> dict[str, Any]:
         "versions": versions(),
         "devices": trainer.fabric.world_size,
         "accelerator": trainer.fabric.device.type,
+        "kept_epochs": kept_epochs(trainer.learner, trainer.history, trainer.measures),
         "history": trainer.history,
     }
 

@@ -78,6 +78,36 @@ class BestWeights:
             load_state(learner, kept["weights"].entries, strict=False)
 
 
+def kept_epochs(learner: Learner, history: Sequence[Mapping[str, Any]], measures: Measures) -> dict[str, int]:
+    """Return for each modality the epoch whose weights are kept, counted from 1 over all stages.
+
+    That of the last stage: of the encoder where encoders are selected apart, else of the whole. {} where an
+    epoch was not validated, or the learner's selection is not one of mmfast's, which may have a state.
+
+    Args:
+        learner: at the end of training.
+        history: of the run.
+        measures: by which it selected.
+    """
+    begun = max((i for i, entry in enumerate(history) if entry["epoch"] == 0), default=0)
+    is_ours = type(learner).selection_scores.__module__.startswith("mmfast.")
+    if not is_ours or any("val" not in entry for entry in history[begun:]):
+        return {}
+    best: dict[Part, tuple[float, int]] = {}
+    for epoch, entry in enumerate(history[begun:], begun + 1):
+        for part, score in _apart(learner, learner.selection_scores(*measures.score(entry["val"]))).items():
+            if part not in best or score > best[part][0]:
+                best[part] = score, epoch
+    if not best:
+        return {}
+    found = {}
+    for name in learner.modalities:
+        prefix = f"model.encoders.{name}."
+        own = [epoch for part, (_, epoch) in best.items() if prefix.startswith(part)]
+        found[name] = own[0] if own else max(epoch for _, epoch in best.values())
+    return found
+
+
 def _parted(learner: Learner, part: Part, weights: dict[str, Any]) -> Parted:
     groups = [[key for key in group if key in weights] for group in groups_of(learner, [part])]
     return Parted(weights, groups, fixed=True)
