@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from mmfast import data
 from mmfast.cli.commands import app
-from mmfast.experiments import confusions, run_tables
+from mmfast.experiments import confusions, report, run_tables
 from mmfast.experiments.confusions import confused_methods, confusion_of, plot_confusion
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.results import Results
@@ -283,6 +283,28 @@ def test_a_page_asks_nothing_of_the_network_and_names_everything(done):
         assert 'scope="' in cell
     alts = re.findall(r'<img [^>]*alt="([^"]+)"', page)
     assert len(alts) == page.count("<img ") == 7
+
+
+def test_a_page_tells_settings_that_trials_have_found():
+    tuned = {"select": "val/accuracy", "chosen": 3, "settings": {"lr": 0.00213, "rho": None}, "score": 0.71}
+    configuration = {"max_epochs": 30, "methods": {"mla": {"alpha": 1.0}, "joint": {}}}
+    shared, methods, trials = report._settings_grids(
+        configuration | {"tuning": {"trials": 20, "seeds": [0], "drawn": {}, "methods": {"mla": tuned}}}
+    )
+    assert [[cell.text for cell in row] for row in shared.rows] == [["max_epochs", "30"]]
+    assert [[cell.text for cell in row] for row in methods.rows] == [["MLA", "alpha=1"], ["Joint", "–"]]
+    assert trials.caption == "Settings chosen by 20 trials each, on validation data"
+    assert [cell.text for cell in trials.rows[0]] == ["MLA", "lr=0.00213, rho=none", "0.71"]
+
+
+def test_tables_of_many_columns_come_in_parts_that_keep_kinds_together():
+    names = [f"{name}\n{kind}" for kind in ("alone", "probe", "contrib.") for name in "abcd"]
+    headers = ["Method", "Accuracy", *names[:4], "by", *names[4:]]
+    grid = report.Grid("All", headers, [[report.Cell(header) for header in headers]], [False] * len(headers))
+    parts = report._parts(grid)
+    assert [part.headers[1:] for part in parts] == [["Accuracy"], [*names[:4], "by", *names[4:8]], names[8:]]
+    assert all([cell.text for cell in part.rows[0]] == part.headers for part in parts)
+    assert report._parts(report.Grid("Few", headers[:5], [], [False] * 5))[0].headers == headers[:5]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium is installed (apt-get install chromium)")

@@ -42,6 +42,7 @@ from mmfast.cli.flags import (
 from mmfast.cli.training_flags import with_training_options
 
 if TYPE_CHECKING:
+    from mmfast.data.overview import Overview
     from mmfast.experiments.comparison import Comparison
     from mmfast.experiments.setup import PlannedRun, Setup
 
@@ -89,7 +90,6 @@ def compare(
     """
     with plain_errors(traceback):
         from mmfast.cli.options import make_methods, setup_of
-        from mmfast.data import overview
         from mmfast.experiments.comparison import Comparison
         from mmfast.experiments.confusions import confused_methods
         from mmfast.experiments.kept_files import write_files
@@ -109,7 +109,7 @@ def compare(
             setup, chosen, seeds, out, wait=lambda text: console.print(text, soft_wrap=True)
         )
         left = comparison.prepare(overwrite=overwrite)
-        _show_data(console, setup, seeds)
+        seen = _show_data(console, setup, seeds)
         total = len(chosen) * seeds
         if comparison.results.note:
             print(f"mmfast: {comparison.results.note}", file=sys.stderr)
@@ -134,8 +134,9 @@ def compare(
                 splits.class_names,
                 keys=splits.test.sample_keys,
                 confused=confused,
-                overview=overview(splits, setup.model(0), seeds=seeds),
+                overview=seen,
                 command=_command(),
+                tell=lambda text: print(f"mmfast: {text}", file=sys.stderr),
             )
         console.print()
         show(
@@ -165,11 +166,13 @@ def _status(end: BaseException) -> int:
     return end.status if isinstance(end, Stopped) else 130
 
 
-def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None:
+def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> Overview:
     from mmfast.data import overview
     from mmfast.experiments.data_tables import show_overview
 
-    show_overview(console, overview(setup.splits, setup.model(0), seeds=seeds))
+    found = overview(setup.splits, setup.model(0), seeds=seeds)
+    show_overview(console, found)
+    return found
 
 
 def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun], total: int) -> None:

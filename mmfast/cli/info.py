@@ -16,6 +16,7 @@ from mmfast import backend
 
 # What `pip install "mmfast[train]"` brings; a test holds it to pyproject.toml.
 TRAIN_EXTRA = (
+    "jinja2",
     "lightning-fabric",
     "matplotlib",
     "multiviewstacking",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def write_files(
     confused: Sequence[str] | None = None,
     overview: Overview | None = None,
     command: str | None = None,
+    tell: Callable[[str], None] = print,
 ) -> list[str]:
     """Write what one can keep of a comparison, and return what was written: the report first.
 
@@ -53,6 +54,7 @@ def write_files(
         confused: methods whose confusions are drawn; None: joint training and the best method.
         overview: how the data were read.
         command: that made it.
+        tell: called with a sentence on what pictures do not show.
     """
     out, findings = results.out, find(summaries)
     results.summarize(plain_summary(summaries, findings))
@@ -74,7 +76,8 @@ def write_files(
         seeds = [seed for name, seed in of_shown if name == method]
         if (confusion := confusion_of(method, of_shown, seeds, class_names)) is not None:
             confusions.append((confusion, plot_confusion(confusion, out)))
-    warning = letters_missing([*finite[0].alone, *class_names])
+    if warning := letters_missing([*finite[0].alone, *class_names]):
+        tell(f"{warning}.")
     write_report(
         out / REPORT,
         summaries,
