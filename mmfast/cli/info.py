@@ -24,6 +24,7 @@ TRAIN_EXTRA = (
     "pyarrow",
     "rich",
     "scikit-learn",
+    "scipy",
     "soundfile",
     "tensorboard",
     "torchmetrics",
