@@ -61,7 +61,7 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for results.json, pictures and checkpoints; mmfast-compare/DATA by default.",
+            help="Folder for the report, results, pictures and checkpoints; mmfast-compare/DATA by default.",
             show_default=False,
         ),
     ] = None,
