@@ -19,6 +19,7 @@ TRAIN_EXTRA = (
     "lightning-fabric",
     "matplotlib",
     "multiviewstacking",
+    "optuna",
     "pandas",
     "pyarrow",
     "rich",
