@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import sys
+import threading
 import typing
 from dataclasses import asdict, fields, replace
 
@@ -25,10 +27,12 @@ from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
 from mmfast.experiments import pictures, trial_runs
 from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.setup import PlannedRun, Setup
 from mmfast.experiments.subprocesses import train_arguments
 from mmfast.experiments.trials import _PRIMES, Search, Trial, best_of
 from mmfast.experiments.tuning import Tuned, Tuning, drawn_names, tune
+from mmfast.files import locked
 from mmfast.methods import DIMML, METHODS, MLA, DiagnoseRelearn, Joint, MultiLoss
 from mmfast.ranges import Choices, Epochs, Numbers, Spacing, ranges_of
 from mmfast.training.divergence import DivergedError
@@ -320,6 +324,28 @@ def test_sigterm_ends_it_after_the_epoch(setup, tmp_path):
     assert len(json.loads((tmp_path / "joint.json").read_text())["trials"]) == 1
 
 
+def test_one_process_at_a_time_makes_the_trials_of_a_method(setup, tmp_path):
+    held, free, said = threading.Event(), threading.Event(), []
+
+    def hold():
+        with locked(tmp_path / ".joint.json.lock"):
+            held.set()
+            free.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    # Another method is not waited for.
+    tune(setup, MultiLoss(), trials=1, folder=tmp_path)
+    with pytest.raises(BlockingIOError, match="another process tunes joint"):
+        clear_journals(tmp_path)
+    tune(setup, Joint(), trials=1, folder=tmp_path, wait=lambda text: (said.append(text), free.set()))
+    other.join()
+    assert said == [f"Waiting for another process, which tunes joint in {tmp_path}."]
+    clear_journals(tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_trials_of_other_settings_are_refused_and_damaged_ones_made_anew(setup, tmp_path):
     tune(setup, Joint(), trials=1, folder=tmp_path)
     with pytest.raises(
@@ -375,6 +401,8 @@ def test_what_results_tell_of_it_gives_it_back(setup):
         found.chosen,
     )
     assert isinstance(again.method.epochs, tuple)
+    # As it comes from another process.
+    assert pickle.loads(pickle.dumps(found)).told() == found.told()
     assert again.told() == told
 
 
@@ -419,7 +447,19 @@ def npz(tmp_path_factory, setup):
 
 
 def invoke(npz, out, *words):
-    options = ["--epochs", "2", "--dim", "8", "--batch-size", "32", "--accelerator", "cpu", "--seeds", "1"]
+    options = [
+        "--epochs",
+        "2",
+        "--dim",
+        "8",
+        "--batch-size",
+        "32",
+        "--accelerator",
+        "cpu",
+        "--seeds",
+        "1",
+        "--no-probe",
+    ]
     return CliRunner().invoke(app, ["compare", "--data", str(npz), "--out", str(out), *options, *words])
 
 
@@ -438,19 +478,19 @@ SHORT_HEADS = ["--set", "frozen-unimodal.head_epochs=1", "--set", "di-mml.head_e
 def done(npz, tmp_path_factory):
     """The folder and output of a tuned comparison of all methods."""
     out = tmp_path_factory.mktemp("compare") / "all"
-    result = invoke(npz, out, "--trials", "3", *SHORT_HEADS)
+    result = invoke(npz, out, "--trials", "2", *SHORT_HEADS)
     assert result.exit_code == 0, result.output
     return out, result.stdout
 
 
 def test_every_method_has_the_same_number_of_trials_in_its_ranges(done):
     found = results(done[0])["configuration"]["tuning"]
-    assert (found["trials"], found["seeds"]) == (3, [1000])
+    assert (found["trials"], found["seeds"]) == (2, [1000])
     assert set(found["methods"]) == set(METHODS)
     for name, tuned in found["methods"].items():
         given = METHODS[name](**({"head_epochs": 1} if "head_epochs" in METHODS[name]().config() else {}))
         space, defaults = space_of(given, epochs=2)
-        assert len(tuned["trials"]) == 3
+        assert len(tuned["trials"]) == 2
         assert found["drawn"][name] == drawn_names(given) == list(space)
         assert tuned["trials"][0]["settings"] == json.loads(json.dumps(defaults))
         for trial in tuned["trials"][1:]:
@@ -482,22 +522,22 @@ def test_runs_have_the_settings_that_were_chosen(npz, done, tmp_path):
 
 def test_it_prints_a_line_a_trial_and_what_was_chosen(done):
     text = " ".join(done[1].split())
-    assert " 1/30 joint trial 1: val/accuracy" in text
-    assert "30/30 mla trial 3: val/accuracy" in text
+    assert " 1/20 joint trial 1: val/accuracy" in text
+    assert "20/20 mla trial 2: val/accuracy" in text
     assert "lr=0.001, weight_decay=0.0001" in text
-    assert "Settings: tuned, 3 trials each." in text
-    assert "By val/accuracy in %, seed 1000; 3 trials each, the first with the settings as given." in text
+    assert "Settings: tuned, 2 trials each." in text
+    assert "By val/accuracy in %, seed 1000; 2 trials each, the first with the settings as given." in text
     assert "Tuned As given Chosen Trial Settings" in text
 
 
 def test_what_is_there_is_not_made_again(npz, done, monkeypatch):
     monkeypatch.setattr(compare_module, "make_run", None)
     monkeypatch.setattr(trial_runs.TrialRuns, "make", None)
-    result = invoke(npz, done[0], "--trials", "3", *SHORT_HEADS)
+    result = invoke(npz, done[0], "--trials", "2", *SHORT_HEADS)
     assert result.exit_code == 0, result.output
-    assert "30 of 30 trials: already in" in result.stdout
+    assert "20 of 20 trials: already in" in result.stdout
     assert "10 of 10 runs: already in" in result.stdout
-    fewer = invoke(npz, done[0], "--trials", "3", "--methods", "joint")
+    fewer = invoke(npz, done[0], "--trials", "2", "--methods", "joint")
     assert fewer.exit_code == 0, fewer.output
     assert len(results(done[0])["configuration"]["tuning"]["methods"]) == 10
 
@@ -507,7 +547,7 @@ def test_damaged_results_are_rebuilt_with_their_trials(npz, done, monkeypatch):
     (done[0] / "results.json").write_text('{"runs": [')
     monkeypatch.setattr(compare_module, "make_run", None)
     monkeypatch.setattr(trial_runs.TrialRuns, "make", None)
-    result = invoke(npz, done[0], "--trials", "3", *SHORT_HEADS)
+    result = invoke(npz, done[0], "--trials", "2", *SHORT_HEADS)
     assert result.exit_code == 0, result.output
     assert results(done[0])["runs"] == before["runs"]
 
@@ -515,10 +555,10 @@ def test_damaged_results_are_rebuilt_with_their_trials(npz, done, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trials", "4"], "trials is 3 there, 4 here"),
-        (["--trials", "3", "--tune-seeds", "2"], "seeds of trials is [1000] there, [1000, 1001] here"),
-        ([], "trials is 3 there, none here"),
-        (["--trials", "3", "--lr", "0.001"], "drawn for joint is lr, weight_decay there, weight_decay here"),
+        (["--trials", "4"], "trials is 2 there, 4 here"),
+        (["--trials", "2", "--tune-seeds", "2"], "seeds of trials is [1000] there, [1000, 1001] here"),
+        ([], "trials is 2 there, none here"),
+        (["--trials", "2", "--lr", "0.001"], "drawn for joint is lr, weight_decay there, weight_decay here"),
     ],
 )
 def test_another_budget_is_another_comparison(npz, done, words, said):
@@ -531,24 +571,24 @@ def test_another_budget_is_another_comparison(npz, done, words, said):
 def test_it_is_interrupted_and_goes_on_to_the_same(npz, done, tmp_path, monkeypatch):
     make, made = trial_runs.TrialRuns.make, []
 
-    def make_four(self, asked, stop):
-        if len(made) == 4:
+    def make_three(self, asked, stop):
+        if len(made) == 3:
             raise KeyboardInterrupt
         made.append(asked)
         return make(self, asked, stop)
 
-    monkeypatch.setattr(trial_runs.TrialRuns, "make", make_four)
-    words = ("--methods", "joint,mla", "--trials", "3")
+    monkeypatch.setattr(trial_runs.TrialRuns, "make", make_three)
+    words = ("--methods", "joint,mla", "--trials", "2")
     result = invoke(npz, tmp_path, *words)
     assert result.exit_code == 130
     assert (
-        f"stopped with 4 of 6 trials in {tmp_path / 'tuning'}; the same command goes on there"
+        f"stopped with 3 of 4 trials in {tmp_path / 'tuning'}; the same command goes on there"
         in result.stderr
     )
     monkeypatch.setattr(trial_runs.TrialRuns, "make", make)
     result = invoke(npz, tmp_path, *words)
     assert result.exit_code == 0, result.output
-    assert f"4 of 6 trials: already in {tmp_path / 'tuning'}." in result.stdout
+    assert f"3 of 4 trials: already in {tmp_path / 'tuning'}." in result.stdout
     assert metrics(tmp_path) == {key: metrics(done[0])[key] for key in (("joint", 0), ("mla", 0))}
     # Anew, the trials go with the rest; those of another number can be asked for then.
     result = invoke(npz, tmp_path, "--methods", "joint", "--trials", "1", "--overwrite")
