@@ -116,7 +116,7 @@ class Tuned:
         method: with that setting.
         optimization: with that setting.
         trials: all of them.
-        chosen: number of the best one.
+        chosen: number of the best one, from 0.
         select: the figure that scores, such as "val/accuracy".
     """
 

@@ -43,7 +43,7 @@ def show_tuned(console: Console, found: Sequence[Tuned], seeds: Sequence[int]) -
     runs = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over seeds {seeds[0]} to {seeds[-1]}"
     note = (
         f"By {figure}, {runs}; {trials} trial{'s' * (trials > 1)} each, the first with the settings as "
-        "given. No test data were read."
+        "given. No trial reads test data."
     )
     console.print(Text(note, style="dim"))
 
