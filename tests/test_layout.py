@@ -96,6 +96,7 @@ def test_no_op_is_named_where_all_are_built(path):
 # Rooms of mmfast/, each of which may import those above it: a module that stands alone, or a package.
 ROOMS = (
     "errors",
+    "ranges",
     "files",
     "columns",
     "coalitions",

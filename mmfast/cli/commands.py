@@ -34,6 +34,8 @@ from mmfast.cli.flags import (
     SkipUnreadable,
     SplitSeed,
     Traceback,
+    Trials,
+    TuneSeeds,
     app,
     make_console,
     method_help,
@@ -58,6 +60,8 @@ def compare(
         str, typer.Option(help='"all", or names separated by commas, such as joint,unimodal,di-mml.')
     ] = "all",
     seeds: Seeds = 5,
+    trials: Trials = None,
+    tune_seeds: TuneSeeds = 1,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +93,8 @@ def compare(
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
     with plain_errors(traceback):
-        from mmfast.cli.options import make_methods, setup_of
+        from mmfast.cli.options import make_methods, setup_of, tuning_of
+        from mmfast.cli.tuning import tune_methods
         from mmfast.experiments.comparison import Comparison
         from mmfast.experiments.confusions import confused_methods
         from mmfast.experiments.kept_files import write_files
@@ -97,6 +102,7 @@ def compare(
         from mmfast.experiments.subprocesses import DIVERGED
         from mmfast.experiments.summary import summarize
         from mmfast.experiments.tables import show
+        from mmfast.experiments.tuning_tables import show_tuned
         from mmfast.training.optimization import Optimization
         from mmfast.training.stopping import Stopped
 
@@ -106,13 +112,20 @@ def compare(
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
         comparison = Comparison(
-            setup, chosen, seeds, out, wait=lambda text: console.print(text, soft_wrap=True)
+            setup,
+            chosen,
+            seeds,
+            out,
+            wait=lambda text: console.print(text, soft_wrap=True),
+            tuning=tuning_of(context.params, chosen),
         )
         left = comparison.prepare(overwrite=overwrite)
         seen = _show_data(console, setup, seeds)
         total = len(chosen) * seeds
         if comparison.results.note:
             print(f"mmfast: {comparison.results.note}", file=sys.stderr)
+        if comparison.tuning is not None:
+            found, left = tune_methods(console, comparison, left)
         if len(left) < total:
             console.print(f"{total - len(left)} of {total} runs: already in {out / RESULTS}.", soft_wrap=True)
         try:
@@ -139,6 +152,9 @@ def compare(
                 tell=lambda text: print(f"mmfast: {text}", file=sys.stderr),
             )
         console.print()
+        if comparison.tuning is not None:
+            show_tuned(console, found, comparison.tuning.seeds)
+            console.print()
         show(
             console,
             summaries,
@@ -146,6 +162,7 @@ def compare(
             num_test=len(setup.splits.test),
             out=out,
             files=files,
+            trials=trials or 0,
         )
         if lost := [summary.title for summary in summaries if not summary.runs]:
             print(f"mmfast: no run of {', '.join(lost)} has a result", file=sys.stderr)

@@ -128,6 +128,19 @@ SetOfOne = Annotated[
     ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds 0, 1, ...")]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Settings to try of each method on validation data, before runs with the best are tested: as "
+        "given, then others of its options, of --lr and --weight-decay; what the command line sets stays. "
+        "None by default: all methods run as given.",
+        show_default=False,
+    ),
+]
+TuneSeeds = Annotated[
+    int, typer.Option(min=1, help="Runs of each trial, with other seeds than the runs that are tested.")
+]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Devices = Annotated[str, typer.Option(help="Number of devices a run trains on, or auto.")]
 NumNodes = Annotated[

@@ -20,6 +20,7 @@ TRAIN_EXTRA = (
     "lightning-fabric",
     "matplotlib",
     "multiviewstacking",
+    "optuna",
     "pandas",
     "pyarrow",
     "rich",

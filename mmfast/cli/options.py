@@ -12,8 +12,10 @@ from typing import Any
 from mmfast import data, methods
 from mmfast.errors import check_one_of
 from mmfast.experiments.setup import Setup
+from mmfast.experiments.tuning import Tuning
 from mmfast.methods import METHODS, Method
 from mmfast.methods.presets import PUBLISHED
+from mmfast.ranges import ranges_of
 from mmfast.training.optimization import Optimization
 
 # Options of the command line that have another name than their field of Optimization.
@@ -198,6 +200,23 @@ def make_setup(
         num_workers=num_workers,
         **settings,
     )
+
+
+def tuning_of(given: Mapping[str, Any], methods: Sequence[Method]) -> Tuning | None:
+    """Return how a comparison tunes its methods, None where it does not.
+
+    Args:
+        given: the command's options by the names of its parameters: what is set by one is not drawn.
+        methods: of the comparison.
+    """
+    if given["trials"] is None:
+        if given["tune_seeds"] != 1:
+            raise ValueError(f"tune_seeds must be given with trials, got {given['tune_seeds']} without")
+        return None
+    set_here = {name for name in ranges_of(Optimization) if given[_OPTIONS.get(name, name)] is not None}
+    own = parse_settings(given["settings"] or (), [method.name for method in methods])
+    fixed = {name: sorted(set_here | set(values)) for name, values in own.items()}
+    return Tuning(given["trials"], given["tune_seeds"], fixed)
 
 
 def set_given(base: Optimization, **settings: Any) -> Optimization:

@@ -6,12 +6,13 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
-from mmfast.experiments.results import FORMAT, METRICS, RESULTS, Results
+from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
 from mmfast.experiments.setup import (
     PlannedRun,
     Setup,
@@ -21,6 +22,8 @@ from mmfast.experiments.setup import (
     versions,
 )
 from mmfast.experiments.subprocesses import run_in_subprocess
+from mmfast.experiments.trials import Trial
+from mmfast.experiments.tuning import TRIALS, Tuned, Tuning
 from mmfast.files import locked, plain
 from mmfast.methods import METHODS, Method
 from mmfast.training import checkpoint
@@ -39,6 +42,7 @@ class Comparison:
         num_seeds: runs of each method.
         out: folder of results.json and the runs' checkpoints.
         wait: called with a sentence before this process waits for another one.
+        tuning: how settings are found before the runs; None: they are as they are given.
         results: of the folder.
     """
 
@@ -47,9 +51,11 @@ class Comparison:
     num_seeds: int
     out: Path
     wait: Callable[[str], None] = print
+    tuning: Tuning | None = None
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
+        self._tuned: dict[str, Tuned] = {}
         self.results = Results(self.out, plain(self._description()))
 
     def __repr__(self) -> str:
@@ -73,6 +79,8 @@ class Comparison:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must be a folder, {self.out} is a file")
         epochs = {method.name: self.setup.check(method) for method in self.methods}
+        if self.tuning is not None:
+            self.tuning.check(self.setup, self.methods, self.num_seeds)
         # Raises where accelerator, devices or precision cannot be had.
         self.setup.trainer(self.methods[0], 0, None)
         if overwrite:
@@ -85,6 +93,42 @@ class Comparison:
             for method in self.methods
         ]
         return [planned for planned in runs if not self._done(planned)]
+
+    def tune(
+        self,
+        method: Method,
+        on_trial: Callable[[int, Trial], None] | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Tuned:
+        """Return a method with the setting of its trials, which are made now as far as they are not there.
+
+        Args:
+            method: one of `methods`.
+            on_trial, on_epoch: as `mmfast.experiments.tuning.tune` takes them.
+        """
+        assert self.tuning is not None
+        if told := self.results.tuned(method.name):
+            return Tuned.of(method, self.setup.optimization, told)
+        return self.tuning.tune(
+            self.setup, method, self.out, on_trial=on_trial, on_epoch=on_epoch, wait=self.wait
+        )
+
+    def num_trials(self, method: Method) -> int:
+        """Return how many trials of a method are there by now, of those wanted."""
+        assert self.tuning is not None
+        if self.results.tuned(method.name):
+            return self.tuning.trials
+        return self.tuning.num_made(self.setup, method, self.out)
+
+    def note_tuned(self, tuned: Tuned) -> None:
+        """Let the runs of a method have the setting that was found, and results tell of it."""
+        self.results.note_tuned(tuned.method.name, tuned.told())
+        self._tuned[tuned.method.name] = tuned
+
+    def settled(self, planned: PlannedRun) -> PlannedRun:
+        """Return a run with the setting that was found for its method."""
+        tuned = self._tuned[planned.method.name]
+        return replace(planned, method=tuned.method, optimization=tuned.optimization)
 
     def make(
         self, planned: PlannedRun, on_epoch: Callable[[dict[str, Any]], None] | None = None
@@ -101,13 +145,18 @@ class Comparison:
             self.results.open()
             if self._done(planned):
                 return self.results.find(planned.method.name, planned.seed) or {}
+            setup = self.setup
+            if planned.optimization is not None:
+                setup = setup.with_settings(optimization=planned.optimization)
             try:
-                if self.setup.devices in (1, "1"):
-                    entry = make_run(self.setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
+                if setup.devices in (1, "1"):
+                    entry = make_run(setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
                 else:
-                    entry = run_in_subprocess(self.setup, planned, folder)
+                    entry = run_in_subprocess(setup, planned, folder)
             except DivergedError as error:
                 entry = diverged_entry(planned.method, planned.seed, error)
+            if planned.optimization is not None:
+                entry["optimization"] = plain(planned.optimization.told())
             self.results.add(entry, folder)
         return entry
 
@@ -138,13 +187,9 @@ class Comparison:
                 "fingerprint": setup.fingerprint,
             },
             "configuration": {
-                **setup.optimization.told(),
-                **setup.learning,
-                "dim": setup.dim,
-                "fusion": setup.fusion,
-                "precision": setup.precision,
-                "encoders": setup.named_encoders or None,
+                **setup.configuration,
                 "methods": {method.name: method.config() for method in self.methods},
+                **({} if self.tuning is None else {TUNING: self.tuning.told(self.methods)}),
             },
         }
 
@@ -176,6 +221,7 @@ class Comparison:
                     raise BlockingIOError(
                         f"another process makes a run in {folder}: wait for its end, or give another --out"
                     ) from None
+            clear_journals(self.out / TRIALS)
             for name in (RESULTS, f"{RESULTS}.damaged", *FILES):
                 (self.out / name).unlink(missing_ok=True)
             for folder in runs:

@@ -16,12 +16,14 @@ RESULTS = "results.json"
 METRICS = "metrics.json"  # of a single run, in its folder
 # Key of what the runs of a comparison that has ended come to.
 SUMMARY = "summary"
+# Key of the configuration: how settings were found, and all trials by method.
+TUNING = "tuning"
 # Key of a run's file: which data and settings it belongs to.
 _COMPARISON = "comparison"
 # Key of what tells whether the rest is what was written.
 _CHECKSUM = "checksum"
 # Parts of a comparison, and what in them may differ without making it another one.
-_PARTS = (("data", ("source", "description", "fingerprint")), ("configuration", ("methods",)))
+_PARTS = (("data", ("source", "description", "fingerprint")), ("configuration", ("methods", TUNING)))
 
 
 class Results:
@@ -86,6 +88,15 @@ class Results:
         runs = self.content["runs"]
         return next((e for e in runs if (e["method"], e["seed"]) == (method, seed)), None)
 
+    def tuned(self, method: str) -> dict[str, Any] | None:
+        """Return what is known of the trials of a method, or None."""
+        return self.content["configuration"].get(TUNING, {}).get("methods", {}).get(method)
+
+    def note_tuned(self, method: str, told: dict[str, Any]) -> None:
+        """Let what is written from now on tell of the trials of a method."""
+        for content in (self.mine, self.content):
+            content["configuration"][TUNING]["methods"][method] = told
+
     def _put(self, entry: dict[str, Any]) -> None:
         key = (entry["method"], entry["seed"])
         others = [e for e in self.content["runs"] if (e["method"], e["seed"]) != key]
@@ -101,9 +112,10 @@ class Results:
             return
         self._check_same(found)
         of_all_methods = found["configuration"]["methods"] | self.mine["configuration"]["methods"]
+        tuning = _joined(found["configuration"].get(TUNING), self.mine["configuration"].get(TUNING))
         known = self.content["runs"]
         self.content = found | self.mine
-        self.content["configuration"] = self.mine["configuration"] | {"methods": of_all_methods}
+        self.content["configuration"] = self.mine["configuration"] | {"methods": of_all_methods} | tuning
         for entry in known:
             if self.find(entry["method"], entry["seed"]) is None:
                 self._put(entry)
@@ -149,6 +161,7 @@ class Results:
     def _records(self) -> Iterator[dict[str, Any]]:
         """Yield the entries that runs of this comparison left in their own folders."""
         configs = self.mine["configuration"]["methods"]
+        drawn = self.mine["configuration"].get(TUNING, {}).get("drawn", {})
         for path in sorted((self.out / "runs").glob(f"*-seed*/{METRICS}")):
             try:
                 entry = json.loads(path.read_text())
@@ -158,7 +171,10 @@ class Results:
             if not is_mine:
                 continue
             config = METHODS[entry["method"]]().config() | entry["config"]
-            if configs.get(entry["method"], config) == config:
+            mine = configs.get(entry["method"], config)
+            # What was drawn is that of a trial, and may be anything.
+            free = {key: mine[key] for key in drawn.get(entry["method"], ()) if key in mine}
+            if mine == config | free:
                 yield entry
 
     def _digest(self) -> str:
@@ -167,6 +183,8 @@ class Results:
         for key in ("source", "description"):
             data.pop(key)
         configuration.pop("methods")
+        if TUNING in configuration:
+            configuration[TUNING] = {key: configuration[TUNING][key] for key in ("trials", "seeds")}
         return hashlib.sha256(json.dumps([data, configuration]).encode()).hexdigest()[:16]
 
     def _check_same(self, found: dict[str, Any]) -> None:
@@ -177,6 +195,7 @@ class Results:
             told = [key for key in {**here, **there} if key not in ignored]
             for key in [key for key in told if _differ(there.get(key), here.get(key))]:
                 differ.append(f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here")
+        differ += _tuned_otherwise(found["configuration"].get(TUNING), mine["configuration"].get(TUNING))
         for name, config in mine["configuration"]["methods"].items():
             # An option that is younger than the results had its default there.
             there = METHODS[name]().config() | found["configuration"]["methods"].get(name, config)
@@ -189,6 +208,28 @@ class Results:
                 f"{self.path} is of another configuration: {'; '.join(differ)}; "
                 "give another --out, or --overwrite to start anew"
             )
+
+
+def _joined(there: dict[str, Any] | None, here: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the part of a configuration that tells of trials, of all methods that results know."""
+    if here is None:
+        return {}
+    parts = {key: (there or {}).get(key, {}) | here[key] for key in ("drawn", "methods")}
+    return {TUNING: here | parts}
+
+
+def _tuned_otherwise(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
+    """Return a phrase for everything in which the tuning of results differs from that of a comparison."""
+    there, here = there or {}, here or {}
+    for key, name in (("trials", "trials"), ("seeds", "seeds of trials")):
+        if there.get(key) != here.get(key):
+            return [f"{name} is {_short(there.get(key))} there, {_short(here.get(key))} here"]
+    drawn = there.get("drawn", {})
+    return [
+        f"drawn for {method} is {', '.join(others)} there, {', '.join(names)} here"
+        for method, names in here.get("drawn", {}).items()
+        if (others := drawn.get(method, names)) != names
+    ]
 
 
 def _checksum(content: dict[str, Any]) -> str:

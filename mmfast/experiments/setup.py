@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,16 @@ class Setup:
         lines = [f"Setup({self.source!r}, Optimization({optimization})", *repr(self.splits).splitlines()]
         return "\n  ".join([*lines, shown(options)] if options else lines) + ")"
 
-    def parts_on(self, device: torch.device) -> dict[str, ArrayDataset]:
-        """Return training, validation and test data where runs on a device are to find them."""
-        parts = {part: getattr(self.splits, part) for part in PARTS}
+    def with_settings(self, **settings: Any) -> Setup:
+        """Return it with some fields set, but for the data, whose digest is not taken anew."""
+        other = replace(self, **settings)
+        if "fingerprint" in vars(self):
+            vars(other)["fingerprint"] = self.fingerprint
+        return other
+
+    def parts_on(self, device: torch.device, names: Sequence[str] = PARTS) -> dict[str, ArrayDataset]:
+        """Return training, validation and test data, or some of them, where runs on a device find them."""
+        parts = {part: getattr(self.splits, part) for part in names}
         size = sum(len(part) * part.sample_bytes for part in parts.values())
         fits = device.type == "cuda" and fits_on(device, size)
         if self.data_on_device == "yes" or (self.data_on_device == "auto" and fits):
@@ -123,6 +130,18 @@ class Setup:
         """What the trainer's loss and selection are told, where it is not the default."""
         given = ("class_weights", "label_smoothing", "select", "select_mode")
         return {name: getattr(self, name) for name in given if getattr(self, name)}
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What results tell of the settings that all runs share."""
+        return {
+            **self.optimization.told(),
+            **self.learning,
+            "dim": self.dim,
+            "fusion": self.fusion,
+            "precision": self.precision,
+            "encoders": self.named_encoders or None,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,11 +207,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run to make: a method with a seed, and the number of epochs it takes."""
+    """One run to make: a method with a seed, and the number of epochs it takes.
+
+    Attributes:
+        optimization: settings of its own, where they are not those of the setup.
+    """
 
     method: Method
     seed: int
     epochs: int
+    optimization: Optimization | None = None
 
 
 def make_run(

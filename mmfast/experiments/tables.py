@@ -42,6 +42,7 @@ def show(
     num_test: int | None = None,
     out: Path | None = None,
     files: Sequence[str] = (),
+    trials: int = 0,
 ) -> None:
     """Print the table of a comparison, what it says, and where its files are.
 
@@ -52,6 +53,7 @@ def show(
         num_test: samples of its test part.
         out: folder of the files.
         files: names of what was written to `out`.
+        trials: by which the settings of each method were found; 0: they were given.
     """
     findings = find(summaries)
     for number, table in enumerate(tables(summaries, console.width, findings)):
@@ -64,7 +66,7 @@ def show(
         show_figures(console, runs, only=own)
     if runs:
         console.print()
-        console.print(Text(note(summaries, findings), style="dim"))
+        console.print(Text(note(summaries, findings, trials), style="dim"))
     console.print()
     for sentence in sentences(summaries, findings):
         console.print(Text(sentence))
@@ -87,7 +89,7 @@ def sentences(summaries: Sequence[Summary], findings: Findings | None = None) ->
     return [sentence for sentence in found if sentence]
 
 
-def note(summaries: Sequence[Summary], findings: Findings) -> str:
+def note(summaries: Sequence[Summary], findings: Findings, trials: int = 0) -> str:
     """Return what the table's figures are."""
     seeds = max(len(summary.accuracy) for summary in summaries)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
@@ -96,6 +98,8 @@ def note(summaries: Sequence[Summary], findings: Findings) -> str:
         "Alone by masked: the others' features are zero; own-head: by a head of its own. Contribution: mean "
         "Shapley value under |S| · [correct]."
     ]
+    if trials:
+        parts.append(f"Settings: tuned, {trials} trial{'s' * (trials > 1)} each.")
     if any(summary.probe for summary in summaries):
         parts.append("Probe: logistic regression on frozen features.")
     if any(summary.missing for summary in summaries):

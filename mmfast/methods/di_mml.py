@@ -22,6 +22,7 @@ from mmfast.errors import check_one_of
 from mmfast.methods._frozen_encoders import FrozenEncodersLearner
 from mmfast.methods._late_fusion import repeat_for
 from mmfast.methods.base import Method, Stage, check_numbers
+from mmfast.ranges import tuned, tuned_epoch
 
 CONTRASTS = ("infonce", "sigmoid")
 
@@ -185,12 +186,12 @@ class DIMML(Method):
     )
     learner = _DIMMLLearner
 
-    lam: float = 1.0
-    e0: int = 5
-    temperature: float = 10.0
+    lam: float = tuned(1.0, 0.1, 10.0, log=True)
+    e0: int = tuned_epoch(5, 0.02, 0.5)
+    temperature: float = tuned(10.0, 1.0, 100.0, log=True)
     contrast: str = "infonce"
     bias: float = -4.0
-    fusion_temperature: float = 1.0
+    fusion_temperature: float = tuned(1.0, 0.1, 10.0, log=True)
     head_epochs: int = 20
 
     def __post_init__(self) -> None:

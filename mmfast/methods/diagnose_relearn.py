@@ -14,6 +14,7 @@ from mmfast import ops
 from mmfast.distributed import broadcast_from_first, rank_and_size, world
 from mmfast.methods.base import Learner, Method, check_numbers
 from mmfast.models import MultimodalModel
+from mmfast.ranges import tuned, tuned_epochs
 
 
 def scale_to_unit(
@@ -166,8 +167,8 @@ class DiagnoseRelearn(Method):
     needs_classes: ClassVar[str] = "it clusters features and asks how pure in classes the clusters are"
     learner = _DiagnoseRelearnLearner
 
-    lam: float = 3.0
-    epochs: tuple[int, ...] = (20, 40, 60)
+    lam: float = tuned(3.0, 0.3, 10.0, log=True)
+    epochs: tuple[int, ...] = tuned_epochs((20, 40, 60), 0.1, 0.5)
     max_times: int = 3
     num_init: int = 10
     reset_head: bool = False

@@ -15,6 +15,7 @@ from mmfast.distributed import sum_over_processes
 from mmfast.errors import check_one_of
 from mmfast.methods._late_fusion import LateFusionLearner
 from mmfast.methods.base import Method, check_numbers
+from mmfast.ranges import tuned
 
 RESETS = ("never", "epoch", "step")
 
@@ -128,7 +129,7 @@ class MLA(Method):
     needs_classes: ClassVar[str] = "it weights modalities by the entropy of their class probabilities"
     learner = _MLALearner
 
-    alpha: float = 0.1
+    alpha: float = tuned(0.1, 0.01, 1.0, log=True)
     reset: str = "never"
     weights: tuple[float, ...] | None = None
     released: bool = False

@@ -13,6 +13,7 @@ from mmfast.data.batches import Entries
 from mmfast.errors import check_one_of
 from mmfast.methods._resampling import ResamplingLearner
 from mmfast.methods.base import Method, check_numbers
+from mmfast.ranges import tuned, tuned_among, tuned_epoch
 from mmfast.valuation import mean_contributions
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -71,10 +72,10 @@ class ModalityValuation(Method):
     needs_classes: ClassVar[str] = "a coalition is worth its size where the predicted class is right"
     learner = _ModalityValuationLearner
 
-    alpha: float = 1.0
+    alpha: float = tuned(1.0, 0.25, 4.0, log=True)
     fraction: float = 0.2
-    shape: str = "linear"
-    warmup: int = 5
+    shape: str = tuned_among("linear", *SHAPES)
+    warmup: int = tuned_epoch(5, 0.02, 0.5)
     released: bool = False
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from mmfast.data.batches import presence
 from mmfast.methods._late_fusion import UnimodalHeads
 from mmfast.methods.base import Learner, Method, check_numbers
+from mmfast.ranges import tuned
 
 
 class _MultiLossLearner(Learner):
@@ -41,7 +42,7 @@ class MultiLoss(Method):
     is_baseline: ClassVar[bool] = True
     learner = _MultiLossLearner
 
-    lam: float = 1.0
+    lam: float = tuned(1.0, 0.1, 10.0, log=True)
 
     def __post_init__(self) -> None:
         check_numbers(self, lam=(0, math.inf))

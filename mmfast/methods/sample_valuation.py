@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfast.methods._resampling import ResamplingLearner
 from mmfast.methods.base import Method, check_numbers
+from mmfast.ranges import tuned, tuned_epoch
 from mmfast.valuation import mean_contributions
 
 
@@ -64,8 +65,8 @@ class SampleValuation(Method):
     needs_classes: ClassVar[str] = "a coalition is worth its size where the predicted class is right"
     learner = _SampleValuationLearner
 
-    kappa: float = 2.0
-    warmup: int = 5
+    kappa: float = tuned(2.0, 0.25, 4.0, log=True)
+    warmup: int = tuned_epoch(5, 0.02, 0.5)
     released: bool = False
 
     def __post_init__(self) -> None:

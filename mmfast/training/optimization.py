@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmfast.errors import check_one_of, describe, did_you_mean
+from mmfast.ranges import tuned
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine", "none")
@@ -91,9 +92,9 @@ class Optimization:
     max_epochs: int = 50
     batch_size: int = 64
     optimizer: str = "adam"
-    lr: float = 1e-3
+    lr: float = tuned(1e-3, 1e-4, 1e-2, log=True)
     momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: float = tuned(1e-4, 1e-6, 1e-2, log=True)
     lr_step: int = 0
     lr_gamma: float = 0.1
     schedule: str = "step"
