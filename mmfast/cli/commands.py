@@ -40,7 +40,7 @@ from mmfast.cli.flags import (
 from mmfast.cli.training_flags import with_training_options
 
 if TYPE_CHECKING:
-    from mmfast.experiments.comparison import Comparison
+    from mmfast.experiments.comparison import ComparisonRunner
     from mmfast.experiments.setup import PlannedRun, Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
@@ -86,7 +86,7 @@ def compare(
     """
     with plain_errors(traceback):
         from mmfast.cli.options import make_methods, setup_of
-        from mmfast.experiments.comparison import Comparison
+        from mmfast.experiments.comparison import ComparisonRunner
         from mmfast.experiments.pictures import plot_comparison
         from mmfast.experiments.results import RESULTS
         from mmfast.experiments.subprocesses import DIVERGED
@@ -99,7 +99,7 @@ def compare(
         setup = setup_of(context.params, Optimization())
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
-        comparison = Comparison(
+        comparison = ComparisonRunner(
             setup, chosen, seeds, out, wait=lambda text: console.print(text, soft_wrap=True)
         )
         left = comparison.prepare(overwrite=overwrite)
@@ -148,7 +148,7 @@ def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> None
     show_overview(console, overview(setup.splits, setup.model(0), seeds=seeds))
 
 
-def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun], total: int) -> None:
+def _make_runs(console: Console, comparison: ComparisonRunner, left: list[PlannedRun], total: int) -> None:
     from mmfast.cli.progress import RunProgress
 
     with RunProgress(console, total, len(left)) as progress:

@@ -30,7 +30,7 @@ from mmfast.training.run_folder import LAST, MODEL, alone_in
 
 
 @dataclass
-class Comparison:
+class ComparisonRunner:
     """Runs of several methods with seeds 0, 1, ... that share everything else.
 
     Attributes:
@@ -55,7 +55,7 @@ class Comparison:
     def __repr__(self) -> str:
         names = ", ".join(method.name for method in self.methods)
         done = len(self.results.content["runs"])
-        lines = [f"Comparison({names}; {self.num_seeds} seeds, {done} runs done, out {self.out}"]
+        lines = [f"ComparisonRunner({names}; {self.num_seeds} seeds, {done} runs done, out {self.out}"]
         return "\n  ".join([*lines, *repr(self.setup).splitlines()]) + ")"
 
     def prepare(self, *, overwrite: bool = False) -> list[PlannedRun]:

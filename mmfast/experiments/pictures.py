@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mmfast.experiments.summary import Summary
-from mmfast.plots import COLORS, DPI, GREY, MARKERS
+from mmfast.plots import COLORS, DPI, GREY, MARKERS, Figure
 
 # File names of the pictures of a comparison.
 PICTURES = ("accuracy.png", "modality_accuracy.png", "contributions.png")
@@ -21,13 +20,13 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 def plot_comparison(summaries: Sequence[Summary], folder: Path) -> list[str]:
     """Write the pictures of a comparison and return their file names."""
-    for plot, name in zip((plot_accuracy, plot_modality_accuracy, plot_contributions), PICTURES, strict=True):
-        plot(summaries, folder / name)
+    for draw, name in zip(FIGURES.values(), PICTURES, strict=True):
+        draw(summaries).savefig(folder / name, dpi=DPI)
     return list(PICTURES)
 
 
-def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
-    """Write test accuracy per method: mean, standard deviation, every seed; lines at the baselines."""
+def accuracy_figure(summaries: Sequence[Summary]) -> Figure:
+    """Draw test accuracy per method: mean, standard deviation, every seed; lines at the baselines."""
     figure = Figure(figsize=(7.5, 1.5 + 0.36 * len(summaries)), layout="constrained")
     axes = figure.subplots()
     bars = {s.name: 100 * s.mean_accuracy for s in summaries if s.name in ("joint", "unimodal")}
@@ -62,14 +61,14 @@ def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
     axes.set_xlabel(f"Test accuracy (%){spread}")
     if bars:
         figure.legend(loc="outside upper right", ncols=len(bars), frameon=False)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_modality_accuracy(summaries: Sequence[Summary], path: Path) -> None:
-    """Write the accuracy of every modality alone per method: dots, or a coloured grid for more than four."""
+def modality_accuracy_figure(summaries: Sequence[Summary]) -> Figure:
+    """Draw the accuracy of every modality alone per method: dots, or a coloured grid for more than four."""
     modalities = list(summaries[0].alone)
     draw = _dots if len(modalities) <= 4 else _grid
-    draw(summaries, modalities).savefig(path, dpi=DPI)
+    return draw(summaries, modalities)
 
 
 def _dots(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
@@ -145,8 +144,8 @@ def _grid(summaries: Sequence[Summary], modalities: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_contributions(summaries: Sequence[Summary], path: Path) -> None:
-    """Write the mean contribution of every modality to validation samples over epochs, one panel a method."""
+def contributions_figure(summaries: Sequence[Summary]) -> Figure:
+    """Draw the mean contribution of every modality to validation samples over epochs, one panel a method."""
     modalities = list(summaries[0].contribution)
     columns = len(summaries) if len(summaries) <= 4 else math.ceil(len(summaries) / 2)
     rows = math.ceil(len(summaries) / columns)
@@ -183,7 +182,15 @@ def plot_contributions(summaries: Sequence[Summary], path: Path) -> None:
     figure.supylabel("Mean contribution, validation set", fontsize=10)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=legend_columns, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+# What draws each picture, by what it shows.
+FIGURES = {
+    "accuracy": accuracy_figure,
+    "modality_accuracy": modality_accuracy_figure,
+    "contributions": contributions_figure,
+}
 
 
 def _has_stages(summaries: Sequence[Summary]) -> bool:
