@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, Results
 from mmfast.experiments.setup import (
     PlannedRun,
+    RunSetup,
     Setup,
     diverged_entry,
     machine,
@@ -42,7 +43,7 @@ class ComparisonRunner:
         results: of the folder.
     """
 
-    setup: Setup
+    setup: RunSetup
     methods: Sequence[Method]
     num_seeds: int
     out: Path
@@ -76,8 +77,16 @@ class ComparisonRunner:
         # Raises where accelerator, devices or precision cannot be had.
         self.setup.trainer(self.methods[0], 0, None)
         if overwrite:
-            self._clear()
+            self.clear()
         self.results.open()
+        return self.left(epochs)
+
+    def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
+        """Return the runs that are still to be made.
+
+        Args:
+            epochs: of a run, by method.
+        """
         # Seeds outermost: a comparison that stops early has all methods of its first seeds.
         runs = [
             PlannedRun(method, seed, epochs[method.name])
@@ -102,10 +111,10 @@ class ComparisonRunner:
             if self._done(planned):
                 return self.results.find(planned.method.name, planned.seed) or {}
             try:
-                if self.setup.devices in (1, "1"):
-                    entry = make_run(self.setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
-                else:
+                if isinstance(self.setup, Setup) and not self.setup.is_made_here:
                     entry = run_in_subprocess(self.setup, planned, folder)
+                else:
+                    entry = make_run(self.setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
             except DivergedError as error:
                 entry = diverged_entry(planned.method, planned.seed, error)
             self.results.add(entry, folder)
@@ -122,40 +131,21 @@ class ComparisonRunner:
         return OutcomeFiles({(run.method.name, run.seed): self.folder(run) for run in made})
 
     def _description(self) -> dict[str, Any]:
-        setup, splits = self.setup, self.setup.splits
-        return {
-            "format": FORMAT,
-            "versions": versions(),
-            "machine": machine(),
-            "data": {
-                "name": splits.name,
-                "source": setup.source,
-                "description": splits.description,
-                "sizes": {part: len(getattr(splits, part)) for part in ("train", "val", "test")},
-                "shapes": splits.shapes,
-                "classes": splits.class_names,
-                "split_seed": splits.split_seed,
-                "fingerprint": setup.fingerprint,
-            },
-            "configuration": {
-                **setup.optimization.told(),
-                **setup.learning,
-                "dim": setup.dim,
-                "fusion": setup.fusion,
-                "precision": setup.precision,
-                "encoders": setup.named_encoders or None,
-                "methods": {method.name: method.config() for method in self.methods},
-            },
-        }
+        told = self.setup.description()
+        told["configuration"]["methods"] = {method.name: method.config() for method in self.methods}
+        return {"format": FORMAT, "versions": versions(), "machine": machine()} | told
 
     def _done(self, planned: PlannedRun) -> bool:
         entry = self.results.find(planned.method.name, planned.seed)
         if entry is None or "diverged" in entry:
             return entry is not None
+        if "accuracy" not in entry["metrics"]:
+            # Of other tasks than classes a run leaves its figures alone.
+            return True
         # Results of before have neither; the run is tested again.
         return (self.folder(planned) / OUTCOME).exists() and (not self.setup.probe or "probe" in entry)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove what comparisons write, and nothing else.
 
         Raises:
