@@ -13,8 +13,10 @@ from test_compare import invoke, npz
 from test_objectives import raises
 from test_tasks import DATA
 from test_trainer import SPLITS, without_times
+from typer.testing import CliRunner
 
 import mmfast
+from mmfast.cli.commands import app
 from mmfast.experiments.findings import find
 from mmfast.models import build_model
 
@@ -98,6 +100,30 @@ def test_splits_are_compared_without_a_model_of_ones_own(found, tmp_path):
     assert kept.figures("loss")["joint"] == found.figures("loss")["joint"][:1]
     predicted = mmfast.load(tmp_path / "runs" / "joint-seed0").predict(SPLITS.test)
     assert predicted.accuracy == pytest.approx(found.figures("accuracy")["joint"][0])
+
+
+def test_commands_take_a_run_on_splits_with_data_that_are_given(npz, tmp_path):
+    found = mmfast.compare(mmfast.data.load(npz), "joint", seeds=1, out_dir=tmp_path, **SETTINGS)
+    run = str(tmp_path / "runs" / "joint-seed0")
+    words = [
+        "predict",
+        "--model",
+        run,
+        "--data",
+        str(npz),
+        "--split",
+        "test",
+        "--out",
+        str(tmp_path / "p.csv"),
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert f"accuracy {100 * found.figures('accuracy')['joint'][0]:.1f}%" in result.stdout
+    result = CliRunner().invoke(app, ["valuate", "--model", run, "--data", str(npz)])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["valuate", "--model", run])
+    assert result.exit_code == 2
+    assert "is of a program with data of its own, got none: --data" in " ".join(result.stderr.split())
 
 
 def test_a_table_has_a_row_a_method_with_means_and_deviations(found):

@@ -174,6 +174,18 @@ def test_a_run_that_diverges_is_one_without_figures():
             ValueError,
         ),
         ({"resume": True}, "out_dir must be given to resume, got None", ValueError),
+        ({"out_dir": 3}, "out_dir must be a folder, got 3", TypeError),
+        ({"modalities": "a,b"}, "modalities must be a list of names, got 'a,b'", TypeError),
+        (
+            {"encoders": "gru"},
+            "encoders must map modalities to encoders, such as {'pose': 'gru'}, got 'gru'",
+            TypeError,
+        ),
+        (
+            {"model": mmfast.MultimodalModel},
+            "model must be a function that returns a new model, got MultimodalModel",
+            TypeError,
+        ),
         ({"metadata": {}}, "metadata is the comparison's to give", TypeError),
         ({"progress": "no"}, "progress must be True, False or None, got 'no'", TypeError),
     ],

@@ -70,6 +70,16 @@ class Reading:
     skip_unreadable: bool = False
     data_on_device: str = "auto"
 
+    def check(self) -> None:
+        """Raise TypeError for names that are none."""
+        if isinstance(self.modalities, str):
+            raise TypeError(f"modalities must be a list of names, got {describe(self.modalities)}")
+        if not isinstance(self.encoders, Mapping):
+            raise TypeError(
+                f"encoders must map modalities to encoders, such as {{'pose': 'gru'}}, got "
+                f"{describe(self.encoders)}"
+            )
+
     def refuse(self, names: Sequence[str], why: str) -> None:
         """Raise ValueError where one of these was given: it would change nothing."""
         for name in names:
@@ -108,6 +118,8 @@ def check_settings(seeds: Any, progress: Any, out_dir: Any, *, resume: bool, ove
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if progress not in (True, False, None):
         raise TypeError(f"progress must be True, False or None, got {describe(progress)}")
+    if not isinstance(out_dir, str | os.PathLike | None):
+        raise TypeError(f"out_dir must be a folder, got {describe(out_dir)}")
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other, got both")
     for name, wanted in (("resume", resume), ("overwrite", overwrite)):
@@ -160,7 +172,12 @@ def shared_by_runs(
         TypeError, ValueError: data or model of another kind, a setting that would change nothing, and what
             `mmfast.data.load` refuses.
     """
-    if model is not None and (not callable(model) or isinstance(model, torch.nn.Module)):
+    reading.check()
+    if (
+        model is MultimodalModel
+        or isinstance(model, torch.nn.Module)
+        or not (model is None or callable(model))
+    ):
         raise TypeError(f"model must be a function that returns a new model, got {describe(model)}")
     if model is not None:
         reading.refuse(("dim", "fusion"), "the model is given")

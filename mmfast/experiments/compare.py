@@ -102,9 +102,7 @@ def compare(
     own = inspect.signature(compare).parameters
     optimization, others = sorted_options(options, [name for name in own if name not in ("more", "options")])
     chosen = chosen_methods(methods, others.get("task", "multiclass"))
-    reading = Reading(
-        dim, fusion, modalities, dict(encoders or {}), split_seed, skip_unreadable, data_on_device
-    )
+    reading = Reading(dim, fusion, modalities, encoders or {}, split_seed, skip_unreadable, data_on_device)
     on_epoch = others.pop("on_epoch", None)
     # What the program draws after a comparison is what it would have drawn without.
     with torch.random.fork_rng():
@@ -215,7 +213,9 @@ class _InFolder(_InMemory):
             and ((out / RESULTS).exists() or any(map(has_run, (out / "runs").glob("*-seed*"))))
         ):
             raise ValueError(f"{out} holds runs already: give resume=True, overwrite=True or another out_dir")
-        runner.results.open()
+        if resume or self.is_first:
+            # What the first process clears, or has begun with, is no result that others go on with.
+            runner.results.open()
 
     def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
         return self.runner.left(epochs)

@@ -201,7 +201,7 @@ class Comparison:
         return self.text()
 
     def __repr__(self) -> str:
-        counts = f"{len(self.runs)} runs of {', '.join(self._by_method())}"
+        counts = f"{len(self.runs)} run{'s' * (len(self.runs) != 1)} of {', '.join(self._by_method())}"
         return f"Comparison({counts}{'' if self.out is None else f', {str(self.out)!r}'})"
 
     def _repr_html_(self) -> str:

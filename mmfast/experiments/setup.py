@@ -405,7 +405,7 @@ def restore(
         ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
     """
     run = open_run(path)
-    run.check_commands()
+    run.check_commands(source)
     state, facts = run.state, run.facts
     # Checkpoints of before know nothing of it.
     skip_unreadable = skip_unreadable or facts.get("skip_unreadable", False)
