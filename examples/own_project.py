@@ -51,8 +51,8 @@ def main(folder: Path):
     train, val, test = Posts(300, 0), Posts(60, 1), Posts(120, 2)
     pad = functools.partial(mmfast.data.pad, names=("text",))
     found = mmfast.compare(
-        ["joint", "mla", "di-mml"], make_model, train, val, test, out_dir=folder, overwrite=True,
-        max_epochs=6, lr=5e-3, schedule="cosine", warmup_epochs=1, gradient_clip_val=1.0, patience=4,
+        (train, val, test), ["joint", "mla", "di-mml"], model=make_model, seeds=1, max_epochs=6, lr=5e-3,
+        out_dir=folder, overwrite=True, schedule="cosine", warmup_epochs=1, gradient_clip_val=1.0, patience=4,
         class_weights="balanced", metrics={"auroc": MulticlassAUROC(3)}, select="val/auroc", collate_fn=pad,
     )  # fmt: skip
     print(found)

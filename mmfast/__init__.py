@@ -10,6 +10,7 @@ from mmfast.errors import needs_train
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "MultimodalModel",
     "Predictions",
     "Trainer",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Comparison": "mmfast.experiments.compared",
     "MultimodalModel": "mmfast.models",
     "Predictions": "mmfast.predictions",
     "Trainer": "mmfast.training.trainer",
@@ -38,6 +40,7 @@ _SUBMODULES = ("backend", "data", "methods", "models", "ops")
 if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
     from mmfast.experiments.compare import compare
+    from mmfast.experiments.compared import Comparison
     from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
     from mmfast.predictions import Predictions

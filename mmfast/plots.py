@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import unicodedata
 import warnings
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib import figure as _figure
 from matplotlib import font_manager
-from matplotlib.figure import Figure
 from torch import Tensor
 
 DPI = 150
@@ -92,6 +93,15 @@ def _missing_sentence(missing: frozenset[str]) -> str:
         f"Pictures show boxes in place of {shown} ({named}): no installed font has these letters. Install "
         "one that does, such as Noto (packages fonts-noto-core and fonts-noto-cjk of Debian), and draw again"
     )
+
+
+class Figure(_figure.Figure):
+    """A figure that notebooks show by themselves, whether or not pyplot is in use."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=DPI)
+        return file.getvalue()
 
 
 def plot_valuation(

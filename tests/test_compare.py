@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
-from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.pictures import PICTURES
 from mmfast.experiments.setup import PlannedRun, Setup, fingerprint
 from mmfast.experiments.subprocesses import train_arguments
@@ -141,7 +141,7 @@ def test_a_new_folder_gives_the_same_figures(npz, done, tmp_path):
 
 
 def test_an_interruption_says_how_to_go_on_and_loses_nothing(npz, done, tmp_path, monkeypatch):
-    make = Comparison.make
+    make = ComparisonRunner.make
 
     def make_two(self, item, on_epoch=None):
         if len(self.results.content["runs"]) == 2:
@@ -150,7 +150,7 @@ def test_an_interruption_says_how_to_go_on_and_loses_nothing(npz, done, tmp_path
 
     words = ("--seeds", "2", "--methods", "joint,unimodal")
     with monkeypatch.context() as patch:
-        patch.setattr(Comparison, "make", make_two)
+        patch.setattr(ComparisonRunner, "make", make_two)
         result = invoke(npz, tmp_path, *words)
     assert result.exit_code == 130
     assert f"stopped with 2 runs in {tmp_path / 'results.json'}; the same command goes on" in result.stderr

@@ -26,7 +26,7 @@ def model():
 
 
 def compared(chosen=METHODS, **options):
-    return mmfast.compare(chosen, model, *PARTS, **(QUICK | options))
+    return mmfast.compare(PARTS, chosen, model=model, **({"seeds": 1, "probe": False} | QUICK | options))
 
 
 def test_runs_are_those_of_the_trainer():
@@ -39,10 +39,10 @@ def test_runs_are_those_of_the_trainer():
     assert found.runs[-1]["metrics"] == trainer.test(own, SPLITS.test).as_dict()
     assert found.figures("accuracy")["mla"][1] == trainer.test(own, SPLITS.test).accuracy
     text = str(found)
-    assert "Accuracy     Macro-F1" in text
+    assert "Method Accuracy Macro-F1 ECE Cost" in " ".join(text.split())
     assert "Data: samples train 168, val 36, test 36." in text
     assert max(map(len, text.splitlines())) <= 110
-    assert repr(found) == "Compared(6 runs of joint, di-mml, mla)"
+    assert repr(found) == "Comparison(6 runs of joint, di-mml, mla)"
     with pytest.raises(
         KeyError, match="'auroc' is no figure of the runs, which are accuracy, macro_f1, loss"
     ):
@@ -76,7 +76,8 @@ def test_other_tasks_have_a_table_of_their_figures():
     def own():
         return build_model(train.shapes, 1, dim=8)
 
-    found = mmfast.compare("joint, ensemble", own, train, val, test, task="regression", max_epochs=3, seeds=2)
+    options = {"task": "regression", "max_epochs": 3, "seeds": 2}
+    found = mmfast.compare((train, val, test), "joint, ensemble", model=own, **options)
     lines = str(found).splitlines()
     assert lines[0].split() == ["Method", "r2", "mae", "loss"]
     assert lines[1].startswith("Joint ") and " ± " in lines[1]  # noqa: PT018
@@ -94,37 +95,115 @@ def test_a_run_that_diverges_is_one_without_figures():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "text", "kind"),
+    ("options", "text", "kind"),
     [
+        ({"model": make_model()}, "model must be a function that returns a new model, got", TypeError),
+        ({"model": lambda: 3}, "model must return a mmfast.MultimodalModel, got 3", TypeError),
+        ({"methods": []}, "methods must name at least one method, got none", ValueError),
+        ({"methods": 3}, "methods must be a list of methods or their names, got 3", TypeError),
+        ({"methods": methods.MLA}, "methods must be a list of methods or their names, got MLA", TypeError),
         (
-            (METHODS, make_model(), *PARTS),
-            {},
-            "model must be a function that returns a new model, got",
+            {"methods": [methods.MLA]},
+            "method must be an instance, MLA(), or a name, got the class",
             TypeError,
         ),
-        ((METHODS, lambda: 3, *PARTS), {}, "model must return a mmfast.MultimodalModel, got 3", TypeError),
-        (([], model, *PARTS), {}, "methods must name at least one method, got none", ValueError),
-        ((["mla", "mla"], model, *PARTS), {}, "methods must be given once each, got mla 2 times", ValueError),
-        ((["mlb"], model, *PARTS), {}, "method must be one of joint", ValueError),
-        ((METHODS, model, *PARTS), {"seeds": 0}, "seeds must be at least 1, got 0", ValueError),
+        ({"methods": "mla,mla"}, "methods must be given once each, got mla 2 times", ValueError),
+        ({"methods": ["mlb"]}, "method must be one of joint", ValueError),
+        ({"seeds": 0}, "seeds must be at least 1, got 0", ValueError),
+        ({"seeds": 1.5}, "seeds must be an integer, got 1.5", TypeError),
         (
-            (METHODS, model, *PARTS),
             {"seed": 0},
-            "seed is the comparison's to give, and no option of it",
+            "seed is the comparison's to give, and no option of it: seeds is the number of runs",
             TypeError,
         ),
-        ((METHODS, model, *PARTS), {"epochs": 3}, "Trainer has no setting 'epochs'", ValueError),
+        ({"epochs": 3}, "mmfast.compare has no setting 'epochs'; did you mean max_epochs?", ValueError),
+        ({"metod": 3}, "mmfast.compare has no setting 'metod'; did you mean methods", ValueError),
+        ({"data": DATA["regression"], "max_epochs": 1}, "samples of train must have 'a'", ValueError),
         (
-            (["joint"], model, *DATA["regression"]),
-            {"max_epochs": 1},
-            "samples of train must have 'a'",
+            {"model": None},
+            "model must be given for data sets of your own, a function that returns a new model, such as "
+            "lambda: mmfast.models.build_model(shapes, num_classes), got None",
             ValueError,
         ),
+        (
+            {"dim": 32},
+            "dim must be left out, as the model is given, got 32",
+            ValueError,
+        ),
+        (
+            {"modalities": ["a"]},
+            "modalities must be left out, as data sets of your own are taken as they are, got ['a']",
+            ValueError,
+        ),
+        (
+            {"data": SPLITS, "model": None, "split_seed": 1},
+            "split_seed must be left out, as Splits are taken as they are, got 1",
+            ValueError,
+        ),
+        (
+            {"data": SPLITS, "model": None, "encoders": {"a": "sequence"}},
+            "encoders must be among mlp, conv, gru, cnn, resnet18, as Splits are taken as they are, got "
+            "'sequence' for a: mmfast.data.load(..., encoders=) takes it",
+            ValueError,
+        ),
+        (
+            {"data": SPLITS, "encoders": {"a": "mlp"}},
+            "encoders must not name an encoder, as the model is given, got 'mlp' for a",
+            ValueError,
+        ),
+        ({"data": PARTS[:2]}, "data must be (train, val, test), of which val may be None, got", ValueError),
+        (
+            {"data": {"train": 1, "valid": 2}},
+            "data must have the keys train, val and test, got 'valid'; did you mean val",
+            ValueError,
+        ),
+        ({"data": {"train": PARTS[0]}}, "data must hold a data set for test, got None", ValueError),
+        (
+            {"data": PARTS[0]},
+            'data must be "htad", a FILE.npz, a FOLDER, mmfast.data.Splits, or a tuple',
+            TypeError,
+        ),
+        (
+            {"data": "my.npy"},
+            "data must be \"htad\", a FILE.npz or a FOLDER, got 'my.npy', not found",
+            ValueError,
+        ),
+        (
+            {"resume": True, "overwrite": True, "out_dir": "x"},
+            "resume and overwrite exclude each other",
+            ValueError,
+        ),
+        ({"resume": True}, "out_dir must be given to resume, got None", ValueError),
+        ({"out_dir": 3}, "out_dir must be a folder, got 3", TypeError),
+        ({"modalities": "a,b"}, "modalities must be a list of names, got 'a,b'", TypeError),
+        (
+            {"encoders": "gru"},
+            "encoders must map modalities to encoders, such as {'pose': 'gru'}, got 'gru'",
+            TypeError,
+        ),
+        (
+            {"model": mmfast.MultimodalModel},
+            "model must be a function that returns a new model, got MultimodalModel",
+            TypeError,
+        ),
+        ({"metadata": {}}, "metadata is the comparison's to give", TypeError),
+        ({"progress": "no"}, "progress must be True, False or None, got 'no'", TypeError),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_run(arguments, options, text, kind):
+def test_what_cannot_be_is_refused_before_any_run(options, text, kind):
+    given = {"data": PARTS, "methods": METHODS, "model": model, "on_run": pytest.fail} | options
     with raises(text, kind):
-        mmfast.compare(*arguments, **options)
+        mmfast.compare(**given)
+
+
+def test_the_order_of_arguments_is_told():
+    how = "mmfast.compare((train, val, test), methods, model=make_model)"
+    for data in (METHODS, ["joint"], "joint, mla", "all", methods.MLA()):
+        with raises(f"data must come first and methods after them, got methods: {how}", TypeError):
+            mmfast.compare(data, model, *PARTS)
+    text = "data must be one argument, and what comes after methods have a name, got 3 arguments without one"
+    with raises(f"{text}: {how}", TypeError):
+        mmfast.compare(*PARTS, model=model)
 
 
 def test_the_last_method_is_checked_before_the_first_runs():
@@ -135,16 +214,16 @@ def test_the_last_method_is_checked_before_the_first_runs():
         return mmfast.MultimodalModel(unequal, {"a": 8, "b": 4}, 3)
 
     with raises("mla needs features of equal dimension D from all encoders, got a 8, b 4"):
-        mmfast.compare(["joint", "mla"], own, *PARTS, on_run=seen.append, **QUICK)
+        mmfast.compare(PARTS, ["joint", "mla"], model=own, on_run=seen.append, **QUICK)
     assert not seen
 
 
 def test_a_model_that_is_no_new_one_is_refused():
     made = model()
     with raises("model must return a new model each time, got one with weights of the one before"):
-        mmfast.compare(["joint", "mla"], lambda: made, *PARTS, **QUICK)
+        mmfast.compare(PARTS, ["joint", "mla"], model=lambda: made, seeds=1, **QUICK)
     with raises("model must return a new model each time, got one with weights of the one before"):
-        mmfast.compare(["joint"], lambda: made, *PARTS, seeds=2, **QUICK)
+        mmfast.compare(PARTS, ["joint"], model=lambda: made, seeds=2, **QUICK)
 
 
 def test_nothing_else_of_the_program_is_drawn_anew():
@@ -157,10 +236,10 @@ def test_nothing_else_of_the_program_is_drawn_anew():
 
 def test_without_validation_data():
     train, _, test = PARTS
-    found = mmfast.compare(["joint"], model, train, None, test, **QUICK)
+    found = mmfast.compare({"train": train, "test": test}, ["joint"], model=model, seeds=1, **QUICK)
     assert "Data: samples train 168, test 36." in str(found)
     with raises("diagnose-relearn needs a validation split, got val=None"):
-        mmfast.compare(["diagnose-relearn"], model, train, None, test, **QUICK)
+        mmfast.compare((train, None, test), ["diagnose-relearn"], model=model, **QUICK)
 
 
 def test_a_folder_is_of_one_precision(tmp_path):
@@ -171,14 +250,11 @@ def test_a_folder_is_of_one_precision(tmp_path):
 
 def test_numbers_that_diverged_are_told():
     train, val, test = diabetes()
-    options = {"task": "regression", "lr": 1e30, "max_epochs": 2}
-    found = mmfast.compare(
-        ["joint", "ensemble"], lambda: build_model(train.shapes, 1, dim=8), train, val, test, **options
-    )
+    options = {"task": "regression", "lr": 1e30, "max_epochs": 2, "seeds": 1}
+    options["model"] = lambda: build_model(train.shapes, 1, dim=8)
+    found = mmfast.compare((train, val, test), ["joint", "ensemble"], **options)
     text = " ".join(str(found).split())
     assert "Diverged, and in no figure: Joint with seed 0; Ensemble with seed 0. The first of them:" in text
-    with raises("seeds must be an integer, got 1.5", TypeError):
-        compared(["joint"], seeds=1.5)
 
 
 def test_commands_say_that_a_run_of_a_program_is_for_python(tmp_path):

@@ -14,7 +14,7 @@ from mmfast import methods, ops
 from mmfast.data.batches import Entries
 from mmfast.data.reader import Reader
 from mmfast.data.splits import Splits
-from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.setup import Setup
 from mmfast.models import FrameMean, MultimodalModel, SmallCNN, build_model
 from mmfast.training.optimization import Optimization
@@ -180,9 +180,9 @@ def test_what_reads_data():
 
 def test_experiments(tmp_path):
     setup = Setup("drawn.npz", splits(seed=3), Optimization(lr=0.1), dim=8)
-    comparison = Comparison(setup, [methods.Joint(), methods.MLA()], 3, tmp_path)
+    comparison = ComparisonRunner(setup, [methods.Joint(), methods.MLA()], 3, tmp_path)
     assert repr(comparison) == text(
-        f"Comparison(joint, mla; 3 seeds, 0 runs done, out {tmp_path}",
+        f"ComparisonRunner(joint, mla; 3 seeds, 0 runs done, out {tmp_path}",
         "  Setup('drawn.npz', Optimization(lr=0.1)",
         "    Splits('drawn', audio [4], image [1, 5, 5]",
         "      train 42, val 9, test 9; split 70/15/15%, stratified by class, drawn with seed 3",

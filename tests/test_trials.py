@@ -26,7 +26,7 @@ from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
 from mmfast.experiments import pictures, trial_runs
-from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.setup import PlannedRun, Setup
 from mmfast.experiments.subprocesses import train_arguments
@@ -640,7 +640,7 @@ def test_runs_in_processes_of_their_own_are_told_the_settings(setup, tmp_path, m
 
     monkeypatch.setattr(compare_module, "run_in_subprocess", run)
     two = setup.with_settings(devices=2)
-    comparison = Comparison(two, [MLA()], 1, tmp_path, tuning=Tuning(1))
+    comparison = ComparisonRunner(two, [MLA()], 1, tmp_path, tuning=Tuning(1))
     comparison.note_tuned(tuned)
     comparison.make(comparison.settled(PlannedRun(MLA(), 0, 2)))
     assert {"--lr=0.004", "--set=alpha=0.3", "--devices=2", "--epochs=2"} <= set(told)

@@ -45,7 +45,7 @@ from mmfast.cli.training_flags import with_training_options
 
 if TYPE_CHECKING:
     from mmfast.data.overview import Overview
-    from mmfast.experiments.comparison import Comparison
+    from mmfast.experiments.comparison import ComparisonRunner
     from mmfast.experiments.setup import PlannedRun, Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
@@ -95,7 +95,7 @@ def compare(
     with plain_errors(traceback):
         from mmfast.cli.options import make_methods, setup_of, tuning_of
         from mmfast.cli.tuning import tune_methods
-        from mmfast.experiments.comparison import Comparison
+        from mmfast.experiments.comparison import ComparisonRunner
         from mmfast.experiments.confusions import confused_methods
         from mmfast.experiments.kept_files import write_files
         from mmfast.experiments.results import RESULTS
@@ -111,7 +111,7 @@ def compare(
         setup = setup_of(context.params, Optimization())
         out = out or Path("mmfast-compare") / setup.splits.name
         console = make_console()
-        comparison = Comparison(
+        comparison = ComparisonRunner(
             setup,
             chosen,
             seeds,
@@ -192,7 +192,7 @@ def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> Over
     return found
 
 
-def _make_runs(console: Console, comparison: Comparison, left: list[PlannedRun], total: int) -> None:
+def _make_runs(console: Console, comparison: ComparisonRunner, left: list[PlannedRun], total: int) -> None:
     from mmfast.cli.progress import RunProgress
 
     with RunProgress(console, total, len(left)) as progress:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmfast.experiments.comparison import Comparison
+from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.setup import PlannedRun
 from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import TRIALS, Tuned
@@ -74,7 +74,7 @@ class TrialProgress:
 
 
 def tune_methods(
-    console: Console, comparison: Comparison, left: list[PlannedRun]
+    console: Console, comparison: ComparisonRunner, left: list[PlannedRun]
 ) -> tuple[list[Tuned], list[PlannedRun]]:
     """Make the trials of all methods; return what they found, and the runs with these settings.
 
@@ -103,7 +103,7 @@ def tune_methods(
     return found, [comparison.settled(planned) for planned in left]
 
 
-def _tune(comparison: Comparison, method: Method, progress: TrialProgress) -> Tuned:
+def _tune(comparison: ComparisonRunner, method: Method, progress: TrialProgress) -> Tuned:
     tuning = comparison.tuning
     assert tuning is not None
     epochs = comparison.setup.check(method) * tuning.num_seeds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
 from mmfast.experiments.setup import (
     PlannedRun,
+    RunSetup,
     Setup,
     diverged_entry,
     machine,
@@ -33,7 +34,7 @@ from mmfast.training.run_folder import LAST, MODEL, alone_in
 
 
 @dataclass
-class Comparison:
+class ComparisonRunner:
     """Runs of several methods with seeds 0, 1, ... that share everything else.
 
     Attributes:
@@ -46,7 +47,7 @@ class Comparison:
         results: of the folder.
     """
 
-    setup: Setup
+    setup: RunSetup
     methods: Sequence[Method]
     num_seeds: int
     out: Path
@@ -61,7 +62,7 @@ class Comparison:
     def __repr__(self) -> str:
         names = ", ".join(method.name for method in self.methods)
         done = len(self.results.content["runs"])
-        lines = [f"Comparison({names}; {self.num_seeds} seeds, {done} runs done, out {self.out}"]
+        lines = [f"ComparisonRunner({names}; {self.num_seeds} seeds, {done} runs done, out {self.out}"]
         return "\n  ".join([*lines, *repr(self.setup).splitlines()]) + ")"
 
     def prepare(self, *, overwrite: bool = False) -> list[PlannedRun]:
@@ -80,12 +81,20 @@ class Comparison:
             raise ValueError(f"out must be a folder, {self.out} is a file")
         epochs = {method.name: self.setup.check(method) for method in self.methods}
         if self.tuning is not None:
-            self.tuning.check(self.setup, self.methods, self.num_seeds)
+            self.tuning.check(self._own_setup, self.methods, self.num_seeds)
         # Raises where accelerator, devices or precision cannot be had.
         self.setup.trainer(self.methods[0], 0, None)
         if overwrite:
-            self._clear()
+            self.clear()
         self.results.open()
+        return self.left(epochs)
+
+    def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
+        """Return the runs that are still to be made.
+
+        Args:
+            epochs: of a run, by method.
+        """
         # Seeds outermost: a comparison that stops early has all methods of its first seeds.
         runs = [
             PlannedRun(method, seed, epochs[method.name])
@@ -93,6 +102,12 @@ class Comparison:
             for method in self.methods
         ]
         return [planned for planned in runs if not self._done(planned)]
+
+    @property
+    def _own_setup(self) -> Setup:
+        """The setup of trials, which the commands alone make."""
+        assert isinstance(self.setup, Setup)
+        return self.setup
 
     def tune(
         self,
@@ -108,9 +123,9 @@ class Comparison:
         """
         assert self.tuning is not None
         if told := self.results.tuned(method.name):
-            return Tuned.of(method, self.setup.optimization, told)
+            return Tuned.of(method, self._own_setup.optimization, told)
         return self.tuning.tune(
-            self.setup, method, self.out, on_trial=on_trial, on_epoch=on_epoch, wait=self.wait
+            self._own_setup, method, self.out, on_trial=on_trial, on_epoch=on_epoch, wait=self.wait
         )
 
     def num_trials(self, method: Method) -> int:
@@ -118,7 +133,7 @@ class Comparison:
         assert self.tuning is not None
         if self.results.tuned(method.name):
             return self.tuning.trials
-        return self.tuning.num_made(self.setup, method, self.out)
+        return self.tuning.num_made(self._own_setup, method, self.out)
 
     def note_tuned(self, tuned: Tuned) -> None:
         """Let the runs of a method have the setting that was found, and results tell of it."""
@@ -149,10 +164,10 @@ class Comparison:
             if planned.optimization is not None:
                 setup = setup.with_settings(optimization=planned.optimization)
             try:
-                if setup.devices in (1, "1"):
-                    entry = make_run(setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
-                else:
+                if isinstance(setup, Setup) and not setup.is_made_here:
                     entry = run_in_subprocess(setup, planned, folder)
+                else:
+                    entry = make_run(setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
             except DivergedError as error:
                 entry = diverged_entry(planned.method, planned.seed, error)
             if planned.optimization is not None:
@@ -171,36 +186,23 @@ class Comparison:
         return OutcomeFiles({(run.method.name, run.seed): self.folder(run) for run in made})
 
     def _description(self) -> dict[str, Any]:
-        setup, splits = self.setup, self.setup.splits
-        return {
-            "format": FORMAT,
-            "versions": versions(),
-            "machine": machine(),
-            "data": {
-                "name": splits.name,
-                "source": setup.source,
-                "description": splits.description,
-                "sizes": {part: len(getattr(splits, part)) for part in ("train", "val", "test")},
-                "shapes": splits.shapes,
-                "classes": splits.class_names,
-                "split_seed": splits.split_seed,
-                "fingerprint": setup.fingerprint,
-            },
-            "configuration": {
-                **setup.configuration,
-                "methods": {method.name: method.config() for method in self.methods},
-                **({} if self.tuning is None else {TUNING: self.tuning.told(self.methods)}),
-            },
-        }
+        told = self.setup.description()
+        told["configuration"]["methods"] = {method.name: method.config() for method in self.methods}
+        if self.tuning is not None:
+            told["configuration"][TUNING] = self.tuning.told(self.methods)
+        return {"format": FORMAT, "versions": versions(), "machine": machine()} | told
 
     def _done(self, planned: PlannedRun) -> bool:
         entry = self.results.find(planned.method.name, planned.seed)
         if entry is None or "diverged" in entry:
             return entry is not None
+        if "accuracy" not in entry["metrics"]:
+            # Of other tasks than classes a run leaves its figures alone.
+            return True
         # Results of before have neither; the run is tested again.
         return (self.folder(planned) / OUTCOME).exists() and (not self.setup.probe or "probe" in entry)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove what comparisons write, and nothing else.
 
         Raises:

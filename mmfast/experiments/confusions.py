@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mmfast.errors import check_one_of
 from mmfast.experiments.outcomes import Outcome
@@ -17,7 +16,7 @@ from mmfast.experiments.picture_parts import entitle, short
 from mmfast.experiments.pictures import Picture
 from mmfast.experiments.summary import Summary
 from mmfast.methods import METHODS
-from mmfast.plots import DPI, fonts_for
+from mmfast.plots import DPI, Figure, fonts_for
 
 # Classes of a picture, of which more are not readable, and up to which cells hold numbers.
 _MOST, _NUMBERED = 30, 15
@@ -147,7 +146,7 @@ def plot_confusion(confusion: Confusion, folder: Path) -> Picture:
         figure.savefig(path, dpi=DPI)
     worst = [f"{names[y]} for {names[z]} {100 * confusion.shares[y, z]:.0f}%" for y, z in confusion.worst()]
     text = f"Label by prediction. Most frequent mistakes: {'; '.join(worst) or 'none'}."
-    return Picture(path.name, title, text)
+    return Picture(path.name, title, text, figure)
 
 
 def _chosen(confusion: Confusion) -> tuple[list[int], bool]:

@@ -94,9 +94,17 @@ class Run:
                 encoders=named,
             )
 
-    def check_commands(self) -> None:
-        """Raise ValueError unless data can be loaded as for the run, and it is finished."""
-        missing = [key for key in _DATA if key not in self.facts]
+    def check_commands(self, source: str | None = None) -> None:
+        """Raise ValueError unless data can be loaded as for the run, and it is finished.
+
+        Args:
+            source: where the data come from; None: whence they came in training.
+        """
+        missing = [key for key in _DATA if key not in self.facts and not (key == "source" and source)]
+        if missing == ["source"]:
+            raise ValueError(
+                f"data must be given, as {self.file} is of a program with data of its own, got none: --data"
+            )
         if missing and "learner" in self.state:
             raise ValueError(
                 f"{self.file} is of a program with data or a model of its own, of which it does not tell "

@@ -7,9 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from mmfast.plots import COLORS, MARKERS
+from mmfast.plots import COLORS, MARKERS, Figure
 
 # Letters of a title, and of a legend, that fit an inch.
 _TITLE, _LEGEND = 10.5, 13.5

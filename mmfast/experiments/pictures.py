@@ -11,9 +11,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mmfast.experiments import picture_titles as titles
@@ -21,10 +20,8 @@ from mmfast.experiments.contribution_curves import contribution_curves
 from mmfast.experiments.findings import Findings, find
 from mmfast.experiments.picture_parts import entitle, legend_below, shape_of, short, swarm
 from mmfast.experiments.summary import Summary
-from mmfast.plots import DPI, GREY, fonts_for
+from mmfast.plots import DPI, GREY, Figure, fonts_for
 
-# File names of the pictures of a comparison.
-PICTURES = ("accuracy.png", "probes.png", "contributions.png", "missing.png", "modality_accuracy.png")
 # Modalities that are told apart by shapes; more make a grid.
 _MOST_SHAPES = 4
 _ALL: dict[str, Any] = {"marker": "|", "color": "black", "markersize": 17, "markeredgewidth": 2}
@@ -32,35 +29,53 @@ _ALL: dict[str, Any] = {"marker": "|", "color": "black", "markersize": 17, "mark
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was written.
+    """A picture that was drawn.
 
     Attributes:
-        name: of the file.
+        name: of its file.
         title: what it shows, in a sentence.
         text: what can be read there, for those who do not see it.
+        figure: it.
     """
 
     name: str
     title: str
     text: str
+    figure: Figure
+
+
+def draw(kind: str, summaries: Sequence[Summary], findings: Findings | None = None) -> Picture:
+    """Draw a picture of summaries that have runs; `kind` is one of `kinds_of`."""
+    drawing = _DRAWINGS[kind](summaries, findings or find(summaries))
+    with fonts_for([*drawing.names, drawing.title]):
+        figure = drawing.figure()
+        entitle(figure, drawing.title)
+    return Picture(f"{kind}.png", drawing.title, drawing.text, figure)
+
+
+def kinds_of(summaries: Sequence[Summary]) -> list[str]:
+    """Return the kinds of pictures that there is something to draw for: probes where there are some."""
+    without = set()
+    if not any(summary.probe for summary in summaries):
+        without.add("probes")
+    if len(summaries[0].alone) < 2 or not any(summary.missing for summary in summaries):
+        without.add("missing")
+    return [kind for kind in KINDS if kind not in without]
 
 
 def plot_comparison(
     summaries: Sequence[Summary], folder: Path, findings: Findings | None = None
 ) -> list[Picture]:
-    """Write the pictures of a comparison; of missing modalities and of probes only where these are known."""
-    plots = dict(
-        zip(PICTURES, (plot_accuracy, plot_probes, plot_contributions, plot_missing, plot_modality_accuracy))
-    )
-    if not any(summary.probe for summary in summaries):
-        del plots["probes.png"]
-    if len(summaries[0].alone) < 2 or not any(summary.missing for summary in summaries):
-        del plots["missing.png"]
-    for name in set(PICTURES) - set(plots):
-        # Of other runs.
-        (folder / name).unlink(missing_ok=True)
+    """Write the pictures of a comparison; those of other runs that lie there are replaced or removed."""
     findings = findings or find(summaries)
-    return [plot(summaries, folder / name, findings) for name, plot in plots.items()]
+    pictures = [draw(kind, summaries, findings) for kind in kinds_of(summaries)]
+    for name in {*PICTURES} - {picture.name for picture in pictures}:
+        (folder / name).unlink(missing_ok=True)
+    for picture in pictures:
+        # Letters that no font has are told of once, in a sentence.
+        with fonts_for([]):
+            picture.figure.savefig(folder / picture.name, dpi=DPI)
+    return pictures
 
 
 def letters_missing(names: Sequence[str]) -> str:
@@ -69,19 +84,19 @@ def letters_missing(names: Sequence[str]) -> str:
         return note
 
 
-def _written(draw: Callable[[], Figure], path: Path, title: str, text: str, names: Sequence[str]) -> Picture:
-    with fonts_for([*names, title]):
-        figure = draw()
-        entitle(figure, title)
-        figure.savefig(path, dpi=DPI)
-    return Picture(path.name, title, text)
+class _Drawing(NamedTuple):
+    """What is to be drawn: title, words for those who do not see it, names that it shows, how."""
+
+    title: str
+    text: str
+    names: Sequence[str]
+    figure: Callable[[], Figure]
 
 
-def plot_accuracy(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
-    """Write test accuracy per method: mean, standard deviation, every seed; lines at the baselines."""
-    title = titles.accuracy_title(summaries, findings or find(summaries))
+def _of_accuracy(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
+    """Test accuracy per method: mean, standard deviation, every seed; lines at the baselines."""
     text = _told(summaries, lambda s: f"{100 * s.mean_accuracy:.1f}%", "Test accuracy")
-    return _written(lambda: _accuracy(summaries), path, title, text, [])
+    return _Drawing(titles.accuracy_title(summaries, findings), text, [], lambda: _accuracy(summaries))
 
 
 def _accuracy(summaries: Sequence[Summary]) -> Figure:
@@ -119,64 +134,70 @@ def _accuracy(summaries: Sequence[Summary]) -> Figure:
     return figure
 
 
-def plot_modality_accuracy(
-    summaries: Sequence[Summary], path: Path, findings: Findings | None = None
-) -> Picture:
-    """Write the accuracy of every modality alone per method: shapes, or a grid for more than four."""
-    title = "What each modality reaches alone"
+def _of_modality_accuracy(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
+    """The accuracy of every modality alone per method: shapes, or a grid for more than four."""
     text = _told(
         summaries, lambda s: _listed(s.alone, 100.0), "Test accuracy of each modality alone, in percent"
     )
     figures = [summary.alone for summary in summaries]
     rows = [f"{summary.title} ({summary.protocol})" for summary in summaries]
-    return _written(
-        lambda: _by_modality(summaries, figures, rows, "{} alone", "Modality alone"),
-        path,
-        title,
+    return _Drawing(
+        "What each modality reaches alone",
         text,
         list(figures[0]),
+        lambda: _by_modality(summaries, figures, rows, "{} alone", "Modality alone"),
     )
 
 
-def plot_probes(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
-    """Write what linear probes reach on every modality's frozen features, as `plot_modality_accuracy`."""
+def _of_probes(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
+    """What linear probes reach on every modality's frozen features, as `_of_modality_accuracy`."""
     summaries = [summary for summary in summaries if summary.probe]
     figures = [summary.probe for summary in summaries]
-    title = titles.probe_title(findings or find(summaries))
     text = _told(summaries, lambda s: _listed(s.probe, 100.0), "Test accuracy of a probe of each, in percent")
     rows = [summary.title for summary in summaries]
-    return _written(
-        lambda: _by_modality(summaries, figures, rows, "probe of {}", "Modality that is probed"),
-        path,
-        title,
+    return _Drawing(
+        titles.probe_title(findings),
         text,
         list(figures[0]),
+        lambda: _by_modality(summaries, figures, rows, "probe of {}", "Modality that is probed"),
     )
 
 
-def plot_missing(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
-    """Write the accuracy with each modality missing at test time, per method, as `plot_modality_accuracy`."""
+def _of_missing(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
+    """The accuracy with each modality missing at test time, per method, as `_of_modality_accuracy`."""
     summaries = [summary for summary in summaries if summary.missing]
     figures = [summary.missing for summary in summaries]
-    title = titles.missing_title(summaries)
     text = _told(summaries, lambda s: _listed(s.missing, 100.0), "Test accuracy without each, in percent")
     rows = [summary.title for summary in summaries]
-    return _written(
-        lambda: _by_modality(summaries, figures, rows, "without {}", "Modality that is missing"),
-        path,
-        title,
+    return _Drawing(
+        titles.missing_title(summaries),
         text,
         list(figures[0]),
+        lambda: _by_modality(summaries, figures, rows, "without {}", "Modality that is missing"),
     )
 
 
-def plot_contributions(summaries: Sequence[Summary], path: Path, findings: Findings | None = None) -> Picture:
-    """Write the mean contribution of every modality over epochs, and to test samples, a panel a method."""
-    title = titles.contribution_title(findings or find(summaries))
+def _of_contributions(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
+    """The mean contribution of every modality over epochs, and to test samples, a panel a method."""
     text = _told(summaries, lambda s: _listed(s.contribution, 1.0, 2), "Mean contribution on the test set")
-    return _written(
-        lambda: contribution_curves(summaries), path, title, text, list(summaries[0].contribution)
+    return _Drawing(
+        titles.contribution_title(findings),
+        text,
+        list(summaries[0].contribution),
+        lambda: contribution_curves(summaries),
     )
+
+
+_DRAWINGS: dict[str, Callable[[Sequence[Summary], Findings], _Drawing]] = {
+    "accuracy": _of_accuracy,
+    "probes": _of_probes,
+    "contributions": _of_contributions,
+    "missing": _of_missing,
+    "modality_accuracy": _of_modality_accuracy,
+}
+KINDS = tuple(_DRAWINGS)
+# Names of their files.
+PICTURES = tuple(f"{kind}.png" for kind in KINDS)
 
 
 def _by_modality(

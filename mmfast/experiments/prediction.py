@@ -39,7 +39,7 @@ def new_data(
     Raises:
         ValueError: the run is not one of commands, or the data do not fit it.
     """
-    run.check_commands()
+    run.check_commands(source)
     facts = run.facts
     sound = facts.get("sound")
     known = Known(
@@ -52,7 +52,7 @@ def new_data(
     data, notes = load_new(
         source, known, split=split, skip_unreadable=skip_unreadable, num_workers=num_workers
     )
-    if facts["source"] in (source, str(Path(source).resolve())) and split in (None, "train"):
+    if facts.get("source") in (source, str(Path(source).resolve())) and split in (None, "train"):
         notes.append(
             "these are the data of training, and figures on them flatter the model; --split test takes those "
             "that it has not seen"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
+from mmfast.objectives import Objective
 from mmfast.training.divergence import DivergedError
 from mmfast.training.metrics import AnyMetrics
 from mmfast.training.optimization import Optimization
@@ -43,7 +44,7 @@ class Setup:
     """What the runs of a comparison share.
 
     Attributes:
-        source: where `splits` come from: "htad", FILE.npz or FOLDER.
+        source: where `splits` come from: "htad", FILE.npz or FOLDER; None: from a program.
         splits: the data.
         optimization: optimizer, schedule, batch and epochs.
         dim: D of every encoder.
@@ -59,9 +60,10 @@ class Setup:
         data_on_device: one of DATA_ON_DEVICE; "auto" puts data on a GPU if they fill at most a quarter of its
             free memory.
         compile, deterministic, class_weights, label_smoothing, select, select_mode: as `Trainer` takes them.
+        others: what else `Trainer` takes, by name; programs give it, the commands do not.
     """
 
-    source: str
+    source: str | None
     splits: Splits
     optimization: Optimization = field(default_factory=Optimization)
     dim: int = 64
@@ -83,6 +85,7 @@ class Setup:
     label_smoothing: float = 0.0
     select: str | None = None
     select_mode: str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_one_of("data_on_device", self.data_on_device, DATA_ON_DEVICE)
@@ -108,6 +111,16 @@ class Setup:
         if self.data_on_device == "yes" or (self.data_on_device == "auto" and fits):
             parts = {name: part.to(device) for name, part in parts.items()}
         return parts
+
+    @property
+    def data(self) -> str:
+        """Description of the data."""
+        return self.splits.description
+
+    @property
+    def num_test(self) -> int:
+        """Samples that are tested on."""
+        return len(self.splits.test)
 
     def model(self, seed: int) -> MultimodalModel:
         """Return the untrained model of a seed, the same for every method."""
@@ -137,6 +150,7 @@ class Setup:
         return {
             **self.optimization.told(),
             **self.learning,
+            **told_of(self.others),
             "dim": self.dim,
             "fusion": self.fusion,
             "precision": self.precision,
@@ -150,14 +164,15 @@ class Setup:
 
     def metadata(self) -> dict[str, Any]:
         """Return the plain values that `restore` rebuilds model and data from."""
-        path = Path(self.source)
         chosen: dict[str, Any] = {}
+        if self.source is not None:
+            path = Path(self.source)
+            chosen["source"] = str(path.resolve()) if path.exists() else self.source
         if self.modalities is not None:
             chosen["modalities"] = list(self.modalities)
         if self.encoders:
             chosen["encoders"] = dict(self.encoders)
         return chosen | {
-            "source": str(path.resolve()) if path.exists() else self.source,
             "split_seed": self.splits.split_seed,
             "shapes": {name: list(shape) for name, shape in self.splits.shapes.items()},
             "classes": list(self.splits.class_names),
@@ -168,6 +183,29 @@ class Setup:
             "sound": plain(self.splits.sound),
             "data": self.fingerprint,
         }
+
+    def description(self) -> dict[str, Any]:
+        """Return what results tell of data and settings."""
+        splits = self.splits
+        return {
+            "data": {
+                "name": splits.name,
+                "source": self.source,
+                "description": splits.description,
+                "sizes": {part: len(getattr(splits, part)) for part in PARTS},
+                "shapes": splits.shapes,
+                "classes": splits.class_names,
+                "split_seed": splits.split_seed,
+                "fingerprint": self.fingerprint,
+            },
+            "configuration": self.configuration,
+        }
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether runs are made in this process: several devices have processes of their own by a command."""
+        is_told = self.source is not None and not self.others and isinstance(self.devices, int | str)
+        return self.devices in (1, "1") or not is_told
 
     def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
         """Return the trainer of a run.
@@ -192,7 +230,7 @@ class Setup:
                 compile=self.compile,
                 deterministic=self.deterministic,
                 **self.learning,
-                **options,
+                **{**self.others, **options},
             )
         except RuntimeError as error:
             raise ValueError(f"accelerator {self.accelerator!r} cannot be used: {error}") from error
@@ -200,9 +238,44 @@ class Setup:
     def check(self, method: Method) -> int:
         """Return the number of epochs of a run of `method`, or raise ValueError for what would stop one."""
         model, splits = self.model(0), self.splits
-        self.trainer(method, 0, None).check(model, splits.train, splits.val, splits.test)
+        self.trainer(method, 0, None, loggers=()).check(model, splits.train, splits.val, splits.test)
         learner = method.bind(model)
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
+
+
+class RunSetup(Protocol):
+    """What the runs of a comparison share, as its runner asks for it: a Setup, or what a program gives."""
+
+    @property
+    def probe(self) -> bool:
+        """Whether every modality is measured by a logistic regression on its frozen features, too."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that train a run together."""
+
+    @property
+    def data(self) -> str:
+        """Description of the data."""
+
+    @property
+    def num_test(self) -> int:
+        """Samples that are tested on."""
+
+    def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
+        """Return the trainer of a run."""
+
+    def model(self, seed: int) -> MultimodalModel:
+        """Return the untrained model of a seed, the same for every method."""
+
+    def parts_on(self, device: torch.device) -> Mapping[str, Any]:
+        """Return training, validation and test data where runs on a device are to find them."""
+
+    def check(self, method: Method) -> int:
+        """Return the number of epochs of a run of `method`, or raise ValueError for what would stop one."""
+
+    def description(self) -> dict[str, Any]:
+        """Return what results tell of data and settings."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +293,7 @@ class PlannedRun:
 
 
 def make_run(
-    setup: Setup,
+    setup: RunSetup,
     method: Method,
     seed: int,
     out_dir: Path,
@@ -230,11 +303,27 @@ def make_run(
 ) -> dict[str, Any]:
     """Train a method with a seed, or finish what is in `out_dir`, test it once, return its entry for results.
 
+    The arguments are those of `make_whole_run`.
+    """
+    return make_whole_run(setup, method, seed, out_dir, resume=resume, **options)[0]
+
+
+def make_whole_run(
+    setup: RunSetup,
+    method: Method,
+    seed: int,
+    out_dir: Path | None,
+    *,
+    resume: bool = True,
+    **options: Any,
+) -> tuple[dict[str, Any], Outcome | None]:
+    """Make a run; return its entry for results, and what it makes of each test sample.
+
     Args:
         setup: data, model and settings.
         method: what to train by.
         seed: of the model, the order of samples and the method's draws.
-        out_dir: folder of the checkpoints.
+        out_dir: folder of the checkpoints and of the outcome; None keeps none.
         resume: go on from the checkpoint in `out_dir`, if there is one.
         options: of `Trainer`, such as `on_epoch`, `loggers` and `progress`.
     """
@@ -243,11 +332,11 @@ def make_run(
     model = setup.model(seed)
     trainer.launch()
     parts = setup.parts_on(trainer.fabric.device)
-    trainer.fit(model, parts["train"], parts["val"], resume=resume)
+    trainer.fit(model, parts["train"], parts["val"], resume=resume and out_dir is not None)
     entry, outcome = finished(trainer, model, parts["train"], parts["test"], probe=setup.probe)
-    if outcome is not None and trainer.fabric.is_global_zero:
+    if outcome is not None and out_dir is not None and trainer.fabric.is_global_zero:
         outcome.save(out_dir / OUTCOME)
-    return plain(entry | {"wall_seconds": time.perf_counter() - begun})
+    return plain(entry | {"wall_seconds": time.perf_counter() - begun}), outcome
 
 
 def finished(
@@ -291,6 +380,16 @@ def finished_entry(trainer: Trainer, metrics: AnyMetrics) -> dict[str, Any]:
     }
 
 
+def told_of(others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what results tell of options that a program gives: what changes figures, by its name."""
+    found: dict[str, Any] = {}
+    if others.get("loss") is not None:
+        found["loss"] = Objective(loss=others["loss"]).config()["loss"]
+    if others.get("metrics"):
+        found["metrics"] = list(others["metrics"])
+    return found
+
+
 def diverged_entry(method: Method, seed: int, error: DivergedError) -> dict[str, Any]:
     """Return the entry for results of a run that has no figures."""
     return plain(
@@ -325,7 +424,7 @@ def restore(
         ValueError: the checkpoint cannot be read, is not of these commands, or the data do not fit it.
     """
     run = open_run(path)
-    run.check_commands()
+    run.check_commands(source)
     state, facts = run.state, run.facts
     # Checkpoints of before know nothing of it.
     skip_unreadable = skip_unreadable or facts.get("skip_unreadable", False)

@@ -315,12 +315,19 @@ def show_run(console: Console, entry: dict[str, Any], title: str) -> None:
 
 
 def show_figures(console: Console, runs: Sequence[dict[str, Any]], *, only: Sequence[str] = ()) -> None:
-    """Print all figures of runs, mean and standard deviation over seeds: one row a method, one table a kind.
+    """Print what `figure_tables` returns."""
+    for number, table in enumerate(figure_tables(runs, only=only)):
+        if number:
+            console.print()
+        console.print(table)
+
+
+def figure_tables(runs: Sequence[dict[str, Any]], *, only: Sequence[str] = ()) -> list[Table]:
+    """Return all figures of runs, mean and standard deviation over seeds: one row a method, one table a kind.
 
     Args:
-        console: where to.
         runs: entries of a comparison, of any task.
-        only: figures to print; none: all.
+        only: figures to tell; none: all.
     """
     by_method: dict[str, list[dict[str, Any]]] = {}
     for entry in runs:
@@ -328,19 +335,19 @@ def show_figures(console: Console, runs: Sequence[dict[str, Any]], *, only: Sequ
     example = next((found[0] for found in by_method.values() if found), {})
     names = [name for name in example if not only or name in only]
     single = [name for name in names if not isinstance(example[name], dict)]
-    tables = [{name: [name] for name in single}] if single else []
-    tables += [{m: [name, m] for m in example[name]} for name in names if name not in single]
+    kinds = [{name: [name] for name in single}] if single else []
+    kinds += [{m: [name, m] for m in example[name]} for name in names if name not in single]
     titles = ["", *(name for name in names if name not in single)] if single else names
-    for number, (title, columns) in enumerate(zip(titles, tables, strict=True)):
-        if number:
-            console.print()
+    tables = []
+    for title, columns in zip(titles, kinds, strict=True):
         table = _table()
         table.add_column(f"Method{title and f', {title}'}")
         for header in columns:
             table.add_column(header, justify="right")
         for method, found in by_method.items():
             table.add_row(METHODS[method].title, *(_over(found, path) for path in columns.values()))
-        console.print(table)
+        tables.append(table)
+    return tables
 
 
 def _over(figures: Sequence[dict[str, Any]], path: Sequence[str]) -> str:

@@ -196,6 +196,7 @@ def with_settings(
     optimization: Optimization | None,
     settings: Mapping[str, Any],
     names: Sequence[str] | None = None,
+    others: Sequence[str] = (),
 ) -> Optimization:
     """Return the settings of a run with some set on top.
 
@@ -204,6 +205,7 @@ def with_settings(
         optimization: None stands for the defaults.
         settings: fields by name.
         names: of the fields that are offered; None: all.
+        others: names of arguments that are no fields, which a misspelled one may mean, too.
 
     Raises:
         ValueError: there is no field of a name; the nearest ones are given.
@@ -213,7 +215,7 @@ def with_settings(
     meant = {word: own for word, own in _OTHER_NAMES.items() if names is None or own in names}
     for name in settings:
         if name not in known:
-            near = did_you_mean(name, offered, meant)
+            near = did_you_mean(name, [*offered, *others], meant)
             raise ValueError(f"{what} has no setting {name!r}{near}; it has {', '.join(offered)}")
     return replace(optimization or Optimization(), **settings)
 
