@@ -204,16 +204,16 @@ def test_runs_of_other_tasks_are_resumed(tmp_path):
 
 
 def test_pictures_are_figures(found, tmp_path):
-    for kind in ("accuracy", "modality_accuracy", "contributions"):
+    kinds = ("accuracy", "probes", "contributions", "missing", "modality_accuracy")
+    for kind in kinds:
         figure = found.plot(kind, tmp_path / f"{kind}.png")
         assert figure.axes
         assert figure._repr_png_().startswith(b"\x89PNG")
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     found.plot("accuracy", tmp_path / "accuracy.svg")
     assert "<svg" in (tmp_path / "accuracy.svg").read_text()
-    with raises(
-        "kind must be one of 'accuracy', 'modality_accuracy', 'contributions', got 'acuracy'; did you"
-    ):
+    listed = ", ".join(map(repr, kinds))
+    with raises(f"kind must be one of {listed}, got 'acuracy'; did you"):
         found.plot("acuracy")
 
 

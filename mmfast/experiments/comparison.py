@@ -160,9 +160,9 @@ class ComparisonRunner:
             self.results.open()
             if self._done(planned):
                 return self.results.find(planned.method.name, planned.seed) or {}
-            setup = self.setup
+            setup: RunSetup = self.setup
             if planned.optimization is not None:
-                setup = setup.with_settings(optimization=planned.optimization)
+                setup = self._own_setup.with_settings(optimization=planned.optimization)
             try:
                 if isinstance(setup, Setup) and not setup.is_made_here:
                     entry = run_in_subprocess(setup, planned, folder)
