@@ -227,10 +227,12 @@ def _recall_grid(confusions: Sequence[Confusion]) -> Grid:
 def _settings_grids(configuration: Mapping[str, Any]) -> list[Grid]:
     """Return settings of all runs, those of methods, and those that trials have found."""
     apart = ("methods", TUNING)
-    grids = [_pairs("Settings of all runs", {k: v for k, v in configuration.items() if k not in apart})]
+    given = ", as given before the trials" if TUNING in configuration else ""
+    shared = {name: value for name, value in configuration.items() if name not in apart}
+    grids = [_pairs(f"Settings of all runs{given}", shared)]
     methods = configuration["methods"]
     rows = [[Cell(METHODS[name].title), Cell(_listed(config) or "–")] for name, config in methods.items()]
-    grids.append(Grid("Options of methods", ["Method", "Options"], rows, [False, False]))
+    grids.append(Grid(f"Options of methods{given}", ["Method", "Options"], rows, [False, False]))
     if tuning := configuration.get(TUNING):
         rows = [
             [
