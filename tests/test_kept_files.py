@@ -294,7 +294,7 @@ def test_a_page_tells_settings_that_trials_have_found():
     assert [[cell.text for cell in row] for row in shared.rows] == [["max_epochs", "30"]]
     assert [[cell.text for cell in row] for row in methods.rows] == [["MLA", "alpha=1"], ["Joint", "–"]]
     assert trials.caption == "Settings chosen by 20 trials each, on validation data"
-    assert [cell.text for cell in trials.rows[0]] == ["MLA", "lr=0.00213, rho=none", "0.71"]
+    assert [cell.text for cell in trials.rows[0]] == ["MLA", "lr=0.00213, rho=none", "val/accuracy 71.0%"]
 
 
 def test_tables_of_many_columns_come_in_parts_that_keep_kinds_together():

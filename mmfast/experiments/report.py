@@ -20,8 +20,10 @@ from mmfast.experiments.confusions import Confusion
 from mmfast.experiments.data_tables import OVERVIEW_NOTE, overview_table
 from mmfast.experiments.findings import Findings
 from mmfast.experiments.pictures import Picture
+from mmfast.experiments.results import TUNING
 from mmfast.experiments.summary import Summary
 from mmfast.experiments.tables import note, tables
+from mmfast.experiments.tuning_tables import score_text
 from mmfast.experiments.verdict import EXPLANATION, diverged_sentence, idle_sentence, ranking, verdict
 from mmfast.files import replacing
 from mmfast.methods import METHODS
@@ -131,7 +133,7 @@ def write_report(
         sentences=[diverged_sentence(summaries), ranking(summaries, findings), idle_sentence(summaries)],
         warnings=[*(overview.warnings if overview else ()), *warnings],
         tables=_result_grids(summaries, findings),
-        note=note(summaries, findings),
+        note=note(summaries, findings, content["configuration"].get(TUNING, {}).get("trials", 0)),
         pictures=[_embedded(picture, path.parent) for picture in pictures],
         confusions=[_confusion(confusion, picture, path.parent) for confusion, picture in confusions],
         recall=_recall_grid([confusion for confusion, _ in confusions]) if confusions else None,
@@ -224,21 +226,23 @@ def _recall_grid(confusions: Sequence[Confusion]) -> Grid:
 
 def _settings_grids(configuration: Mapping[str, Any]) -> list[Grid]:
     """Return settings of all runs, those of methods, and those that trials have found."""
-    apart = ("methods", "tuning")
-    grids = [_pairs("Settings of all runs", {k: v for k, v in configuration.items() if k not in apart})]
+    apart = ("methods", TUNING)
+    given = ", as given before the trials" if TUNING in configuration else ""
+    shared = {name: value for name, value in configuration.items() if name not in apart}
+    grids = [_pairs(f"Settings of all runs{given}", shared)]
     methods = configuration["methods"]
     rows = [[Cell(METHODS[name].title), Cell(_listed(config) or "–")] for name, config in methods.items()]
-    grids.append(Grid("Options of methods", ["Method", "Options"], rows, [False, False]))
-    if tuning := configuration.get("tuning"):
+    grids.append(Grid(f"Options of methods{given}", ["Method", "Options"], rows, [False, False]))
+    if tuning := configuration.get(TUNING):
         rows = [
             [
                 Cell(METHODS[name].title),
-                Cell(_listed(told.get("settings", {}))),
-                Cell(_plain(told.get("score"))),
+                Cell(_listed(told["settings"])),
+                Cell(f"{told['select']} {score_text(told['score'], told['select'])}"),
             ]
-            for name, told in tuning.get("methods", {}).items()
+            for name, told in tuning["methods"].items()
         ]
-        caption = f"Settings chosen by {tuning.get('trials')} trials each, on validation data"
+        caption = f"Settings chosen by {tuning['trials']} trials each, on validation data"
         grids.append(Grid(caption, ["Method", "Chosen", "Score"], rows, [False, False, True]))
     return grids
 
