@@ -100,7 +100,9 @@ class Run:
         Args:
             source: where the data come from; None: whence they came in training.
         """
-        missing = [key for key in _DATA if key not in self.facts and not (key == "source" and source)]
+        missing = [key for key in _DATA if key not in self.facts]
+        if missing == ["source"] and source is not None:
+            missing = []
         if missing == ["source"]:
             raise ValueError(
                 f"data must be given, as {self.file} is of a program with data of its own, got none: --data"
