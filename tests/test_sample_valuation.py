@@ -43,6 +43,66 @@ def test_copies_are_unbiased_where_they_are_not_whole():
     assert copy_counts(torch.tensor([[1.0, 1.5, 3.0]])).sum() == 0
 
 
+def epoch_of(method, phi, monkeypatch):
+    """Return the copies `[N, M]` that a valuation with these contributions adds."""
+    learner, data = bind(method, num_modalities=phi.shape[1], seed=3), make_data(12)
+    monkeypatch.setattr(learner, "contributions", lambda data: (phi, None))
+    learner.end_epoch(0, data, None)
+    return learner.copies
+
+
+@pytest.mark.parametrize(
+    ("kappa", "first", "second"),
+    [
+        (2.0, [3, 2, 0, 2, 0, 2, 1, 0, 2, 0, 3, 0], [3, 1, 0, 2, 0, 2, 0, 0, 1, 0, 3, 0]),
+        (1.3, [2, 1, 0, 1, 0, 1, 0, 0, 1, 0, 2, 0], [2, 0, 0, 1, 0, 1, 0, 0, 1, 0, 2, 0]),
+    ],
+)
+def test_two_modalities_draw_what_they_drew_before_there_was_damping(kappa, first, second, monkeypatch):
+    phi = torch.linspace(-0.5, 1.5, 24).view(12, 2)[torch.arange(12) * 5 % 12]
+    copies = epoch_of(methods.SampleValuation(kappa=kappa, warmup=1), phi, monkeypatch)
+    assert copies.T.tolist() == [first, second]
+
+
+# Correctness of a, b, c, ab, ac, bc, abc -> contributions by hand, of v(S) = |S| [correct].
+THREE = {
+    "nothing is right": ((0, 0, 0, 0, 0, 0, 0), (0, 0, 0)),
+    "everything is right": ((1, 1, 1, 1, 1, 1, 1), (1, 1, 1)),
+    "c is noise": ((1, 1, 0, 1, 1, 1, 1), (7 / 6, 7 / 6, 2 / 3)),
+    "all together alone": ((0, 0, 0, 0, 0, 0, 1), (1, 1, 1)),
+    "a alone, which b and c spoil": ((1, 0, 0, 0, 0, 0, 0), (1 / 3, -1 / 6, -1 / 6)),
+}
+
+
+@pytest.mark.parametrize(("right", "phi"), THREE.values(), ids=THREE)
+def test_with_three_modalities_a_quarter_of_the_published_copies_is_made(right, phi, monkeypatch):
+    a, b, c, ab, ac, bc, abc = right
+    # Coalition s holds modality m where its bit m is set.
+    found = ops.shapley_values(torch.tensor([[0.0, a, b, 2 * ab, c, 2 * ac, 2 * bc, 3 * abc]]))
+    torch.testing.assert_close(found, torch.tensor([phi]).float(), atol=1e-6, rtol=0)
+    copies = epoch_of(methods.SampleValuation(warmup=1), found.expand(20_000, 3), monkeypatch)
+    expected = [0.5 * max(0.0, 1 - value) for value in phi]
+    assert copies.double().mean(0).tolist() == pytest.approx(expected, abs=0.015)
+    # Of less than one copy a sample has none or one.
+    assert set(copies.unique().tolist()) <= {0, 1}
+
+
+def test_without_damping_and_in_the_released_code_three_have_the_published_copies(monkeypatch):
+    phi = torch.tensor([[0.0, 0.5, 1.0], [-0.5, 1.5, 2.0]])
+    for options in ({"damping": 0.0}, {"released": True}, {"kappa": 8.0}, {"kappa": 4.0, "damping": 1.0}):
+        copies = epoch_of(methods.SampleValuation(warmup=1, **options), phi, monkeypatch)
+        assert copies.tolist() == [[2, 1, 0], [3, 0, 0]]
+
+
+def test_copies_are_divided_by_a_power_of_the_other_modalities():
+    method = methods.SampleValuation()
+    assert [method.kappa_for(count) for count in (1, 2, 3, 5)] == [2.0, 2.0, 0.5, 0.125]
+    assert methods.SampleValuation(damping=1.0).kappa_for(5) == 0.5
+    assert methods.SampleValuation(damping=1e4).kappa_for(3) == 0.0
+    with pytest.raises(ValueError, match="damping of sample-valuation must be at least 0, got -1"):
+        methods.SampleValuation(damping=-1)
+
+
 def test_contributions_sum_to_modalities_times_correct():
     learner, data = bind("joint", num_modalities=3), make_data(num_modalities=3)
     right = (learner.predict(data[:]).argmax(1) == data.labels).float()
