@@ -17,6 +17,8 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 _count = itertools.count()
+# Of JSON, to which each item has a line: in results.json an epoch of a run's history is one.
+_DEPTH = 4
 
 
 @contextlib.contextmanager
@@ -120,8 +122,28 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new."""
+def write_json(path: Path, value: Any, *, is_plain: bool = False) -> None:
+    """Write JSON so that a reader sees the old file or the new.
+
+    Args:
+        path: of the file.
+        value: dicts, lists and plain values.
+        is_plain: `plain` has been at it.
+    """
     with replacing(path, "w") as file:
-        json.dump(plain(value), file, indent=1, allow_nan=False)
+        file.write(_json_text(value if is_plain else plain(value), _DEPTH))
         file.write("\n")
+
+
+def _json_text(value: Any, depth: int, indent: str = "\n ") -> str:
+    """Return JSON with a line for each item down to a depth; what lies deeper goes to the quick encoder."""
+    if depth == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, allow_nan=False)
+    if isinstance(value, dict):
+        texts = (_json_text(item, depth - 1, indent + " ") for item in value.values())
+        items = [f"{json.dumps(key)}: {text}" for key, text in zip(value, texts)]
+        opening, closing = "{}"
+    else:
+        items = [_json_text(item, depth - 1, indent + " ") for item in value]
+        opening, closing = "[]"
+    return opening + indent + f",{indent}".join(items) + indent[:-1] + closing

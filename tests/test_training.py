@@ -86,6 +86,32 @@ def test_adam_decays_weights():
     assert (optimizer.defaults["weight_decay"], optimizer.defaults["lr"]) == (0.3, 0.02)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimizers_are_fused_where_they_can_be(name):
+    settings, fused = Optimization(optimizer=name, weight_decay=0.0), torch.nn.Parameter(torch.ones(3))
+    assert settings.make_optimizer([fused]).defaults["fused"] is True
+    assert settings.make_optimizer([fused], precision="bf16-mixed").defaults["fused"] is None
+    double = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    plain = settings.make_optimizer([{"params": [fused]}, {"params": [double]}])
+    assert plain.defaults["fused"] is None
+    # A checkpoint of a fused one does not make it so.
+    state = plain.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = True
+    plain.load_state_dict(state)
+    assert [group["fused"] for group in plain.param_groups] == [None, None]
+
+
+def test_sgd_takes_sparse_gradients():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = Optimization(optimizer="sgd", lr=0.5, weight_decay=0.0).make_optimizer(table.parameters())
+    table(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    before[[1, 3]] -= 0.5
+    torch.testing.assert_close(table.weight.detach(), before)
+
+
 def test_published_temperatures():
     found = {
         key: (m.temperature, m.fusion_temperature)

@@ -44,6 +44,7 @@ FAST = Optimization(max_epochs=2, batch_size=32)
 # fixed weights are the user's; and `bias` is of a loss that is not the paper's.
 NOT_DRAWN = {
     "frozen-unimodal": {"head_epochs"},
+    "sample-valuation": {"damping"},
     "modality-valuation": {"fraction"},
     "di-mml": {"head_epochs", "bias"},
     "diagnose-relearn": {"max_times", "num_init"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -78,6 +79,7 @@ def test_a_small_state_is_written_at_once(monkeypatch, tmp_path):
 
 
 def test_states_are_written_in_order_and_the_end_waits(threaded, monkeypatch, tmp_path):
+    monkeypatch.setattr(writing, "_BETWEEN", 0.0)
     done, before = slow_writes(monkeypatch), threading.active_count()
     with Writer(tmp_path / "last.ckpt") as writer:
         writer.save({"n": 0})
@@ -89,6 +91,25 @@ def test_states_are_written_in_order_and_the_end_waits(threaded, monkeypatch, tm
     assert done == [0, 1, 2, 3]
     assert threading.active_count() == before
     assert checkpoint.load(tmp_path / "last.ckpt")["n"] == 3
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_what_follows_at_once_is_held_for_the_end(error, monkeypatch, tmp_path):
+    path = tmp_path / "last.ckpt"
+    weight = torch.zeros(2)
+    monkeypatch.setattr(writing, "_BETWEEN", 60.0)
+    caught = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with caught, Writer(path) as writer:
+        for n in range(3):
+            weight.fill_(n)
+            writer.save({"weight": weight}, {"n": n})
+            # The first is written, of the others none while it goes on.
+            assert checkpoint.load(path)["n"] == 0
+        weight.fill_(7)
+        if error is not None:
+            raise error
+    found = checkpoint.load(path)
+    assert (found["n"], found["weight"].tolist()) == (2, [2.0, 2.0])
 
 
 def save_and_raise(path: Path, state: dict, error) -> None:

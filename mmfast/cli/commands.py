@@ -21,6 +21,7 @@ from mmfast.cli.flags import (
     Encoders,
     EvalBatchSize,
     Fusion,
+    Jobs,
     Modalities,
     NumNodes,
     NumWorkers,
@@ -81,6 +82,7 @@ def compare(
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
     num_nodes: OneNode = 1,
+    jobs: Jobs = "1",
     precision: Precision = "32-true",
     num_workers: NumWorkers = 0,
     eval_batch_size: EvalBatchSize = 256,
@@ -93,7 +95,7 @@ def compare(
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
     with plain_errors(traceback):
-        from mmfast.cli.options import make_methods, setup_of, tuning_of
+        from mmfast.cli.options import make_methods, parse_jobs, setup_of, tuning_of
         from mmfast.cli.tuning import tune_methods
         from mmfast.experiments.comparison import ComparisonRunner
         from mmfast.experiments.confusions import confused_methods
@@ -119,7 +121,10 @@ def compare(
             wait=lambda text: console.print(text, soft_wrap=True),
             tuning=tuning_of(context.params, chosen),
         )
+        at_a_time = parse_jobs(jobs)
+        comparison.check_jobs(at_a_time or 1)
         left = comparison.prepare(overwrite=overwrite)
+        at_a_time = at_a_time or comparison.sensible_jobs(len(left))
         seen = _show_data(console, setup, seeds)
         total = len(chosen) * seeds
         if comparison.results.note:
@@ -129,7 +134,7 @@ def compare(
         if len(left) < total:
             console.print(f"{total - len(left)} of {total} runs: already in {out / RESULTS}.", soft_wrap=True)
         try:
-            _make_runs(console, comparison, left, total)
+            _make_runs(console, comparison, left, total, at_a_time)
         except (KeyboardInterrupt, Stopped) as end:
             known = len(comparison.results.content["runs"])
             counted = f"{known} run{'s' * (known != 1)} in {out / RESULTS}"
@@ -192,13 +197,14 @@ def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> Over
     return found
 
 
-def _make_runs(console: Console, comparison: ComparisonRunner, left: list[PlannedRun], total: int) -> None:
+def _make_runs(
+    console: Console, comparison: ComparisonRunner, left: list[PlannedRun], total: int, jobs: int
+) -> None:
     from mmfast.cli.progress import RunProgress
 
     with RunProgress(console, total, len(left)) as progress:
-        for planned in left:
-            progress.begin(planned)
-            progress.end(planned, comparison.make(planned, progress.epoch))
+        for planned, entry in comparison.make_all(left, jobs, on_event=progress.event):
+            progress.end(planned, entry)
 
 
 @app.command(epilog=method_help())

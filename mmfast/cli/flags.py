@@ -159,6 +159,13 @@ OneNode = Annotated[
         help="Must be 1: a comparison starts its runs itself, on one machine; train takes several.",
     ),
 ]
+Jobs = Annotated[
+    str,
+    typer.Option(
+        help="Runs at a time, or auto: one a core, or a GPU. They share the machine's threads and GPUs, and "
+        "results are the same but for rounding where a model is large enough for several threads."
+    ),
+]
 Precision = Annotated[
     str, typer.Option(help="32-true, bf16-mixed, 16-mixed or another of Lightning Fabric's.")
 ]

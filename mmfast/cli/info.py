@@ -16,7 +16,9 @@ from mmfast import backend
 
 # What `pip install "mmfast[train]"` brings; a test holds it to pyproject.toml.
 TRAIN_EXTRA = (
+    "cloudpickle",
     "jinja2",
+    "joblib",
     "lightning-fabric",
     "matplotlib",
     "multiviewstacking",

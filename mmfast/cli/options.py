@@ -224,6 +224,15 @@ def set_given(base: Optimization, **settings: Any) -> Optimization:
     return replace(base, **{name: value for name, value in settings.items() if value is not None})
 
 
+def parse_jobs(text: str) -> int | None:
+    """Return the number of jobs, None of "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"jobs must be a number of at least 1 or 'auto', got {text!r}")
+    return int(text)
+
+
 def parse_weights(text: str | None) -> str | tuple[float, ...] | None:
     """Return "balanced", or the numbers in "1,2.5,1"."""
     return text if text in (None, "balanced") else parse_value("class_weights", text, tuple[float, ...])

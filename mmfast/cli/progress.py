@@ -11,7 +11,7 @@ from mmfast.experiments.setup import PlannedRun
 
 
 class RunProgress:
-    """Shows how many runs are made, and how far the current one is.
+    """Shows how many runs are made, and how far each of those under way is.
 
     Args:
         console: where to.
@@ -33,7 +33,7 @@ class RunProgress:
             disable=not console.is_terminal or left == 0,
         )
         self.runs = self.bars.add_task("Runs", total=total, completed=self.made)
-        self.epochs = self.bars.add_task("Epochs", total=None)
+        self.current: dict[tuple[str, int], Any] = {}
 
     def __enter__(self) -> RunProgress:
         self.bars.start()
@@ -42,21 +42,20 @@ class RunProgress:
     def __exit__(self, *error: Any) -> None:
         self.bars.stop()
 
-    def begin(self, planned: PlannedRun) -> None:
-        """Note that a run begins."""
-        self.bars.update(
-            self.epochs,
-            description=f"{planned.method.title}, seed {planned.seed}",
-            total=planned.epochs,
-            completed=0,
-        )
-
-    def epoch(self, entry: dict[str, Any]) -> None:
-        """Note that the current run has made an epoch, as `Trainer` calls `on_epoch`."""
-        self.bars.advance(self.epochs)
+    def event(self, planned: PlannedRun, epoch: int | None) -> None:
+        """Note that a run begins, or has made an epoch, as `Comparison.make_all` calls `on_event`."""
+        key = planned.method.name, planned.seed
+        if epoch is not None:
+            if key in self.current:
+                self.bars.advance(self.current[key])
+            return
+        text = f"{planned.method.title}, seed {planned.seed}"
+        self.current[key] = self.bars.add_task(text, total=planned.epochs)
 
     def end(self, planned: PlannedRun, entry: dict[str, Any]) -> None:
         """Note that a run is made; `entry` is what results.json holds of it."""
+        if (bar := self.current.pop((planned.method.name, planned.seed), None)) is not None:
+            self.bars.remove_task(bar)
         self.made += 1
         self.bars.advance(self.runs)
         if not self.console.is_terminal:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
+from mmfast.experiments.parallel import check_jobs, sensible_jobs, side_by_side
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
 from mmfast.experiments.setup import (
     PlannedRun,
@@ -42,7 +47,7 @@ class ComparisonRunner:
         methods: what to compare.
         num_seeds: runs of each method.
         out: folder of results.json and the runs' checkpoints.
-        wait: called with a sentence before this process waits for another one.
+        wait: called with a sentence before this process waits for another one; None: nobody is told.
         tuning: how settings are found before the runs; None: they are as they are given.
         results: of the folder.
     """
@@ -51,7 +56,7 @@ class ComparisonRunner:
     methods: Sequence[Method]
     num_seeds: int
     out: Path
-    wait: Callable[[str], None] = print
+    wait: Callable[[str], None] | None = print
     tuning: Tuning | None = None
     results: Results = field(init=False)
 
@@ -105,7 +110,7 @@ class ComparisonRunner:
 
     @property
     def _own_setup(self) -> Setup:
-        """The setup of trials, which the commands alone make."""
+        """The setup of the commands: they alone make trials, and several runs at a time."""
         assert isinstance(self.setup, Setup)
         return self.setup
 
@@ -125,7 +130,12 @@ class ComparisonRunner:
         if told := self.results.tuned(method.name):
             return Tuned.of(method, self._own_setup.optimization, told)
         return self.tuning.tune(
-            self._own_setup, method, self.out, on_trial=on_trial, on_epoch=on_epoch, wait=self.wait
+            self._own_setup,
+            method,
+            self.out,
+            on_trial=on_trial,
+            on_epoch=on_epoch,
+            wait=self.wait or _tell_nobody,
         )
 
     def num_trials(self, method: Method) -> int:
@@ -156,7 +166,7 @@ class ComparisonRunner:
         folder = self.folder(planned)
         name = f"{planned.method.name} with seed {planned.seed}"
         waiting = f"Waiting for another process, which makes {name} in {folder}."
-        with locked(self._lock(folder), wait=lambda: self.wait(waiting)):
+        with locked(self._lock(folder), wait=lambda: self.wait and self.wait(waiting)):
             self.results.open()
             if self._done(planned):
                 return self.results.find(planned.method.name, planned.seed) or {}
@@ -174,6 +184,57 @@ class ComparisonRunner:
                 entry["optimization"] = plain(planned.optimization.told())
             self.results.add(entry, folder)
         return entry
+
+    def make_all(
+        self,
+        runs: Sequence[PlannedRun],
+        jobs: int = 1,
+        *,
+        on_event: Callable[[PlannedRun, int | None], None] | None = None,
+    ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
+        """Make runs as `make` does, several at a time, and yield each with its entry when it is done.
+
+        Args:
+            runs: of this comparison.
+            jobs: at a time; see `parallel.side_by_side`.
+            on_event: gets a run and None when it begins, and with it each epoch of its stages that is done.
+
+        Raises:
+            As `make` and `side_by_side`.
+        """
+
+        def note(index: int, event: dict[str, Any]) -> None:
+            if "waits" in event:
+                if self.wait is not None:
+                    self.wait(event["waits"])
+            elif on_event is not None:
+                on_event(runs[index], event.get("epoch"))
+
+        self.check_jobs(jobs)
+        calls = [(planned,) for planned in runs]
+        gpus = int(self._own_setup.devices) if jobs > 1 and self._num_gpus else 0
+        options: dict[str, Any] = {"folder": self.out, "gpus": gpus, "on_event": note}
+        for index, entry in side_by_side(_make, calls, jobs, shared=self, **options):
+            self.results.open()
+            yield runs[index], entry
+
+    def check_jobs(self, jobs: int) -> None:
+        """Raise ValueError where this machine cannot make so many of the runs at a time."""
+        check_jobs(jobs, self._own_setup.devices, self._num_gpus if jobs > 1 else 0)
+
+    def sensible_jobs(self, runs: int) -> int:
+        """Return how many of some runs to make at a time on this machine."""
+        return sensible_jobs(torch.get_num_threads(), self._num_gpus, self._own_setup.devices, runs)
+
+    @cached_property
+    def _num_gpus(self) -> int:
+        """GPUs of this machine that runs take."""
+        kind = self.setup.trainer(self.methods[0], 0, None).fabric.device.type
+        return torch.cuda.device_count() if kind == "cuda" else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For other processes, which read what the folder holds, and print nothing.
+        return self.__dict__ | {"wait": None, "results": Results(self.out, self.results.mine)}
 
     def folder(self, planned: PlannedRun) -> Path:
         """Return where the checkpoints of a run lie."""
@@ -233,6 +294,20 @@ class ComparisonRunner:
     @staticmethod
     def _lock(folder: Path) -> Path:
         return folder.with_name(f".{folder.name}.lock")
+
+
+def _tell_nobody(text: str) -> None:
+    """Take a sentence that nobody waits for."""
+
+
+def _make(comparison: ComparisonRunner, planned: PlannedRun, tell: Callable[[Any], None]) -> dict[str, Any]:
+    """Make a run of a comparison, and tell of its beginning, its epochs, and what it waits for."""
+    tell({})
+    if comparison.wait is None:
+        # In another process, where it serves several runs.
+        comparison = copy.copy(comparison)
+        comparison.wait = lambda text: tell({"waits": text})
+    return comparison.make(planned, lambda entry: tell({"epoch": entry["epoch"]}))
 
 
 def has_run(folder: Path) -> bool:

@@ -43,6 +43,8 @@ class Results:
         self.mine = mine
         self.content: dict[str, Any] = mine | {"runs": []}
         self.note = ""
+        # What tells the file from another one, as this process has last read or written it.
+        self._seen: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         return f"Results({str(self.out)!r}, {len(self.content['runs'])} runs)"
@@ -64,7 +66,8 @@ class Results:
 
     def add(self, entry: dict[str, Any], folder: Path) -> None:
         """Add a run's entry to what the folder holds by now, and to the run's own folder."""
-        write_json(folder / METRICS, entry | {_COMPARISON: self._digest()})
+        entry = plain(entry)
+        write_json(folder / METRICS, entry | {_COMPARISON: self._digest()}, is_plain=True)
         with self._lock():
             self._take_in()
             self._put(entry)
@@ -80,8 +83,8 @@ class Results:
             self._write(self.content)
 
     def _write(self, content: dict[str, Any]) -> None:
-        content = plain(content)
-        write_json(self.path, content | {_CHECKSUM: _checksum(content)})
+        write_json(self.path, content | {_CHECKSUM: _checksum(content)}, is_plain=True)
+        self._seen = _identity(self.path)
 
     def find(self, method: str, seed: int) -> dict[str, Any] | None:
         """Return the entry of a run, or None."""
@@ -107,12 +110,16 @@ class Results:
         return locked(self.out / f".{RESULTS}.lock", wait=lambda: None)
 
     def _take_in(self) -> None:
+        if self._seen is not None and self._seen == _identity(self.path):
+            # Nobody has written since.
+            return
         found = self._read()
         if found is None or not found["runs"]:
             return
         self._check_same(found)
         of_all_methods = found["configuration"]["methods"] | self.mine["configuration"]["methods"]
         tuning = _joined(found["configuration"].get(TUNING), self.mine["configuration"].get(TUNING))
+        self._seen = _identity(self.path)
         known = self.content["runs"]
         self.content = found | self.mine
         self.content["configuration"] = self.mine["configuration"] | {"methods": of_all_methods} | tuning
@@ -230,6 +237,15 @@ def _tuned_otherwise(there: dict[str, Any] | None, here: dict[str, Any] | None) 
         for method, names in here.get("drawn", {}).items()
         if (others := drawn.get(method, names)) != names
     ]
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what is another for each file that takes the place of `path`; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _checksum(content: dict[str, Any]) -> str:

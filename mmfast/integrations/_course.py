@@ -189,7 +189,8 @@ class Course:
         learner.objective.to(learner.device)
         rank, world_size = rank_and_size()
         seed = learner.generator(self.index, self.epoch, rank).initial_seed()
-        torch.manual_seed(seed)
+        if learner.device.type != "cpu":
+            torch.manual_seed(seed)
         seed_host(seed)
         start = learner.resume_epoch if cut else learner.start_epoch
         entries = start(self.epoch, self.train)

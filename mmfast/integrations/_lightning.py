@@ -220,7 +220,8 @@ class MethodHooks(_Base):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the current stage, whose rates the module's own schedule moves."""
         settings, stage = self.optimization, self._course.stage
-        optimizer = settings.make_optimizer(parameter_groups(self.learner, settings))
+        parameters = parameter_groups(self.learner, settings)
+        optimizer = settings.make_optimizer(parameters, precision=self._course.precision)
         self._schedule = Schedule(settings, optimizer, stage.epochs)
         if self._loaded is not None:
             self._schedule.load_state_dict(self._loaded)

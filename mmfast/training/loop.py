@@ -168,10 +168,12 @@ class TrainingLoop:
         self, standing: Standing, stage: Stage, epoch: int, cut: Cut | None
     ) -> tuple[dict[str, float], Cut | None]:
         """Train an epoch, or the rest of one; return its mean loss and seconds, and where it was stopped."""
-        learner, fabric, module, index = self.learner, self.fabric, standing.module, standing.index
+        learner, fabric, index = self.learner, self.fabric, standing.index
         # A seed of its own for every epoch: a resumed run needs no random state of the one before.
         seed = learner.generator(index, epoch, fabric.global_rank).initial_seed()
-        torch.manual_seed(seed)
+        if fabric.device.type != "cpu":
+            # A look at all kinds of devices, which tiny epochs feel.
+            torch.manual_seed(seed)
         # Models may draw from numpy and random; data sets draw by seeds of their batches.
         seed_host(seed)
         begun = time.perf_counter() - (cut.seconds if cut else 0)
@@ -187,7 +189,7 @@ class TrainingLoop:
         check_agreement("samples of an epoch", len(entries))
         if cut:
             cut.check(len(shard.batches))
-        module.train()
+        standing.module.train()
         steps, is_alone, first = learner.steps_per_batch, world() is None, cut.batch if cut else 0
         groups = shard.groups(self.optimization.accumulate_grad_batches)
         # The batch of each loss, in the order in which they are taken.
@@ -218,8 +220,8 @@ class TrainingLoop:
                     # All processes must know of a mark that one of them has met, or none talks of the same.
                     held = [batch | all_marks(batch, learner.modalities) for batch in held]
                 for step in range(steps):
-                    standing.optimizer.zero_grad()
-                    parts = self._add_gradients(module, step, group, held, shard.weights(group), note)
+                    standing.drop_gradients()
+                    parts = self._add_gradients(standing, step, group, held, shard.weights(group), note)
                     learner.edit_gradients(step, g / len(groups))
                     figures = standing.step()
                     if self.on_step is not None:
@@ -247,7 +249,7 @@ class TrainingLoop:
 
     def _add_gradients(
         self,
-        module: Any,
+        standing: Standing,
         step: int,
         group: list[int],
         batches: list[dict[str, Any]],
@@ -257,7 +259,7 @@ class TrainingLoop:
         """Add up the gradients of a step over the batches of a group; return their losses and weights.
 
         Args:
-            module: the learner as Fabric wraps it.
+            standing: of the stage.
             step: of these batches.
             group: numbers of the batches.
             batches: what they hold.
@@ -267,8 +269,8 @@ class TrainingLoop:
         losses = []
         for b, batch, weight in zip(group, batches, weights, strict=True):
             # Processes tell each other the gradients of a step once.
-            with self.fabric.no_backward_sync(module, enabled=b != group[-1]):
-                loss = module(batch, step)
+            with self.fabric.no_backward_sync(standing.module, enabled=b != group[-1]):
+                loss = standing.called(batch, step)
                 note(loss, b, batch)
                 self.fabric.backward(loss * weight)
             losses.append((loss.detach(), weight))

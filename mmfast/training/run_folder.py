@@ -15,7 +15,7 @@ from mmfast.objectives import Objective
 from mmfast.training.metrics import Measures
 from mmfast.training.optimization import Optimization
 
-LAST = "last.ckpt"  # where a run stands, written after every epoch; with it go files last.*.part
+LAST = "last.ckpt"  # where a run stands: writing.py says how often; with it go files last.*.part
 MODEL = "model.ckpt"  # the selected weights, written when a run is finished
 LOCK = ".lock"  # held while a process trains there
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import Precision
+from lightning_fabric.strategies import SingleDeviceStrategy
 
 from mmfast.methods.base import Learner
 from mmfast.training.averaging import Average
@@ -26,7 +29,7 @@ class Standing:
         learner: in this stage.
         fabric, settings: of the run.
         index: of the stage.
-        module: the learner as Fabric wraps it, which makes training steps.
+        module: the learner as Fabric wraps it.
         optimizer: as Fabric wraps it.
         schedule: of its learning rates.
         best: the best weights so far.
@@ -62,7 +65,8 @@ class Standing:
             index: of the stage.
             state: None: it begins.
         """
-        optimizer = settings.make_optimizer(parameter_groups(learner, settings))
+        precision = fabric.strategy.precision.precision
+        optimizer = settings.make_optimizer(parameter_groups(learner, settings), precision=precision)
         schedule = Schedule(settings, optimizer, learner.stage.epochs)
         best = BestWeights.of(learner, state["best"] if state else {})
         if state:
@@ -75,6 +79,19 @@ class Standing:
             average.load_state_dict(state["average"])
         is_ended = bool(state and state.get("ended"))
         return cls(learner, fabric, settings, index, module, wrapped, schedule, best, average, is_ended)
+
+    @cached_property
+    def called(self) -> Any:
+        """What makes training steps: the learner itself where Fabric would do nothing else than call it."""
+        strategy = self.fabric.strategy
+        is_plain = type(strategy.precision) is Precision and type(strategy) is SingleDeviceStrategy
+        return self.learner if is_plain else self.module
+
+    def drop_gradients(self) -> None:
+        """Do as `zero_grad` of the optimizer, which takes longer to say so to torch's profiler."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def step(self) -> dict[str, Any]:
         """Take an optimizer step by the gradients that are there; return its rates, and their norm if known.

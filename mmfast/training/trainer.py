@@ -338,7 +338,7 @@ class Trainer:
                 on_epoch=record,
                 on_step=note_step if self._told.has("on_step_end") else None,
                 stepping=CompiledSteps(learner.model) if self.compile else contextlib.nullcontext,
-                on_state=lambda state: writer.save(self._description() | state),
+                on_state=lambda state: writer.save(state, self._description()),
                 stop=stop,
                 measures=self.measures,
                 history=self.history,
@@ -405,7 +405,7 @@ class Trainer:
             "metadata": self.metadata,
             "devices": self.fabric.world_size,
             "precision": self.fabric.strategy.precision.precision,
-            "history": self.history,
+            "history": list(self.history),
         }
 
     @property
