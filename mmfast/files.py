@@ -64,11 +64,12 @@ def remove_drafts(folder: Path, names: str) -> None:
     pattern = re.compile(f"(?:{names})" + re.escape(f".{socket.gethostname()}-") + r"(\d+)-\d+\.tmp")
     for draft in folder.glob("*.tmp"):
         found = pattern.fullmatch(draft.name)
-        if found and not _is_alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             draft.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs, as far as that can be asked."""
     if os.name != "posix":
         # There the question itself would end the process.
         return True

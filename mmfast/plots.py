@@ -37,7 +37,9 @@ def fonts_for(texts: Iterable[str]) -> Iterator[str]:
     )
     families, missing = _families(letters)
     usual = matplotlib.rcParams["font.family"]
-    with matplotlib.rc_context({"font.family": [*usual, *families]}), warnings.catch_warnings():
+    # A $ in a name is no formula.
+    settings: Any = {"font.family": [*usual, *families], "text.parse_math": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
         yield _missing_sentence(missing)
 

@@ -37,7 +37,7 @@ from torch import nn
 import mmfast
 import test_trainer as t
 from mmfast.data import ArrayDataset
-from mmfast.training.evaluation import probe
+from mmfast.training.probes import probe
 
 torch.set_num_threads(1)
 world = int(os.environ["WORLD_SIZE"])

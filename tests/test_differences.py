@@ -39,9 +39,15 @@ def test_the_variance_is_that_of_both_at_once():
     # Seeds (+-1) and samples (+-2) add up, and nothing else differs: the mean squares are 4 x 2 of seeds,
     # 2 x 16 / 3 of samples and 0 of the rest, so the variance of the mean is (8 + 32 / 3) / 8.
     table = np.array([1.0, -1.0])[:, None] + np.array([2.0, -2.0, 2.0, -2.0])
-    variance, freedom = (8 + 32 / 3) / 8, (8 + 32 / 3) ** 2 / (8**2 / 1 + (32 / 3) ** 2 / 3)
-    assert mean_of(table).half_width == pytest.approx(stats.t.ppf(0.975, freedom) * variance**0.5)
+    variance = (8 + 32 / 3) / 8
+    assert mean_of(table).half_width == pytest.approx(stats.t.ppf(0.975, 1) * variance**0.5)
     assert mean_of(table).p == 1.0
+    # Three of each: 4 x 2 of seeds again, 6 x 16 / 3 of samples; of six seeds freedom is Satterthwaite's.
+    many = np.repeat(table, 3, axis=0)
+    by_seed, by_sample = 4 * 6 / 5, 6 * 16 / 3
+    freedom = (by_seed + by_sample) ** 2 / (by_seed**2 / 5 + by_sample**2 / 3)
+    width = stats.t.ppf(0.975, max(freedom, 5)) * ((by_seed + by_sample) / 24) ** 0.5
+    assert mean_of(many).half_width == pytest.approx(width)
 
 
 def test_samples_without_an_answer_are_left_out():
@@ -111,6 +117,22 @@ def test_methods_that_do_not_differ_are_told_apart_in_a_twentieth_of_the_cases(n
     assert wrong <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
     if by_seed:
         assert np.mean([pooled(*pair) < 0.05 for pair in drawn]) > 0.2
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_one_of_nine_methods_is_seldom_told_apart_after_the_correction(num_seeds):
+    rng = np.random.default_rng(11)
+    wrong = 0
+    for _ in range(150):
+        base = rng.normal(1.0, 2.0, 300)
+
+        def of_one(base=base):
+            luck = rng.normal(0, 0.15, (num_seeds, 1))
+            return (base + luck + rng.normal(0, 0.7, (num_seeds, 300)) > 0).astype(float)
+
+        joint = of_one()
+        wrong += min(holm([difference(of_one(), joint).p for _ in range(9)])) < 0.05
+    assert wrong / 150 <= 0.05 + 3 * (0.05 * 0.95 / 150) ** 0.5
 
 
 def test_intervals_hold_what_is_true_and_differences_are_found():

@@ -121,6 +121,8 @@ def test_all_stop_and_go_on(how, npz, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Away from the clone, whose bare sources would hide what is installed.
+        cwd=tmp_path,
         # As a shell does it: Ctrl-C is for all of a group.
         start_new_session=True,
     )
@@ -228,3 +230,26 @@ def test_jobs_are_a_number_or_auto(jobs, npz, tmp_path):
     result = compare(npz, tmp_path, "--jobs", jobs)
     assert result.exit_code == 2
     assert f"jobs must be a number of at least 1 or 'auto', got '{jobs}'" in result.stderr
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    import os
+    import socket
+    import subprocess
+    import sys
+
+    from mmfast.experiments.parallel import clear_scratch
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    names = {
+        f".jobs-{host}-{gone.pid}-a": False,
+        f".jobs-{host}-{os.getpid()}-b": True,
+        ".jobs-other-1-c": True,
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shared").touch()
+    clear_scratch(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names

@@ -116,6 +116,7 @@ def test_it_is_read_as_it_was_written(tmp_path):
     for name, value in vars(found).items():
         np.testing.assert_array_equal(getattr(read, name), value)
     assert files.get(("joint", 1)) is None
+    assert ("joint", 1) not in files
     (tmp_path / "joint-seed0" / OUTCOME).write_bytes(b"PK no more")
     with pytest.raises(ValueError, match=r"test\.npz is damaged"):
         files["joint", 0]

@@ -157,3 +157,13 @@ def test_fonts_help_out_for_letters_that_the_usual_one_lacks(monkeypatch):
         assert matplotlib.rcParams["font.family"] == [*before, entry.name]
     assert matplotlib.rcParams["font.family"] == before
     plots._families.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["$0-$10k", "costs $5% to $6", "a$b_$", "x^$ y^$"])
+def test_dollars_in_names_are_letters(name, tmp_path):
+    found = summaries(MLA_ABOVE, missing={name: 0.6, "b": 0.3})
+    with plots.fonts_for([name]):
+        figure = plots.Figure()
+        figure.text(0.5, 0.5, name)
+    figure.savefig(tmp_path / "name.png")
+    assert plot_comparison(found, tmp_path)

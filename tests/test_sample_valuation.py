@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mmfast
 from mmfast import methods, ops
 from mmfast.data import ArrayDataset
 from mmfast.data.batches import Entries, presence
@@ -166,3 +167,33 @@ def test_released_code_copies_samples_that_are_right_throughout(monkeypatch):
         learner.end_epoch(0, data, None)
         # phi is 1 each under |S| [correct], 1/2 each under [correct]: one copy per modality.
         assert learner.copies.sum() == (24 if released else 0)
+
+
+@pytest.mark.parametrize(("num_modalities", "told"), [(2, 2.0), (3, 0.0)])
+def test_runs_from_before_the_damping_went_on_without(num_modalities, told):
+    from mmfast.experiments.results import _completed
+
+    config = _completed("sample-valuation", {"kappa": 2.0, "warmup": 5, "released": False}, num_modalities)
+    assert config["damping"] == told
+    given = _completed("sample-valuation", config | {"damping": 1.0}, num_modalities)
+    assert given["damping"] == 1.0
+
+
+def test_a_checkpoint_from_before_the_damping_is_of_another_run(tmp_path):
+    from mmfast.training import checkpoint
+
+    data, model = make_data(30, 3), bind("joint", 3).model
+    options = {"max_epochs": 2, "out_dir": tmp_path}
+    mmfast.Trainer("sample-valuation", **options).fit(model, data, data)
+    state = checkpoint.load(tmp_path / "last.ckpt")
+    del state["config"]["damping"]
+    checkpoint.save(tmp_path / "last.ckpt", state)
+    with pytest.raises(ValueError, match=r"config \{'damping': 2.0\}, got \{'damping': 0.0\}"):
+        mmfast.Trainer("sample-valuation", **options).fit(model, data, data, resume=True)
+    undamped = methods.SampleValuation(damping=0.0)
+    mmfast.Trainer(undamped, **options).fit(model, data, data, resume=True)
+    # What is finished predicts the same whatever it was trained by.
+    state = checkpoint.load(tmp_path / "model.ckpt")
+    del state["config"]["damping"]
+    checkpoint.save(tmp_path / "model.ckpt", state)
+    mmfast.Trainer("sample-valuation", **options).restore(model)

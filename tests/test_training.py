@@ -20,7 +20,7 @@ from mmfast.methods.presets import PUBLISHED
 from mmfast.models import build_model
 from mmfast.training.evaluation import evaluate
 from mmfast.training.optimization import Optimization
-from mmfast.training.probes import probe
+from mmfast.training.probes import probe, probe_answers
 from mmfast.training.selection import BestWeights
 from support.learners import NUM_CLASSES, bind, make_data
 
@@ -254,6 +254,19 @@ def test_a_probe_learns_from_the_training_part_only():
     fabric = Fabric(accelerator="cpu")
     assert min(probe(learner, train, train, fabric).values()) > 0.6
     assert max(probe(learner, train, shifted, fabric).values()) < 0.3
+
+
+def test_a_probe_answers_features_that_are_not_finite_wrong():
+    train, learner = make_data(90), bind("joint").eval()
+    fabric = Fabric(accelerator="cpu")
+    # As a data set of the user's own may give them.
+    broken = [train[i] | {"m0": torch.full((5,), torch.inf) if i < 9 else train[i]["m0"]} for i in range(90)]
+    answers = probe_answers(learner, broken, broken, fabric)
+    assert not answers["m0"][:9].any()
+    assert answers["m0"][9:].mean() > 0.6
+    assert probe(learner, broken, broken, fabric)["m1"] == probe(learner, train, train, fabric)["m1"]
+    nothing = [sample | {"m0": torch.full((5,), torch.nan)} for sample in broken]
+    assert probe(learner, nothing, train, fabric)["m0"] == 0.0
 
 
 def test_features_of_a_modality_are_those_of_samples_that_have_it():

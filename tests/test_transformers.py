@@ -300,7 +300,7 @@ def test_an_optimizer_of_torch_is_made_for_each_stage(tmp_path):
         arguments(tmp_path, num_epochs("di-mml")),
         TRAIN,
         VAL,
-        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "fused": True}),
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     )
     trainer.train()
     assert_same_weights(trainer.learner, expected.learner)

@@ -115,6 +115,11 @@ def compare(
             optimization=optimization,
             options=others,
         )
+        if on_epoch is not None and out_dir is not None and not getattr(setup, "is_made_here", True):
+            raise ValueError(
+                "on_epoch must be None with several devices and an out_dir, as each run is made by processes "
+                "of its own"
+            )
         # Before any run: what would end the last one ends the first.
         epochs = {method.name: setup.check(method) for method in chosen}
         if isinstance(setup, Program):

@@ -16,7 +16,7 @@ import torch
 
 from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
-from mmfast.experiments.parallel import check_jobs, sensible_jobs, side_by_side
+from mmfast.experiments.parallel import check_jobs, clear_scratch, sensible_jobs, side_by_side
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
 from mmfast.experiments.setup import (
     PlannedRun,
@@ -234,7 +234,9 @@ class ComparisonRunner:
 
     def __getstate__(self) -> dict[str, Any]:
         # For other processes, which read what the folder holds, and print nothing.
-        return self.__dict__ | {"wait": None, "results": Results(self.out, self.results.mine)}
+        # They may have another working folder.
+        out = self.out.absolute()
+        return self.__dict__ | {"wait": None, "out": out, "results": Results(out, self.results.mine)}
 
     def folder(self, planned: PlannedRun) -> Path:
         """Return where the checkpoints of a run lie."""
@@ -285,6 +287,7 @@ class ComparisonRunner:
                         f"another process makes a run in {folder}: wait for its end, or give another --out"
                     ) from None
             clear_journals(self.out / TRIALS)
+            clear_scratch(self.out)
             for name in (RESULTS, f"{RESULTS}.damaged", *FILES):
                 (self.out / name).unlink(missing_ok=True)
             for folder in runs:

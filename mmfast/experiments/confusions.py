@@ -14,7 +14,7 @@ from mmfast.errors import check_one_of
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.picture_parts import entitle, short
 from mmfast.experiments.pictures import Picture
-from mmfast.experiments.summary import Summary
+from mmfast.experiments.summary import Summary, highest
 from mmfast.methods import METHODS
 from mmfast.plots import DPI, Figure, fonts_for
 
@@ -67,7 +67,8 @@ class Confusion:
         """Return the most frequent mistake."""
         found = self.worst(1)
         if not found:
-            return f"{self.title} makes no mistake"
+            answered = self.counts.sum() == self.support.sum() * len(self.recall)
+            return f"{self.title} makes no mistake" + ("" if answered else " where it has a prediction")
         (label, prediction), names = found[0], self.class_names
         return (
             f"{self.title} takes {short(names[label])} for {short(names[prediction])} most often: "
@@ -98,8 +99,7 @@ def confused_methods(text: str | None, names: Sequence[str]) -> list[str] | None
 def joint_and_best(summaries: Sequence[Summary]) -> list[str]:
     """Return the names of joint training, where it has runs, and of the method of the highest accuracy."""
     ended = [summary for summary in summaries if summary.runs]
-    best = max(ended, key=lambda summary: summary.mean_accuracy).name
-    return list(dict.fromkeys([*(s.name for s in ended if s.name == "joint"), best]))
+    return list(dict.fromkeys([*(s.name for s in ended if s.name == "joint"), highest(ended).name]))
 
 
 def confusion_of(

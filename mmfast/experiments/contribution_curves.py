@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -104,7 +105,8 @@ def _over_epochs(summary: Summary, modality: str) -> dict[int, float]:
         for run in summary.runs
     ]
     means = {}
-    for epoch, values in enumerate(zip(*curves, strict=False), 1):
+    # Of seeds that stopped early the others go on.
+    for epoch, values in enumerate(itertools.zip_longest(*curves), 1):
         if known := [value for value in values if value is not None]:
             means[epoch] = statistics.fmean(known)
     return means

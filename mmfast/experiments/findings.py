@@ -48,12 +48,13 @@ class Findings:
     """Estimates by the name of a method, in [0, 1] of accuracy; modalities by name.
 
     Attributes:
-        use: mean Shapley value of each modality, of M where all samples are right.
+        use: mean Shapley value of each modality over the samples that have all, of M where all are right.
         unlearnt: how far the probe on a modality's features lies below the one on those of the encoder that
             was trained alone, of methods that train encoders together.
         over_joint: how far each method's accuracy lies above that of joint training.
         over_baselines: the same over the simple baseline that it is closest to, or furthest below: better
-            than this one is better than each (Berger's intersection-union test, Technometrics 1982).
+            than this one is better than each (Berger's intersection-union test, Technometrics 1982). Only
+            where every baseline has runs.
     """
 
     use: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
@@ -62,11 +63,16 @@ class Findings:
     over_baselines: Mapping[str, Margin] = field(default_factory=dict)
 
     def neglected(self, method: str) -> dict[str, Estimate]:
-        """Return the modalities that a method neglects, most first; of one seed nothing is said."""
+        """Return the modalities that a method neglects, most first, Holm-corrected over modalities.
+
+        Of one seed nothing is said.
+        """
+        gaps = self.unlearnt.get(method, {})
+        corrected = holm([gap.p for gap in gaps.values()])
         found = {
             name: gap
-            for name, gap in self.unlearnt.get(method, {}).items()
-            if gap.num_seeds > 1 and gap.low > 0 and gap.mean > NEGLIGIBLE
+            for (name, gap), p in zip(gaps.items(), corrected, strict=True)
+            if gap.num_seeds > 1 and gap.low > 0 and p < 1 - LEVEL and gap.mean > NEGLIGIBLE
         }
         return dict(sorted(found.items(), key=lambda item: -item[1].mean))
 
@@ -115,24 +121,30 @@ def find(summaries: Sequence[Summary]) -> Findings:
 
 def _use(summary: Summary, modalities: Sequence[str]) -> dict[str, Estimate]:
     assert summary.answers is not None
-    found = {name: mean_of(summary.answers.contributions[:, m]) for m, name in enumerate(modalities)}
+    phi = summary.answers.contributions
+    # Samples that lack one say what the others do without it, and their values add up to less.
+    phi = np.where(np.isnan(phi).any(1, keepdims=True), np.nan, phi)
+    found = {name: mean_of(phi[:, m], unit=1.0) for m, name in enumerate(modalities)}
     return {name: each for name, each in found.items() if each is not None}
 
 
 def _unlearnt(known: Mapping[str, Summary], modalities: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    apart = next((known[name] for name in _APART if name in known), None)
-    if apart is None:
-        return {}
     found: dict[str, dict[str, Estimate]] = {}
     for name, summary in known.items():
         if name in _APART:
             continue
-        own, together = _shared(apart, summary, "probes")
+        pairs = [_shared(known[apart], summary, "probes") for apart in _APART if apart in known]
+        # The one with most seeds that both have; the first of several.
+        own, together = max(pairs, key=_num_seeds, default=(None, None))
         if own is None or together is None:
             continue
         gaps = {m: difference(own[:, i], together[:, i]) for i, m in enumerate(modalities)}
         found[name] = {m: gap for m, gap in gaps.items() if gap is not None}
     return found
+
+
+def _num_seeds(pair: tuple[np.ndarray | None, np.ndarray | None]) -> int:
+    return 0 if pair[0] is None else len(pair[0])
 
 
 def _over_joint(known: Mapping[str, Summary]) -> dict[str, Margin]:
@@ -143,7 +155,9 @@ def _over_joint(known: Mapping[str, Summary]) -> dict[str, Margin]:
 
 
 def _over_baselines(known: Mapping[str, Summary]) -> dict[str, Margin]:
-    simple = [name for name in known if METHODS[name].is_baseline]
+    simple = [name for name, method in METHODS.items() if method.is_baseline]
+    if not set(simple) <= set(known):
+        return {}
     found = {}
     for name, summary in known.items():
         if METHODS[name].is_baseline:
@@ -165,7 +179,10 @@ def _margin(summary: Summary, other: Summary) -> Margin | None:
     if mine is None or theirs is None:
         return None
     estimate = difference(mine, theirs)
-    return None if estimate is None else Margin(other.name, estimate, estimate.p)
+    if estimate is None:
+        return None
+    # Of one seed nothing is told apart, and it counts for no other's correction.
+    return Margin(other.name, estimate, estimate.p if estimate.num_seeds > 1 else 1.0)
 
 
 def _corrected(margins: Mapping[str, Margin]) -> dict[str, Margin]:

@@ -139,6 +139,9 @@ class OutcomeFiles(Mapping[tuple[str, int], Outcome]):
     def __getitem__(self, key: tuple[str, int]) -> Outcome:
         return Outcome.load(self._paths[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._paths
+
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self._paths)
 

@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +24,13 @@ import torch
 
 from mmfast.errors import describe
 from mmfast.experiments.worker import SHARED, STOP, Share, call_here
+from mmfast.files import is_alive
 from mmfast.training.stopping import Stop, Stopped, listening
 
 # Seconds between two looks at what calls tell.
 _LOOK = 0.1
+# How the folders of calls begin.
+_SCRATCH = ".jobs-"
 
 
 def side_by_side(
@@ -209,7 +214,10 @@ def _results(
 def _lost(error: Exception) -> Exception:
     # The first sentence: joblib goes on with advice about memory.
     text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return RuntimeError(f"a process of the jobs has ended before its run: {text}")
+    return OSError(
+        f"a process of the jobs has ended before its run, perhaps for want of memory ({text}): give fewer "
+        "jobs; the same command goes on"
+    )
 
 
 def _backend() -> str:
@@ -252,11 +260,22 @@ def _teller(index: int, on_event: Callable[[int, Any], None] | None) -> Callable
     return lambda event: None if on_event is None else on_event(index, event)
 
 
+def clear_scratch(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have left in a folder."""
+    pattern = re.compile(re.escape(f"{_SCRATCH}{socket.gethostname()}-") + r"(\d+)-.*")
+    for path in folder.glob(f"{_SCRATCH}*"):
+        found = pattern.fullmatch(path.name)
+        if found and not is_alive(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _scratch(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix=".jobs-", dir=folder)).absolute()
+        clear_scratch(folder)
+    owner = f"{_SCRATCH}{socket.gethostname()}-{os.getpid()}-"
+    path = Path(tempfile.mkdtemp(prefix=owner, dir=folder)).absolute()
     try:
         yield path
     finally:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmfast.experiments.findings import JOINT, Findings
-from mmfast.experiments.summary import Summary, mean_std
+from mmfast.experiments.summary import Summary, highest, mean_std
 
 
 def accuracy_title(summaries: Sequence[Summary], findings: Findings) -> str:
     """Return which method reaches most, and whether that is above joint training and the simple baselines."""
-    best = max(summaries, key=lambda summary: summary.mean_accuracy)
+    best = highest(summaries)
     figure = f"{mean_std(best.accuracy)}%"
     if len(summaries) == 1:
         return f"{best.title} reaches {figure}"
@@ -43,6 +43,8 @@ def probe_title(findings: Findings) -> str:
         parts = [f"{gap.text(100, 1)} points of {name}" for name, gap in neglected.items()]
         return f"Joint training leaves {' and '.join(parts)} unlearnt"
     if gaps and all(gap.num_seeds > 1 for gap in gaps.values()):
+        if any(gap.low > 0 for gap in gaps.values()):
+            return "Joint training leaves less than a point of any modality clearly unlearnt"
         return "Joint training leaves nothing of any modality unlearnt that these runs can tell"
     return "What a linear probe reads out of each encoder"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class Results:
                 continue
             if not is_mine:
                 continue
-            config = METHODS[entry["method"]]().config() | entry["config"]
+            config = _completed(entry["method"], entry["config"], _num_modalities(self.mine, [entry]))
             mine = configs.get(entry["method"], config)
             # What was drawn is that of a trial, and may be anything.
             free = {key: mine[key] for key in drawn.get(entry["method"], ()) if key in mine}
@@ -204,8 +204,8 @@ class Results:
                 differ.append(f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here")
         differ += _tuned_otherwise(found["configuration"].get(TUNING), mine["configuration"].get(TUNING))
         for name, config in mine["configuration"]["methods"].items():
-            # An option that is younger than the results had its default there.
-            there = METHODS[name]().config() | found["configuration"]["methods"].get(name, config)
+            told = found["configuration"]["methods"].get(name, config)
+            there = _completed(name, told, _num_modalities(found, found["runs"]))
             for key in [key for key in config if there.get(key) != config[key]]:
                 differ.append(f"{name}.{key} is {_short(there.get(key))} there, {_short(config[key])} here")
         if not differ and found["data"].get("fingerprint") != mine["data"]["fingerprint"]:
@@ -215,6 +215,18 @@ class Results:
                 f"{self.path} is of another configuration: {'; '.join(differ)}; "
                 "give another --out, or --overwrite to start anew"
             )
+
+
+def _completed(method: str, config: dict[str, Any], num_modalities: int) -> dict[str, Any]:
+    """Return the options of a method's runs, those that are younger than the runs as they were then."""
+    return METHODS[method]().config() | METHODS[method].before(num_modalities) | config
+
+
+def _num_modalities(content: dict[str, Any], runs: Sequence[dict[str, Any]]) -> int:
+    """Return M of results, 0 where they do not tell."""
+    if shapes := content["data"].get("shapes"):
+        return len(shapes)
+    return max((len(run["metrics"]["contribution"]) for run in runs if "metrics" in run), default=0)
 
 
 def _joined(there: dict[str, Any] | None, here: dict[str, Any] | None) -> dict[str, Any]:

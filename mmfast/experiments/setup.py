@@ -352,7 +352,8 @@ def finished(
     """
     entry, learner = finished_entry(trainer, trainer.test(model, test)), trainer.learner
     assert learner is not None
-    outcome = outcome_of(learner, train, test, trainer.fabric, probe=probe)
+    with learner.objective.for_any_labels():
+        outcome = outcome_of(learner, train, test, trainer.fabric, probe=probe)
     if outcome is not None:
         entry |= outcome.figures(learner.modalities)
     return entry, outcome

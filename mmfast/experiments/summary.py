@@ -128,37 +128,51 @@ def _summary(
         seconds_per_epoch=_mean(entry["seconds_per_epoch"] for entry in runs),
         runs=runs,
         diverged=[entry for entry in entries if "diverged" in entry],
-        answers=_answers([(entry["seed"], outcomes.get((name, entry["seed"]))) for entry in runs]),
+        answers=_answers(name, [entry["seed"] for entry in runs], outcomes),
     )
 
 
-def _answers(found: Sequence[tuple[int, Outcome | None]]) -> Answers | None:
+def _answers(name: str, seeds: Sequence[int], outcomes: Mapping[tuple[str, int], Outcome]) -> Answers | None:
     """Return the answers of a method's runs, None unless all are known of the same samples."""
-    outcomes = [outcome for _, outcome in found if outcome is not None]
-    if not outcomes or len(outcomes) < len(found):
+    if not seeds or any((name, seed) not in outcomes for seed in seeds):
         return None
-    rows, labels = [], outcomes[0].labels
-    for outcome in outcomes:
+    rows, labels = [], None
+    for seed in seeds:
+        # One at a time: probabilities may be large.
+        outcome = outcomes[name, seed]
+        labels = outcome.labels if labels is None else labels
         if not np.array_equal(outcome.labels, labels):
             return None
-        known = outcome.labelled
-        modalities = range(outcome.present.shape[1])
-        probed = [each for m in modalities if (each := outcome.probe_of(m)) is not None]
-        phi = np.where(outcome.present, outcome.contributions, np.nan).T
-        rows.append(
-            (
-                outcome.correct[known].astype(np.float32),
-                np.stack(probed)[:, known].astype(np.float32) if probed else None,
-                phi[:, known].astype(np.float32),
-            )
-        )
+        rows.append(_told(outcome))
     right, probes, contributions = zip(*rows, strict=True)
     return Answers(
-        tuple(seed for seed, _ in found),
+        tuple(seeds),
         np.stack(right),
         None if any(each is None for each in probes) else np.stack(probes),
         np.stack(contributions),
     )
+
+
+def _told(outcome: Outcome) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Return what Answers tell of one run: [N], [M, N] and [M, N]."""
+    known = outcome.labelled
+    probed = [each for m in range(outcome.present.shape[1]) if (each := outcome.probe_of(m)) is not None]
+    phi = np.where(outcome.present, outcome.contributions, np.nan).T
+    return (
+        outcome.correct[known].astype(np.float32),
+        np.stack(probed)[:, known].astype(np.float32) if probed else None,
+        phi[:, known].astype(np.float32),
+    )
+
+
+def highest(summaries: Iterable[Summary]) -> Summary:
+    """Return the method of the highest mean accuracy among those that have most runs.
+
+    A mean over few seeds, where others of the method have diverged, is not held against one over more.
+    """
+    ended = [summary for summary in summaries if summary.runs]
+    most = max(len(summary.runs) for summary in ended)
+    return max((s for s in ended if len(s.runs) == most), key=lambda summary: summary.mean_accuracy)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

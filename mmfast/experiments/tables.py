@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mmfast import coalitions
 from mmfast.experiments.findings import JOINT, Findings, find
-from mmfast.experiments.summary import Summary, mean_std
+from mmfast.experiments.summary import Summary, highest, mean_std
 from mmfast.experiments.verdict import (
     EXPLANATION,
     diverged_sentence,
@@ -171,10 +171,12 @@ def _main_columns(
     summaries: Sequence[Summary], findings: Findings, *, numbered: bool = False
 ) -> list[_Column]:
     """Return the columns of what is no modality's; those that would be empty are left out."""
-    best = max((round(summary.mean_accuracy, 6) for summary in summaries if summary.runs), default=None)
+    ended = [summary for summary in summaries if summary.runs]
+    best = round(highest(ended).mean_accuracy, 6) if ended else None
+    most = max((len(summary.runs) for summary in ended), default=0)
     titles, accuracies = [], []
     for summary in summaries:
-        is_best = bool(summary.runs) and round(summary.mean_accuracy, 6) == best
+        is_best = bool(most) and len(summary.runs) == most and round(summary.mean_accuracy, 6) == best
         total, title = len(summary.runs) + len(summary.diverged), summary.title
         if summary.runs and summary.diverged:
             title += f", {len(summary.runs)} of {total} runs"

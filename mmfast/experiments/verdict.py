@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mmfast.experiments.differences import Estimate
 from mmfast.experiments.findings import JOINT, Findings, Margin, find
-from mmfast.experiments.summary import Summary, mean_std
+from mmfast.experiments.summary import Summary, highest
 from mmfast.methods import METHODS
 
 # What the words of a verdict mean.
 EXPLANATION = (
-    "How much a modality is used is its mean Shapley value, of M for all together where every prediction is "
-    "right; what is unlearnt is how far a linear probe on its encoder's features stays below one on those of "
-    "the encoder trained alone, in points of accuracy. The interval (±) is that of 95% over seeds and test "
-    "samples, and where intervals overlap nothing is claimed."
+    "How much a modality is used is its mean Shapley value over samples that have all, of M for all together "
+    "where every prediction is right; what is unlearnt is how far a linear probe on its encoder's features "
+    "stays below one on those of the encoder trained alone, in points of accuracy, one at least. ± is half "
+    "of the 95% interval over seeds and test samples, and where intervals overlap nothing is claimed."
 )
 
 
@@ -26,12 +26,17 @@ def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> s
         return ""
     least, neglected = findings.least_used(JOINT), findings.neglected(JOINT)
     text = f"Joint training {_use_text(use, least)}"
+    if next(iter(use.values())).num_seeds < 2:
+        # The interval is that of the samples alone.
+        text = f"In this one run joint training {_use_text(use, least)}"
     gaps = findings.unlearnt.get(JOINT)
     if not gaps:
         return f"{text}."
     if next(iter(gaps.values())).num_seeds < 2:
         return f"{text}. What it leaves unlearnt is not told from one seed: give more."
     if not neglected:
+        if any(gap.low > 0 for gap in gaps.values()):
+            return f"{text}, and leaves less than a point of any modality clearly unlearnt."
         return f"{text}, and leaves nothing of any modality unlearnt that these runs can tell."
     parts = [
         f"{gap.text(100, 1)} points of {'it' if name == least else name}" for name, gap in neglected.items()
@@ -54,14 +59,14 @@ def ranking(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     ended = [summary for summary in summaries if summary.runs]
     if not ended:
         return ""
-    best = max(ended, key=lambda summary: summary.mean_accuracy)
-    figure = f"{best.title}, {mean_std(best.accuracy)}%"
     if len(ended) == 1:
         return ""
+    best = highest(ended)
+    figure = f"{best.title}, {100 * best.mean_accuracy:.1f}%"
     margins = findings.over_joint or findings.over_baselines
     if not margins:
         return f"Highest accuracy: {figure}."
-    if max(margin.estimate.num_seeds for margin in margins.values()) < 2:
+    if all(len(summary.runs) == 1 for summary in ended):
         return (
             f"Highest accuracy in this one run: {figure}. One seed does not tell methods apart, as another "
             "may rank them otherwise: give more."

@@ -59,6 +59,9 @@ def call_here(
                 _take_place(scratch, share)
                 torch.set_num_threads(share.threads)
                 stack.enter_context(_within_reach(scratch / f"{index}.pid"))
+                if (scratch / STOP).exists():
+                    # It came before there was a number to send the signal to.
+                    return index, "stopped", None
             shared = _read(scratch)
             events = stack.enter_context(open(scratch / f"{index}.events", "a", buffering=1))
 

@@ -92,6 +92,15 @@ class Method:
         if self.needs_classes and task != "multiclass":
             raise ValueError(f"{self.name} needs task='multiclass', as {self.needs_classes}, got {task!r}")
 
+    @classmethod
+    def before(cls, num_modalities: int) -> dict[str, Any]:
+        """Return fields that runs from before they were there had other values of than today's defaults.
+
+        Args:
+            num_modalities: M of the runs.
+        """
+        return {}
+
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
         return asdict(self)

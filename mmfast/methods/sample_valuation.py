@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class SampleValuation(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, kappa=(0, math.inf), warmup=(0, math.inf), damping=(0, math.inf))
+
+    @classmethod
+    def before(cls, num_modalities: int) -> dict[str, Any]:
+        return {"damping": 0.0} if num_modalities > 2 else {}
 
     def kappa_for(self, num_modalities: int) -> float:
         """Return the copies per unit of missing contribution with so many modalities."""

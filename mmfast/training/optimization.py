@@ -187,23 +187,20 @@ class Optimization:
     ) -> torch.optim.Optimizer:
         """Return the optimizer of these settings, for parameters or groups of them.
 
-        It is torch's fused one where all parameters are float32 on a CPU or of CUDA: the same but for
-        rounding, and a step of a small model takes a fifth of the time.
+        Adam and AdamW are torch's fused ones where all parameters are float32 on a CPU or of CUDA: the same
+        but for rounding, and a step of a small model takes a fifth of the time. SGD never is: fused, it fails
+        where a parameter has its first gradient after others have had theirs, as where modalities take turns.
 
         Args:
             parameters: what it moves.
             precision: of the run. With a mixed one it is never fused, as Lightning's clipping refuses that.
         """
         groups: list[Any] = list(parameters)
-        is_fused = not str(precision).endswith("mixed") and _can_fuse(groups)
-        options: dict[str, Any] = {"weight_decay": self.weight_decay, "fused": is_fused or None}
         if self.optimizer == "sgd":
-            made: torch.optim.Optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, **options)
-            if is_fused:
-                made.register_step_pre_hook(_part_for_sparse)
-        else:
-            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-            made = kind(groups, self.lr, **options)
+            return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        is_fused = not str(precision).endswith("mixed") and _can_fuse(groups)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        made = kind(groups, self.lr, weight_decay=self.weight_decay, fused=is_fused or None)
         if not is_fused:
             made.register_load_state_dict_post_hook(_part)
         return made
@@ -219,13 +216,6 @@ def _part(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer that cannot be fused not be so by what a checkpoint of another device tells."""
     for group in optimizer.param_groups:
         group["fused"] = None
-
-
-def _part_for_sparse(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    """Let SGD not be fused as soon as a gradient is sparse, which is known at a step."""
-    groups = optimizer.param_groups
-    if any(p.grad is not None and p.grad.is_sparse for group in groups for p in group["params"]):
-        _part(optimizer)
 
 
 def with_settings(

@@ -21,8 +21,8 @@ def probe_answers(learner: Learner, train: Any, test: Any, fabric: Fabric) -> di
 
     A probe is a logistic regression (L2, C = 1) on features that are standardised by the training part, of
     which it sees 20,000 samples at most. Samples that lack the modality, or a label, are left out of both
-    parts; n are those of the test part that are left, in order. Several processes share the encoding, and the
-    first fits.
+    parts; n are those of the test part that are left, in order. One whose features are NaN or infinite is
+    answered wrong, and not fitted to. Several processes share the encoding, and the first fits.
     """
     parts = []
     for dataset in (train, test):
@@ -65,12 +65,18 @@ def _answers(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.nd
     from sklearn.preprocessing import StandardScaler
 
     (features, labels), (asked, expected) = train, test
+    # NaN and infinite features are of no class, as their logits are.
+    usable, sound = np.isfinite(features).all(1), np.isfinite(asked).all(1)
+    features, labels = features[usable], labels[usable]
     if len(labels) > _FITTED:
         # The same samples for every method and seed.
         rows = np.sort(np.random.default_rng(0).choice(len(labels), _FITTED, replace=False))
         features, labels = features[rows], labels[rows]
     if len(np.unique(labels)) < 2 or not len(expected):
         # Of one class, or of none, there is nothing to learn.
-        return np.isin(expected, labels)
+        return sound & np.isin(expected, labels)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features, labels)
-    return classifier.predict(asked) == expected
+    right = np.zeros(len(expected), dtype=bool)
+    if sound.any():
+        right[sound] = classifier.predict(asked[sound]) == expected[sound]
+    return right

@@ -53,8 +53,11 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
             free = {"source": None, "skip_unreadable": None, "sound": None}
             theirs, ours = ({**values, **free} for values in (theirs or {}, ours))
         elif key == "config":
-            # An option that is younger than the checkpoint had its default there.
-            theirs = as_lists(type(method)().config()) | (theirs or {})
+            # An option that is younger than the checkpoint had its default there, if runs went on by it.
+            defaults = type(method)().config()
+            if "optimization" in keys:
+                defaults |= method.before(_num_modalities(state))
+            theirs = as_lists(defaults) | (theirs or {})
         elif key == "objective":
             # Runs of before knew of classes and cross-entropy alone.
             theirs = Objective().config() | Measures().config() | (theirs or {})
@@ -68,6 +71,13 @@ def check_same(state: Mapping[str, Any], mine: Mapping[str, Any], method: Method
             ours = {name: ours[name] for name in differing if len(str(ours[name])) < 80} or differing
             theirs = {name: _brief(theirs.get(name)) for name in ours}
         raise ValueError(f"the checkpoint must be of a run with {key} {ours}, got {theirs}")
+
+
+def _num_modalities(state: Mapping[str, Any]) -> int:
+    """Return M of a run by its checkpoint."""
+    before = "model.encoders."
+    names = (key[len(before) :] for key in state.get("learner", {}) if key.startswith(before))
+    return len({name.partition(".")[0] for name in names})
 
 
 def as_lists(value: Any) -> Any:
