@@ -86,7 +86,7 @@ def test_adam_decays_weights():
     assert (optimizer.defaults["weight_decay"], optimizer.defaults["lr"]) == (0.3, 0.02)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_optimizers_are_fused_where_they_can_be(name):
     settings, fused = Optimization(optimizer=name, weight_decay=0.0), torch.nn.Parameter(torch.ones(3))
     assert settings.make_optimizer([fused]).defaults["fused"] is True
@@ -100,6 +100,18 @@ def test_optimizers_are_fused_where_they_can_be(name):
         group["fused"] = True
     plain.load_state_dict(state)
     assert [group["fused"] for group in plain.param_groups] == [None, None]
+
+
+def test_parameters_may_have_their_first_gradient_after_others():
+    one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    for name in ("adam", "adamw", "sgd"):
+        optimizer = Optimization(optimizer=name, lr=0.1, weight_decay=0.0).make_optimizer([one, other])
+        for parameter in (one, other):
+            optimizer.zero_grad()
+            parameter.grad = torch.ones(2)
+            optimizer.step()
+    assert (one < 1).all()
+    assert (other < 1).all()
 
 
 def test_sgd_takes_sparse_gradients():

@@ -22,6 +22,7 @@ from mmfast.experiments.results import RESULTS, Results
 from mmfast.experiments.run_tables import write_predictions, write_runs
 from mmfast.experiments.summary import Summary
 from mmfast.experiments.tables import sentences
+from mmfast.files import locked
 from mmfast.methods import METHODS
 
 REPORT, RUNS, PREDICTIONS = "report.html", "results.csv", "predictions.parquet"
@@ -56,41 +57,43 @@ def write_files(
         command: that made it.
         tell: called with a sentence on what pictures do not show.
     """
-    out, findings = results.out, find(summaries)
-    results.summarize(plain_summary(summaries, findings))
-    shown = [entry for summary in summaries for entry in (*summary.runs, *summary.diverged)]
-    write_runs(out / RUNS, sorted(shown, key=_place))
-    of_shown = _Some(outcomes, sorted(((e["method"], e["seed"]) for e in shown), key=_order))
-    tables = [RUNS]
-    if of_shown:
-        write_predictions(out / PREDICTIONS, of_shown, keys, class_names)
-        tables.append(PREDICTIONS)
-    else:
-        (out / PREDICTIONS).unlink(missing_ok=True)
-    finite = [summary for summary in summaries if summary.runs]
-    pictures = plot_comparison(finite, out, findings)
-    confusions = []
-    for method in METHODS:
-        (out / picture_name(method)).unlink(missing_ok=True)
-    for method in joint_and_best(finite) if confused is None else confused:
-        seeds = [seed for name, seed in of_shown if name == method]
-        if (confusion := confusion_of(method, of_shown, seeds, class_names)) is not None:
-            confusions.append((confusion, plot_confusion(confusion, out)))
-    if warning := letters_missing([*finite[0].alone, *class_names]):
-        tell(f"{warning}.")
-    write_report(
-        out / REPORT,
-        summaries,
-        findings,
-        results.content,
-        pictures=pictures,
-        confusions=confusions,
-        overview=overview,
-        warnings=[f"{warning}."] if warning else [],
-        command=command,
-    )
-    count = len(pictures) + len(confusions)
-    return [REPORT, RESULTS, *tables, f"{count} pictures"]
+    # The same comparison may end in two processes at once, and the page takes in what others are written.
+    with locked(results.out / f".{REPORT}.lock", wait=lambda: None):
+        out, findings = results.out, find(summaries)
+        results.summarize(plain_summary(summaries, findings))
+        shown = [entry for summary in summaries for entry in (*summary.runs, *summary.diverged)]
+        write_runs(out / RUNS, sorted(shown, key=_place))
+        of_shown = _Some(outcomes, sorted(((e["method"], e["seed"]) for e in shown), key=_order))
+        tables = [RUNS]
+        if of_shown:
+            write_predictions(out / PREDICTIONS, of_shown, keys, class_names)
+            tables.append(PREDICTIONS)
+        else:
+            (out / PREDICTIONS).unlink(missing_ok=True)
+        finite = [summary for summary in summaries if summary.runs]
+        pictures = plot_comparison(finite, out, findings)
+        confusions = []
+        for method in METHODS:
+            (out / picture_name(method)).unlink(missing_ok=True)
+        for method in joint_and_best(finite) if confused is None else confused:
+            seeds = [seed for name, seed in of_shown if name == method]
+            if (confusion := confusion_of(method, of_shown, seeds, class_names)) is not None:
+                confusions.append((confusion, plot_confusion(confusion, out)))
+        if warning := letters_missing([*finite[0].alone, *class_names]):
+            tell(f"{warning}.")
+        write_report(
+            out / REPORT,
+            summaries,
+            findings,
+            results.content,
+            pictures=pictures,
+            confusions=confusions,
+            overview=overview,
+            warnings=[f"{warning}."] if warning else [],
+            command=command,
+        )
+        count = len(pictures) + len(confusions)
+        return [REPORT, RESULTS, *tables, f"{count} pictures"]
 
 
 def plain_summary(summaries: Sequence[Summary], findings: Findings) -> dict[str, Any]:
