@@ -19,10 +19,12 @@ from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
 from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.pictures import PICTURES
-from mmfast.experiments.setup import PlannedRun, Setup, fingerprint
+from mmfast.experiments.runs import PlannedRun
+from mmfast.experiments.setup import Setup, fingerprint
 from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import DIMML, METHODS, MLA, Joint
 from mmfast.training.optimization import Optimization
+from support.files import write_npz
 
 FAST = ["--epochs", "2", "--dim", "8", "--batch-size", "32", "--accelerator", "cpu"]
 SHORT_HEADS = [
@@ -39,18 +41,7 @@ SHORT_HEADS = [
 def npz(tmp_path_factory):
     """Two small modalities, [6] vectors and [5, 3] sequences, with a split."""
     splits = data.synthetic(140, 3, dims={"audio": 6, "pose": (5, 3)}, unique={"audio": 0.3, "pose": 0.1})
-    parts = [(name, getattr(splits, name)) for name in ("train", "val", "test")]
-    arrays = {
-        key: np.concatenate([part.arrays[key].numpy() for _, part in parts]) for key in ("audio", "pose")
-    }
-    path = tmp_path_factory.mktemp("data") / "small.npz"
-    np.savez(
-        path,
-        label=np.concatenate([part.labels.numpy() for _, part in parts]),
-        split=np.repeat([name for name, _ in parts], [len(part) for _, part in parts]),
-        **arrays,
-    )
-    return path
+    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", splits)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +338,7 @@ def test_the_command_of_a_run_sets_it_up_again(npz, tmp_path, method, monkeypatc
         seen.update(setup=setup, method=method, seed=seed, out_dir=out_dir, resume=options["resume"])
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
+    monkeypatch.setattr("mmfast.experiments.runs.make_run", look)
     words = train_arguments(setup, PlannedRun(method, 7, 3), tmp_path)
     assert CliRunner().invoke(app, words).exit_code == 2
     assert (seen["method"], seen["seed"], seen["out_dir"], seen["resume"]) == (method, 7, tmp_path, True)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mmfast.cli.commands import app
 from mmfast.cli.options import make_setup
 from mmfast.data import Splits, load, load_folder
-from mmfast.experiments.setup import PlannedRun, restore
+from mmfast.experiments.runs import PlannedRun, restore
 from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import Joint
 from mmfast.training import checkpoint
@@ -309,6 +309,6 @@ def test_the_command_of_a_run_passes_the_option_on(tmp_path, skip, monkeypatch):
         seen.append(setup.skip_unreadable)
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
+    monkeypatch.setattr("mmfast.experiments.runs.make_run", look)
     assert mmfast(*words).exit_code == 2
     assert seen == [skip]

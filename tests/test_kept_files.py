@@ -25,6 +25,7 @@ from mmfast.experiments.confusions import confused_methods, confusion_of, plot_c
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.results import Results
 from mmfast.experiments.run_tables import write_predictions
+from support.files import write_npz
 
 CLASSES = ("<script>alert(1)</script>", "جلوس", "日本 & co")
 METHODS = ("joint", "unimodal", "frozen-unimodal")
@@ -37,18 +38,8 @@ def npz(tmp_path_factory):
     splits = data.synthetic(
         150, 3, dims={"<b>audio</b>": 6, "pose": 5}, unique={"<b>audio</b>": 0.2, "pose": 0.2}
     )
-    parts = {name: getattr(splits, name) for name in ("test", "train", "val")}
     path = tmp_path_factory.mktemp("data") / "named.npz"
-    np.savez(
-        path,
-        label=np.array(CLASSES)[np.concatenate([part.labels.numpy() for part in parts.values()])],
-        split=np.repeat(list(parts), [len(part) for part in parts.values()]),
-        **{
-            name: np.concatenate([part.arrays[name].numpy() for part in parts.values()])
-            for name in splits.shapes
-        },
-    )
-    return path
+    return write_npz(path, splits, parts=("test", "train", "val"), class_names=CLASSES)
 
 
 def compared(npz, out, *words, methods=METHODS):

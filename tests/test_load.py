@@ -12,7 +12,8 @@ import torch
 import mmfast
 from mmfast import methods
 from mmfast.data import ArrayDataset
-from mmfast.experiments.setup import Setup, make_run, restore
+from mmfast.experiments.runs import make_run, restore
+from mmfast.experiments.setup import Setup
 from mmfast.training import checkpoint
 from mmfast.training.optimization import Optimization
 from support.learners import NUM_CLASSES, bind, make_data

@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("typer")
@@ -33,6 +31,7 @@ import mmfast
 from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.training import launchers, strategies
+from support.files import write_npz
 
 FOLDER = Path(__file__).parent
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -219,15 +218,7 @@ def test_what_is_no_strategy_is_refused(environment):
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory) -> Path:
     splits = data.synthetic(120, 3, dims={"a": 6, "b": 6}, unique={"a": 0.3, "b": 0.1}, seed=0)
-    parts = [(name, getattr(splits, name)) for name in ("train", "val", "test")]
-    path = tmp_path_factory.mktemp("data") / "small.npz"
-    np.savez(
-        path,
-        label=torch.cat([part.labels for _, part in parts]),
-        split=np.repeat([name for name, _ in parts], [len(part) for _, part in parts]),
-        **{name: torch.cat([part.arrays[name] for _, part in parts]) for name in "ab"},
-    )
-    return path
+    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", splits)
 
 
 def free_port() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -26,6 +25,7 @@ from mmfast import methods
 from mmfast.methods.base import Learner, Method
 from mmfast.training import checkpoint, loop, trainer
 from mmfast.training.stopping import STATUS, Stopped
+from support.processes import launch
 
 FOLDER = Path(__file__).parent
 # Methods, and settings beyond those of the trainer's tests.
@@ -313,7 +313,7 @@ import test_stopping as t
 from mmfast.training import checkpoint, loop, stopping
 
 torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), sys.argv[1]
+rank, folder = int(os.environ["RANK"]), os.path.dirname(sys.argv[1])
 count, last = 0, None
 real = loop.Losses.add
 
@@ -353,7 +353,7 @@ for name in ("joint", "mla", "di-mml"):
     same = t.without_times(resumed.history) == t.without_times(whole.history)
     digests = [checkpoint.digest(trainer.learner.state_dict()) for trainer in (whole, resumed)]
     result[name] = [stopped, same, digests]
-with open(os.path.join(folder, f"rank{{rank}}"), "w") as file:
+with open(sys.argv[1] + str(rank), "w") as file:
     json.dump(result, file)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
@@ -361,19 +361,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_all_processes_stop_with_the_one_that_is_told(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(PROCESSES)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *words, str(script), str(tmp_path)],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
+    ranks = launch(PROCESSES, 2, tmp_path / "run")
     for name in ranks[0]:
         (stopped, same, digests), (other_stopped, other_same, other_digests) = (rank[name] for rank in ranks)
         assert stopped[0] == other_stopped[0]

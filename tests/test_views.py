@@ -19,7 +19,8 @@ from mmfast.cli.commands import app
 from mmfast.cli.flags import Encoders
 from mmfast.data import Splits, overview
 from mmfast.data.views import KINDS, VIEWS, choose
-from mmfast.experiments.setup import PlannedRun, Setup, restore
+from mmfast.experiments.runs import PlannedRun, restore
+from mmfast.experiments.setup import Setup
 from mmfast.experiments.subprocesses import train_arguments
 from mmfast.methods import Joint
 from mmfast.models import FrameMean, GRUEncoder, ResNet18, SmallCNN, build_model, encoder_for
@@ -273,7 +274,7 @@ def test_a_process_of_its_own_gets_the_same_choice(npz, tmp_path, monkeypatch):
         seen["setup"] = setup
         raise ValueError("seen")
 
-    monkeypatch.setattr("mmfast.experiments.setup.make_run", look)
+    monkeypatch.setattr("mmfast.experiments.runs.make_run", look)
     assert CliRunner().invoke(app, train_arguments(setup, PlannedRun(Joint(), 0, 1), tmp_path)).exit_code == 2
     assert seen["setup"].modalities == names
     assert seen["setup"].encoders == encoders

@@ -47,7 +47,8 @@ from mmfast.cli.training_flags import with_training_options
 if TYPE_CHECKING:
     from mmfast.data.overview import Overview
     from mmfast.experiments.comparison import ComparisonRunner
-    from mmfast.experiments.setup import PlannedRun, Setup
+    from mmfast.experiments.runs import PlannedRun
+    from mmfast.experiments.setup import Setup
 
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
 
@@ -254,7 +255,7 @@ def train(
         from mmfast.cli.options import method_and_optimization, setup_of
         from mmfast.experiments.comparison import clear_run, has_run
         from mmfast.experiments.results import METRICS
-        from mmfast.experiments.setup import make_run
+        from mmfast.experiments.runs import make_run
         from mmfast.experiments.subprocesses import DIVERGED
         from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
@@ -335,7 +336,7 @@ def valuate(
         from mmfast.cli.options import parse_devices
         from mmfast.data.splits import PARTS
         from mmfast.errors import check_one_of
-        from mmfast.experiments.setup import restore
+        from mmfast.experiments.runs import restore
         from mmfast.experiments.tables import save_valuation, show_valuation
         from mmfast.valuation import UTILITIES, valuate
 

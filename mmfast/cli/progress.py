@@ -7,7 +7,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmfast.experiments.setup import PlannedRun
+from mmfast.experiments.runs import PlannedRun
+
+
+def bars_on(console: Console, *, wanted: bool) -> Progress:
+    """Return bars with a description, how many are done of how many, and the time that is left.
+
+    Args:
+        console: where to; one that is no terminal shows none.
+        wanted: whether there is anything to wait for.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and wanted),
+    )
 
 
 class RunProgress:
@@ -23,15 +41,7 @@ class RunProgress:
         self.console = console
         self.total = total
         self.made = total - left
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or left == 0,
-        )
+        self.bars = bars_on(console, wanted=left > 0)
         self.runs = self.bars.add_task("Runs", total=total, completed=self.made)
         self.current: dict[tuple[str, int], Any] = {}
 

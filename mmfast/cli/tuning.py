@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmfast.cli.progress import bars_on
 from mmfast.experiments.comparison import ComparisonRunner
-from mmfast.experiments.setup import PlannedRun
+from mmfast.experiments.runs import PlannedRun
 from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import TRIALS, Tuned
 from mmfast.experiments.tuning_tables import trial_text
@@ -30,15 +30,7 @@ class TrialProgress:
 
     def __init__(self, console: Console, total: int, made: int, select: str) -> None:
         self.console, self.total, self.made, self.select = console, total, made, select
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or made == total,
-        )
+        self.bars = bars_on(console, wanted=made < total)
         self.trials = self.bars.add_task("Trials", total=total, completed=made)
         self.epochs = self.bars.add_task("Epochs", total=None)
 

@@ -25,7 +25,8 @@ from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.programs import Program
 from mmfast.experiments.results import RESULTS
 from mmfast.experiments.run_bar import run_bar
-from mmfast.experiments.setup import PlannedRun, RunSetup, diverged_entry, make_whole_run
+from mmfast.experiments.runs import PlannedRun, diverged_entry, make_whole_run
+from mmfast.experiments.setup import RunSetup
 from mmfast.methods import Method
 from mmfast.training.divergence import DivergedError
 from mmfast.training.launchers import is_first

@@ -18,15 +18,8 @@ from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.parallel import check_jobs, clear_scratch, sensible_jobs, side_by_side
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
-from mmfast.experiments.setup import (
-    PlannedRun,
-    RunSetup,
-    Setup,
-    diverged_entry,
-    machine,
-    make_run,
-    versions,
-)
+from mmfast.experiments.runs import PlannedRun, diverged_entry, machine, make_run, versions
+from mmfast.experiments.setup import RunSetup, Setup
 from mmfast.experiments.subprocesses import run_in_subprocess
 from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import TRIALS, Tuned, Tuning

@@ -5,16 +5,13 @@ figure is a table [S, N], seeds by samples, and both are drawn by chance: other 
 the same kind, would have given another one. What is asked is whether the mean of the table is 0. Its variance
 has an addend for each of the two, as in a two-way analysis of variance of crossed random effects without
 replication; degrees of freedom are Satterthwaite's (Biometrics Bulletin 1946). Of fewer than five seeds they
-are one less than the seeds at most: so few may agree by chance, and small p-values, which a correction for
-many methods asks for, came too often (of nine methods that did not differ one was told apart in 9 to 48% of
-the comparisons of two or three seeds).
+are one less than the seeds at most: so few may agree by chance, and then the small p-values that a correction
+for many methods asks for come too often.
 
 McNemar's test with the answers of all seeds pooled takes S answers to one sample for answers to S samples,
-and knows nothing of what a seed changes for all of them. Between methods that do not differ it found a
-difference in 11 to 80% of drawn comparisons of 3 to 10 seeds in which methods suit some samples better than
-others, or seeds did well and badly, in place of 5%. This test finds one in 1 to 8%, as a bootstrap over seeds
-and samples does by hundreds of draws. Of one seed no test can say anything about others
-(`tests/test_differences.py` counts).
+and knows nothing of what a seed changes for all of them: where seeds do well and badly, it finds a difference
+between methods that do not differ in more than a fifth of the comparisons, in place of a twentieth. Of one seed no test can say
+anything about others. `tests/test_differences.py` counts how often methods are told apart that do not differ.
 """
 
 from __future__ import annotations

@@ -201,6 +201,7 @@ def _results(
                 except GeneratorExit:
                     group.stop()
                     for _ in made:
+                        # joblib ends its processes when all calls have come back.
                         pass
                     raise
     if stop.asked:

@@ -135,45 +135,66 @@ def _accuracy(summaries: Sequence[Summary]) -> Figure:
 
 
 def _of_modality_accuracy(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
-    """The accuracy of every modality alone per method: shapes, or a grid for more than four."""
-    text = _told(
-        summaries, lambda s: _listed(s.alone, 100.0), "Test accuracy of each modality alone, in percent"
-    )
-    figures = [summary.alone for summary in summaries]
-    rows = [f"{summary.title} ({summary.protocol})" for summary in summaries]
-    return _Drawing(
-        "What each modality reaches alone",
-        text,
-        list(figures[0]),
-        lambda: _by_modality(summaries, figures, rows, "{} alone", "Modality alone"),
+    """The accuracy of every modality alone per method."""
+    return _of_each(
+        summaries,
+        [summary.alone for summary in summaries],
+        title="What each modality reaches alone",
+        what="Test accuracy of each modality alone",
+        labels=("{} alone", "Modality alone"),
+        rows=[f"{summary.title} ({summary.protocol})" for summary in summaries],
     )
 
 
 def _of_probes(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
-    """What linear probes reach on every modality's frozen features, as `_of_modality_accuracy`."""
-    summaries = [summary for summary in summaries if summary.probe]
-    figures = [summary.probe for summary in summaries]
-    text = _told(summaries, lambda s: _listed(s.probe, 100.0), "Test accuracy of a probe of each, in percent")
-    rows = [summary.title for summary in summaries]
-    return _Drawing(
-        titles.probe_title(findings),
-        text,
-        list(figures[0]),
-        lambda: _by_modality(summaries, figures, rows, "probe of {}", "Modality that is probed"),
+    """What linear probes reach on every modality's frozen features."""
+    probed = [summary for summary in summaries if summary.probe]
+    return _of_each(
+        probed,
+        [summary.probe for summary in probed],
+        title=titles.probe_title(findings),
+        what="Test accuracy of a probe of each",
+        labels=("probe of {}", "Modality that is probed"),
     )
 
 
 def _of_missing(summaries: Sequence[Summary], findings: Findings) -> _Drawing:
-    """The accuracy with each modality missing at test time, per method, as `_of_modality_accuracy`."""
-    summaries = [summary for summary in summaries if summary.missing]
-    figures = [summary.missing for summary in summaries]
-    text = _told(summaries, lambda s: _listed(s.missing, 100.0), "Test accuracy without each, in percent")
-    rows = [summary.title for summary in summaries]
+    """The accuracy with each modality missing at test time."""
+    measured = [summary for summary in summaries if summary.missing]
+    return _of_each(
+        measured,
+        [summary.missing for summary in measured],
+        title=titles.missing_title(measured),
+        what="Test accuracy without each",
+        labels=("without {}", "Modality that is missing"),
+    )
+
+
+def _of_each(
+    summaries: Sequence[Summary],
+    figures: Sequence[Mapping[str, float | None]],
+    *,
+    title: str,
+    what: str,
+    labels: tuple[str, str],
+    rows: Sequence[str] | None = None,
+) -> _Drawing:
+    """Return the drawing of a figure of every modality per method: shapes, or a grid for more than four.
+
+    Args:
+        summaries: one a method.
+        figures: of each method, by modality.
+        title: of the picture.
+        what: the figures are, in words.
+        labels: of a modality's figures in the legend, and of the axis of a grid.
+        rows: what methods are called; None: by their titles.
+    """
+    by_name = {summary.name: each for summary, each in zip(summaries, figures, strict=True)}
     return _Drawing(
-        titles.missing_title(summaries),
-        text,
+        title,
+        _told(summaries, lambda s: _listed(by_name[s.name], 100.0), f"{what}, in percent"),
         list(figures[0]),
-        lambda: _by_modality(summaries, figures, rows, "without {}", "Modality that is missing"),
+        lambda: _by_modality(summaries, figures, rows or [s.title for s in summaries], *labels),
     )
 
 

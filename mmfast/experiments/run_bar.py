@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmfast.experiments.setup import PlannedRun
+from mmfast.experiments.runs import PlannedRun
 
 # Seconds between two states of a notebook's bar: each is a message to the browser.
 _REST = 0.2

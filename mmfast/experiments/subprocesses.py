@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.experiments.results import METRICS
-from mmfast.experiments.setup import PlannedRun, Setup
+from mmfast.experiments.runs import PlannedRun
+from mmfast.experiments.setup import Setup
 from mmfast.methods.base import format_value
 from mmfast.training.divergence import LOSS, PREDICTIONS, DivergedError
 from mmfast.training.optimization import Optimization

@@ -194,4 +194,5 @@ def _quiet() -> Iterator[Any]:
 def check_optuna() -> None:
     """Raise ImportError where Optuna is not installed."""
     with _quiet():
+        # Entering imports it.
         pass
