@@ -165,7 +165,6 @@ def compare(
             console,
             summaries,
             data=setup.splits.description,
-            num_test=len(setup.splits.test),
             out=out,
             files=files,
             trials=trials or 0,

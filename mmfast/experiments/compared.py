@@ -189,7 +189,7 @@ class Comparison:
         file = StringIO()
         console = Console(file=file, width=width, highlight=False)
         if self.task == "multiclass":
-            show(console, self.summaries, data=self.data, num_test=self.num_test)
+            show(console, self.summaries, data=self.data)
         else:
             show_figures(console, self.runs)
             console.print()

@@ -10,8 +10,9 @@ for many methods asks for come too often.
 
 McNemar's test with the answers of all seeds pooled takes S answers to one sample for answers to S samples,
 and knows nothing of what a seed changes for all of them: where seeds do well and badly, it finds a difference
-between methods that do not differ in more than a fifth of the comparisons, in place of a twentieth. Of one seed no test can say
-anything about others. `tests/test_differences.py` counts how often methods are told apart that do not differ.
+between methods that do not differ in more than a fifth of the comparisons, in place of a twentieth. Of one
+seed no test can say anything about others. `tests/test_differences.py` counts how often methods are told
+apart that do not differ.
 """
 
 from __future__ import annotations

@@ -39,7 +39,6 @@ def show(
     summaries: Sequence[Summary],
     *,
     data: str,
-    num_test: int | None = None,
     out: Path | None = None,
     files: Sequence[str] = (),
     trials: int = 0,
@@ -50,7 +49,6 @@ def show(
         console: where to; the layout follows its width.
         summaries: one a method.
         data: description of the data set and its split.
-        num_test: samples of its test part.
         out: folder of the files.
         files: names of what was written to `out`.
         trials: by which the settings of each method were found; 0: they were given.

@@ -57,9 +57,7 @@ def ranking(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     """Return which methods lie above or below joint training, and above every simple baseline."""
     findings = find(summaries) if findings is None else findings
     ended = [summary for summary in summaries if summary.runs]
-    if not ended:
-        return ""
-    if len(ended) == 1:
+    if len(ended) < 2:
         return ""
     best = highest(ended)
     figure = f"{best.title}, {100 * best.mean_accuracy:.1f}%"
