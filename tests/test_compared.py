@@ -234,3 +234,56 @@ def test_a_bar_is_shown_where_one_is_wanted(capsys):
     mmfast.compare(SPLITS, "joint", seeds=1, progress=True, **SETTINGS)
     out, err = capsys.readouterr()
     assert (out, err) == ("", "run 1 of 1: Joint, seed 0\n")
+
+
+def test_what_one_can_keep_is_written(found, tmp_path):
+    with raises("folder must be given where the comparison has no out_dir, got None"):
+        found.write()
+    written = found.write(tmp_path / "kept", confusion=["mla"])
+    names = [path.name for path in written]
+    assert names[:4] == ["report.html", "results.json", "results.csv", "predictions.parquet"]
+    assert [name for name in names if name.startswith("confusion")] == ["confusion-mla.png"]
+    assert all(path.stat().st_size for path in written)
+    results = json.loads(written[1].read_text())
+    assert [without(entry) for entry in results["runs"]] == [without(entry) for entry in found.runs]
+    assert results["data"]["description"] == SPLITS.description
+    assert " ".join(results["summary"]["sentences"]) == " ".join(found.verdict.splitlines())
+    assert "How each modality was read" in written[0].read_text()
+    # The same folder again, by the same comparison and by another one.
+    assert found.write(tmp_path / "kept", confusion="none")[:4] == written[:4]
+    assert not (tmp_path / "kept" / "confusion-mla.png").exists()
+    other = mmfast.compare(SPLITS, "joint", seeds=1, lr=0.1, **SETTINGS)
+    with pytest.raises(ValueError, match=r"lr is 0\.001 there, 0\.1 here"):
+        other.write(tmp_path / "kept")
+    with raises("confusion must be one of joint, ensemble, mla, all, none, got 'mlb'; did you mean mla?"):
+        found.write(tmp_path / "kept", confusion="mlb")
+    with raises(f"folder must be a folder, {written[1]} is a file"):
+        found.write(written[1])
+
+
+def test_a_comparison_in_a_folder_is_written_there_as_the_command_does(npz, tmp_path):
+    words = ["--methods", "joint,mla", "--seeds", "2"]
+    assert invoke(npz, tmp_path / "command", *WORDS, *words).exit_code == 0
+    given = {"seeds": 2, "out_dir": tmp_path / "own"} | SETTINGS
+    written = mmfast.compare(npz, "joint, mla", **given).write()
+    assert {path.parent for path in written} == {tmp_path / "own"}
+    theirs = {path.name for path in (tmp_path / "command").iterdir() if not path.name.startswith(".")}
+    assert {path.name for path in written} | {"runs"} == theirs
+    one, other = (
+        json.loads((tmp_path / place / "results.json").read_text())["summary"] for place in ("own", "command")
+    )
+    assert one["sentences"] == other["sentences"]
+
+
+def test_data_sets_of_ones_own_are_written_with_numbers_for_classes(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    parts = (SPLITS.train, SPLITS.val, SPLITS.test)
+    settings = {"max_epochs": 1, "seeds": 2, "model": lambda: build_model(SPLITS.shapes, 3, dim=8)}
+    found = mmfast.compare(parts, "joint", **settings)
+    written = found.write(tmp_path)
+    table = pandas.read_parquet(written[3])
+    assert [name for name in table if name.startswith("probability")] == [
+        f"probability__{c}" for c in range(3)
+    ]
+    with raises("write is of task='multiclass', got 'regression': table() has its figures"):
+        of_task("regression").write(tmp_path)

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 
 import mmfast
 from mmfast.data import ArrayDataset
+from mmfast.experiments import outcomes
 from mmfast.experiments.outcomes import OUTCOME, Outcome, OutcomeFiles, outcome_of
 from mmfast.training.evaluation import evaluate
 from mmfast.training.probes import probe
@@ -74,6 +75,26 @@ def test_shares_of_classes_count_as_the_largest():
     )
     learner = bind("joint").eval()
     assert outcome(learner, soft).labels.tolist() == hard.labels.tolist()
+
+
+def test_of_many_classes_two_probabilities_are_kept(monkeypatch, tmp_path):
+    learner, full = bind("joint").eval(), make_data(40)
+    labels = full.labels.clone()
+    labels[3] = -100
+    test = ArrayDataset(full.arrays, labels)
+    whole = outcome(learner, test)
+    monkeypatch.setattr(outcomes, "_MOST", 40 * NUM_CLASSES - 1)
+    outcome(learner, test).save(tmp_path / OUTCOME)
+    short = Outcome.load(tmp_path / OUTCOME)
+    assert short.probabilities is None
+    assert repr(short) == "Outcome(40 samples, many classes)"
+    assert short.confidence.tolist() == whole.probabilities.max(1).tolist()
+    known = whole.labelled
+    of_label = whole.probabilities[np.arange(40), labels.clamp(min=0)]
+    assert short.likelihood[known].tolist() == of_label[known].tolist()
+    assert np.isnan(short.likelihood).tolist() == (~known).tolist()
+    assert short.figures(learner.modalities) == whole.figures(learner.modalities)
+    assert whole.confidence is whole.likelihood is None
 
 
 def test_the_calibration_error_is_that_of_torchmetrics():

@@ -131,7 +131,8 @@ def compare(
         if comparison.results.note:
             print(f"mmfast: {comparison.results.note}", file=sys.stderr)
         if comparison.tuning is not None:
-            found, left = tune_methods(console, comparison, left)
+            several = parse_jobs(jobs) or comparison.sensible_jobs(len(chosen))
+            found, left = tune_methods(console, comparison, left, several)
         if len(left) < total:
             console.print(f"{total - len(left)} of {total} runs: already in {out / RESULTS}.", soft_wrap=True)
         try:

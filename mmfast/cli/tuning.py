@@ -19,20 +19,24 @@ from mmfast.training.stopping import Stopped
 
 
 class TrialProgress:
-    """Shows how many trials are made, and how far the current one is.
+    """Shows how many trials are made, and how far each of those under way is.
 
     Args:
         console: where to.
-        total: trials of the comparison.
+        comparison: whose trials are made.
         made: those that are there before.
-        select: the figure that scores.
     """
 
-    def __init__(self, console: Console, total: int, made: int, select: str) -> None:
-        self.console, self.total, self.made, self.select = console, total, made, select
-        self.bars = bars_on(console, wanted=made < total)
-        self.trials = self.bars.add_task("Trials", total=total, completed=made)
-        self.epochs = self.bars.add_task("Epochs", total=None)
+    def __init__(self, console: Console, comparison: ComparisonRunner, made: int) -> None:
+        assert comparison.tuning is not None
+        setup, methods = comparison.setup, comparison.methods
+        self.console, self.made = console, made
+        self.total = comparison.tuning.trials * len(methods)
+        self.select = f"val/{setup.trainer(methods[0], 0, None).measures.selected}"
+        self._epochs = {m.name: setup.check(m) * comparison.tuning.num_seeds for m in methods}
+        self.bars = bars_on(console, wanted=made < self.total)
+        self.trials = self.bars.add_task("Trials", total=self.total, completed=made)
+        self._current: dict[str, Any] = {}
 
     def __enter__(self) -> TrialProgress:
         self.bars.start()
@@ -41,19 +45,19 @@ class TrialProgress:
     def __exit__(self, *error: Any) -> None:
         self.bars.stop()
 
-    def begin(self, method: Method, number: int, epochs: int) -> None:
-        """Note that a trial begins, of so many epochs."""
-        self.bars.update(
-            self.epochs, description=f"{method.title}, trial {number + 1}", total=epochs, completed=0
-        )
+    def begin(self, method: Method, number: int) -> None:
+        """Note that a trial of a method begins."""
+        text = f"{method.title}, trial {number + 1}"
+        self._current[method.name] = self.bars.add_task(text, total=self._epochs[method.name])
 
-    def epoch(self, entry: dict[str, Any]) -> None:
-        """Note that the current trial has made an epoch."""
-        self.bars.advance(self.epochs)
+    def epoch(self, method: Method) -> None:
+        """Note that the current trial of a method has made an epoch."""
+        self.bars.advance(self._current[method.name])
 
     def end(self, method: Method, number: int, trial: Trial) -> None:
         """Note what a trial has become."""
         self.made += 1
+        self.bars.remove_task(self._current.pop(method.name))
         self.bars.advance(self.trials)
         if not self.console.is_terminal:
             width = len(str(self.total))
@@ -64,9 +68,13 @@ class TrialProgress:
                 soft_wrap=True,
             )
 
+    def wait(self, text: str) -> None:
+        """Print what the trials of a method wait for."""
+        self.console.print(text, soft_wrap=True)
+
 
 def tune_methods(
-    console: Console, comparison: ComparisonRunner, left: list[PlannedRun]
+    console: Console, comparison: ComparisonRunner, left: list[PlannedRun], jobs: int
 ) -> tuple[list[Tuned], list[PlannedRun]]:
     """Make the trials of all methods; return what they found, and the runs with these settings.
 
@@ -74,37 +82,17 @@ def tune_methods(
         console: where progress is shown.
         comparison: whose methods are tuned.
         left: runs still to make.
+        jobs: methods that are tuned at a time.
     """
-    tuning, setup = comparison.tuning, comparison.setup
-    assert tuning is not None
-    total = tuning.trials * len(comparison.methods)
     made = sum(comparison.num_trials(method) for method in comparison.methods)
-    found = []
-    if made:
-        where = comparison.out / TRIALS
-        console.print(f"{made} of {total} trials: already in {where}.", soft_wrap=True)
-    select = f"val/{setup.trainer(comparison.methods[0], 0, None).measures.selected}"
-    with TrialProgress(console, total, made, select) as progress:
+    where = comparison.out / TRIALS
+    with TrialProgress(console, comparison, made) as progress:
+        if made:
+            console.print(f"{made} of {progress.total} trials: already in {where}.", soft_wrap=True)
         try:
-            for method in comparison.methods:
-                found.append(_tune(comparison, method, progress))
+            found = comparison.tune_all(jobs, progress)
         except (KeyboardInterrupt, Stopped) as end:
-            counted = f"{progress.made} of {total} trials in {comparison.out / TRIALS}"
+            counted = f"{progress.made} of {progress.total} trials in {where}"
             print(f"\nmmfast: stopped with {counted}; the same command goes on there.", file=sys.stderr)
             raise typer.Exit(getattr(end, "status", 130)) from None
     return found, [comparison.settled(planned) for planned in left]
-
-
-def _tune(comparison: ComparisonRunner, method: Method, progress: TrialProgress) -> Tuned:
-    tuning = comparison.tuning
-    assert tuning is not None
-    epochs = comparison.setup.check(method) * tuning.num_seeds
-
-    def end(number: int, trial: Trial) -> None:
-        progress.end(method, number, trial)
-        progress.begin(method, number + 1, epochs)
-
-    progress.begin(method, comparison.num_trials(method), epochs)
-    tuned = comparison.tune(method, end, progress.epoch)
-    comparison.note_tuned(tuned)
-    return tuned

@@ -14,12 +14,14 @@ import torch
 from mmfast import data as _data
 from mmfast import methods as _methods
 from mmfast.data.splits import PARTS, Splits
-from mmfast.errors import describe, did_you_mean
+from mmfast.errors import changed, describe, did_you_mean
 from mmfast.experiments.programs import Maker, Program
 from mmfast.experiments.setup import Setup
+from mmfast.experiments.tuning import Tuning
 from mmfast.methods import METHODS, Method
 from mmfast.models import MultimodalModel
 from mmfast.models.build import ENCODERS
+from mmfast.ranges import ranges_of
 from mmfast.training.optimization import Optimization, with_settings
 from mmfast.training.trainer import Trainer
 
@@ -127,6 +129,44 @@ def check_settings(seeds: Any, progress: Any, out_dir: Any, *, resume: bool, ove
             raise ValueError(f"out_dir must be given to {name}, got None")
 
 
+def tuning_of(
+    trials: Any, tune_seeds: Any, methods: Sequence[Method], options: Mapping[str, Any]
+) -> Tuning | None:
+    """Return how a comparison tunes its methods, None where it does not.
+
+    Args:
+        trials: of each method, None where there are none.
+        tune_seeds: runs of a trial.
+        methods: of the comparison; what of one is not its default is not drawn.
+        options: given to the comparison; settings of optimization among them are not drawn.
+
+    Raises:
+        TypeError, ValueError: numbers that are none.
+    """
+    for name, value in (("trials", trials), ("tune_seeds", tune_seeds)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if trials is None:
+        if tune_seeds != 1:
+            raise ValueError(f"tune_seeds must be given with trials, got {tune_seeds} without")
+        return None
+    base = options.get("optimization")
+    given = {*options, *(changed(base) if isinstance(base, Optimization) else ())}
+    given &= set(ranges_of(Optimization))
+    fixed = {method.name: sorted(given | set(changed(method))) for method in methods}
+    return Tuning(trials, tune_seeds, fixed)
+
+
+def check_number_of_jobs(jobs: Any) -> None:
+    """Raise TypeError or ValueError for what is neither a number of jobs nor "auto"."""
+    if jobs == "auto":
+        return
+    if not isinstance(jobs, int) or isinstance(jobs, bool):
+        raise TypeError(f'jobs must be an integer or "auto", got {describe(jobs)}')
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+
+
 def sorted_options(options: Mapping[str, Any], own: Sequence[str]) -> tuple[Optimization, dict[str, Any]]:
     """Return the settings of optimization among options, and the others, which `Trainer` takes.
 
@@ -193,7 +233,8 @@ def shared_by_runs(
         _check_splits(reading)
     if model is not None:
         parts = {part: getattr(splits, part) for part in PARTS}
-        return Program(parts, Maker(model, num_runs), optimization, options, probe, splits.description)
+        told = (splits.description, splits.class_names)
+        return Program(parts, Maker(model, num_runs), optimization, options, probe, *told)
     return Setup(
         None if isinstance(data, Splits) else str(data),
         splits,

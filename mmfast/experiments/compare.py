@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,26 +9,24 @@ from typing import Any
 
 import torch
 
+from mmfast.data import overview
 from mmfast.experiments.arguments import (
     Model,
     Reading,
     check_data,
+    check_number_of_jobs,
     check_settings,
     chosen_methods,
     shared_by_runs,
     sorted_options,
+    tuning_of,
 )
-from mmfast.experiments.compared import Comparison
-from mmfast.experiments.comparison import ComparisonRunner, has_run
-from mmfast.experiments.outcomes import Outcome
+from mmfast.experiments.compared import About, Comparison
+from mmfast.experiments.makers import InFolder, InMemory
 from mmfast.experiments.programs import Program
-from mmfast.experiments.results import RESULTS
-from mmfast.experiments.run_bar import run_bar
-from mmfast.experiments.runs import PlannedRun, diverged_entry, make_whole_run
-from mmfast.experiments.setup import RunSetup
+from mmfast.experiments.run_bar import TrialBar, run_bar
+from mmfast.experiments.setup import Setup
 from mmfast.methods import Method
-from mmfast.training.divergence import DivergedError
-from mmfast.training.launchers import is_first
 
 
 def compare(
@@ -38,6 +35,9 @@ def compare(
     *more: Any,
     model: Model | None = None,
     seeds: int = 5,
+    trials: int | None = None,
+    tune_seeds: int = 1,
+    jobs: int | str = 1,
     out_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -73,13 +73,21 @@ def compare(
         model: returns the model to train, new each time. It must be given for data sets of your own; for
             others one is built that fits them.
         seeds: runs of each method, with the seeds 0, 1, ...
+        trials: first, try so many settings of each method, drawn from the ranges that `mmfast.ranges` finds
+            beside fields, and take the best on validation data. What is set here, or of a method other than
+            its default, is not drawn.
+        tune_seeds: runs of a trial.
+        jobs: runs, or methods that are tuned, at a time, each in a process of its own, to which data and
+            model are sent; threads and GPUs are divided. "auto": as many as suit the machine. Within
+            `joblib.parallel_config(backend="dask")`, or "ray", that backend's machines make them; they must
+            see `out_dir`.
         out_dir: folder for results.json and in runs/<method>-seed<seed> the checkpoints, from which
             `mmfast.load` gives the learners, with `model=model()` where a model was given; None keeps figures
             alone.
         resume: go on with what `out_dir` holds, of `mmfast compare`, too. Data and options must be those of
             then; of data sets of your own only numbers of samples and labels are compared.
         overwrite: make anew what `out_dir` holds.
-        on_run: called with the entry of every run.
+        on_run: called with the entry of every run, when it is made.
         dim: D of every encoder of the model that is built.
         fusion: name of its fusion head.
         encoders: what a modality is taken as, or the encoder that takes it, by name, as `mmfast.data.load`
@@ -95,14 +103,16 @@ def compare(
 
     Raises:
         TypeError, ValueError: as `mmfast.data.load`, `mmfast.Trainer` and its `fit`; no method, a model that
-            is no function, an argument that would change nothing; or `out_dir` holds runs, and neither
-            `resume` nor `overwrite` is given.
+            is no function, an argument that would change nothing; what cannot be sent to other processes; or
+            `out_dir` holds runs, and neither `resume` nor `overwrite` is given.
     """
     check_data(data, more)
     check_settings(seeds, progress, out_dir, resume=resume, overwrite=overwrite)
+    check_number_of_jobs(jobs)
     own = inspect.signature(compare).parameters
     optimization, others = sorted_options(options, [name for name in own if name not in ("more", "options")])
     chosen = chosen_methods(methods, others.get("task", "multiclass"))
+    tuning = tuning_of(trials, tune_seeds, chosen, options)
     reading = Reading(dim, fusion, modalities, encoders or {}, split_seed, skip_unreadable, data_on_device)
     on_epoch = others.pop("on_epoch", None)
     # What the program draws after a comparison is what it would have drawn without.
@@ -111,7 +121,7 @@ def compare(
             data,
             model,
             reading,
-            num_runs=len(chosen) * seeds,
+            num_runs=len(chosen) * (seeds + (trials or 0)),
             probe=probe,
             optimization=optimization,
             options=others,
@@ -125,120 +135,29 @@ def compare(
         epochs = {method.name: setup.check(method) for method in chosen}
         if isinstance(setup, Program):
             setup.make.check_new()
-        maker: _InMemory = _InMemory(setup, chosen, seeds)
+        maker = InMemory(setup, chosen, seeds, tuning)
         if out_dir is not None:
-            maker = _InFolder(setup, chosen, seeds, Path(out_dir))
-            maker.open(resume=resume, overwrite=overwrite)
+            maker = folder = InFolder(setup, chosen, seeds, tuning, Path(out_dir))
+        at_a_time = maker.check(jobs, on_epoch)
+        if out_dir is not None:
+            folder.open(resume=resume, overwrite=overwrite)
         left = maker.left(epochs)
-        with run_bar(left, wanted=progress) as bar:
-            for planned in left:
-                bar.begin(planned)
-                entry = maker.make(planned, functools.partial(_tell, (bar.epoch, on_epoch)))
-                bar.end(planned)
+        if tuning is not None:
+            of_trial = {name: number * tuning.num_seeds for name, number in epochs.items()}
+            number = maker.num_trials()
+            with run_bar("trial", number, tuning.trials * sum(of_trial.values()), wanted=progress) as bar:
+                maker.tune_all(at_a_time, TrialBar(bar, of_trial))
+        with run_bar("run", len(left), sum(planned.epochs for planned in left), wanted=progress) as bar:
+            for entry in maker.make_all(left, at_a_time, bar.event, on_epoch):
+                bar.end(entry)
                 if on_run is not None:
                     on_run(entry)
-    task = others.get("task", "multiclass")
-    return Comparison(maker.runs(), task, setup.data, setup.num_test, maker.out, maker.outcomes())
-
-
-def _tell(listeners: Sequence[Callable[[dict[str, Any]], None] | None], entry: dict[str, Any]) -> None:
-    for listener in listeners:
-        if listener is not None:
-            listener(entry)
-
-
-class _InMemory:
-    """Makes the runs of a comparison, and keeps in memory what they leave."""
-
-    out: Path | None = None
-
-    def __init__(self, setup: RunSetup, methods: Sequence[Method], seeds: int) -> None:
-        self.setup, self.methods, self.seeds = setup, methods, seeds
-        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
-        self._outcomes: dict[tuple[str, int], Outcome] = {}
-
-    def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
-        """Return the runs to make, seeds outermost.
-
-        Args:
-            epochs: of a run, by method.
-        """
-        return [
-            PlannedRun(method, seed, epochs[method.name])
-            for seed in range(self.seeds)
-            for method in self.methods
-        ]
-
-    def make(self, planned: PlannedRun, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Make a run and return its entry, without figures where it diverges."""
-        method, seed = planned.method, planned.seed
-        try:
-            entry, outcome = make_whole_run(self.setup, method, seed, self.folder(planned), on_epoch=on_epoch)
-            if outcome is not None:
-                self._outcomes[method.name, seed] = outcome
-        except DivergedError as error:
-            entry = diverged_entry(method, seed, error)
-        self.entries[method.name, seed] = entry
-        return entry
-
-    def folder(self, planned: PlannedRun) -> Path | None:
-        """Return where the checkpoints of a run go."""
-        return None
-
-    def runs(self) -> list[dict[str, Any]]:
-        """Return the entries of all runs, methods in the order they were given."""
-        return [self.entries[method.name, seed] for method in self.methods for seed in range(self.seeds)]
-
-    def outcomes(self) -> Mapping[tuple[str, int], Outcome]:
-        """Return what the runs make of each test sample."""
-        return self._outcomes
-
-
-class _InFolder(_InMemory):
-    """Makes the runs of a comparison in a folder, as the command does."""
-
-    def __init__(self, setup: RunSetup, methods: Sequence[Method], seeds: int, out: Path) -> None:
-        super().__init__(setup, methods, seeds)
-        self.out, self.is_first = out, is_first()
-        self.runner = ComparisonRunner(setup, methods, seeds, out)
-
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Take in what the folder holds, or clear it.
-
-        Raises:
-            ValueError: it holds runs, and neither is wanted, or runs of other data or settings.
-        """
-        out, runner = self.runner.out, self.runner
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out_dir must be a folder, {out} is a file")
-        if overwrite and self.is_first:
-            runner.clear()
-        elif (
-            not resume
-            and self.is_first
-            and ((out / RESULTS).exists() or any(map(has_run, (out / "runs").glob("*-seed*"))))
-        ):
-            raise ValueError(f"{out} holds runs already: give resume=True, overwrite=True or another out_dir")
-        if resume or self.is_first:
-            # What the first process clears, or has begun with, is no result that others go on with.
-            runner.results.open()
-
-    def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
-        return self.runner.left(epochs)
-
-    def make(self, planned: PlannedRun, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        if not self.is_first:
-            # One of several processes of a run: the first waits for it, and writes.
-            return super().make(planned, on_epoch)
-        return self.runner.make(planned, on_epoch)
-
-    def folder(self, planned: PlannedRun) -> Path | None:
-        return self.runner.folder(planned)
-
-    def runs(self) -> list[dict[str, Any]]:
-        found = {(entry["method"], entry["seed"]): entry for entry in self.runner.results.content["runs"]}
-        self.entries = found | self.entries
-        return super().runs()
-
-    def outcomes(self) -> Mapping[tuple[str, int], Outcome]:
-        return {**self.runner.outcomes(), **self._outcomes} if self._outcomes else self.runner.outcomes()
+        task = others.get("task", "multiclass")
+        about = About(
+            maker.description(),
+            setup.class_names if task == "multiclass" else (),
+            setup.test_keys,
+            overview(setup.splits, setup.model(0), seeds=seeds) if isinstance(setup, Setup) else None,
+        )
+    found = (maker.out, maker.outcomes(), maker.tuned, about)
+    return Comparison(maker.runs(), task, setup.data, setup.sizes["test"], *found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,17 +12,24 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
+from mmfast.data.overview import Overview
 from mmfast.errors import check_one_of, did_you_mean
+from mmfast.experiments.confusions import confused_methods
 from mmfast.experiments.findings import Findings, find
+from mmfast.experiments.kept_files import FILES, REPORT, write_files
 from mmfast.experiments.notebook import as_html
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.pictures import KINDS, draw, kinds_of
-from mmfast.experiments.results import RESULTS
+from mmfast.experiments.results import RESULTS, TUNING, Results
 from mmfast.experiments.summary import Summary, mean_std, summarize
 from mmfast.experiments.tables import figure_tables, note, sentences, show, show_figures, tables
+from mmfast.experiments.tuning import Tuned
+from mmfast.experiments.tuning_tables import show_tuned, tuned_note, tuned_table
 from mmfast.experiments.verdict import diverged_sentence
+from mmfast.files import plain
 from mmfast.methods import METHODS
 from mmfast.plots import DPI, Figure
 from mmfast.training.figures import TALLIES
@@ -31,6 +39,23 @@ if TYPE_CHECKING:
 
 # Letters of a line, where tables are printed or a notebook shows them.
 _WIDTH = 110
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What runs are of, which files tell beside them.
+
+    Attributes:
+        told: versions, machine, data and configuration, as results.json has them.
+        class_names: of the C classes; empty of other tasks.
+        test_keys: [N] by which the data tell their test samples; None where they do not.
+        overview: how each modality was read; None where a program gives the data.
+    """
+
+    told: Mapping[str, Any] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+    test_keys: np.ndarray | None = None
+    overview: Overview | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +72,8 @@ class Comparison:
         out: folder of results.json and the runs, None where nothing was written.
         outcomes: what runs make of each test sample, by method and seed; of classes alone. Those in a folder
             are read when they are asked for.
+        tuned: by method what trials have found: `settings`, the best, and all `trials`; empty without.
+        about: what the runs are of.
     """
 
     runs: list[dict[str, Any]]
@@ -55,6 +82,8 @@ class Comparison:
     num_test: int
     out: Path | None = None
     outcomes: Mapping[tuple[str, int], Outcome] = field(default_factory=dict, repr=False)
+    tuned: Mapping[str, Tuned] = field(default_factory=dict, repr=False)
+    about: About = field(default_factory=About, repr=False)
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -184,12 +213,62 @@ class Comparison:
             figure.savefig(path, dpi=DPI)
         return figure
 
+    def write(
+        self, folder: str | Path | None = None, *, confusion: Sequence[str] | str | None = None
+    ) -> list[Path]:
+        """Write what one can keep of it, and return the files: the report first, one page of HTML.
+
+        The others are results.json, results.csv, a row a run, predictions.parquet, a row a run and test
+        sample, and the pictures, which the report holds, too.
+
+        Args:
+            folder: where to; None: the `out_dir` of the comparison.
+            confusion: methods whose confusion matrices are drawn, "all" or "none"; None: joint training and
+                the best method.
+
+        Raises:
+            ValueError: a task without accuracies, no run that has figures, no folder, or one that holds
+                results of other data or settings.
+        """
+        if self.task != "multiclass":
+            raise ValueError(f"write is of task='multiclass', got {self.task!r}: table() has its figures")
+        if not any(summary.runs for summary in self.summaries):
+            raise ValueError("write needs a run that has figures, got none: all diverged")
+        if folder is None and self.out is None:
+            raise ValueError("folder must be given where the comparison has no out_dir, got None")
+        out = Path(folder if folder is not None else self.out or "")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"folder must be a folder, {out} is a file")
+        if not isinstance(confusion, str | None):
+            confusion = ",".join(confusion)
+        confused = confused_methods(confusion, list(self._by_method()))
+        out.mkdir(parents=True, exist_ok=True)
+        results = Results(out, plain(dict(self.about.told)))
+        results.content["runs"] = plain(self.runs)
+        cautions: list[str] = []
+        write_files(
+            results,
+            self.summaries,
+            self.outcomes,
+            self.about.class_names,
+            keys=self.about.test_keys,
+            confused=confused,
+            overview=self.about.overview,
+            tell=cautions.append,
+        )
+        for caution in cautions:
+            warnings.warn(caution, stacklevel=2)
+        return [path for name in (REPORT, RESULTS, *FILES[1:]) if (path := out / name).exists()]
+
     def text(self, width: int = _WIDTH) -> str:
         """Return the tables and sentences for a terminal of some width; `print` takes 110."""
         file = StringIO()
         console = Console(file=file, width=width, highlight=False)
+        if self.tuned:
+            show_tuned(console, list(self.tuned.values()), self._tune_seeds)
+            console.print()
         if self.task == "multiclass":
-            show(console, self.summaries, data=self.data)
+            show(console, self.summaries, data=self.data, trials=self._trials)
         else:
             show_figures(console, self.runs)
             console.print()
@@ -207,12 +286,25 @@ class Comparison:
         counts = f"{len(self.runs)} run{'s' * (len(self.runs) != 1)} of {', '.join(self._by_method())}"
         return f"Comparison({counts}{'' if self.out is None else f', {str(self.out)!r}'})"
 
+    @property
+    def _trials(self) -> int:
+        """By which the settings of each method were found; 0: they were given."""
+        return max((len(tuned.trials) for tuned in self.tuned.values()), default=0)
+
+    @property
+    def _tune_seeds(self) -> Sequence[int]:
+        return self.about.told["configuration"][TUNING]["seeds"]
+
     def _repr_html_(self) -> str:
         if self.task == "multiclass":
             found = tables(self.summaries, _WIDTH, self.findings)
-            about = [note(self.summaries, self.findings)] if any(s.runs for s in self.summaries) else []
+            has_runs = any(s.runs for s in self.summaries)
+            about = [note(self.summaries, self.findings, self._trials)] if has_runs else []
         else:
             found, about = figure_tables(self.runs), []
+        if self.tuned:
+            tuned = list(self.tuned.values())
+            found, about = [*found, tuned_table(tuned)], [*about, tuned_note(tuned, self._tune_seeds)]
         return as_html(found, about, [*self._sentences(), f"Data: {self.data}."])
 
 

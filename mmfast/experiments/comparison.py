@@ -7,7 +7,7 @@ import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.parallel import check_jobs, clear_scratch, sensible_jobs, side_by_side
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
+from mmfast.experiments.run_setup import RunSetup
 from mmfast.experiments.runs import PlannedRun, diverged_entry, machine, make_run, versions
-from mmfast.experiments.setup import RunSetup, Setup
+from mmfast.experiments.setup import Setup
 from mmfast.experiments.subprocesses import run_in_subprocess
-from mmfast.experiments.trials import Trial
+from mmfast.experiments.tuner import TrialListener, Tuner
 from mmfast.experiments.tuning import TRIALS, Tuned, Tuning
 from mmfast.files import locked, plain
 from mmfast.methods import METHODS, Method
@@ -55,7 +56,7 @@ class ComparisonRunner:
 
     def __post_init__(self) -> None:
         self._tuned: dict[str, Tuned] = {}
-        self.results = Results(self.out, plain(self._description()))
+        self.results = Results(self.out, plain(described(self.setup, self.methods, self.tuning)))
 
     def __repr__(self) -> str:
         names = ", ".join(method.name for method in self.methods)
@@ -79,9 +80,9 @@ class ComparisonRunner:
             raise ValueError(f"out must be a folder, {self.out} is a file")
         epochs = {method.name: self.setup.check(method) for method in self.methods}
         if self.tuning is not None:
-            self.tuning.check(self._own_setup, self.methods, self.num_seeds)
+            self.tuning.check(self.setup, self.methods, self.num_seeds)
         # Raises where accelerator, devices or precision cannot be had.
-        self.setup.trainer(self.methods[0], 0, None)
+        self.setup.trainer(self.methods[0], 0, None, loggers=())
         if overwrite:
             self.clear()
         self.results.open()
@@ -102,41 +103,40 @@ class ComparisonRunner:
         return [planned for planned in runs if not self._done(planned)]
 
     @property
-    def _own_setup(self) -> Setup:
-        """The setup of the commands: they alone make trials, and several runs at a time."""
-        assert isinstance(self.setup, Setup)
-        return self.setup
-
-    def tune(
-        self,
-        method: Method,
-        on_trial: Callable[[int, Trial], None] | None = None,
-        on_epoch: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Tuned:
-        """Return a method with the setting of its trials, which are made now as far as they are not there.
-
-        Args:
-            method: one of `methods`.
-            on_trial, on_epoch: as `mmfast.experiments.tuning.tune` takes them.
-        """
+    def tuner(self) -> Tuner:
+        """What makes the trials."""
         assert self.tuning is not None
-        if told := self.results.tuned(method.name):
-            return Tuned.of(method, self._own_setup.optimization, told)
-        return self.tuning.tune(
-            self._own_setup,
-            method,
-            self.out,
-            on_trial=on_trial,
-            on_epoch=on_epoch,
-            wait=self.wait or _tell_nobody,
-        )
+        return Tuner(self.setup, self.tuning, self.out)
 
     def num_trials(self, method: Method) -> int:
         """Return how many trials of a method are there by now, of those wanted."""
-        assert self.tuning is not None
-        if self.results.tuned(method.name):
-            return self.tuning.trials
-        return self.tuning.num_made(self._own_setup, method, self.out)
+        tuner = self.tuner
+        return tuner.tuning.trials if self.results.tuned(method.name) else tuner.num_made(method)
+
+    def tune_all(self, jobs: int = 1, listener: TrialListener | None = None) -> list[Tuned]:
+        """Make the trials of all methods, as far as they are not there, and return what they find.
+
+        Runs have the settings that were found from then on.
+
+        Args:
+            jobs: how many methods at a time.
+            listener: is told of trials that are made now.
+
+        Raises:
+            As `Tuner.tune_all`.
+        """
+        found = {}
+        for method in self.methods:
+            if told := self.results.tuned(method.name):
+                found[method.name] = Tuned.of(method, self.setup.optimization, told)
+        left = [method for method in self.methods if method.name not in found]
+        self.check_jobs(jobs)
+        for tuned in self.tuner.tune_all(left, jobs, listener) if left else ():
+            found[tuned.method.name] = tuned
+        in_order = [found[method.name] for method in self.methods]
+        for tuned in in_order:
+            self.note_tuned(tuned)
+        return in_order
 
     def note_tuned(self, tuned: Tuned) -> None:
         """Let the runs of a method have the setting that was found, and results tell of it."""
@@ -145,8 +145,7 @@ class ComparisonRunner:
 
     def settled(self, planned: PlannedRun) -> PlannedRun:
         """Return a run with the setting that was found for its method."""
-        tuned = self._tuned[planned.method.name]
-        return replace(planned, method=tuned.method, optimization=tuned.optimization)
+        return self._tuned[planned.method.name].settled(planned)
 
     def make(
         self, planned: PlannedRun, on_epoch: Callable[[dict[str, Any]], None] | None = None
@@ -163,9 +162,7 @@ class ComparisonRunner:
             self.results.open()
             if self._done(planned):
                 return self.results.find(planned.method.name, planned.seed) or {}
-            setup: RunSetup = self.setup
-            if planned.optimization is not None:
-                setup = self._own_setup.with_settings(optimization=planned.optimization)
+            setup = planned.settled(self.setup)
             try:
                 if isinstance(setup, Setup) and not setup.is_made_here:
                     entry = run_in_subprocess(setup, planned, folder)
@@ -173,8 +170,7 @@ class ComparisonRunner:
                     entry = make_run(setup, planned.method, planned.seed, folder, on_epoch=on_epoch)
             except DivergedError as error:
                 entry = diverged_entry(planned.method, planned.seed, error)
-            if planned.optimization is not None:
-                entry["optimization"] = plain(planned.optimization.told())
+            entry = planned.told_in(entry)
             self.results.add(entry, folder)
         return entry
 
@@ -184,6 +180,7 @@ class ComparisonRunner:
         jobs: int = 1,
         *,
         on_event: Callable[[PlannedRun, int | None], None] | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
         """Make runs as `make` does, several at a time, and yield each with its entry when it is done.
 
@@ -191,6 +188,7 @@ class ComparisonRunner:
             runs: of this comparison.
             jobs: at a time; see `parallel.side_by_side`.
             on_event: gets a run and None when it begins, and with it each epoch of its stages that is done.
+            on_epoch: called with every epoch's entry of the history; with one job alone.
 
         Raises:
             As `make` and `side_by_side`.
@@ -204,8 +202,8 @@ class ComparisonRunner:
                 on_event(runs[index], event.get("epoch"))
 
         self.check_jobs(jobs)
-        calls = [(planned,) for planned in runs]
-        gpus = int(self._own_setup.devices) if jobs > 1 and self._num_gpus else 0
+        calls = [(planned, on_epoch) for planned in runs]
+        gpus = int(self.setup.devices) if jobs > 1 and self._num_gpus else 0
         options: dict[str, Any] = {"folder": self.out, "gpus": gpus, "on_event": note}
         for index, entry in side_by_side(_make, calls, jobs, shared=self, **options):
             self.results.open()
@@ -213,17 +211,15 @@ class ComparisonRunner:
 
     def check_jobs(self, jobs: int) -> None:
         """Raise ValueError where this machine cannot make so many of the runs at a time."""
-        check_jobs(jobs, self._own_setup.devices, self._num_gpus if jobs > 1 else 0)
+        check_jobs(jobs, self.setup.devices, self._num_gpus if jobs > 1 else 0)
 
-    def sensible_jobs(self, runs: int) -> int:
-        """Return how many of some runs to make at a time on this machine."""
-        return sensible_jobs(torch.get_num_threads(), self._num_gpus, self._own_setup.devices, runs)
+    def sensible_jobs(self, calls: int) -> int:
+        """Return how many of some runs, or trials, to make at a time on this machine."""
+        return sensible_jobs(torch.get_num_threads(), self._num_gpus, self.setup.devices, calls)
 
     @cached_property
     def _num_gpus(self) -> int:
-        """GPUs of this machine that runs take."""
-        kind = self.setup.trainer(self.methods[0], 0, None).fabric.device.type
-        return torch.cuda.device_count() if kind == "cuda" else 0
+        return num_gpus(self.setup, self.methods[0])
 
     def __getstate__(self) -> dict[str, Any]:
         # For other processes, which read what the folder holds, and print nothing.
@@ -240,13 +236,6 @@ class ComparisonRunner:
         runs = self.results.content["runs"]
         made = [PlannedRun(METHODS[entry["method"]](), entry["seed"], 0) for entry in runs]
         return OutcomeFiles({(run.method.name, run.seed): self.folder(run) for run in made})
-
-    def _description(self) -> dict[str, Any]:
-        told = self.setup.description()
-        told["configuration"]["methods"] = {method.name: method.config() for method in self.methods}
-        if self.tuning is not None:
-            told["configuration"][TUNING] = self.tuning.told(self.methods)
-        return {"format": FORMAT, "versions": versions(), "machine": machine()} | told
 
     def _done(self, planned: PlannedRun) -> bool:
         entry = self.results.find(planned.method.name, planned.seed)
@@ -292,18 +281,47 @@ class ComparisonRunner:
         return folder.with_name(f".{folder.name}.lock")
 
 
-def _tell_nobody(text: str) -> None:
-    """Take a sentence that nobody waits for."""
+def described(setup: RunSetup, methods: Sequence[Method], tuning: Tuning | None) -> dict[str, Any]:
+    """Return what results tell of a comparison besides its runs."""
+    told = setup.description()
+    told["configuration"]["methods"] = {method.name: method.config() for method in methods}
+    if tuning is not None:
+        told["configuration"][TUNING] = tuning.told(methods)
+    return {"format": FORMAT, "versions": versions(), "machine": machine()} | told
 
 
-def _make(comparison: ComparisonRunner, planned: PlannedRun, tell: Callable[[Any], None]) -> dict[str, Any]:
+def num_gpus(setup: RunSetup, method: Method) -> int:
+    """Return how many GPUs of this machine runs may take, 0 where they take none."""
+    kind = setup.trainer(method, 0, None, loggers=()).fabric.device.type
+    return torch.cuda.device_count() if kind == "cuda" else 0
+
+
+def _make(
+    comparison: ComparisonRunner,
+    planned: PlannedRun,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+    tell: Callable[[Any], None],
+) -> dict[str, Any]:
     """Make a run of a comparison, and tell of its beginning, its epochs, and what it waits for."""
     tell({})
     if comparison.wait is None:
         # In another process, where it serves several runs.
         comparison = copy.copy(comparison)
         comparison.wait = lambda text: tell({"waits": text})
-    return comparison.make(planned, lambda entry: tell({"epoch": entry["epoch"]}))
+    return comparison.make(planned, teller_of_epochs(tell, on_epoch))
+
+
+def teller_of_epochs(
+    tell: Callable[[Any], None], on_epoch: Callable[[dict[str, Any]], None] | None
+) -> Callable[[dict[str, Any]], None]:
+    """Return what tells that an epoch is done by an event, and all of its entry to `on_epoch`, if given."""
+
+    def note(entry: dict[str, Any]) -> None:
+        tell({"epoch": entry["epoch"]})
+        if on_epoch is not None:
+            on_epoch(entry)
+
+    return note
 
 
 def has_run(folder: Path) -> bool:

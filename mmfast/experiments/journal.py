@@ -40,7 +40,7 @@ class Journal:
             return []
         try:
             found = json.loads(self.path.read_text())
-            facts, trials = dict(found["facts"]), [_trial(trial) for trial in found["trials"]]
+            facts, trials = dict(found["facts"]), [trial_of(trial) for trial in found["trials"]]
         except (ValueError, TypeError, KeyError):
             return []
         if differ := sorted(_differing(facts, self.facts)):
@@ -61,6 +61,12 @@ def with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+def trial_of(found: Mapping[str, Any]) -> Trial:
+    """Return a trial that JSON has given back."""
+    steps = [(step, score) for step, score in found["steps"]]
+    return Trial(**{**found, "settings": with_tuples(found["settings"]), "steps": steps})
+
+
 def clear_journals(folder: Path) -> None:
     """Remove the trials of all methods in a folder.
 
@@ -79,11 +85,6 @@ def clear_journals(folder: Path) -> None:
                 ) from None
         for path in paths:
             path.unlink(missing_ok=True)
-
-
-def _trial(found: dict[str, Any]) -> Trial:
-    steps = [(step, score) for step, score in found["steps"]]
-    return Trial(**{**found, "settings": with_tuples(found["settings"]), "steps": steps})
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

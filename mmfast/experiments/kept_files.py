@@ -55,7 +55,7 @@ def write_files(
         confused: methods whose confusions are drawn; None: joint training and the best method.
         overview: how the data were read.
         command: that made it.
-        tell: called with a sentence on what pictures do not show.
+        tell: called with a sentence on what pictures or tables do not show.
     """
     # The same comparison may end in two processes at once, and the page takes in what others are written.
     with locked(results.out / f".{REPORT}.lock", wait=lambda: None):
@@ -66,7 +66,8 @@ def write_files(
         of_shown = _Some(outcomes, sorted(((e["method"], e["seed"]) for e in shown), key=_order))
         tables = [RUNS]
         if of_shown:
-            write_predictions(out / PREDICTIONS, of_shown, keys, class_names)
+            if not write_predictions(out / PREDICTIONS, of_shown, keys, class_names):
+                tell(f"{out / PREDICTIONS} has two probabilities a sample, as those of all are too many.")
             tables.append(PREDICTIONS)
         else:
             (out / PREDICTIONS).unlink(missing_ok=True)

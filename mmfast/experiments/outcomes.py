@@ -24,6 +24,8 @@ from mmfast.valuation import batch_contributions
 OUTCOME = "test.npz"
 # Of equal width, for the calibration error.
 _BINS = 15
+# Probabilities that a run keeps of all classes: 32 MiB, such as of 20,000 samples and 400 classes.
+_MOST = 2**23
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -32,7 +34,7 @@ class Outcome:
     """The answers of one run to all test samples, in the order of the data set.
 
     Attributes:
-        probabilities: float32 [N, C], NaN where the logits are.
+        probabilities: float32 [N, C], NaN where the logits are; None where they are more than 2^23.
         predicted: int64 [N], the class of the largest logit, -1 where they hold NaN.
         labels: int64 [N], negative where a sample has none.
         contributions: float32 [N, M], Shapley values under `cardinality`, NaN without label.
@@ -40,22 +42,27 @@ class Outcome:
         without: bool [M, N], which are classified right when modality m is missing.
         probed: bool [M, N], which are classified right by the probe of modality m, False where it is absent;
             None where no probe was asked.
+        confidence: float32 [N], the largest probability; None where `probabilities` tell it.
+        likelihood: float32 [N], the probability of the label, NaN without one; None as above.
     """
 
-    probabilities: np.ndarray
+    probabilities: np.ndarray | None
     predicted: np.ndarray
     labels: np.ndarray
     contributions: np.ndarray
     present: np.ndarray
     without: np.ndarray
     probed: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+    likelihood: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __repr__(self) -> str:
         probed = "" if self.probed is None else ", probed"
-        return f"Outcome({len(self)} samples, {self.probabilities.shape[1]} classes{probed})"
+        classes = "many" if self.probabilities is None else self.probabilities.shape[1]
+        return f"Outcome({len(self)} samples, {classes} classes{probed})"
 
     @property
     def labelled(self) -> np.ndarray:  # bool [N]
@@ -70,10 +77,11 @@ class Outcome:
     @property
     def calibration_error(self) -> float | None:
         """Expected calibration error over 15 bins of equal width (Guo et al., ICML 2017); None with NaN."""
-        probabilities, right = self.probabilities[self.labelled], self.correct[self.labelled]
-        if not len(right) or np.isnan(probabilities).any():
+        confidence = self.confidence if self.probabilities is None else self.probabilities.max(1)
+        assert confidence is not None
+        sure, right = confidence[self.labelled].astype(np.float64), self.correct[self.labelled]
+        if not len(right) or np.isnan(sure).any():
             return None
-        sure = probabilities.max(1).astype(np.float64)
         bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
         gap = np.bincount(bins, right - sure, _BINS)
         return float(np.abs(gap).sum() / len(right))
@@ -103,7 +111,7 @@ class Outcome:
         """
         try:
             with np.load(path) as arrays:
-                return cls(**arrays)
+                return cls(**{"probabilities": None, **arrays})
         except OSError:
             raise
         except Exception as error:
@@ -163,13 +171,10 @@ def outcome_of(learner: Learner, train: Any, test: Any, fabric: Fabric, *, probe
         return None
     size = learner.reader.batch_size
     with fitting_threads(learner, test, size), evaluating(learner), fabric.autocast():
-        rows = [_answered(learner, batch) for batch in learner.batches(test, size)]
-    names = ("probabilities", "predicted", "labels", "contributions", "present", "without")
-    arrays = {
-        name: torch.cat(parts).cpu().numpy()
-        for name, parts in zip(names, zip(*rows, strict=True), strict=True)
-    }
-    found = Outcome(**arrays | {"without": np.ascontiguousarray(arrays["without"].T)})
+        rows = [_answered(learner, batch, len(test)) for batch in learner.batches(test, size)]
+    arrays = {name: torch.cat([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+    probabilities, without = arrays.pop("probabilities", None), arrays.pop("without")
+    found = Outcome(probabilities, without=np.ascontiguousarray(without.T), **arrays)
     if not probe:
         return found
     probed = np.zeros_like(found.without)
@@ -178,8 +183,14 @@ def outcome_of(learner: Learner, train: Any, test: Any, fabric: Fabric, *, probe
     return replace(found, probed=probed)
 
 
-def _answered(learner: Learner, batch: Any) -> list[Tensor]:
-    """Return a batch's rows of the fields of Outcome; of `without` they are columns."""
+def _answered(learner: Learner, batch: Any, num_samples: int) -> dict[str, Tensor]:
+    """Return a batch's rows of the fields of Outcome; of `without` they are columns.
+
+    Args:
+        learner: trained.
+        batch: of samples.
+        num_samples: of all batches.
+    """
     target, present = batch["label"], presence(batch, learner.modalities)
     features, counted = learner.encode(batch), learner.objective.counted(target)
     labels = torch.where(counted, learner.objective.classes(target), IGNORED)
@@ -191,15 +202,31 @@ def _answered(learner: Learner, batch: Any) -> list[Tensor]:
         rest = marks.clone()
         rest[m] = False
         right.append(_classes(learner.fuse(features, present=rest)) == labels)
-    return [
-        # Infinite logits have a class, and so they have probabilities.
-        logits.clamp(-_LARGEST, _LARGEST).softmax(1),
-        _classes(logits),
-        labels,
-        phi.masked_fill(~counted[:, None], torch.nan),
-        marks.T,
-        torch.stack(right, 1),
-    ]
+    # Infinite logits have a class, and so they have probabilities.
+    probabilities = logits.clamp(-_LARGEST, _LARGEST).softmax(1)
+    return {
+        **_kept(probabilities, labels, num_samples),
+        "predicted": _classes(logits),
+        "labels": labels,
+        "contributions": phi.masked_fill(~counted[:, None], torch.nan),
+        "present": marks.T,
+        "without": torch.stack(right, 1),
+    }
+
+
+def _kept(
+    probabilities: Tensor,  # [B, C]
+    labels: Tensor,  # [B]
+    num_samples: int,
+) -> dict[str, Tensor]:
+    """Return probabilities of all classes, or of two where those of all samples would be too many."""
+    if num_samples * probabilities.shape[1] <= _MOST:
+        return {"probabilities": probabilities}
+    of_label = probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return {
+        "confidence": probabilities.amax(1),
+        "likelihood": of_label.masked_fill(labels < 0, torch.nan),
+    }
 
 
 def _classes(

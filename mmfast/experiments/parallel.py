@@ -64,13 +64,12 @@ def side_by_side(
             `Trainer.fit` does that gets SIGTERM. Those of another backend's workers end by themselves.
         Exception: the first that a call raises; those under way end as above.
     """
-    kind = _backend()
-    if kind == "here" or (kind == "loky" and jobs == 1):
+    if is_made_here(jobs):
         for i, call in enumerate(calls):
             yield i, task(shared, *call, _teller(i, on_event))
         return
     share = None
-    if kind == "loky":
+    if _backend() == "loky":
         threads = max(1, torch.get_num_threads() // jobs)
         share = Share(jobs, threads, gpus, _visible_gpus() if gpus else ())
     with _scratch(folder) as scratch:
@@ -78,6 +77,12 @@ def side_by_side(
         group = _Group(scratch, on_event)
         with group.watching():
             yield from _results(group, task, calls, jobs if share else -1, share)
+
+
+def is_made_here(jobs: int) -> bool:
+    """Whether `side_by_side` makes so many calls at a time in this process."""
+    kind = _backend()
+    return kind == "here" or (kind == "loky" and jobs == 1)
 
 
 def check_jobs(jobs: int, devices: int | str, num_gpus: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,10 @@ class Maker:
         self._before = [weakref.ref(p) for p in trained]
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For other processes, which have none of these models.
+        return self.__dict__ | {"_before": []}
+
     def check_new(self) -> None:
         """Raise ValueError where a model had weights of the one before: a run would go on from another's."""
         if not self._is_new and self._num_runs > 1:
@@ -63,7 +68,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Program:
-    """What the runs of a comparison share, where data or model are a program's: see `setup.RunSetup`.
+    """What the runs of a comparison share, where data or model are a program's: see `RunSetup`.
 
     Attributes:
         parts: data sets by the names of PARTS; that of validation may be None.
@@ -72,6 +77,7 @@ class Program:
         options: further ones of `Trainer`, by name.
         probe: measure every modality by a logistic regression on its frozen features, too.
         text: description of the data; None: the sizes of the parts.
+        names: of the C classes; empty where the data have none.
     """
 
     parts: Mapping[str, Any]
@@ -80,6 +86,7 @@ class Program:
     options: Mapping[str, Any]
     probe: bool
     text: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def data(self) -> str:
@@ -89,19 +96,52 @@ class Program:
         sizes = (f"{name} {len(part):,}" for name, part in self.parts.items() if part is not None)
         return f"samples {', '.join(sizes)}"
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the labels of the data sets."""
+        return "-".join(_digest(part) for part in self.parts.values() if part is not None)
+
     @property
-    def num_test(self) -> int:
-        """Samples that are tested on."""
-        return len(self.parts["test"])
+    def sizes(self) -> dict[str, int]:
+        """Samples of each of PARTS that there is."""
+        return {name: len(part) for name, part in self.parts.items() if part is not None}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the C classes; numbers, where the data have no names for them."""
+        return self.names or tuple(map(str, range(self.make(0).num_classes)))
+
+    @property
+    def test_keys(self) -> np.ndarray | None:  # [N]
+        """By which the data tell their test samples."""
+        return getattr(self.parts["test"], "sample_keys", None)
+
+    @property
+    def devices(self) -> Any:
+        """Of a run, as Lightning Fabric takes them."""
+        return self.options.get("devices", 1)
 
     @property
     def num_nodes(self) -> int:
         """Machines that train a run together."""
         return self.options.get("num_nodes", 1)
 
-    def parts_on(self, device: torch.device) -> Mapping[str, Any]:
+    @property
+    def is_made_here(self) -> bool:
+        """Runs are made in this process, which alone has the program's functions."""
+        return True
+
+    def with_settings(self, **settings: Any) -> Program:
+        """Return it with another optimization, or other options of `Trainer`."""
+        optimization = settings.pop("optimization", self.optimization)
+        other = replace(self, optimization=optimization, options={**self.options, **settings})
+        if "fingerprint" in vars(self):
+            vars(other)["fingerprint"] = self.fingerprint
+        return other
+
+    def parts_on(self, device: torch.device, names: Sequence[str] = PARTS) -> Mapping[str, Any]:
         """Return the data sets, which lie where the program has put them."""
-        return self.parts
+        return {name: self.parts[name] for name in names}
 
     def model(self, seed: int) -> MultimodalModel:
         """Return a new model with the weights of a seed.
@@ -124,24 +164,28 @@ class Program:
         self.trainer(method, 0, None, loggers=()).check(model, *(self.parts[part] for part in PARTS))
         return sum(stage.epochs for stage in method.bind(model).stages(self.optimization.max_epochs))
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What results tell of the settings that all runs share."""
+        trainer = self.trainer(Joint(), 0, None, loggers=())
+        return {
+            **self.optimization.told(),
+            **trainer.objective.config(),
+            **trainer.measures.config(),
+            **told_of(self.options),
+            "precision": trainer.fabric.strategy.precision.precision,
+        }
+
     def description(self) -> dict[str, Any]:
         """Return what results tell of data and settings."""
-        there = {name: part for name, part in self.parts.items() if part is not None}
-        trainer = self.trainer(Joint(), 0, None, loggers=())
         return {
             "data": {
                 "source": None,
                 "description": self.data,
-                "sizes": {name: len(part) for name, part in there.items()},
-                "fingerprint": "-".join(map(_digest, there.values())),
+                "sizes": self.sizes,
+                "fingerprint": self.fingerprint,
             },
-            "configuration": {
-                **self.optimization.told(),
-                **trainer.objective.config(),
-                **trainer.measures.config(),
-                **told_of(self.options),
-                "precision": trainer.fabric.strategy.precision.precision,
-            },
+            "configuration": self.configuration,
         }
 
 

@@ -57,12 +57,16 @@ def write_predictions(
     outcomes: Mapping[tuple[str, int], Outcome],
     keys: np.ndarray | None,  # [N]
     class_names: Sequence[str],
-) -> None:
+) -> bool:
     """Write what runs predict for each test sample as Parquet, one run after the other.
+
+    Return whether it holds the probabilities of all classes.
 
     Columns are `method`, `seed`, `sample`, its index in the test part, `key` where the data have keys of
     their own, such as rows of a file or names of files, `label` and `prediction` as names of classes, and
-    `probability__<class>` for each class. One run and one row group are in memory at a time.
+    `probability__<class>` for each class, or `confidence`, the probability of the predicted one, and
+    `likelihood`, that of the label, where runs keep no others. One run and one row group are in memory at a
+    time.
 
     Args:
         path: of the file.
@@ -74,9 +78,10 @@ def write_predictions(
         ValueError: runs of other numbers of samples.
     """
     rows = _Rows(outcomes, keys, class_names)
-    at_once = min(_MOST_ROWS, max(1, _NUMBERS // (len(class_names) + 6)))
+    at_once = min(_MOST_ROWS, max(1, _NUMBERS // ((len(class_names) if rows.has_all else 2) + 6)))
     with replacing(path, "wb") as file:
         write_parquet(file.name, rows, rows.size, at_once)
+    return rows.has_all
 
 
 class _Rows:
@@ -93,6 +98,7 @@ class _Rows:
         self.held = self.runs[0], outcomes[self.runs[0]]
         self.num_samples = len(self.held[1])
         self.size = len(self.runs) * self.num_samples
+        self.has_all = self.held[1].probabilities is not None
 
     def __call__(self, start: int, stop: int) -> dict[str, Column]:
         """Return some rows as columns."""
@@ -117,10 +123,7 @@ class _Rows:
         for name in ("labels", "predicted"):
             numbers = torch.from_numpy(getattr(outcome, name)[first:last])
             table[{"labels": "label", "predicted": "prediction"}[name]] = names_of(numbers, self.class_names)
-        probabilities = torch.from_numpy(outcome.probabilities[first:last]).double()
-        for name, column in zip(self.class_names, probabilities.T, strict=True):
-            table[f"probability__{name}"] = column
-        return table
+        return table | _probabilities(outcome, self.class_names, first, last)
 
     def _outcome(self, run: tuple[str, int]) -> Outcome:
         if self.held[0] != run:
@@ -131,6 +134,17 @@ class _Rows:
                 f"{run[0]} with seed {run[1]}"
             )
         return self.held[1]
+
+
+def _probabilities(outcome: Outcome, class_names: Sequence[str], first: int, last: int) -> dict[str, Column]:
+    """Return columns with the probabilities of some samples, as far as a run has kept them."""
+    if outcome.probabilities is None:
+        pair = {"confidence": outcome.confidence, "likelihood": outcome.likelihood}
+        kept = {name: column for name, column in pair.items() if column is not None}
+        return {name: torch.from_numpy(column[first:last]).double() for name, column in kept.items()}
+    probabilities = torch.from_numpy(outcome.probabilities[first:last]).double()
+    names = (f"probability__{name}" for name in class_names)
+    return dict(zip(names, probabilities.T, strict=True))
 
 
 def _joined(parts: Sequence[Column]) -> Column:

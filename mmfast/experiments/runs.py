@@ -16,7 +16,8 @@ from mmfast.data import Splits
 from mmfast.data.views import choose
 from mmfast.experiments.loading import open_run
 from mmfast.experiments.outcomes import OUTCOME, Outcome, outcome_of
-from mmfast.experiments.setup import RunSetup, Setup
+from mmfast.experiments.run_setup import RunSetup
+from mmfast.experiments.setup import Setup
 from mmfast.files import plain
 from mmfast.methods import Method
 from mmfast.models import MultimodalModel
@@ -39,6 +40,18 @@ class PlannedRun:
     seed: int
     epochs: int
     optimization: Optimization | None = None
+
+    def settled(self, setup: RunSetup) -> RunSetup:
+        """Return what runs share, with this one's own settings."""
+        if self.optimization is None:
+            return setup
+        return setup.with_settings(optimization=self.optimization)
+
+    def told_in(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return an entry for results that tells of its own settings, too."""
+        if self.optimization is None:
+            return entry
+        return entry | {"optimization": plain(self.optimization.told())}
 
 
 def make_run(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,9 +109,19 @@ class Setup:
         return self.splits.description
 
     @property
-    def num_test(self) -> int:
-        """Samples that are tested on."""
-        return len(self.splits.test)
+    def sizes(self) -> dict[str, int]:
+        """Samples of each of PARTS."""
+        return {part: len(getattr(self.splits, part)) for part in PARTS}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the C classes."""
+        return self.splits.class_names
+
+    @property
+    def test_keys(self) -> np.ndarray | None:  # [N]
+        """By which the data tell their test samples."""
+        return self.splits.test.sample_keys
 
     def model(self, seed: int) -> MultimodalModel:
         """Return the untrained model of a seed, the same for every method."""
@@ -183,7 +193,7 @@ class Setup:
                 "name": splits.name,
                 "source": self.source,
                 "description": splits.description,
-                "sizes": {part: len(getattr(splits, part)) for part in PARTS},
+                "sizes": self.sizes,
                 "shapes": splits.shapes,
                 "classes": splits.class_names,
                 "split_seed": splits.split_seed,
@@ -232,41 +242,6 @@ class Setup:
         self.trainer(method, 0, None, loggers=()).check(model, splits.train, splits.val, splits.test)
         learner = method.bind(model)
         return sum(stage.epochs for stage in learner.stages(self.optimization.max_epochs))
-
-
-class RunSetup(Protocol):
-    """What the runs of a comparison share, as its runner asks for it: a Setup, or what a program gives."""
-
-    @property
-    def probe(self) -> bool:
-        """Whether every modality is measured by a logistic regression on its frozen features, too."""
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines that train a run together."""
-
-    @property
-    def data(self) -> str:
-        """Description of the data."""
-
-    @property
-    def num_test(self) -> int:
-        """Samples that are tested on."""
-
-    def trainer(self, method: Method, seed: int, out_dir: Path | None, **options: Any) -> Trainer:
-        """Return the trainer of a run."""
-
-    def model(self, seed: int) -> MultimodalModel:
-        """Return the untrained model of a seed, the same for every method."""
-
-    def parts_on(self, device: torch.device) -> Mapping[str, Any]:
-        """Return training, validation and test data where runs on a device are to find them."""
-
-    def check(self, method: Method) -> int:
-        """Return the number of epochs of a run of `method`, or raise ValueError for what would stop one."""
-
-    def description(self) -> dict[str, Any]:
-        """Return what results tell of data and settings."""
 
 
 def told_of(others: Mapping[str, Any]) -> dict[str, Any]:

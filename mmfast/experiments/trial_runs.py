@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from mmfast.experiments.setup import Setup
+from mmfast.experiments.run_setup import RunSetup
 from mmfast.experiments.trials import Asked, Search, Trial
 from mmfast.files import plain
 from mmfast.methods import Method, Stage
@@ -57,14 +57,14 @@ class TrialRuns:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: RunSetup,
         method: Method,
         seeds: Sequence[int],
         fixed: Collection[str],
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.setup, self.method, self.seeds, self.on_epoch = setup, method, list(seeds), on_epoch
-        measures = setup.trainer(method, 0, None).measures
+        measures = setup.trainer(method, 0, None, loggers=()).measures
         self.select, self.sign = f"val/{measures.selected}", measures.sign
         stages = self._stages(method, setup.optimization)
         self._num_epochs = sum(stage.epochs for stage in stages)
@@ -103,7 +103,7 @@ class TrialRuns:
         return asked.ended(scores, seconds=time.perf_counter() - begun, **ended)
 
     def _score(
-        self, setup: Setup, method: Method, seed: int, scores: Sequence[float], asked: Asked, stop: Stop
+        self, setup: RunSetup, method: Method, seed: int, scores: Sequence[float], asked: Asked, stop: Stop
     ) -> float:
         """Train with a seed and return the score of the weights that are selected."""
         best: dict[str, float] = {}
@@ -124,7 +124,7 @@ class TrialRuns:
             if asked.note(step, statistics.fmean([*scores, self.sign * best[stage]])):
                 raise _Pruned
 
-        trainer = setup.trainer(method, seed, None, on_epoch=note)
+        trainer = setup.trainer(method, seed, None, on_epoch=note, loggers=())
         model = setup.model(seed)
         trainer.launch()
         parts = setup.parts_on(trainer.fabric.device, ("train", "val"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmfast.experiments.journal import Journal, with_tuples
-from mmfast.experiments.setup import Setup
+from mmfast.experiments.run_setup import RunSetup
+from mmfast.experiments.runs import PlannedRun
 from mmfast.experiments.trial_runs import TrialRuns, drawn_names, with_settings
 from mmfast.experiments.trials import Trial, best_of, check_optuna
 from mmfast.files import plain
@@ -45,7 +46,7 @@ class Tuning:
         """Return the names of what is drawn for a method."""
         return drawn_names(method, self.fixed.get(method.name, ()))
 
-    def check(self, setup: Setup, methods: Sequence[Method], num_seeds: int) -> None:
+    def check(self, setup: RunSetup, methods: Sequence[Method], num_seeds: int) -> None:
         """Raise what tuning has against methods, data and machine, before any training.
 
         Args:
@@ -62,7 +63,7 @@ class Tuning:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if num_seeds > FIRST_SEED:
             raise ValueError(f"seeds must be at most {FIRST_SEED} with trials, got {num_seeds}")
-        if not len(setup.splits.val):
+        if not setup.sizes.get("val"):
             raise ValueError("trials must be scored on validation data, got none")
         for method in methods:
             if not self.drawn(method):
@@ -73,34 +74,23 @@ class Tuning:
                 )
         check_optuna()
 
-    def tune(
-        self,
-        setup: Setup,
-        method: Method,
-        out: Path,
-        *,
-        on_trial: Callable[[int, Trial], None] | None = None,
-        on_epoch: Callable[[dict[str, Any]], None] | None = None,
-        wait: Callable[[str], None] = print,
-    ) -> Tuned:
-        """Return a method's setting, chosen by its trials under `out`; see `tune`."""
+    def tune(self, setup: RunSetup, method: Method, out: Path | None, **listeners: Any) -> Tuned:
+        """Return a method's setting, chosen by its trials, which lie under `out`, if anywhere; see `tune`."""
         return tune(
             setup,
             method,
             trials=self.trials,
             seeds=self.seeds,
-            folder=out / TRIALS,
+            folder=_folder(out),
             fixed=self.fixed.get(method.name, ()),
-            on_trial=on_trial,
-            on_epoch=on_epoch,
-            wait=wait,
+            **listeners,
         )
 
-    def num_made(self, setup: Setup, method: Method, out: Path) -> int:
+    def num_made(self, setup: RunSetup, method: Method, out: Path | None) -> int:
         """Return how many of a method's trials lie under `out`."""
         fixed = self.fixed.get(method.name, ())
         runs = TrialRuns(setup.with_settings(devices=1), method, self.seeds, fixed)
-        return min(self.trials, len(_journal(out / TRIALS, method, runs).read()))
+        return min(self.trials, len(_journal(_folder(out), method, runs).read()))
 
     def told(self, methods: Sequence[Method]) -> dict[str, Any]:
         """Return what results tell of it, before there is a trial."""
@@ -138,6 +128,10 @@ class Tuned:
         """What was chosen, by name."""
         return self.trials[self.chosen].settings
 
+    def settled(self, planned: PlannedRun) -> PlannedRun:
+        """Return a run with these settings."""
+        return replace(planned, method=self.method, optimization=self.optimization)
+
     def told(self) -> dict[str, Any]:
         """Return it as plain values, from which `of` makes it."""
         return plain(
@@ -152,7 +146,7 @@ class Tuned:
 
 
 def tune(
-    setup: Setup,
+    setup: RunSetup,
     method: Method,
     *,
     trials: int,
@@ -201,6 +195,10 @@ def tune(
     chosen = best_of(done, runs.sign)
     settled = with_settings(method, setup.optimization, done[chosen].settings)
     return Tuned(*settled, done, chosen, runs.select)
+
+
+def _folder(out: Path | None) -> Path | None:
+    return None if out is None else out / TRIALS
 
 
 def _journal(folder: Path | None, method: Method, runs: TrialRuns) -> Journal:

@@ -24,6 +24,12 @@ def show_tuned(console: Console, found: Sequence[Tuned], seeds: Sequence[int]) -
         found: of each method.
         seeds: of the trials' runs.
     """
+    console.print(tuned_table(found))
+    console.print(Text(tuned_note(found, seeds), style="dim"))
+
+
+def tuned_table(found: Sequence[Tuned]) -> Table:
+    """Return the settings chosen for methods as a table."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("Tuned", no_wrap=True)
     for header in ("As given", "Chosen", "Trial"):
@@ -37,15 +43,18 @@ def show_tuned(console: Console, found: Sequence[Tuned], seeds: Sequence[int]) -
             str(tuned.chosen + 1),
             settings_text(tuned.settings),
         )
-    console.print(table)
+    return table
+
+
+def tuned_note(found: Sequence[Tuned], seeds: Sequence[int]) -> str:
+    """Return what the figures of `tuned_table` are."""
     trials, select = len(found[0].trials), found[0].select
     figure = f"{select}{' in %' if _is_share(select) else ''}"
     runs = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over seeds {seeds[0]} to {seeds[-1]}"
-    note = (
+    return (
         f"By {figure}, {runs}; {trials} trial{'s' * (trials > 1)} each, the first with the settings as "
         "given. No trial reads test data."
     )
-    console.print(Text(note, style="dim"))
 
 
 def trial_text(trial: Trial, select: str) -> str:
