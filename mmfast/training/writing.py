@@ -19,7 +19,7 @@ from mmfast.training.stopping import Stopped
 # lock, hinder each other for longer than that takes. With 0.2 MB an epoch of 30 ms took 45.
 _SMALL = 4 * 2**20
 # Seconds between two writes: an epoch of 16 small steps took 30 ms, and its checkpoint 9.
-_BETWEEN = 0.2
+_BETWEEN = 1.0
 
 
 class Writer:
@@ -43,7 +43,7 @@ class Writer:
     def save(self, state: dict[str, Any], told: Mapping[str, Any] | None = None) -> None:
         """Take a copy of a state and let it be written; where the one before is not yet, wait for that.
 
-        A small one is written at once. Within a fifth of a second of another write the copy is held instead,
+        A small one is written at once. Within a second of another write the copy is held instead,
         and written at the end of the context if no later one was: a process that is killed loses the epochs
         of such a time, and trains them again to the same weights.
 
