@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "Comparison": "mmfast.experiments.compared",
+    "Comparison": "mmfast.comparisons.compared",
     "MultimodalModel": "mmfast.models",
     "Predictions": "mmfast.predictions",
     "Trainer": "mmfast.training.trainer",
     "Valuation": "mmfast.valuation",
-    "compare": "mmfast.experiments.compare",
+    "compare": "mmfast.comparisons.compare",
     "load": "mmfast.experiments.loading",
     "valuate": "mmfast.valuation",
 }
@@ -39,8 +39,8 @@ _SUBMODULES = ("backend", "data", "methods", "models", "ops")
 
 if TYPE_CHECKING:
     from mmfast import backend, data, methods, models, ops
-    from mmfast.experiments.compare import compare
-    from mmfast.experiments.compared import Comparison
+    from mmfast.comparisons.compare import compare
+    from mmfast.comparisons.compared import Comparison
     from mmfast.experiments.loading import load
     from mmfast.models import MultimodalModel
     from mmfast.predictions import Predictions

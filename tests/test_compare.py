@@ -18,7 +18,7 @@ from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
 from mmfast.experiments.comparison import ComparisonRunner
-from mmfast.experiments.pictures import PICTURES
+from mmfast.experiments.file_names import PICTURES
 from mmfast.experiments.runs import PlannedRun
 from mmfast.experiments.setup import Setup, fingerprint
 from mmfast.experiments.subprocesses import train_arguments

@@ -8,8 +8,8 @@ import pytest
 from mmfast.experiments.findings import find
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.summary import summarize
-from mmfast.experiments.verdict import ranking, verdict
 from mmfast.methods import METHODS
+from mmfast.reports.verdict import ranking, verdict
 
 NAMES = ("audio", "image")
 

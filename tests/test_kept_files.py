@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from mmfast import data
 from mmfast.cli.commands import app
-from mmfast.experiments import confusions, report, run_tables
-from mmfast.experiments.confusions import confused_methods, confusion_of, plot_confusion
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.results import Results
-from mmfast.experiments.run_tables import write_predictions
+from mmfast.reports import confusions, report, run_tables
+from mmfast.reports.confusions import confused_methods, confusion_of, plot_confusion
+from mmfast.reports.run_tables import write_predictions
 from support.files import write_npz
 
 CLASSES = ("<script>alert(1)</script>", "جلوس", "日本 & co")

@@ -118,6 +118,8 @@ ROOMS = (
     "training",
     "integrations",
     "experiments",
+    "reports",
+    "comparisons",
     "cli",
 )
 

@@ -13,8 +13,8 @@ from rich.console import Console
 import mmfast
 from mmfast import methods, valuation
 from mmfast.data import ArrayDataset
-from mmfast.experiments import tables
 from mmfast.models import build_model
+from mmfast.reports import tables
 from mmfast.training.evaluation import evaluate
 from support.learners import NUM_CLASSES, bind, make_data
 

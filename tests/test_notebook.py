@@ -22,6 +22,15 @@ found = mmfast.compare(splits, ["joint", "unimodal"], seeds=2, max_epochs=2, dim
     "found.plot()",
     "found.plot('modality_accuracy')",
     "found.plot('contributions')",
+    # What a notebook defines goes to other processes, too.
+    """
+def model():
+    return mmfast.models.build_model(splits.shapes, splits.num_classes, dim=4)
+
+parts = splits.train, splits.val, splits.test
+both = mmfast.compare(parts, ["joint", "unimodal"], model=model, seeds=2, max_epochs=2, jobs=2)
+assert both.figures("accuracy") == found.figures("accuracy")
+""",
 ]
 
 
@@ -48,6 +57,11 @@ def outputs(tmp_path_factory):
 
 def test_the_bar_is_gone_when_all_runs_are_made(outputs):
     assert outputs[0].get("text/html") == ""
+
+
+def test_several_jobs_find_the_same(outputs):
+    # The cell asks for it itself.
+    assert outputs[7].get("text/html") == ""
 
 
 def test_a_comparison_is_a_table_with_sentences(outputs):

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.data import Splits, overview
-from mmfast.experiments.data_tables import show_overview
 from mmfast.models import build_model
+from mmfast.reports.data_tables import show_overview
 
 FAST = ["--epochs", "1", "--dim", "8", "--accelerator", "cpu"]
 N = 160

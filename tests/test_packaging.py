@@ -93,7 +93,7 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
     done = setup_py(*map(str, commands), PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     # A package without the marker has no types for its users, and without the page no report.
-    for name in ("mmfast/py.typed", "mmfast/experiments/report.html"):
+    for name in ("mmfast/py.typed", "mmfast/reports/report.html"):
         assert (tmp_path / name).exists()
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -107,7 +107,7 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
         "constraints.txt",
         ".pre-commit-config.yaml",
         "mmfast/py.typed",
-        "mmfast/experiments/report.html",
+        "mmfast/reports/report.html",
     } <= names
     assert not [name for name in names if name.endswith(".so")]
 

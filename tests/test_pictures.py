@@ -10,13 +10,13 @@ import matplotlib
 from matplotlib import font_manager
 
 from mmfast import plots
-from mmfast.experiments import picture_titles as titles
 from mmfast.experiments.differences import Estimate
 from mmfast.experiments.findings import Findings, Margin
-from mmfast.experiments.picture_parts import short, swarm, wrapped
-from mmfast.experiments.pictures import plot_comparison
 from mmfast.experiments.summary import summarize
 from mmfast.methods import METHODS
+from mmfast.reports import picture_titles as titles
+from mmfast.reports.picture_parts import short, swarm, wrapped
+from mmfast.reports.pictures import plot_comparison
 
 
 def summaries(accuracies, missing=None):

@@ -13,11 +13,11 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 from rich.console import Console
 
-from mmfast.experiments.pictures import plot_comparison
 from mmfast.experiments.summary import mean_std, summarize
-from mmfast.experiments.tables import hyphenate, show, show_valuation
-from mmfast.experiments.verdict import diverged_sentence, idle_sentence
 from mmfast.methods import METHODS
+from mmfast.reports.pictures import plot_comparison
+from mmfast.reports.tables import hyphenate, show, show_valuation
+from mmfast.reports.verdict import diverged_sentence, early_sentence, idle_sentence
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}
@@ -158,6 +158,23 @@ def test_runs_without_figures_are_in_none():
 def test_methods_without_effect_are_named():
     runs = [entry("joint"), entry("sample-valuation"), entry("mla", accuracy=0.8)]
     assert idle_sentence(summarize(runs)).endswith("Sample-level valuation.")
+
+
+def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
+    def kept(method, seed, epoch, **config):
+        made = entry(method, seed, accuracy=0.8) | {"config": METHODS[method](**config).config()}
+        return made | {"kept_epochs": {"audio": epoch, "pose": epoch}}
+
+    runs = [entry("joint", seed) for seed in range(2)]
+    runs += [kept("sample-valuation", seed, 5 + seed, warmup=5) for seed in range(2)]
+    runs += [kept("diagnose-relearn", seed, 21, epochs=[20, 40]) for seed in range(2)]
+    runs += [kept("modality-valuation", 0, 6, warmup=5), kept("mla", 0, 1)]
+    assert early_sentence(summarize(runs)) == (
+        "Selected, by validation data, from before the method acts, when it trains as Joint does: the "
+        "weights in 1 of 2 runs of Sample-level valuation and 2 of 2 runs of Diagnose & re-learn."
+    )
+    # Runs of before do not tell, and methods that never acted are told elsewhere.
+    assert early_sentence(summarize([entry("joint"), entry("sample-valuation")])) == ""
 
 
 def test_summaries_choose_methods_and_seeds():

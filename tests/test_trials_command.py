@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments import comparison as compare_module
-from mmfast.experiments import kept_files, trial_runs
+from mmfast.experiments import trial_runs
 from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.runs import PlannedRun
 from mmfast.experiments.setup import Setup
@@ -25,6 +25,7 @@ from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import Tuned, Tuning, drawn_names
 from mmfast.methods import METHODS, MLA
 from mmfast.ranges import ranges_of
+from mmfast.reports import kept_files
 from mmfast.training.optimization import Optimization
 from support.files import write_npz
 

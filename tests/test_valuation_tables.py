@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from mmfast import contributions
-from mmfast.experiments.tables import show_valuation
+from mmfast.reports.tables import show_valuation
 from mmfast.valuation import Valuation
 
 SIZE = 1000

@@ -99,13 +99,13 @@ def compare(
         from mmfast.cli.options import make_methods, parse_jobs, setup_of, tuning_of
         from mmfast.cli.tuning import tune_methods
         from mmfast.experiments.comparison import ComparisonRunner
-        from mmfast.experiments.confusions import confused_methods
-        from mmfast.experiments.kept_files import write_files
         from mmfast.experiments.results import RESULTS
         from mmfast.experiments.subprocesses import DIVERGED
         from mmfast.experiments.summary import summarize
-        from mmfast.experiments.tables import show
-        from mmfast.experiments.tuning_tables import show_tuned
+        from mmfast.reports.confusions import confused_methods
+        from mmfast.reports.kept_files import write_files
+        from mmfast.reports.tables import show
+        from mmfast.reports.tuning_tables import show_tuned
         from mmfast.training.optimization import Optimization
         from mmfast.training.stopping import Stopped
 
@@ -191,7 +191,7 @@ def _status(end: BaseException) -> int:
 
 def _show_data(console: Console, setup: Setup, seeds: int | None = None) -> Overview:
     from mmfast.data import overview
-    from mmfast.experiments.data_tables import show_overview
+    from mmfast.reports.data_tables import show_overview
 
     found = overview(setup.splits, setup.model(0), seeds=seeds)
     show_overview(console, found)
@@ -257,8 +257,8 @@ def train(
         from mmfast.experiments.results import METRICS
         from mmfast.experiments.runs import make_run
         from mmfast.experiments.subprocesses import DIVERGED
-        from mmfast.experiments.tables import show_run
         from mmfast.files import write_json
+        from mmfast.reports.tables import show_run
         from mmfast.training.divergence import DivergedError
         from mmfast.training.launchers import is_first
         from mmfast.training.stopping import Stopped
@@ -337,7 +337,7 @@ def valuate(
         from mmfast.data.splits import PARTS
         from mmfast.errors import check_one_of
         from mmfast.experiments.runs import restore
-        from mmfast.experiments.tables import save_valuation, show_valuation
+        from mmfast.reports.tables import save_valuation, show_valuation
         from mmfast.valuation import UTILITIES, valuate
 
         check_one_of("split", split, PARTS)

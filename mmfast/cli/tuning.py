@@ -13,8 +13,8 @@ from mmfast.experiments.comparison import ComparisonRunner
 from mmfast.experiments.runs import PlannedRun
 from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import TRIALS, Tuned
-from mmfast.experiments.tuning_tables import trial_text
 from mmfast.methods import Method
+from mmfast.reports.tuning_tables import trial_text
 from mmfast.training.stopping import Stopped
 
 

@@ -1,1 +1,1 @@
-"""Experiments: one run from data to figures, comparisons of methods over seeds, their tables and verdicts."""
+"""Experiments: one run from data to figures, runs over seeds, trials of settings, and what they support."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mmfast.experiments.file_names import FILES
 from mmfast.experiments.journal import clear_journals
 from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.parallel import check_jobs, clear_scratch, sensible_jobs, side_by_side
@@ -253,8 +254,6 @@ class ComparisonRunner:
         Raises:
             BlockingIOError: another process makes one of the runs.
         """
-        from mmfast.experiments.kept_files import FILES
-
         runs = []
         for folder in (self.out / "runs").glob("*"):
             name, _, seed = folder.name.rpartition("-seed")

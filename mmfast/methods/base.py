@@ -101,6 +101,11 @@ class Method:
         """
         return {}
 
+    @property
+    def joint_epochs(self) -> float:
+        """Epochs in which the method trains as Joint does, to the same weights, before it first acts."""
+        return 0
+
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values, for reports and checkpoints."""
         return asdict(self)

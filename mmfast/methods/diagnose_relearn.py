@@ -177,3 +177,7 @@ class DiagnoseRelearn(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, lam=(0, math.inf), max_times=(0, math.inf), num_init=(1, math.inf))
+
+    @property
+    def joint_epochs(self) -> float:
+        return min(self.epochs) + 1 if self.epochs and self.max_times else math.inf

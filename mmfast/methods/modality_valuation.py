@@ -81,3 +81,7 @@ class ModalityValuation(Method):
     def __post_init__(self) -> None:
         check_numbers(self, alpha=(0, math.inf), fraction=(0, 1), warmup=(0, math.inf))
         check_one_of("shape", self.shape, SHAPES)
+
+    @property
+    def joint_epochs(self) -> float:
+        return max(1, self.warmup)

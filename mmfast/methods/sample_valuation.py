@@ -84,6 +84,10 @@ class SampleValuation(Method):
     def __post_init__(self) -> None:
         check_numbers(self, kappa=(0, math.inf), warmup=(0, math.inf), damping=(0, math.inf))
 
+    @property
+    def joint_epochs(self) -> float:
+        return max(1, self.warmup)
+
     @classmethod
     def before(cls, num_modalities: int) -> dict[str, Any]:
         return {"damping": 0.0} if num_modalities > 2 else {}

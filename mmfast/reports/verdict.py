@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mmfast.experiments.differences import Estimate
 from mmfast.experiments.findings import JOINT, Findings, Margin, find
+from mmfast.experiments.journal import with_tuples
 from mmfast.experiments.summary import Summary, highest
 from mmfast.methods import METHODS
 
@@ -135,11 +137,45 @@ def diverged_sentence(summaries: Sequence[Summary]) -> str:
 
 def idle_sentence(summaries: Sequence[Summary]) -> str:
     """Return which methods gave the joint model itself, as where a run ends before they intervene."""
-    joint = next((s for s in summaries if s.name == "joint" and s.runs), None)
-    if joint is None:
-        return ""
-    figures = [entry["metrics"] for entry in joint.runs]
-    same = [s.title for s in summaries if s is not joint and [e["metrics"] for e in s.runs] == figures]
+    same = [summary.title for summary in _idle(summaries)]
     if not same:
         return ""
-    return f"Without effect in these runs, the same as {joint.title} in every figure: {', '.join(same)}."
+    joint = METHODS[JOINT].title
+    return f"Without effect in these runs, the same as {joint} in every figure: {', '.join(same)}."
+
+
+def _idle(summaries: Sequence[Summary]) -> list[Summary]:
+    joint = next((s for s in summaries if s.name == JOINT and s.runs), None)
+    if joint is None:
+        return []
+    figures = [entry["metrics"] for entry in joint.runs]
+    return [s for s in summaries if s is not joint and [e["metrics"] for e in s.runs] == figures]
+
+
+def early_sentence(summaries: Sequence[Summary]) -> str:
+    """Return of how many runs the weights are kept of an epoch before their method first acts.
+
+    Validation data select the epoch, and may prefer one in which the method still trains as Joint does: its
+    figures say nothing of the method then.
+    """
+    idle, found = _idle(summaries), []
+    for summary in summaries:
+        early = sum(map(_is_early, summary.runs))
+        if early and summary not in idle:
+            found.append(f"{early} of {len(summary.runs)} runs of {summary.title}")
+    if not found:
+        return ""
+    joint = METHODS[JOINT].title
+    return (
+        f"Selected, by validation data, from before the method acts, when it trains as {joint} does: the "
+        f"weights in {_listed(found)}."
+    )
+
+
+def _is_early(entry: Mapping[str, Any]) -> bool:
+    """Whether a run kept weights of its joint epochs; runs of before do not tell what they kept."""
+    kept = entry.get("kept_epochs")
+    if not kept:
+        return False
+    method = METHODS[entry["method"]](**with_tuples(entry["config"]))
+    return max(kept.values()) <= method.joint_epochs

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data import overview
-from mmfast.experiments.arguments import (
+from mmfast.comparisons.arguments import (
     Model,
     Reading,
     check_data,
@@ -21,10 +20,11 @@ from mmfast.experiments.arguments import (
     sorted_options,
     tuning_of,
 )
-from mmfast.experiments.compared import About, Comparison
-from mmfast.experiments.makers import InFolder, InMemory
-from mmfast.experiments.programs import Program
-from mmfast.experiments.run_bar import TrialBar, run_bar
+from mmfast.comparisons.compared import About, Comparison
+from mmfast.comparisons.makers import InFolder, InMemory
+from mmfast.comparisons.programs import Program
+from mmfast.comparisons.run_bar import TrialBar, run_bar
+from mmfast.data import overview
 from mmfast.experiments.setup import Setup
 from mmfast.methods import Method
 

@@ -17,21 +17,22 @@ from rich.console import Console
 
 from mmfast.data.overview import Overview
 from mmfast.errors import check_one_of, did_you_mean
-from mmfast.experiments.confusions import confused_methods
+from mmfast.experiments.file_names import FILES, KINDS, REPORT
 from mmfast.experiments.findings import Findings, find
-from mmfast.experiments.kept_files import FILES, REPORT, write_files
-from mmfast.experiments.notebook import as_html
 from mmfast.experiments.outcomes import Outcome
-from mmfast.experiments.pictures import KINDS, draw, kinds_of
 from mmfast.experiments.results import RESULTS, TUNING, Results
 from mmfast.experiments.summary import Summary, mean_std, summarize
-from mmfast.experiments.tables import figure_tables, note, sentences, show, show_figures, tables
 from mmfast.experiments.tuning import Tuned
-from mmfast.experiments.tuning_tables import show_tuned, tuned_note, tuned_table
-from mmfast.experiments.verdict import diverged_sentence
 from mmfast.files import plain
 from mmfast.methods import METHODS
 from mmfast.plots import DPI, Figure
+from mmfast.reports.confusions import confused_methods
+from mmfast.reports.kept_files import write_files
+from mmfast.reports.notebook import as_html
+from mmfast.reports.pictures import draw, kinds_of
+from mmfast.reports.tables import figure_tables, note, sentences, show, show_figures, tables
+from mmfast.reports.tuning_tables import show_tuned, tuned_note, tuned_table
+from mmfast.reports.verdict import diverged_sentence
 from mmfast.training.figures import TALLIES
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 
 from mmfast import data as _data
 from mmfast import methods as _methods
+from mmfast.comparisons.programs import Maker, Program
 from mmfast.data.splits import PARTS, Splits
 from mmfast.errors import changed, describe, did_you_mean
-from mmfast.experiments.programs import Maker, Program
 from mmfast.experiments.setup import Setup
 from mmfast.experiments.tuning import Tuning
 from mmfast.methods import METHODS, Method

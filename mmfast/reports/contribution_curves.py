@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from mmfast.experiments.picture_parts import legend_below, shape_of, short, swarm
 from mmfast.experiments.summary import Summary
 from mmfast.plots import COLORS, GREY, Figure
+from mmfast.reports.picture_parts import legend_below, shape_of, short, swarm
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _TEST: dict[str, Any] = {"marker": "<", "linestyle": "none", "markersize": 7, "clip_on": False}

@@ -16,18 +16,25 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfast.data.overview import Overview
-from mmfast.experiments.confusions import Confusion
-from mmfast.experiments.data_tables import OVERVIEW_NOTE, overview_table
 from mmfast.experiments.findings import Findings
-from mmfast.experiments.pictures import Picture
 from mmfast.experiments.results import TUNING
 from mmfast.experiments.summary import Summary
-from mmfast.experiments.tables import note, tables
-from mmfast.experiments.tuning_tables import score_text
-from mmfast.experiments.verdict import EXPLANATION, diverged_sentence, idle_sentence, ranking, verdict
 from mmfast.files import replacing
 from mmfast.methods import METHODS
 from mmfast.plots import DPI
+from mmfast.reports.confusions import Confusion
+from mmfast.reports.data_tables import OVERVIEW_NOTE, overview_table
+from mmfast.reports.pictures import Picture
+from mmfast.reports.tables import note, tables
+from mmfast.reports.tuning_tables import score_text
+from mmfast.reports.verdict import (
+    EXPLANATION,
+    diverged_sentence,
+    early_sentence,
+    idle_sentence,
+    ranking,
+    verdict,
+)
 
 # Columns of a terminal for which tables are laid out: a page can be wider than any, and scrolls.
 _WIDTH = 1000
@@ -130,7 +137,12 @@ def write_report(
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         verdict=verdict(summaries, findings),
         explanation=EXPLANATION,
-        sentences=[diverged_sentence(summaries), ranking(summaries, findings), idle_sentence(summaries)],
+        sentences=[
+            diverged_sentence(summaries),
+            ranking(summaries, findings),
+            idle_sentence(summaries),
+            early_sentence(summaries),
+        ],
         warnings=[*(overview.warnings if overview else ()), *warnings],
         tables=_result_grids(summaries, findings),
         note=note(summaries, findings, content["configuration"].get(TUNING, {}).get("trials", 0)),

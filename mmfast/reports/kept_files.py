@@ -8,26 +8,22 @@ from typing import Any
 import numpy as np
 
 from mmfast.data.overview import Overview
-from mmfast.experiments.confusions import (
-    confusion_of,
-    joint_and_best,
-    picture_name,
-    plot_confusion,
-)
+from mmfast.experiments.file_names import PREDICTIONS, REPORT, RUNS, confusion_name
 from mmfast.experiments.findings import Findings, find
 from mmfast.experiments.outcomes import Outcome
-from mmfast.experiments.pictures import PICTURES, letters_missing, plot_comparison
-from mmfast.experiments.report import write_report
 from mmfast.experiments.results import RESULTS, Results
-from mmfast.experiments.run_tables import write_predictions, write_runs
 from mmfast.experiments.summary import Summary
-from mmfast.experiments.tables import sentences
 from mmfast.files import locked
 from mmfast.methods import METHODS
-
-REPORT, RUNS, PREDICTIONS = "report.html", "results.csv", "predictions.parquet"
-# All that a comparison may write beside results.json and its runs.
-FILES = (REPORT, RUNS, PREDICTIONS, *PICTURES, *map(picture_name, METHODS))
+from mmfast.reports.confusions import (
+    confusion_of,
+    joint_and_best,
+    plot_confusion,
+)
+from mmfast.reports.pictures import letters_missing, plot_comparison
+from mmfast.reports.report import write_report
+from mmfast.reports.run_tables import write_predictions, write_runs
+from mmfast.reports.tables import sentences
 
 
 def write_files(
@@ -75,7 +71,7 @@ def write_files(
         pictures = plot_comparison(finite, out, findings)
         confusions = []
         for method in METHODS:
-            (out / picture_name(method)).unlink(missing_ok=True)
+            (out / confusion_name(method)).unlink(missing_ok=True)
         for method in joint_and_best(finite) if confused is None else confused:
             seeds = [seed for name, seed in of_shown if name == method]
             if (confusion := confusion_of(method, of_shown, seeds, class_names)) is not None:

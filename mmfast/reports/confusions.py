@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from mmfast.errors import check_one_of
+from mmfast.experiments.file_names import confusion_name
 from mmfast.experiments.outcomes import Outcome
-from mmfast.experiments.picture_parts import entitle, short
-from mmfast.experiments.pictures import Picture
 from mmfast.experiments.summary import Summary, highest
 from mmfast.methods import METHODS
 from mmfast.plots import DPI, Figure, fonts_for
+from mmfast.reports.picture_parts import entitle, short
+from mmfast.reports.pictures import Picture
 
 # Classes of a picture, of which more are not readable, and up to which cells hold numbers.
 _MOST, _NUMBERED = 30, 15
@@ -128,14 +129,9 @@ def confusion_of(
     return Confusion(method, title, tuple(class_names), counts, support, np.stack(recall))
 
 
-def picture_name(method: str) -> str:
-    """Return the name of the file with the picture of a method's confusions."""
-    return f"confusion-{method}.png"
-
-
 def plot_confusion(confusion: Confusion, folder: Path) -> Picture:
     """Write the matrix of shares, label by prediction; of more than 30 classes those with most mistakes."""
-    path = folder / picture_name(confusion.name)
+    path = folder / confusion_name(confusion.name)
     title, names = confusion.sentence(), confusion.class_names
     chosen, left = _chosen(confusion)
     if left:

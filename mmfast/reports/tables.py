@@ -13,15 +13,16 @@ from rich.text import Text
 from mmfast import coalitions
 from mmfast.experiments.findings import JOINT, Findings, find
 from mmfast.experiments.summary import Summary, highest, mean_std
-from mmfast.experiments.verdict import (
+from mmfast.files import write_json
+from mmfast.methods import METHODS
+from mmfast.reports.verdict import (
     EXPLANATION,
     diverged_sentence,
+    early_sentence,
     idle_sentence,
     ranking,
     verdict,
 )
-from mmfast.files import write_json
-from mmfast.methods import METHODS
 
 if TYPE_CHECKING:
     from mmfast.valuation import Valuation
@@ -83,6 +84,7 @@ def sentences(summaries: Sequence[Summary], findings: Findings | None = None) ->
         f"{said} {EXPLANATION}" if said else "",
         ranking(summaries, findings),
         idle_sentence(summaries),
+        early_sentence(summaries),
     )
     return [sentence for sentence in found if sentence]
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfast.data.overview import Overview
-from mmfast.experiments.tables import hyphenate
+from mmfast.reports.tables import hyphenate
 
 # Width at which modality names go over to another line, from wide to narrow; at None nothing is broken.
 _LAYOUTS = (None, 24, 14, 9)

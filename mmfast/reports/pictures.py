@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from matplotlib.lines import Line2D
 
-from mmfast.experiments import picture_titles as titles
-from mmfast.experiments.contribution_curves import contribution_curves
+from mmfast.experiments.file_names import KINDS, PICTURES, picture_name
 from mmfast.experiments.findings import Findings, find
-from mmfast.experiments.picture_parts import entitle, legend_below, shape_of, short, swarm
 from mmfast.experiments.summary import Summary
 from mmfast.plots import DPI, GREY, Figure, fonts_for
+from mmfast.reports import picture_titles as titles
+from mmfast.reports.contribution_curves import contribution_curves
+from mmfast.reports.picture_parts import entitle, legend_below, shape_of, short, swarm
 
 # Modalities that are told apart by shapes; more make a grid.
 _MOST_SHAPES = 4
@@ -50,7 +51,7 @@ def draw(kind: str, summaries: Sequence[Summary], findings: Findings | None = No
     with fonts_for([*drawing.names, drawing.title]):
         figure = drawing.figure()
         entitle(figure, drawing.title)
-    return Picture(f"{kind}.png", drawing.title, drawing.text, figure)
+    return Picture(picture_name(kind), drawing.title, drawing.text, figure)
 
 
 def kinds_of(summaries: Sequence[Summary]) -> list[str]:
@@ -216,9 +217,6 @@ _DRAWINGS: dict[str, Callable[[Sequence[Summary], Findings], _Drawing]] = {
     "missing": _of_missing,
     "modality_accuracy": _of_modality_accuracy,
 }
-KINDS = tuple(_DRAWINGS)
-# Names of their files.
-PICTURES = tuple(f"{kind}.png" for kind in KINDS)
 
 
 def _by_modality(

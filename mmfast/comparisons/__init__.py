@@ -1,0 +1,1 @@
+"""Comparisons from Python: any data, any model."""
