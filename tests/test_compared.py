@@ -261,6 +261,25 @@ def test_what_one_can_keep_is_written(found, tmp_path):
         found.write(written[1])
 
 
+def test_other_figures_of_the_same_runs_are_not_written_over(found, tmp_path):
+    """The model is no part of a program's configuration."""
+    parts = SPLITS.train, SPLITS.val, SPLITS.test
+
+    def with_dim(dim, chosen, seeds):
+        given = {"seeds": seeds, "max_epochs": 1, "probe": False}
+        model = lambda: build_model(SPLITS.shapes, 3, dim=dim)  # noqa: E731
+        return mmfast.compare(parts, chosen, model=model, **given)
+
+    with_dim(8, "joint, mla", 2).write(tmp_path)
+    with raises(f"{tmp_path} holds another run of joint with seed 0: give another folder"):
+        with_dim(4, "joint", 1).write(tmp_path)
+    # Fewer of the same runs take none away.
+    with_dim(8, "joint", 1).write(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["runs"]) == 4
+    assert results["summary"]["methods"]["joint"]["seeds"] == [0]
+
+
 def test_a_comparison_in_a_folder_is_written_there_as_the_command_does(npz, tmp_path):
     words = ["--methods", "joint,mla", "--seeds", "2"]
     assert invoke(npz, tmp_path / "command", *WORDS, *words).exit_code == 0

@@ -20,6 +20,7 @@ import torch
 from test_compare import npz
 from typer.testing import CliRunner
 
+import mmfast
 from mmfast import data
 from mmfast.cli.commands import app
 from mmfast.experiments.comparison import ComparisonRunner
@@ -27,6 +28,7 @@ from mmfast.experiments.parallel import check_jobs, sensible_jobs, side_by_side
 from mmfast.experiments.setup import Setup
 from mmfast.experiments.worker import gpus_of
 from mmfast.methods import Joint, Unimodal
+from mmfast.models import build_model
 from mmfast.training import checkpoint
 from mmfast.training.optimization import Optimization
 
@@ -160,7 +162,8 @@ def test_workers_of_dask_make_runs(tmp_path):
     plain = ComparisonRunner(setup, [Joint(), Unimodal()], 1, tmp_path / "one")
     expected = {planned.method.name: entry for planned, entry in plain.make_all(plain.prepare())}
     spread = ComparisonRunner(setup, [Joint(), Unimodal()], 1, tmp_path / "two")
-    begun = []
+    begun, parts = [], (splits.train, splits.val, splits.test)
+    own = {"model": lambda: build_model(splits.shapes, 3, dim=4), "seeds": 1, "max_epochs": 2, "trials": 2}
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
     left = spread.prepare()
     with (
@@ -170,6 +173,10 @@ def test_workers_of_dask_make_runs(tmp_path):
     ):
         made = spread.make_all(left, on_event=lambda *event: begun.append(event))
         found = {planned.method.name: entry for planned, entry in made}
+        of_program = mmfast.compare(parts, "joint, unimodal", **own)
+    here = mmfast.compare(parts, "joint, unimodal", **own)
+    assert of_program.figures("loss") == here.figures("loss")
+    assert of_program.tuned["joint"].settings == here.tuned["joint"].settings
     assert {name: entry["metrics"] for name, entry in found.items()} == {
         name: entry["metrics"] for name, entry in expected.items()
     }

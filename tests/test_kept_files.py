@@ -168,10 +168,13 @@ def test_predictions_go_in_row_groups_and_read_each_run_once(tmp_path, monkeypat
     assert runs.reads == 4
 
 
-def test_predictions_of_many_classes_have_two_probabilities(tmp_path):
+def test_predictions_of_many_classes_have_two_probabilities(tmp_path, monkeypatch):
     whole = outcome([0, 1, -100], [0, 0, 1], 2)
+    assert write_predictions(tmp_path / "p.parquet", {("mla", 0): whole}, None, ("no", "yes"))
+    monkeypatch.setattr(run_tables, "MOST", 5)
     pair = {"confidence": np.float32([0.75, 0.75, 0.75]), "likelihood": np.float32([0.75, 0.25, np.nan])}
-    runs = {("mla", seed): dataclasses.replace(whole, probabilities=None, **pair) for seed in range(2)}
+    # One of them is of before, when all were kept.
+    runs = {("mla", 0): whole, ("mla", 1): dataclasses.replace(whole, probabilities=None, **pair)}
     assert not write_predictions(tmp_path / "p.parquet", runs, None, ("no", "yes"))
     table = pyarrow.parquet.read_table(tmp_path / "p.parquet").to_pydict()
     columns = ["method", "seed", "sample", "label", "prediction", "confidence", "likelihood"]
@@ -179,7 +182,6 @@ def test_predictions_of_many_classes_have_two_probabilities(tmp_path):
     assert table["confidence"] == [0.75] * 6
     assert table["likelihood"][3:5] == [0.75, 0.25]
     assert np.isnan(table["likelihood"][2])
-    assert write_predictions(tmp_path / "p.parquet", {("mla", 0): whole}, None, ("no", "yes"))
 
 
 def test_predictions_of_other_test_parts_are_refused(tmp_path):

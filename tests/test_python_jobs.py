@@ -6,6 +6,7 @@ import json
 
 import joblib
 import pytest
+import torch
 from test_compare import invoke, npz
 from test_compared import SETTINGS, WORDS, without
 from test_objectives import raises
@@ -139,6 +140,7 @@ def test_a_program_sees_its_epochs_and_its_trials_on_a_bar(capsys):
         ({"trials": 0}, "trials must be at least 1, got 0", ValueError),
         ({"trials": 2.0}, "trials must be an integer, got 2.0", TypeError),
         ({"tune_seeds": 2}, "tune_seeds must be given with trials, got 2 without", ValueError),
+        ({"trials": 2, "tune_seeds": None}, "tune_seeds must be an integer, got None", TypeError),
         ({"trials": 2, "tune_seeds": 0}, "tune_seeds must be at least 1, got 0", ValueError),
         (
             {"trials": 2, "lr": 0.1, "weight_decay": 0.0},
@@ -181,6 +183,65 @@ def test_processes_of_a_launcher_make_no_trials_and_no_jobs(monkeypatch):
         makers.InMemory(None, [methods.Joint()], 1).check(2, None)
     with raises("jobs and trials must be left out of a program that torchrun has started in several process"):
         makers.InMemory(None, [methods.Joint()], 1, Tuning(2)).check(1, None)
+
+
+def test_a_model_that_is_no_new_one_is_refused_before_processes_begin(monkeypatch):
+    monkeypatch.setattr(makers, "side_by_side", None)
+    one = OWN["model"]()
+    with raises("model must return a new model each time, got one with weights of the one before"):
+        mmfast.compare(PARTS, "joint", jobs=2, **{**OWN, "model": lambda: one})
+
+
+def test_what_a_program_has_set_for_torch_holds_elsewhere():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        one, two = (mmfast.compare(PARTS, "joint, mla", jobs=jobs, **OWN) for jobs in (1, 2))
+    finally:
+        torch.set_default_dtype(before)
+    assert runs(two) == runs(one)
+    assert runs(one) != runs(mmfast.compare(PARTS, "joint, mla", **OWN))
+
+
+def test_trials_in_a_folder_are_held_as_runs_are(tmp_path):
+    given = OWN | {"seeds": 1, "trials": 1, "max_epochs": 1, "out_dir": tmp_path}
+    mmfast.compare(PARTS, "joint", **given)
+    for path in [tmp_path / "results.json", *tmp_path.glob("runs/*/*")]:
+        path.unlink()
+    with raises(f"{tmp_path} holds runs already: give resume=True, overwrite=True or another out_dir"):
+        mmfast.compare(PARTS, "joint", **given)
+    mmfast.compare(PARTS, "joint", resume=True, **given)
+
+
+def test_tuned_methods_come_in_the_order_they_were_given():
+    chosen = ["mla", "joint", "ensemble"]
+    given = OWN | {"seeds": 1, "trials": 1, "max_epochs": 1}
+    assert list(mmfast.compare(PARTS, chosen, jobs=2, **given).tuned) == chosen
+
+
+class Unsendable(Exception):
+    """Its class is none that another process finds by its name."""
+
+    def __reduce__(self):
+        raise TypeError("it stays here")
+
+
+def test_errors_of_a_program_tell_their_kind_and_place(tmp_path):
+    made = tmp_path / "made"
+
+    def model():
+        # The parent makes models first, to check them.
+        if made.exists():
+            raise Unsendable("no such file")
+        return OWN["model"]()
+
+    def begun(entry):
+        made.touch()
+
+    given = {**OWN, "model": model, "seeds": 3, "max_epochs": 1}
+    with pytest.raises(RuntimeError, match="Unsendable: no such file") as caught:
+        mmfast.compare(PARTS, "joint, mla", jobs=2, on_run=begun, **given)
+    assert "in model" in "".join(caught.value.__notes__)
 
 
 def test_what_cannot_be_sent_is_refused_and_threads_are(tmp_path):

@@ -163,7 +163,7 @@ def test_methods_without_effect_are_named():
 def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
     def kept(method, seed, epoch, **config):
         made = entry(method, seed, accuracy=0.8) | {"config": METHODS[method](**config).config()}
-        return made | {"kept_epochs": {"audio": epoch, "pose": epoch}}
+        return made | {"kept_epochs": {"audio": epoch, "pose": epoch}, "epochs": 50}
 
     runs = [entry("joint", seed) for seed in range(2)]
     runs += [kept("sample-valuation", seed, 5 + seed, warmup=5) for seed in range(2)]
@@ -173,8 +173,14 @@ def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
         "Selected, by validation data, from before the method acts, when it trains as Joint does: the "
         "weights in 1 of 2 runs of Sample-level valuation and 2 of 2 runs of Diagnose & re-learn."
     )
-    # Runs of before do not tell, and methods that never acted are told elsewhere.
+    # Runs of before do not tell what they kept.
     assert early_sentence(summarize([entry("joint"), entry("sample-valuation")])) == ""
+    short = [kept("modality-valuation", 0, 6, warmup=50), kept("diagnose-relearn", 0, 2, epochs=[])]
+    short = [made | {"epochs": 50} for made in short]
+    assert early_sentence(summarize(short)) == (
+        "Too short for the method to act, so that it trained as Joint does: Modality-level valuation and "
+        "Diagnose & re-learn."
+    )
 
 
 def test_summaries_choose_methods_and_seeds():

@@ -143,8 +143,8 @@ def tuning_of(
     Raises:
         TypeError, ValueError: numbers that are none.
     """
-    for name, value in (("trials", trials), ("tune_seeds", tune_seeds)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+    for name, value in (("trials", 1 if trials is None else trials), ("tune_seeds", tune_seeds)):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {describe(value)}")
     if trials is None:
         if tune_seeds != 1:

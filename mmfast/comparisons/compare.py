@@ -77,10 +77,10 @@ def compare(
             beside fields, and take the best on validation data. What is set here, or of a method other than
             its default, is not drawn.
         tune_seeds: runs of a trial.
-        jobs: runs, or methods that are tuned, at a time, each in a process of its own, to which data and
-            model are sent; threads and GPUs are divided. "auto": as many as suit the machine. Within
-            `joblib.parallel_config(backend="dask")`, or "ray", that backend's machines make them; they must
-            see `out_dir`.
+        jobs: runs, or methods that are tuned, at a time, each in a process of its own, to which data, model
+            and options are sent: what a callback notes there, it notes in a copy. Threads and GPUs are
+            divided. "auto": as many as suit the machine. Within `joblib.parallel_config(backend="dask")`, or
+            "ray", that backend's machines make them; they must see `out_dir`.
         out_dir: folder for results.json and in runs/<method>-seed<seed> the checkpoints, from which
             `mmfast.load` gives the learners, with `model=model()` where a model was given; None keeps figures
             alone.
@@ -134,11 +134,12 @@ def compare(
         # Before any run: what would end the last one ends the first.
         epochs = {method.name: setup.check(method) for method in chosen}
         if isinstance(setup, Program):
-            setup.make.check_new()
+            # Here: processes of several jobs would each see one model.
+            setup.model(1)
         maker = InMemory(setup, chosen, seeds, tuning)
         if out_dir is not None:
             maker = folder = InFolder(setup, chosen, seeds, tuning, Path(out_dir))
-        at_a_time = maker.check(jobs, on_epoch)
+        maker.check(jobs, on_epoch)
         if out_dir is not None:
             folder.open(resume=resume, overwrite=overwrite)
         left = maker.left(epochs)
@@ -146,9 +147,9 @@ def compare(
             of_trial = {name: number * tuning.num_seeds for name, number in epochs.items()}
             number = maker.num_trials()
             with run_bar("trial", number, tuning.trials * sum(of_trial.values()), wanted=progress) as bar:
-                maker.tune_all(at_a_time, TrialBar(bar, of_trial))
+                maker.tune_all(maker.number_of(jobs, len(chosen)), TrialBar(bar, of_trial))
         with run_bar("run", len(left), sum(planned.epochs for planned in left), wanted=progress) as bar:
-            for entry in maker.make_all(left, at_a_time, bar.event, on_epoch):
+            for entry in maker.make_all(left, maker.number_of(jobs, len(left)), bar.event, on_epoch):
                 bar.end(entry)
                 if on_run is not None:
                     on_run(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import warnings
@@ -229,7 +230,7 @@ class Comparison:
 
         Raises:
             ValueError: a task without accuracies, no run that has figures, no folder, or one that holds
-                results of other data or settings.
+                results of other data or settings, or other figures of these runs.
         """
         if self.task != "multiclass":
             raise ValueError(f"write is of task='multiclass', got {self.task!r}: table() has its figures")
@@ -244,8 +245,7 @@ class Comparison:
             confusion = ",".join(confusion)
         confused = confused_methods(confusion, list(self._by_method()))
         out.mkdir(parents=True, exist_ok=True)
-        results = Results(out, plain(dict(self.about.told)))
-        results.content["runs"] = plain(self.runs)
+        results = self._results_in(out)
         cautions: list[str] = []
         write_files(
             results,
@@ -260,6 +260,23 @@ class Comparison:
         for caution in cautions:
             warnings.warn(caution, stacklevel=2)
         return [path for name in (REPORT, RESULTS, *FILES[1:]) if (path := out / name).exists()]
+
+    def _results_in(self, folder: Path) -> Results:
+        """Return the results of a folder with these runs among them.
+
+        Raises:
+            ValueError: the folder holds others in their place, such as of another model.
+        """
+        results, mine = Results(folder, plain(dict(self.about.told))), plain(self.runs)
+        results.open()
+        for entry in mine:
+            there = results.find(entry["method"], entry["seed"])
+            # As JSON: NaN is NaN there.
+            if there is not None and json.dumps(there.get("metrics")) != json.dumps(entry.get("metrics")):
+                which = f"{entry['method']} with seed {entry['seed']}"
+                raise ValueError(f"{folder} holds another run of {which}: give another folder")
+        results.hold(mine)
+        return results
 
     def text(self, width: int = _WIDTH) -> str:
         """Return the tables and sentences for a terminal of some width; `print` takes 110."""

@@ -12,18 +12,17 @@ from mmfast.experiments.comparison import (
     ComparisonRunner,
     described,
     has_run,
-    num_gpus,
     teller_of_epochs,
 )
 from mmfast.experiments.outcomes import Outcome
 from mmfast.experiments.parallel import check_jobs, is_made_here, sensible_jobs, side_by_side
 from mmfast.experiments.results import RESULTS
 from mmfast.experiments.run_setup import RunSetup
-from mmfast.experiments.runs import PlannedRun, diverged_entry, make_whole_run
+from mmfast.experiments.runs import PlannedRun, diverged_entry, make_whole_run, num_gpus
 from mmfast.experiments.tuner import TrialListener, Tuner
-from mmfast.experiments.tuning import Tuned, Tuning
+from mmfast.experiments.tuning import TRIALS, Tuned, Tuning
 from mmfast.files import plain
-from mmfast.methods import Method
+from mmfast.methods import METHODS, Method
 from mmfast.training.divergence import DivergedError
 from mmfast.training.launchers import found, is_first
 
@@ -51,8 +50,8 @@ class InMemory:
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         self._outcomes: dict[tuple[str, int], Outcome] = {}
 
-    def check(self, jobs: int | str, on_epoch: _OnEpoch) -> int:
-        """Return how many runs to make at a time, before any of them.
+    def check(self, jobs: int | str, on_epoch: _OnEpoch) -> None:
+        """Check, before any run, what is made at a time, and in which process.
 
         Args:
             jobs: a number, or "auto".
@@ -67,13 +66,11 @@ class InMemory:
                 f"jobs and trials must be left out of a program that {world.launcher} has started in several "
                 "processes"
             )
-        devices, gpus = self.setup.devices, num_gpus(self.setup, self.methods[0]) if jobs != 1 else 0
-        runs = self.seeds * len(self.methods)
-        wanted = sensible_jobs(torch.get_num_threads(), gpus, devices, runs) if jobs == "auto" else int(jobs)
-        check_jobs(wanted, devices, gpus)
+        devices, wanted = self.setup.devices, self.number_of(jobs, self.seeds * len(self.methods))
+        check_jobs(wanted, devices, num_gpus(self.setup, self.methods[0]) if wanted > 1 else 0)
         is_alone = is_made_here(wanted)
         if is_alone and self.tuning is None:
-            return wanted
+            return
         told = f"jobs={wanted}" if self.tuning is None else f"trials={self.tuning.trials}"
         if devices not in (1, "1") and (self.out is None or self.setup.is_made_here):
             raise ValueError(f"devices must be 1 with {told}, where runs are made here, got {devices!r}")
@@ -84,7 +81,13 @@ class InMemory:
             )
         if self.tuning is not None:
             self.tuning.check(self.setup, self.methods, self.seeds)
-        return wanted
+
+    def number_of(self, jobs: int | str, calls: int) -> int:
+        """Return how many of some runs, or methods that are tuned, to make at a time."""
+        if jobs != "auto":
+            return int(jobs)
+        gpus = num_gpus(self.setup, self.methods[0])
+        return sensible_jobs(torch.get_num_threads(), gpus, self.setup.devices, calls)
 
     def left(self, epochs: Mapping[str, int]) -> list[PlannedRun]:
         """Return the runs to make, seeds outermost.
@@ -110,8 +113,9 @@ class InMemory:
             listener: is told of the trials.
         """
         assert self.tuning is not None
-        for tuned in Tuner(self.setup, self.tuning, None).tune_all(self.methods, jobs, listener):
-            self.tuned[tuned.method.name] = tuned
+        tuner = Tuner(self.setup, self.tuning, None)
+        found = {tuned.method.name: tuned for tuned in tuner.tune_all(self.methods, jobs, listener)}
+        self.tuned = {method.name: found[method.name] for method in self.methods}
 
     def settled(self, planned: PlannedRun) -> PlannedRun:
         """Return a run with the settings that trials have found, if there were any."""
@@ -182,6 +186,13 @@ def _make(
     return planned.told_in(entry), outcome
 
 
+def _is_held(path: Path) -> bool:
+    """Whether a path within a comparison's folder is a run, finished or not, or trials of a method."""
+    if path.parent.name == TRIALS:
+        return path.suffix == ".json" and path.stem in METHODS
+    return path.parent.name == "runs" and "-seed" in path.name and has_run(path)
+
+
 class InFolder(InMemory):
     """Makes the runs of a comparison in a folder, as the command does.
 
@@ -214,9 +225,7 @@ class InFolder(InMemory):
         if overwrite and self.is_first:
             runner.clear()
         elif (
-            not resume
-            and self.is_first
-            and ((out / RESULTS).exists() or any(map(has_run, (out / "runs").glob("*-seed*"))))
+            not resume and self.is_first and ((out / RESULTS).exists() or any(map(_is_held, out.glob("*/*"))))
         ):
             raise ValueError(f"{out} holds runs already: give resume=True, overwrite=True or another out_dir")
         if resume or self.is_first:

@@ -59,13 +59,16 @@ class RunBar:
     def advance(self, key: Any) -> None:
         """Note that it has made an epoch."""
         with self._lock:
-            self._current[key].made += 1
+            if key in self._current:
+                self._current[key].made += 1
             self._look()
 
     def done(self, key: Any) -> None:
         """Note that it is made, also where it ended before its last epoch."""
         with self._lock:
-            self._made, self._epochs = self._made + 1, self._epochs + self._current.pop(key).epochs
+            # On a folder that machines share an event may be seen late.
+            ended = self._current.pop(key, None)
+            self._made, self._epochs = self._made + 1, self._epochs + (0 if ended is None else ended.epochs)
             self._look()
 
     def event(self, planned: PlannedRun, epoch: int | None) -> None:

@@ -20,7 +20,7 @@ from mmfast.experiments.outcomes import OUTCOME, OutcomeFiles
 from mmfast.experiments.parallel import check_jobs, clear_scratch, sensible_jobs, side_by_side
 from mmfast.experiments.results import FORMAT, METRICS, RESULTS, TUNING, Results
 from mmfast.experiments.run_setup import RunSetup
-from mmfast.experiments.runs import PlannedRun, diverged_entry, machine, make_run, versions
+from mmfast.experiments.runs import PlannedRun, diverged_entry, machine, make_run, num_gpus, versions
 from mmfast.experiments.setup import Setup
 from mmfast.experiments.subprocesses import run_in_subprocess
 from mmfast.experiments.tuner import TrialListener, Tuner
@@ -287,12 +287,6 @@ def described(setup: RunSetup, methods: Sequence[Method], tuning: Tuning | None)
     if tuning is not None:
         told["configuration"][TUNING] = tuning.told(methods)
     return {"format": FORMAT, "versions": versions(), "machine": machine()} | told
-
-
-def num_gpus(setup: RunSetup, method: Method) -> int:
-    """Return how many GPUs of this machine runs may take, 0 where they take none."""
-    kind = setup.trainer(method, 0, None, loggers=()).fabric.device.type
-    return torch.cuda.device_count() if kind == "cuda" else 0
 
 
 def _make(

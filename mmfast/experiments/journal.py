@@ -46,7 +46,7 @@ class Journal:
         if differ := sorted(_differing(facts, self.facts)):
             raise ValueError(
                 f"{self.path} is of another configuration: {'; '.join(differ)}; give another --out, or "
-                "--overwrite to start anew"
+                "--overwrite to start anew (in Python out_dir and overwrite=True)"
             )
         return trials
 

@@ -24,8 +24,8 @@ from mmfast.valuation import batch_contributions
 OUTCOME = "test.npz"
 # Of equal width, for the calibration error.
 _BINS = 15
-# Probabilities that a run keeps of all classes: 32 MiB, such as of 20,000 samples and 400 classes.
-_MOST = 2**23
+# Probabilities that are kept of a run: 32 MiB, such as of 20,000 samples and 400 classes.
+MOST = 2**23
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -77,14 +77,21 @@ class Outcome:
     @property
     def calibration_error(self) -> float | None:
         """Expected calibration error over 15 bins of equal width (Guo et al., ICML 2017); None with NaN."""
-        confidence = self.confidence if self.probabilities is None else self.probabilities.max(1)
-        assert confidence is not None
-        sure, right = confidence[self.labelled].astype(np.float64), self.correct[self.labelled]
+        sure, right = self.pair()[0][self.labelled].astype(np.float64), self.correct[self.labelled]
         if not len(right) or np.isnan(sure).any():
             return None
         bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
         gap = np.bincount(bins, right - sure, _BINS)
         return float(np.abs(gap).sum() / len(right))
+
+    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return `confidence` and `likelihood`, both [N], from all probabilities where these were kept."""
+        if self.probabilities is None:
+            assert self.confidence is not None
+            assert self.likelihood is not None
+            return self.confidence, self.likelihood
+        of_label = self.probabilities[np.arange(len(self)), np.maximum(self.labels, 0)]
+        return self.probabilities.max(1), np.where(self.labelled, of_label, np.float32(np.nan))
 
     def accuracy_without(self) -> list[float]:
         """Return the accuracy with each modality missing, M figures."""
@@ -220,7 +227,7 @@ def _kept(
     num_samples: int,
 ) -> dict[str, Tensor]:
     """Return probabilities of all classes, or of two where those of all samples would be too many."""
-    if num_samples * probabilities.shape[1] <= _MOST:
+    if num_samples * probabilities.shape[1] <= MOST:
         return {"probabilities": probabilities}
     of_label = probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     return {

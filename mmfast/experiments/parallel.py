@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mmfast.errors import describe
-from mmfast.experiments.worker import SHARED, STOP, Share, call_here
+from mmfast.experiments.worker import SHARED, STOP, Share, call_here, torch_settings
 from mmfast.files import is_alive
 from mmfast.training.stopping import Stop, Stopped, listening
 
@@ -205,9 +205,10 @@ def _results(
                     yield index, value
                 except GeneratorExit:
                     group.stop()
-                    for _ in made:
-                        # joblib ends its processes when all calls have come back.
-                        pass
+                    # joblib ends its processes when all calls have come back, or one is lost.
+                    with contextlib.suppress(Exception):
+                        for _ in made:
+                            pass
                     raise
     if stop.asked:
         raise Stopped("the runs were stopped by SIGTERM")
@@ -252,7 +253,7 @@ def _write(shared: Any, path: Path) -> None:
     import cloudpickle
 
     try:
-        torch.save(shared, path, pickle_module=cloudpickle)
+        torch.save((torch_settings(), shared), path, pickle_module=cloudpickle)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"what runs share must be picklable for several jobs: {error}") from error
 

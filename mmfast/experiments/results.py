@@ -75,6 +75,11 @@ class Results:
             self.content.pop(SUMMARY, None)
             self._write(self.content)
 
+    def hold(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Take plain entries for those that the next write tells."""
+        for entry in entries:
+            self._put(entry)
+
     def summarize(self, summary: dict[str, Any]) -> None:
         """Write beside the runs what they come to."""
         with self._lock():
@@ -213,7 +218,7 @@ class Results:
         if differ:
             raise ValueError(
                 f"{self.path} is of another configuration: {'; '.join(differ)}; "
-                "give another --out, or --overwrite to start anew"
+                "give another --out, or --overwrite to start anew (in Python out_dir and overwrite=True)"
             )
 
 

@@ -235,3 +235,9 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+def num_gpus(setup: RunSetup, method: Method) -> int:
+    """Return how many GPUs of this machine runs may take, 0 where they take none."""
+    kind = setup.trainer(method, 0, None, loggers=()).fabric.device.type
+    return torch.cuda.device_count() if kind == "cuda" else 0

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from mmfast.experiments.journal import trial_of
 from mmfast.experiments.parallel import side_by_side
 from mmfast.experiments.run_setup import RunSetup
+from mmfast.experiments.runs import num_gpus
 from mmfast.experiments.trials import Trial
 from mmfast.experiments.tuning import Tuned, Tuning
 from mmfast.methods import Method
@@ -71,7 +72,7 @@ class Tuner:
 
         calls = [(method, self.num_made(method)) for method in methods]
         # Trials are made on one device.
-        gpus = int(jobs > 1 and self.setup.trainer(methods[0], 0, None).fabric.device.type == "cuda")
+        gpus = int(jobs > 1 and num_gpus(self.setup, methods[0]) > 0)
         options: dict[str, Any] = {"folder": self.out, "gpus": gpus, "on_event": note}
         for _, tuned in side_by_side(_tune, calls, jobs, shared=self, **options):
             yield tuned

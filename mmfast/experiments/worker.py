@@ -75,6 +75,15 @@ def call_here(
             return index, "failed", _sendable(error)
 
 
+def torch_settings() -> dict[str, Any]:
+    """Return what a program may have set for all that torch does, which other processes are to have, too."""
+    return {
+        "dtype": torch.get_default_dtype(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 def _read(scratch: Path) -> Any:
     """Return what all calls share, loaded once in a process; its tensors are the file's."""
     global _loaded
@@ -83,7 +92,11 @@ def _read(scratch: Path) -> Any:
             raise ValueError(
                 f"folder must be one that all machines of joblib's backend see, got {scratch.parent}"
             )
-        _loaded = scratch, torch.load(scratch / SHARED, mmap=True, weights_only=False)
+        settings, shared = torch.load(scratch / SHARED, mmap=True, weights_only=False)
+        torch.set_default_dtype(settings["dtype"])
+        torch.set_float32_matmul_precision(settings["matmul"])
+        torch.use_deterministic_algorithms(settings["deterministic"])
+        _loaded = scratch, shared
     return _loaded[1]
 
 
@@ -134,4 +147,7 @@ def _sendable(error: Exception) -> Exception:
         return error
     except Exception:
         kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
-        return kind(str(error))
+        sent = kind(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            sent.add_note(note)
+        return sent

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmfast.columns import Cells, Column, keys_of, names_of, write_csv, write_parquet
-from mmfast.experiments.outcomes import Outcome
+from mmfast.experiments.outcomes import MOST, Outcome
 from mmfast.files import replacing
 
 # Figures of an entry that are told by modality, and what their columns end in.
@@ -98,7 +98,8 @@ class _Rows:
         self.held = self.runs[0], outcomes[self.runs[0]]
         self.num_samples = len(self.held[1])
         self.size = len(self.runs) * self.num_samples
-        self.has_all = self.held[1].probabilities is not None
+        # Runs from before there was a limit kept all of any number.
+        self.has_all = self.num_samples * len(class_names) <= MOST
 
     def __call__(self, start: int, stop: int) -> dict[str, Column]:
         """Return some rows as columns."""
@@ -123,7 +124,15 @@ class _Rows:
         for name in ("labels", "predicted"):
             numbers = torch.from_numpy(getattr(outcome, name)[first:last])
             table[{"labels": "label", "predicted": "prediction"}[name]] = names_of(numbers, self.class_names)
-        return table | _probabilities(outcome, self.class_names, first, last)
+        return table | self._probabilities(outcome, first, last)
+
+    def _probabilities(self, outcome: Outcome, first: int, last: int) -> dict[str, Column]:
+        if outcome.probabilities is None or not self.has_all:
+            named = zip(("confidence", "likelihood"), outcome.pair(), strict=True)
+            return {name: torch.from_numpy(column[first:last]).double() for name, column in named}
+        probabilities = torch.from_numpy(outcome.probabilities[first:last]).double()
+        names = (f"probability__{name}" for name in self.class_names)
+        return dict(zip(names, probabilities.T, strict=True))
 
     def _outcome(self, run: tuple[str, int]) -> Outcome:
         if self.held[0] != run:
@@ -134,17 +143,6 @@ class _Rows:
                 f"{run[0]} with seed {run[1]}"
             )
         return self.held[1]
-
-
-def _probabilities(outcome: Outcome, class_names: Sequence[str], first: int, last: int) -> dict[str, Column]:
-    """Return columns with the probabilities of some samples, as far as a run has kept them."""
-    if outcome.probabilities is None:
-        pair = {"confidence": outcome.confidence, "likelihood": outcome.likelihood}
-        kept = {name: column for name, column in pair.items() if column is not None}
-        return {name: torch.from_numpy(column[first:last]).double() for name, column in kept.items()}
-    probabilities = torch.from_numpy(outcome.probabilities[first:last]).double()
-    names = (f"probability__{name}" for name in class_names)
-    return dict(zip(names, probabilities.T, strict=True))
 
 
 def _joined(parts: Sequence[Column]) -> Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -153,29 +154,36 @@ def _idle(summaries: Sequence[Summary]) -> list[Summary]:
 
 
 def early_sentence(summaries: Sequence[Summary]) -> str:
-    """Return of how many runs the weights are kept of an epoch before their method first acts.
+    """Return of how many runs the weights are of an epoch before their method first acts.
 
-    Validation data select the epoch, and may prefer one in which the method still trains as Joint does: its
-    figures say nothing of the method then.
+    Validation data select the epoch, and may prefer one in which the method still trains as Joint does, or
+    the run ends before: its figures say nothing of the method then.
     """
-    idle, found = _idle(summaries), []
-    for summary in summaries:
-        early = sum(map(_is_early, summary.runs))
-        if early and summary not in idle:
-            found.append(f"{early} of {len(summary.runs)} runs of {summary.title}")
-    if not found:
-        return ""
-    joint = METHODS[JOINT].title
-    return (
-        f"Selected, by validation data, from before the method acts, when it trains as {joint} does: the "
-        f"weights in {_listed(found)}."
-    )
+    idle, never, early = _idle(summaries), list[str](), list[str]()
+    for summary in (summary for summary in summaries if summary not in idle):
+        runs = [entry for entry in summary.runs if _last_of(entry) <= _joint_epochs(entry)]
+        if runs and all(entry["epochs"] <= _joint_epochs(entry) for entry in summary.runs):
+            never.append(summary.title)
+        elif runs:
+            plural = "s" * (len(summary.runs) > 1)
+            early.append(f"{len(runs)} of {len(summary.runs)} run{plural} of {summary.title}")
+    joint, found = METHODS[JOINT].title, list[str]()
+    if never:
+        found.append(
+            f"Too short for the method to act, so that it trained as {joint} does: {_listed(never)}."
+        )
+    if early:
+        found.append(
+            f"Selected, by validation data, from before the method acts, when it trains as {joint} does: the "
+            f"weights in {_listed(early)}."
+        )
+    return " ".join(found)
 
 
-def _is_early(entry: Mapping[str, Any]) -> bool:
-    """Whether a run kept weights of its joint epochs; runs of before do not tell what they kept."""
-    kept = entry.get("kept_epochs")
-    if not kept:
-        return False
-    method = METHODS[entry["method"]](**with_tuples(entry["config"]))
-    return max(kept.values()) <= method.joint_epochs
+def _last_of(entry: Mapping[str, Any]) -> float:
+    """Return the last epoch whose weights a run kept; runs of before do not tell."""
+    return max((entry.get("kept_epochs") or {}).values(), default=math.inf)
+
+
+def _joint_epochs(entry: Mapping[str, Any]) -> float:
+    return METHODS[entry["method"]](**with_tuples(entry.get("config", {}))).joint_epochs
