@@ -183,6 +183,22 @@ def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
     )
 
 
+@pytest.mark.parametrize("width", [80, 110])
+@pytest.mark.parametrize("count", MODALITIES)
+def test_no_cell_is_cut_off(count, width):
+    """All that can be known: calibration, cost, probes, missing modalities, runs that were lost, marks."""
+    alone = dict.fromkeys(MODALITIES[count], 0.5)
+    known = {"ece": 0.1, "probe": alone, "missing": alone, "seconds": 12.5, "seconds_per_epoch": 0.25}
+    made = [entry(method, seed, 0.6 + 0.02 * seed, alone) | known for method in METHODS for seed in range(2)]
+    lost = {"seed": 2, "config": {}, "diverged": "the loss is NaN in epoch 2", "versions": {}}
+    made += [lost | {"method": method} for method in METHODS]
+    text = printed(summarize(made), width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for figure in ("61.0 ± 1.4", "1.0x", " 0.25", "10.0"):
+        assert text.count(figure) >= len(METHODS)
+
+
 def test_summaries_choose_methods_and_seeds():
     runs = [entry(method, seed) for method in ("mla", "joint") for seed in range(3)]
     (only,) = summarize(runs, ["mla"], 2)

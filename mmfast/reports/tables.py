@@ -139,9 +139,22 @@ def tables(summaries: Sequence[Summary], width: int, findings: Findings | None =
             for layout in _LAYOUTS:
                 split = [_modality_table(summaries, modalities, group, layout) for group in groups]
                 if all(_fits(table, width) for table in split):
-                    return [_table(_main_columns(summaries, findings)), *split]
-    main = _table(_main_columns(summaries, findings, numbered=True))
-    return [main, *_by_modality(summaries, modalities, width)]
+                    return [*_in_parts(_main_columns(summaries, findings), 1, width), *split]
+    main = _in_parts(_main_columns(summaries, findings, numbered=True), 2, width)
+    return [*main, *_by_modality(summaries, modalities, width)]
+
+
+def _in_parts(columns: Sequence[_Column], heading: int, width: int) -> list[Table]:
+    """Return one table, or several where it would be cut off, which all begin with the heading columns."""
+    for gap in (2, 1):
+        if _fits(whole := _table(columns, gap=gap), width):
+            return [whole]
+    parts: list[list[_Column]] = [[]]
+    for column in columns[heading:]:
+        if parts[-1] and not _fits(_table([*columns[:heading], *parts[-1], column]), width):
+            parts.append([])
+        parts[-1].append(column)
+    return [_table([*columns[:heading], *part]) for part in parts]
 
 
 def _fits(table: Table, width: int) -> bool:
@@ -256,10 +269,10 @@ def _by_modality(summaries: Sequence[Summary], modalities: Sequence[str], width:
         for headers in ([s.name for s in summaries], [str(n) for n in range(1, len(summaries) + 1)]):
             by_method = zip(headers, zip(*rows, strict=True), strict=True)
             columns = [_Column(header, cells) for header, cells in by_method]
-            table = _table([_Column(title, modalities, figures=False), *columns])
-            if _fits(table, width):
+            columns = [_Column(title, modalities, figures=False), *columns]
+            if _fits(_table(columns), width):
                 break
-        found.append(table)
+        found += _in_parts(columns, 1, width)
     return found
 
 
