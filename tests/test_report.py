@@ -17,7 +17,7 @@ from mmfast.experiments.summary import mean_std, summarize
 from mmfast.methods import METHODS
 from mmfast.reports.pictures import plot_comparison
 from mmfast.reports.tables import hyphenate, show, show_valuation
-from mmfast.reports.verdict import diverged_sentence, early_sentence, idle_sentence
+from mmfast.reports.verdict import diverged_sentence, early_sentence, gap_sentence, idle_sentence
 from mmfast.valuation import Valuation
 
 TWO = {"audio": 0.5, "accelerometer": 0.6}
@@ -181,6 +181,23 @@ def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
         "Too short for the method to act, so that it trained as Joint does: Modality-level valuation and "
         "Diagnose & re-learn."
     )
+
+
+def test_validation_data_of_another_kind_are_told():
+    def selected(seed, on_validation, epoch=2):
+        made = entry("joint", seed, accuracy=0.7)
+        made["history"] = [{"val": {"accuracy": value}} for value in (0.1, on_validation, 0.2)]
+        return made | {"kept_epochs": {"audio": epoch, "accelerometer": epoch}}
+
+    assert gap_sentence(summarize([selected(0, 0.82), selected(1, 0.80)])) == (
+        "Validation data, by which weights are selected, give Joint 81.0%, 11.0 points more than the test "
+        "set: what is best on the one need not be so on the other."
+    )
+    assert gap_sentence(summarize([selected(0, 0.74), selected(1, 0.74)])) == ""
+    assert gap_sentence(summarize([selected(0, 0.9), selected(1, 0.9, epoch=1)])) == ""
+    # Runs of before do not tell.
+    assert gap_sentence(summarize([selected(0, 0.9), entry("joint", 1)])) == ""
+    assert gap_sentence(summarize([entry("mla")])) == ""
 
 
 @pytest.mark.parametrize("width", [80, 110])

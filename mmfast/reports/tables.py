@@ -19,6 +19,7 @@ from mmfast.reports.verdict import (
     EXPLANATION,
     diverged_sentence,
     early_sentence,
+    gap_sentence,
     idle_sentence,
     ranking,
     verdict,
@@ -85,6 +86,7 @@ def sentences(summaries: Sequence[Summary], findings: Findings | None = None) ->
         ranking(summaries, findings),
         idle_sentence(summaries),
         early_sentence(summaries),
+        gap_sentence(summaries),
     )
     return [sentence for sentence in found if sentence]
 

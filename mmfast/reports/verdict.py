@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ EXPLANATION = (
     "stays below one on those of the encoder trained alone, in points of accuracy, one at least. ± is half "
     "of the 95% interval over seeds and test samples, and where intervals overlap nothing is claimed."
 )
+
+# A difference between validation and test data that is worth a word.
+_GAP = 0.05
 
 
 def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> str:
@@ -178,6 +182,33 @@ def early_sentence(summaries: Sequence[Summary]) -> str:
             f"weights in {_listed(early)}."
         )
     return " ".join(found)
+
+
+def gap_sentence(summaries: Sequence[Summary]) -> str:
+    """Return by how much joint training is better on validation data than on the test set, if clearly.
+
+    The best of many epochs is a few points better where it was selected; more is another kind of data.
+    """
+    joint = next((s for s in summaries if s.name == JOINT and s.runs), None)
+    selected = [_selected_accuracy(entry) for entry in joint.runs] if joint is not None else []
+    known = [accuracy for accuracy in selected if accuracy is not None]
+    if joint is None or len(known) < len(joint.runs):
+        return ""
+    accuracy = statistics.fmean(known)
+    gap = accuracy - joint.mean_accuracy
+    if gap < _GAP:
+        return ""
+    return (
+        f"Validation data, by which weights are selected, give {joint.title} {100 * accuracy:.1f}%, "
+        f"{100 * gap:.1f} points more than the test set: what is best on the one need not be so on the other."
+    )
+
+
+def _selected_accuracy(entry: Mapping[str, Any]) -> float | None:
+    """Return a run's accuracy on validation data in the epoch whose weights it kept; None if not told."""
+    last = max((entry.get("kept_epochs") or {}).values(), default=0)
+    found = entry["history"][last - 1].get("val", {}).get("accuracy") if last else None
+    return None if found is None else float(found)
 
 
 def _last_of(entry: Mapping[str, Any]) -> float:
