@@ -126,7 +126,7 @@ def compare(
             optimization=optimization,
             options=others,
         )
-        if on_epoch is not None and out_dir is not None and not getattr(setup, "is_made_here", True):
+        if on_epoch is not None and out_dir is not None and not setup.is_made_here:
             raise ValueError(
                 "on_epoch must be None with several devices and an out_dir, as each run is made by processes "
                 "of its own"

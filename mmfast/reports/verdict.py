@@ -187,7 +187,8 @@ def early_sentence(summaries: Sequence[Summary]) -> str:
 def gap_sentence(summaries: Sequence[Summary]) -> str:
     """Return by how much joint training is better on validation data than on the test set, if clearly.
 
-    The best of many epochs is a few points better where it was selected; more is another kind of data.
+    The best of many epochs is a little better where it was selected; more are few samples, or data of another
+    kind.
     """
     joint = next((s for s in summaries if s.name == JOINT and s.runs), None)
     selected = [_selected_accuracy(entry) for entry in joint.runs] if joint is not None else []
