@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from test_trainer import QUICK, SPLITS, make_model
 from torch.utils.data import DataLoader
 
 import mmfast
@@ -201,3 +202,21 @@ def test_a_model_whose_head_is_not_trained_is_not_valuated(name):
     assert mmfast.valuate(learner, data).contributions.shape == (30, 2)
     methods.Joint().bind(learner.model).start_stage(base.Stage("train", 1))
     assert mmfast.valuate(learner.model, data).contributions.shape == (30, 2)
+
+
+@pytest.mark.parametrize("name", ["sample-valuation", "modality-valuation", "diagnose-relearn"])
+@pytest.mark.parametrize("later", [0, 1])
+def test_methods_train_as_joint_does_until_they_act(name, later):
+    """What results say of epochs before a method acts rests on `joint_epochs`."""
+    fields = {"epochs": (later, 3)} if name == "diagnose-relearn" else {"warmup": 1 + later}
+    method = methods.make(name, **fields)
+    assert method.joint_epochs == later + 1
+    losses = {}
+    for each in (methods.Joint(), method):
+        trainer = mmfast.Trainer(each, **QUICK)
+        trainer.fit(make_model(), SPLITS.train, SPLITS.val)
+        losses[each.name] = [(entry["loss"], entry["val"]["loss"]) for entry in trainer.history]
+    one, other = losses["joint"], losses[name]
+    assert other[: later + 1] == one[: later + 1]
+    assert other[later + 1] != one[later + 1]
+    assert methods.Joint().joint_epochs == 0

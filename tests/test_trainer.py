@@ -90,24 +90,6 @@ def test_same_seed_same_result_and_a_cut_run_ends_the_same(name, tmp_path):
         assert resumed.test(third, SPLITS.test) == whole.test(model, SPLITS.test)
 
 
-@pytest.mark.parametrize("name", ["sample-valuation", "modality-valuation", "diagnose-relearn"])
-@pytest.mark.parametrize("later", [0, 1])
-def test_methods_train_as_joint_does_until_they_act(name, later):
-    """What results say of epochs before a method acts rests on `joint_epochs`."""
-    fields = {"epochs": (later, 3)} if name == "diagnose-relearn" else {"warmup": 1 + later}
-    method = methods.make(name, **fields)
-    assert method.joint_epochs == later + 1
-    losses = {}
-    for each in (methods.Joint(), method):
-        trainer = mmfast.Trainer(each, **QUICK)
-        trainer.fit(make_model(), SPLITS.train, SPLITS.val)
-        losses[each.name] = [(entry["loss"], entry["val"]["loss"]) for entry in trainer.history]
-    one, other = losses["joint"], losses[name]
-    assert other[: later + 1] == one[: later + 1]
-    assert other[later + 1] != one[later + 1]
-    assert methods.Joint().joint_epochs == 0
-
-
 def test_another_seed_gives_another_result():
     one, two = fitted("joint", seed=0)[0], fitted("joint", seed=1)[0]
     assert one.history[-1]["loss"] != two.history[-1]["loss"]
