@@ -7,7 +7,10 @@ Sources are found by glob. Environment variables:
     MMFAST_CUDART=static    link the CUDA runtime in (default); shared: use the libcudart that torch loads
     MMFAST_SANITIZE=address,undefined    instrument the C++ module with these sanitizers (tools/sanitize)
     MMFAST_SPILLS=error fail if a CUDA kernel does not fit its registers; otherwise it is only said
-    CXX, CXXFLAGS, CUDA_HOME    as usual
+    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME    as usual
+
+The modules use Python's stable interface and know nothing of torch: a wheel serves every CPython from 3.11
+on, and every torch. `tools/wheels` builds one that old systems take, too.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ X86_LEVELS = {
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 # A file <op>_sm<arch>.cu is built for its architecture alone, such as 90a, the one that has wgmma.
 ONE_ARCHITECTURE = re.compile(r"_sm(\d+[a-z]?)$")
+# One build for every CPython from 3.11 on. Python without its lock has no stable interface yet.
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # How the CUDA runtime can be linked.
 CUDA_RUNTIMES = ("static", "shared")
 # Programs that may stand before the compiler in $CXX.
@@ -100,6 +105,17 @@ def sanitizer_flags() -> list[str]:
         return []
     # Optimised, instrumented kernels take four times as long to compile, and the tests hardly less to run.
     return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O0", "-w"]
+
+
+def revision() -> str:
+    """Return the commit of this checkout, "+" after it where files differ from it; "" where there is none."""
+    git = ["git", "-C", str(ROOT)]
+    # Of a copy of the sources within another project's checkout the commit would be that project's.
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return ""
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    return found.stdout.strip() + "+" * (changed != 0) if found.returncode == 0 else ""
 
 
 def find_cxx() -> str | None:
@@ -160,8 +176,7 @@ def wanted_modules() -> list[str]:
 class Build:
     """Writes one ninja file for all modules and runs it."""
 
-    def __init__(self, folder: Path):
-        import pybind11
+    def __init__(self, folder: Path, name: str):
         from ninja import ninja_syntax
 
         # A folder's name may hold spaces.
@@ -170,10 +185,16 @@ class Build:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
         self.cxx = find_cxx()
-        includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
-        self.python_includes = [f"-I{path}" for path in dict.fromkeys(includes)]
+        includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+        self.module_flags = ["-Wall", "-Wextra", *(f"-I{path}" for path in dict.fromkeys(includes))]
+        if STABLE_ABI:
+            self.module_flags.append("-DPy_LIMITED_API=0x030B0000")
+        self.module_flags.append(f'-DMMFAST_REVISION="{revision()}"')
+        self.ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
         self.cxxflags = [*COMMON_FLAGS, *sanitizer_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        self.file = (self.folder / "build.ninja").open("w")
+        # Objects of one build serve the next, with other modules.
+        self.file = (self.folder / f"{name}.ninja").open("w")
+        self.shared: str | None = None
         self.ninja = ninja_syntax.Writer(self.file, width=110)
         # The log of what is built lies beside what is built, not in the checkout.
         self.ninja.variable("builddir", str(self.folder))
@@ -196,19 +217,25 @@ class Build:
         self.ninja.build(out, "cxx", str(source.relative_to(ROOT)), variables=variables)
         return out
 
+    def compile_shared(self) -> str:
+        """Add what is linked into every module, once, and return its object's path."""
+        if self.shared is None:
+            self.shared = self.compile(ROOT / "csrc/libstdcxx.cpp", [*self.cxxflags, "-Wall", "-Wextra"])
+        return self.shared
+
     def build_cpu(self, target: str) -> None:
         """Add mmfast._cpu: every op once per instruction set, the module itself for the baseline."""
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         module = ROOT / "csrc/cpu/module.cpp"
-        objects = [self.compile(module, [*self.cxxflags, "-Wall", "-Wextra", *self.python_includes])]
+        objects = [self.compile(module, [*self.cxxflags, *self.module_flags]), self.compile_shared()]
         # A linker keeps the first copy it meets of an inline function that several objects carry, one from
         # the standard library say. The baseline's comes first, so none with newer instructions is shared.
         for number, (level, flags) in enumerate(levels.items()):
             flags = [*self.cxxflags, *CPU_FLAGS, *flags, f"-DMMFAST_ISA={number}"]
             objects += [self.compile(source, flags, level) for source in sources if source != module]
         # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
-        flags = shlex.join(["-fopenmp", "-Wl,--as-needed", *sanitizer_flags()])
+        flags = shlex.join(["-fopenmp", "-Wl,--as-needed", *self.ldflags, *sanitizer_flags()])
         self.ninja.build(target, "link", objects, variables={"flags": flags})
         self.ninja.default(self.escape(target))
 
@@ -222,6 +249,7 @@ class Build:
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", *host]
         # An op's record is read by the linker's section alone.
         flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-diag-suppress", "177"]
+        linked = [f"-Xcompiler={word.replace(',', chr(92) + ',')}" for word in self.ldflags]
         # Each object's registers and spills, as ptxas states them, lie beside it: $out.ptxas.log.
         self.ninja.rule(
             "nvcc",
@@ -230,14 +258,18 @@ class Build:
         )
         self.ninja.rule(
             "nvlink",
-            f"{nvcc} -shared -cudart {cudart} {shlex.join(host)} $codes $in -o $out",
+            f"{nvcc} -shared -cudart {cudart} {shlex.join(host)} $codes $in {shlex.join(linked)} -o $out",
             description="link $out",
         )
         module = ROOT / "csrc/cuda/module.cpp"
         built_for = " ".join(map(str, known)) + f", PTX {known[-1]}"
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release ([\d.]+)", said)
         defines = [f'-DMMFAST_CUDA_ARCHITECTURES="{built_for}"']
+        defines.append(f'-DMMFAST_NVCC="{release[1] if release else "of an unknown release"}"')
         objects = [
-            self.compile(module, [*self.cxxflags, "-Wall", "-Wextra", *self.python_includes, *defines])
+            self.compile(module, [*self.cxxflags, *self.module_flags, *defines]),
+            self.compile_shared(),
         ]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             out = str(self.folder / f"cuda_{source.stem}.o")
@@ -260,7 +292,7 @@ class Build:
 
         self.file.close()
         program = Path(ninja.BIN_DIR) / "ninja"
-        command = [str(program) if program.exists() else "ninja", "-f", str(self.folder / "build.ninja")]
+        command = [str(program) if program.exists() else "ninja", "-f", self.file.name]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise BuildError("the compiled modules did not build: the compiler's message is above")
 
@@ -306,11 +338,15 @@ class NinjaBuildExt(build_ext):
         if names:
             self.build_modules(names, "all" if "mmfast._cuda" in names else "cpu").report_spills()
 
-    def build_modules(self, names: list[str], folder: str) -> Build:
-        build = Build(Path(self.build_temp) / folder)
+    def build_modules(self, names: list[str], part: str) -> Build:
+        build = Build(Path(self.build_temp), part)
         for name in names:
             target = Path(self.get_ext_fullpath(name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
+            # One that was built for this Python alone would be found before this one.
+            for other in target.parent.glob(f"{name.rpartition('.')[2]}.*.so"):
+                if other != target:
+                    other.unlink()
             (build.build_cpu if name == "mmfast._cpu" else build.build_cuda)(str(target))
         build.run()
         return build
@@ -318,7 +354,9 @@ class NinjaBuildExt(build_ext):
 
 try:
     # All there may be; the command leaves out what this machine cannot build.
-    modules = [Extension(name, sources=[]) for name in ("mmfast._cpu", "mmfast._cuda")]
-    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt})
+    names = ("mmfast._cpu", "mmfast._cuda")
+    modules = [Extension(name, sources=[], py_limited_api=STABLE_ABI) for name in names]
+    options = {"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {}
+    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt}, options=options)
 except BuildError as error:
     sys.exit(f"mmfast: {error}")

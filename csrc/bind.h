@@ -1,7 +1,8 @@
 // The records left by MMFAST_REGISTER as functions of a Python module. Included by the two module.cpp only.
+//
+// Python's stable interface alone (setup.py defines Py_LIMITED_API): one build serves every CPython from 3.11
+// on.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstring>
 #include <deque>
@@ -9,6 +10,7 @@
 #include <string>
 
 #include "codes.h"
+#include "python.h"
 #include "registry.h"
 
 // The linker sets both to the ends of the section; absent if no op is compiled in.
@@ -42,12 +44,12 @@ inline PyObject* as_python(const int64_t* results, int count) {
       Py_DECREF(tuple);
       return nullptr;
     }
-    PyTuple_SET_ITEM(tuple, i, number);
+    PyTuple_SetItem(tuple, i, number);
   }
   return tuple;
 }
 
-// Plain C calling convention: a third of the cost of a pybind11 function with nine arguments.
+// An array of arguments instead of a tuple that would be made for each call.
 inline PyObject* call_entry(PyObject* self, PyObject* const* values, Py_ssize_t num_values) {
   const auto& entry = *static_cast<const Entry*>(PyCapsule_GetPointer(self, nullptr));
   if (num_values != entry.num_arguments) {
@@ -92,28 +94,53 @@ inline PyObject* call_entry(PyObject* self, PyObject* const* values, Py_ssize_t 
   return as_python(results, entry.num_results);
 }
 
-// The names behind the codes, for a test that holds Python's beside them.
-inline void bind_codes(pybind11::module_& module) {
-  const auto tuple = [](const auto& names) {
-    pybind11::list found;
-    for (const char* name : names) found.append(name);
-    return pybind11::tuple(found);
-  };
-  pybind11::dict codes;
-  codes["dtype"] = tuple(kDtypeNames);
-  codes["reduction"] = tuple(kReductionNames);
-  codes["utility"] = tuple(kUtilityNames);
-  codes["score"] = tuple(kScoreNames);
-  module.attr("codes") = codes;
+// Adds `object`, whose reference is taken over, to `module`. False if that raised.
+inline bool add(PyObject* module, const char* name, PyObject* object) {
+  const bool is_added = object != nullptr && PyModule_AddObjectRef(module, name, object) == 0;
+  Py_XDECREF(object);
+  return is_added;
 }
 
-// Adds every op to `module`: of its builds the newest that is no newer than `isa`, whose name, where there
-// are `names`, is its __doc__.
-inline void bind_ops(pybind11::module_& module, int isa, const char* const* names = nullptr) {
+template <std::size_t count>
+PyObject* as_tuple(const char* const (&names)[count], std::size_t used = count) {
+  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(used));
+  for (std::size_t i = 0; tuple != nullptr && i < used; ++i) {
+    PyObject* name = PyUnicode_FromString(names[i]);
+    if (name == nullptr) {
+      Py_DECREF(tuple);
+      return nullptr;
+    }
+    PyTuple_SetItem(tuple, static_cast<Py_ssize_t>(i), name);
+  }
+  return tuple;
+}
+
+// By what a module was built, and from which commit where that was known: "GCC 12.2.0, 0123456789ab".
+inline PyObject* built_by() {
+#if defined(__clang__)
+  constexpr const char* compiler = __VERSION__;
+#else
+  constexpr const char* compiler = "GCC " __VERSION__;
+#endif
+  constexpr const char* revision = MMFAST_REVISION;
+  return PyUnicode_FromFormat("%s%s%s", compiler, *revision == '\0' ? "" : ", ", revision);
+}
+
+// The names behind the codes, for a test that holds Python's beside them.
+inline PyObject* codes() {
+  return Py_BuildValue("{sNsNsNsN}", "dtype", as_tuple(kDtypeNames), "reduction", as_tuple(kReductionNames),
+                       "utility", as_tuple(kUtilityNames), "score", as_tuple(kScoreNames));
+}
+
+// Adds what both modules have, and every op: of its builds the newest that is no newer than `isa`, whose
+// name, where there are `names`, is its __doc__. False if that raised.
+inline bool bind_ops(PyObject* module, int isa, const char* const* names = nullptr) {
   static std::deque<PyMethodDef> definitions;
   ask_interrupted = &handle_signals;
-  bind_codes(module);
-  if (__start_mmfast_ops == nullptr) return;
+  if (PyModule_AddIntConstant(module, "interface", kInterface) != 0 || !add(module, "codes", codes()) ||
+      !add(module, "built_by", built_by()))
+    return false;
+  if (__start_mmfast_ops == nullptr) return true;
   for (auto candidate = __start_mmfast_ops; candidate != __stop_mmfast_ops; ++candidate) {
     const Entry& entry = **candidate;
     bool is_best = entry.isa <= isa;
@@ -122,16 +149,22 @@ inline void bind_ops(pybind11::module_& module, int isa, const char* const* name
       is_best = is_best && !(is_same_op && (*other)->isa > entry.isa && (*other)->isa <= isa);
     }
     if (!is_best) continue;
-    if (entry.num_arguments > kMaxArguments || entry.num_results > kMaxResults)
-      throw std::length_error(std::string(entry.name) + ": too many arguments or results");
+    if (entry.num_arguments > kMaxArguments || entry.num_results > kMaxResults) {
+      PyErr_Format(PyExc_SystemError, "%s: too many arguments or results", entry.name);
+      return false;
+    }
     auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_entry));
     const char* doc = names == nullptr ? nullptr : names[entry.isa];
     definitions.push_back({entry.name, function, METH_FASTCALL, doc});
-    pybind11::capsule self(static_cast<const void*>(&entry));
-    auto name = pybind11::reinterpret_steal<pybind11::object>(PyUnicode_FromString("mmfast"));
-    module.add_object(entry.name, pybind11::reinterpret_steal<pybind11::object>(
-                                      PyCFunction_NewEx(&definitions.back(), self.ptr(), name.ptr())));
+    PyObject* self = PyCapsule_New(const_cast<Entry*>(&entry), nullptr, nullptr);
+    PyObject* home = PyUnicode_FromString("mmfast");
+    const bool is_made = self != nullptr && home != nullptr;
+    PyObject* made = is_made ? PyCFunction_NewEx(&definitions.back(), self, home) : nullptr;
+    Py_XDECREF(self);
+    Py_XDECREF(home);
+    if (!add(module, entry.name, made)) return false;
   }
+  return true;
 }
 
 }  // namespace mmfast

@@ -25,7 +25,7 @@ namespace mmfast {
 
 // What Python may rely on: raised when a function's arguments or duties change. A module that was built
 // before such a change is refused by mmfast/backend.py, which names the same number.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 // One argument as Python gives it: an integer (addresses too) or a float.
 union Argument {

@@ -111,8 +111,8 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-# That of csrc/registry.h. 4: tensor_words; partial_reinit on a GPU takes one strength for all.
-_INTERFACE = 4
+# That of csrc/registry.h. 5: built_by, and nvcc of the cuda module.
+_INTERFACE = 5
 
 
 @functools.cache
@@ -125,8 +125,8 @@ def _load_extension(name: str) -> ModuleType | str:
     except ModuleNotFoundError:
         if reason := bare_checkout():
             return reason
-        switch = f"MMFAST_{name.upper()}"
-        return f"mmfast was installed without its {name} module (see {switch} in the README)"
+        switch = f"MMFAST_{name.upper()}=1"
+        return f"mmfast was installed without its {name} module: install it with {switch}, which says why not"
     except ImportError as error:
         if "MMFAST_CPU_ISA" in os.environ and name == "cpu":
             # What was asked for and cannot be had must not turn into plain torch without a word.

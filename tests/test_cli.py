@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -239,6 +240,23 @@ def test_two_processes_reach_the_figures_of_one(npz, tmp_path):
         assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("status", [None, 0, 2])
+def test_a_command_that_succeeds_ends_the_threads_of_its_group(status, tmp_path, monkeypatch):
+    def ended() -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("mmfast.cli.commands.app", ended)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        # One that failed does not wait for others.
+        assert torch.distributed.is_initialized() == bool(status)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_a_valuation_computes_in_the_mixed_precision_of_the_run(npz, tmp_path, monkeypatch):
     words = ["--data", npz, "--method", "joint", *FAST, "--out", str(tmp_path), "--precision", "bf16-mixed"]
     assert CliRunner().invoke(app, ["train", *map(str, words)]).exit_code == 0
@@ -350,6 +368,16 @@ def test_info_tells_of_every_backend():
         assert ("available: " in line) if reason is None else (f"not available: {reason}" in line)
     assert "instruction set" in text
     assert "shapley_values" in info.ops()
+
+
+def test_info_tells_what_was_installed_and_built():
+    lines = dict(info._build())
+    assert set(lines) == {"installed as", "cpu module", "cuda module"}
+    assert lines["installed as"].startswith(("wheel cp311-abi3-", "editable, of file://"))
+    for name in ("cpu", "cuda"):
+        is_there = backend.why_not(name) is None
+        pattern = r"(GCC|.*[Cc]lang) [\d.]+" if is_there else "not available$"
+        assert re.match(pattern, lines[f"{name} module"]), lines
 
 
 def test_info_needs_only_the_core_package():

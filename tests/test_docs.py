@@ -1,4 +1,4 @@
-"""The documentation's Python runs as it stands, page by page, as a reader would paste it; no page is missing."""
+"""The documentation's Python runs as it stands, page by page, as a reader would paste it; no page is amiss."""
 
 from __future__ import annotations
 

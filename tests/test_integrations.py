@@ -74,12 +74,15 @@ except Stop:
     trainer = hugging_face(name, **options)
     trainer.train(resume_from_checkpoint=True)
     hold("transformers resumed", name, trainer.learner, trainer.history)
+# Threads of the group that run on while Python is taken down may abort the process.
+dist.destroy_process_group()
 """
 
 
 def launch(program: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A process that is aborted tells what its threads did.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
         [*command, program, *words], env=environment, capture_output=True, text=True, timeout=240
     )

@@ -156,7 +156,6 @@ class NotedBuild:
 
 @pytest.fixture
 def noted_build(tmp_path) -> NotedBuild:
-    pytest.importorskip("pybind11")
     pytest.importorskip("ninja")
     return NotedBuild(tmp_path)
 

@@ -63,8 +63,8 @@ def install(python: str, work: Path) -> tuple[dict[str, str], str]:
     if outside := os.environ.get("PYTHONPATH"):
         paths.append(outside)
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    tag = _output(python, "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-    modules = sorted((PARTS / MODULES).glob(f"*{tag}")) if tag else []
+    # Python's stable interface: any interpreter takes them.
+    modules = sorted((PARTS / MODULES).glob("*.abi3.so"))
     if modules:
         site = work / "site"
         _overlay(site, modules)

@@ -1,10 +1,12 @@
 // The Python module mmfast._cpu: every registered op, in the build that fits this processor.
+#include "python.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include <cstdlib>
-#include <string>
+#include <cstring>
 
 #include "bind.h"
 #include "tensor_lists.h"
@@ -34,38 +36,57 @@ int supported_isa() {
 #endif
 }
 
+// That of $MMFAST_CPU_ISA, else the newest of this processor. -1 if that raised.
 int chosen_isa() {
   const int supported = supported_isa();
   const char* wanted = std::getenv("MMFAST_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return supported;
   for (int isa = 0; isa < 3; ++isa) {
-    if (std::string(wanted) != kNames[isa]) continue;
-    if (isa > supported) {
-      throw pybind11::import_error(std::string("MMFAST_CPU_ISA=") + wanted + ": this processor supports " +
-                                   kNames[supported] + " at most");
-    }
-    return isa;
+    if (std::strcmp(wanted, kNames[isa]) != 0) continue;
+    if (isa <= supported) return isa;
+    PyErr_Format(PyExc_ImportError, "MMFAST_CPU_ISA=%s: this processor supports %s at most", wanted,
+                 kNames[supported]);
+    return -1;
   }
-  throw pybind11::import_error(std::string("MMFAST_CPU_ISA must be baseline, avx2 or avx512, got ") + wanted);
+  PyErr_Format(PyExc_ImportError, "MMFAST_CPU_ISA must be baseline, avx2 or avx512, got %s", wanted);
+  return -1;
 }
+
+// Of the module; chosen when it is imported.
+int isa_in_use = 0;
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kNames[isa_in_use]); }
+
+PyObject* supported_isas(PyObject*, PyObject*) { return mmfast::as_tuple(kNames, supported_isa() + 1); }
+
+PyMethodDef functions[] = {
+    {"isa", &isa, METH_NOARGS, "The instruction set of the kernels in use."},
+    {"supported_isas", &supported_isas, METH_NOARGS, "The values of MMFAST_CPU_ISA this processor can run."},
+    {"tensor_words", &mmfast::tensor_words, METH_VARARGS,
+     "What tells all about the tensors of two lists, as bytes."},
+    {"has_tensor_words", &mmfast::has_words, METH_VARARGS, "Whether tensor_words would return these bytes."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_cpu",
+                          "C++ kernels on raw addresses; mmfast.ops checks their arguments.",
+                          -1,
+                          functions,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, module) {
-  const int isa = chosen_isa();
-  module.attr("interface") = mmfast::kInterface;
-  module.doc() = "C++ kernels on raw addresses; mmfast.ops checks their arguments.";
-  module.def("isa", [isa] { return kNames[isa]; }, "The instruction set of the kernels in use.");
-  module.def(
-      "supported_isas",
-      [] {
-        pybind11::list names;
-        for (int i = 0; i <= supported_isa(); ++i) names.append(kNames[i]);
-        return names;
-      },
-      "The values of MMFAST_CPU_ISA this processor can run.");
-  module.def("tensor_words", &mmfast::tensor_words,
-             "What tells all about the tensors of two lists, as bytes.");
-  module.def("has_tensor_words", &mmfast::has_words, "Whether tensor_words would return these bytes.");
-  mmfast::bind_ops(module, isa, kNames);
+PyMODINIT_FUNC PyInit__cpu() {
+  isa_in_use = chosen_isa();
+  if (isa_in_use < 0) return nullptr;
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && !mmfast::bind_ops(module, isa_in_use, kNames)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

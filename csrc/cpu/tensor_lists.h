@@ -3,11 +3,12 @@
 // tensor. Python's questions for address, shape, strides and dtype take 250.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
+
+#include "python.h"
 
 namespace mmfast {
 
@@ -33,31 +34,43 @@ struct DlExchange {
   const void* current_stream;
 };
 
-// That of a class of tensors; null where it is of another version or views are not to be had.
-inline const DlExchange* dl_exchange(const pybind11::capsule& capsule) {
-  const void* address = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  const auto* found = static_cast<const DlExchange*>(address);
-  if (found == nullptr) throw pybind11::error_already_set();
-  return found->major == 1 && found->view != nullptr ? found : nullptr;
+// What both functions are called with.
+struct TensorLists {
+  const DlExchange* exchange;  // of the class of tensors; null where it is of another version or has no views
+  PyObject* lists[2];
+  const PyObject* classes[2];
+};
+
+// Reads capsule, lists and classes of a call, and what else `format` names. False if that raised.
+template <class... Others>
+bool read_lists(PyObject* arguments, const char* format, TensorLists& found, Others*... others) {
+  PyObject *capsule, *plain, *other;
+  if (!PyArg_ParseTuple(arguments, format, &capsule, &PyList_Type, &found.lists[0], &PyList_Type,
+                        &found.lists[1], &plain, &other, others...))
+    return false;
+  found.classes[0] = plain, found.classes[1] = other;
+  const void* address = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  if (address == nullptr) return false;
+  const auto* exchange = static_cast<const DlExchange*>(address);
+  found.exchange = exchange->major == 1 && exchange->view != nullptr ? exchange : nullptr;
+  return true;
 }
 
 // Hands the words that tell all about the tensors of two lists to put(words, count) until that says no:
 // address, device and dtype, sizes, strides. False where it did, and where something is no tensor of the two
 // classes or lies nowhere.
 template <class Put>
-bool put_tensors(const DlExchange& exchange, const pybind11::list& first, const pybind11::list& second,
-                 const pybind11::tuple& classes, Put&& put) {
-  const PyObject* const plain = PyTuple_GET_ITEM(classes.ptr(), 0);
-  const PyObject* const other = PyTuple_GET_ITEM(classes.ptr(), 1);
-  const auto length = static_cast<int64_t>(PyList_GET_SIZE(first.ptr()));
+bool put_tensors(const TensorLists& given, Put&& put) {
+  const auto length = static_cast<int64_t>(PyList_Size(given.lists[0]));
   if (!put(&length, 1)) return false;
-  for (PyObject* list : {first.ptr(), second.ptr()}) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-      PyObject* object = PyList_GET_ITEM(list, i);
+  for (PyObject* list : given.lists) {
+    const Py_ssize_t size = PyList_Size(list);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      PyObject* object = PyList_GetItem(list, i);
       const auto* type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
-      if (type != plain && type != other) return false;
+      if (type != given.classes[0] && type != given.classes[1]) return false;
       DlTensor tensor;
-      if (exchange.view(object, &tensor) != 0) {
+      if (given.exchange->view(object, &tensor) != 0) {
         PyErr_Clear();
         return false;
       }
@@ -75,37 +88,40 @@ bool put_tensors(const DlExchange& exchange, const pybind11::list& first, const 
   return true;
 }
 
-// The words as bytes, None where put_tensors fails.
-inline pybind11::object tensor_words(const pybind11::capsule& capsule, const pybind11::list& first,
-                                     const pybind11::list& second, const pybind11::tuple& classes) {
-  const DlExchange* exchange = dl_exchange(capsule);
-  if (exchange == nullptr) return pybind11::none();
+// (capsule, first, second, (class, class)): the words as bytes, None where put_tensors fails.
+inline PyObject* tensor_words(PyObject*, PyObject* arguments) {
+  TensorLists given;
+  if (!read_lists(arguments, "OO!O!(OO):tensor_words", given)) return nullptr;
   std::vector<int64_t> words;
-  words.reserve(1 + 4 * (first.size() + second.size()));
-  const bool is_known = put_tensors(*exchange, first, second, classes, [&](const int64_t* more, int64_t n) {
+  const auto put = [&](const int64_t* more, int64_t n) {
     words.insert(words.end(), more, more + n);
     return true;
-  });
-  if (!is_known) return pybind11::none();
-  return pybind11::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+  };
+  try {
+    words.reserve(1 + 4 * (PyList_Size(given.lists[0]) + PyList_Size(given.lists[1])));
+    if (given.exchange == nullptr || !put_tensors(given, put)) Py_RETURN_NONE;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()),
+                                   static_cast<Py_ssize_t>(words.size() * sizeof(int64_t)));
 }
 
-// Whether the words would be these.
-inline bool has_words(const pybind11::capsule& capsule, const pybind11::list& first,
-                      const pybind11::list& second, const pybind11::tuple& classes,
-                      const pybind11::bytes& known) {
-  const DlExchange* exchange = dl_exchange(capsule);
-  if (exchange == nullptr) return false;
+// (capsule, first, second, (class, class), known): whether the words would be these bytes.
+inline PyObject* has_words(PyObject*, PyObject* arguments) {
+  TensorLists given;
+  PyObject* known;
+  if (!read_lists(arguments, "OO!O!(OO)S:has_tensor_words", given, &known)) return nullptr;
   char* data = nullptr;
   Py_ssize_t size = 0;
-  if (PyBytes_AsStringAndSize(known.ptr(), &data, &size) != 0) throw pybind11::error_already_set();
-  const bool is_same = put_tensors(*exchange, first, second, classes, [&](const int64_t* words, int64_t n) {
+  if (PyBytes_AsStringAndSize(known, &data, &size) != 0) return nullptr;
+  const auto put = [&](const int64_t* words, int64_t n) {
     const auto count = static_cast<Py_ssize_t>(n * sizeof(int64_t));
     if (count > size || (count > 0 && std::memcmp(data, words, count) != 0)) return false;
     data += count, size -= count;
     return true;
-  });
-  return is_same && size == 0;
+  };
+  return PyBool_FromLong(given.exchange != nullptr && put_tensors(given, put) && size == 0);
 }
 
 }  // namespace mmfast

@@ -2,10 +2,33 @@
 // a GPU.
 #include "bind.h"
 
-PYBIND11_MODULE(_cuda, module) {
-  module.attr("interface") = mmfast::kInterface;
-  module.doc() = "CUDA kernels on raw addresses and a stream; mmfast.ops checks their arguments.";
-  module.def(
-      "architectures", [] { return MMFAST_CUDA_ARCHITECTURES; }, "The compute capabilities compiled in.");
-  mmfast::bind_ops(module, 0);
+namespace {
+
+PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(MMFAST_CUDA_ARCHITECTURES); }
+
+PyMethodDef functions[] = {
+    {"architectures", &architectures, METH_NOARGS, "The compute capabilities compiled in."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_cuda",
+                          "CUDA kernels on raw addresses and a stream; mmfast.ops checks their arguments.",
+                          -1,
+                          functions,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr &&
+      (!mmfast::bind_ops(module, 0) || PyModule_AddStringConstant(module, "nvcc", MMFAST_NVCC) != 0)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

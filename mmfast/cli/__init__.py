@@ -10,6 +10,18 @@ import sys
 _NEEDED = ("typer", "rich")
 
 
+def _leave_group() -> None:
+    """End the threads of torch's process group, where a run has made one, while Python is whole.
+
+    One of Gloo's that runs on while the interpreter is taken down can abort the process, and with it a run that
+    has succeeded. Where a process has failed nothing is waited for: others may never answer.
+    """
+    # Not imported for it: most commands have no group.
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main() -> int | None:
     """Run `mmfast` with the arguments of this process."""
     # OpenMP's threads wait by spinning. On a machine with other work that made a run of small models up to
@@ -21,7 +33,12 @@ def main() -> int | None:
     if not missing:
         from mmfast.cli.commands import app
 
-        return app()
+        try:
+            return app()
+        except SystemExit as end:
+            if not end.code:
+                _leave_group()
+            raise
     if sys.argv[1:] == ["info"]:
         from mmfast.cli import info
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import pkgutil
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def text(width: int = 80) -> str:
     """Return the report of `mmfast info`."""
     sections = {
         "versions": _versions(),
+        "build": _build(),
         "extra [train]": _extra(),
         "machine": _machine(),
         "backends": _backends(width),
@@ -67,6 +70,35 @@ def _versions() -> list[tuple[str, str]]:
         ("triton", _version("triton")),
         ("numpy", _version("numpy")),
     ]
+
+
+def _build() -> list[tuple[str, str]]:
+    """Return what was installed, and by which compilers the modules were made."""
+    lines = [("installed as", _installed_as())]
+    for name in ("cpu", "cuda"):
+        try:
+            module = backend.extension(name)
+        except backend.BackendUnavailableError:
+            # Why stands among the backends.
+            lines.append((f"{name} module", "not available"))
+            continue
+        made = f"{module.built_by}, nvcc {module.nvcc}" if name == "cuda" else module.built_by
+        code = f"; machine code for {module.architectures()}" if name == "cuda" else ""
+        lines.append((f"{name} module", made + code))
+    return lines
+
+
+def _installed_as() -> str:
+    """Return the kind of the install: a wheel by its tags, or a folder of sources."""
+    try:
+        installed = importlib.metadata.distribution("mmfast")
+    except importlib.metadata.PackageNotFoundError:
+        return "nothing: a folder of sources, found by Python's path"
+    about = json.loads(installed.read_text("direct_url.json") or "{}")
+    if about.get("dir_info", {}).get("editable"):
+        return f"editable, of {about['url']}"
+    tags = re.findall(r"^Tag: (\S+)", installed.read_text("WHEEL") or "", flags=re.MULTILINE)
+    return f"wheel {', '.join(tags)}" if tags else f"by {(installed.read_text('INSTALLER') or 'hand').strip()}"
 
 
 def _extra() -> list[tuple[str, str]]:
