@@ -1,7 +1,7 @@
 """The documentation's site: `tools/docs` builds it, every warning an error.
 
-Sphinx with furo and MyST, because it runs notebooks and examples while it builds, takes the docstrings as they
-are, checks each reference, and is kept by many; Material for MkDocs is in maintenance mode.
+Sphinx with furo and MyST, because it runs notebooks and examples while it builds, takes the docstrings as
+they are, checks each reference, and is kept by many; Material for MkDocs is in maintenance mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 # Triton's interpreter and GPUs change nothing on these pages, threads that spin slow the build.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import mmfast
+import mmfast  # noqa: E402
 
 project = "mmfast"
 author = "the mmfast authors"
@@ -29,6 +29,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "compared",
     "docstrings",
     "measured",
 ]
@@ -47,6 +48,8 @@ default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_use_rtype = False
+# Types stand where docstrings tell of them.
+napoleon_attr_annotations = False
 # Every reference to mmfast leads somewhere; other packages' pages are not asked while this builds.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!mmfast).*")]

@@ -77,7 +77,7 @@ class Predictions:
 
     @property
     def probabilities(self) -> Tensor | None:  # [N, C]
-        """Of the classes: softmax of the logits, of several labels at once their sigmoid; None without."""
+        """Softmax of the classes' logits, of several labels at once their sigmoid; None without classes."""
         if self.task == "regression":
             return None
         return self.logits.sigmoid() if self.task == "multilabel" else self.logits.softmax(1)

@@ -1,4 +1,7 @@
-"""The directive `measured`: an op's picture and every row of its latest benchmarks, read from bench/results."""
+"""The directive `measured`: an op's picture and every row of its latest benchmarks, read from bench/results.
+
+Its option `run` names a file of bench/results, without its ending, that is shown in place of the latest runs.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -30,11 +34,16 @@ def latest_runs(op: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def named_run(op: str, name: str) -> dict[str, dict[str, Any]]:
+    """Return {name: that run}, empty where it has no `op`."""
+    run = json.loads((RESULTS / f"{name}.json").read_text())
+    return {name: run} if op in run["ops"] else {}
+
+
 def spelled(seconds: float) -> str:
     """Return a time with three digits and its unit."""
-    for factor, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= factor:
-            break
+    units = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
+    factor, unit = next((pair for pair in units if seconds >= pair[0]), units[-1])
     return f"{seconds / factor:.3g} {unit}"
 
 
@@ -65,11 +74,12 @@ class Measured(SphinxDirective):
     """`{measured} <op>`: pictures and tables of the latest run on each machine."""
 
     required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"run": directives.unchanged_required}
     has_content = False
 
     def run(self) -> list[nodes.Node]:
         op = self.arguments[0]
-        runs = latest_runs(op)
+        runs = latest_runs(op) if "run" not in self.options else named_run(op, self.options["run"])
         if not runs:
             raise self.error(f"no file of bench/results has figures of {op!r}")
         lines = []
@@ -77,7 +87,7 @@ class Measured(SphinxDirective):
         if picture.exists():
             # Sphinx copies pictures that lie among the pages alone.
             copied = Path(self.env.srcdir) / "pictures" / "measured" / picture.name
-            copied.parent.mkdir(exist_ok=True)
+            copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, copied)
             lines += [f"![Time against size of {op}](/pictures/measured/{picture.name})", ""]
         for run in runs.values():

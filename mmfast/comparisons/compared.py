@@ -100,7 +100,7 @@ class Comparison:
 
     @cached_property
     def findings(self) -> Findings:
-        """What the runs support, in numbers: use and neglect of modalities, differences between methods."""
+        """What the runs support, in numbers, of neglect and use of modalities and differences of methods."""
         return find(self.summaries)
 
     def figures(self, name: str) -> dict[str, list[float]]:

@@ -168,14 +168,15 @@ class PredictingModule(nn.Module):
 
         Args:
             data: a batch, {<modality>: [N, ...]}, or a data set of {<modality>: [...]} samples.
-            options: of a data set.
-                standardized: whether its features are standardised as those of the training data were; by
-                    default as it tells itself.
-                contributions: False leaves out what each modality contributes, which takes all 2^M
-                    coalitions; by default it is found where there are labels.
-                batch_size: samples at a time; by default 256, or what the trainer has.
-                num_workers, collate_fn, pin_memory, prefetch: how samples are read, as `mmfast.Trainer` takes
-                    them; by default as the trainer reads them.
+            options: of a data set, each by its name:
+
+                - `standardized`: whether its features are standardised as those of the training data were; by
+                  default as it tells itself.
+                - `contributions`: False leaves out what each modality contributes, which takes all 2^M
+                  coalitions; by default it is found where there are labels.
+                - `batch_size`: samples at a time; by default 256, or what the trainer has.
+                - `num_workers`, `collate_fn`, `pin_memory`, `prefetch`: how samples are read, as
+                  `mmfast.Trainer` takes them; by default as the trainer reads them.
 
         Raises:
             TypeError, ValueError: a data set that does not fit the model, was standardised otherwise than the

@@ -293,7 +293,7 @@ class Learner(ResumableModule, PredictingModule):
 
     @property
     def takes_kept(self) -> bool:
-        """Whether features may be kept: an `encode` of the learner's own would encode them anew."""
+        """Whether features may be kept, as an `encode` of the learner's own would encode them anew."""
         return type(self).encode is Learner.encode
 
     def reads_again(self, epoch: int) -> bool:

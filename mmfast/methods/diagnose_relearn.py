@@ -145,7 +145,7 @@ class DiagnoseRelearn(Method):
     """Train jointly; at set epochs pull each encoder back by how much purer its training clusters are.
 
     At a diagnosis, P is the purity of K-means clusters (K = C) of the features of one modality and split, and
-    theta^m <- (1 - alpha) theta^m + alpha theta_0^m with alpha = tanh(lam |P_train - P_val|) for the
+    `theta^m <- (1 - alpha) theta^m + alpha theta_0^m` with `alpha = tanh(lam |P_train - P_val|)` for the
     parameters of encoder m.
 
     Attributes:
@@ -158,7 +158,7 @@ class DiagnoseRelearn(Method):
         reset_optimizer: also drop the optimizer's state.
 
     Source: Wei et al., "Diagnosing and re-learning for balanced multimodal learning", ECCV 2024, arXiv
-        2407.09705.
+    2407.09705.
     """
 
     name: ClassVar[str] = "diagnose-relearn"

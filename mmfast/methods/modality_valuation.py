@@ -61,7 +61,8 @@ class ModalityValuation(Method):
         fraction: part of the training set that is valuated.
         shape: f, "linear", "tanh" or "power" (exponent 1.5).
         warmup: epochs before the first valuation.
-        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v; v(none) stays 0.
+        released: follow the field's benchmark toolkit, which leaves the factor `|S|` out of v; v(none)
+            stays 0.
 
     Source: Wei et al., "Enhancing multimodal cooperation via sample-level modality valuation", CVPR 2024,
     modality-level; M >= 3 is our extension.

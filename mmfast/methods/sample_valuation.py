@@ -49,8 +49,8 @@ class SampleValuation(Method):
     """Train on every sample plus copies that show only the modality whose contribution phi is below 1.
 
     After `warmup` epochs, and after every epoch from then on, phi_i^m is the Shapley value of modality m for
-    training sample i under v(S) = |S| [correct], taken in eval mode; the next epoch adds kappa (1 -
-    phi_i^m)_+ copies of sample i in which every other modality is zero.
+    training sample i under `v(S) = |S| [correct]`, taken in eval mode; the next epoch adds
+    `kappa (1 - phi_i^m)_+` copies of sample i in which every other modality is zero.
 
     Nearly all copies show a modality that is wrong about the sample alone. With M >= 3 there are many, up to
     kappa M of a sample, more of a weak modality, which learns them by heart; so kappa is multiplied by
@@ -62,8 +62,8 @@ class SampleValuation(Method):
     Attributes:
         kappa: copies per unit of missing contribution; 2 gives the published table for two modalities.
         warmup: epochs before the first valuation.
-        released: follow the field's benchmark toolkit, which leaves the factor |S| out of v; v(none) stays
-            0, and nothing is damped.
+        released: follow the field's benchmark toolkit, which leaves the factor `|S|` out of v; v(none)
+            stays 0, and nothing is damped.
         damping: exponent by which kappa falls with three modalities and more; 0 applies the published rule to
             them as it is. With two nothing changes.
 

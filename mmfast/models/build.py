@@ -40,13 +40,11 @@ def encoder_for(
 ) -> Encoder:
     """Return an encoder that fits samples of the given shape, or a pretrained one.
 
-    | shape | encoder |
-    | --- | --- |
-    | [D] | `MLP` |
-    | [T, F] | `TemporalConv`, or `GRUEncoder` |
-    | [C, H, W] | `SmallCNN`; `ResNet18` where H and W are both at least 96 |
-    | [T, C, H, W] | `FrameMean` of the encoder for [C, H, W] |
-    | "hf:<name or folder>" | `PretrainedEncoder`, of text, images or sound |
+    - [D]: `MLP`
+    - [T, F]: `TemporalConv`, or `GRUEncoder`
+    - [C, H, W]: `SmallCNN`; `ResNet18` where H and W are both at least 96
+    - [T, C, H, W]: `FrameMean` of the encoder for [C, H, W]
+    - "hf:<name or folder>": `PretrainedEncoder`, of text, images or sound
 
     Args:
         shape: shape of one sample, without N. T is not fixed by it, nor are H and W. Or

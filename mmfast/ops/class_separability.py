@@ -39,7 +39,7 @@ class ClassMoments(NamedTuple):
         """Return the moments of both sets of samples together.
 
         Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-            variances", 1979.
+        variances", 1979.
         """
         if self.mean.shape != other.mean.shape:
             raise ValueError(

@@ -39,9 +39,10 @@ def update_projector_(
         P -= torch.outer(P @ h, P @ h) / divisor * (1 if kept >= 0 else -1)
 
     which is P - P h (P h)^T / (alpha + h^T P h) but for rounding. P is known to about eps, so what is left of
-    a direction is, below some eps |h|^2: an alpha below 16 eps |h|^2 (2e-6 |h|^2 in float32, 4e-15 |h|^2 in
-    float64) counts as that. Dividing by less would make rounding into directions, until P overflows. Where
-    `kept` comes out below 0, by rounding, the sign takes P back towards what has no negative eigenvalue.
+    a direction is, below some `eps |h|^2`: an alpha below `16 eps |h|^2` (`2e-6 |h|^2` in float32,
+    `4e-15 |h|^2` in float64) counts as that. Dividing by less would make rounding into directions, until P
+    overflows. Where `kept` comes out below 0, by rounding, the sign takes P back towards what has no negative
+    eigenvalue.
 
     Args:
         projector: [D, D] float32 or float64, any strides that keep its elements apart; symmetric to the last

@@ -24,7 +24,8 @@ def shapley_values(
 ) -> Tensor:  # [..., M]
     """Return each player's Shapley value, its mean marginal utility over all orders of arrival.
 
-    Equivalent to, with W[s, m] = (|s|-1)! (M-|s|)! / M! where s contains m, else -|s|! (M-|s|-1)! / M!:
+    Equivalent to, with `W[s, m] = (|s|-1)! (M-|s|)! / M!` where s contains m, else
+    `-|s|! (M-|s|-1)! / M!`:
 
         values = utilities @ W
 
