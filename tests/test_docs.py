@@ -49,7 +49,10 @@ def test_every_op_has_its_page() -> None:
 def test_every_method_has_its_page() -> None:
     from mmfast.methods import METHODS
 
+    index = (DOCS / "methods/index.md").read_text()
     assert {path.stem for path in (DOCS / "methods").glob("*.md")} - {"index", "own"} == set(METHODS)
+    rows = re.findall(r"^\| \[`([\w-]+)`\]\(\1\.md\) \| .*`~mmfast\.methods\.(\w+)`", index, flags=re.M)
+    assert dict(rows) == {name: method.__name__ for name, method in METHODS.items()}
 
 
 # What autodoc, or a page itself, describes: "mmfast.ops.kmeans".

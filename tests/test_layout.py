@@ -1,4 +1,4 @@
-"""Ops: every folder names its files alike, as the README's table says. Rooms: imports run one way."""
+"""Ops: every folder names its files alike, as the table of docs/ops says. Rooms: imports run one way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 
 from mmfast import backend as _backend
 from support.stems import FILES, ROOT, STEMS
+
+
+OPS_PAGE = ROOT / "docs/ops/index.md"
 
 
 def stems_of(backend: str) -> set[str]:
@@ -43,8 +46,8 @@ def test_every_op_has_its_benchmark():
 
 
 def backend_table() -> dict[str, dict[str, str]]:
-    """Return README's table of ops and backends: {op: {backend: "yes" or "-"}}."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+    """Return the documentation's table of ops and backends: {op: {backend: "yes" or "-"}}."""
+    lines = OPS_PAGE.read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| functions of"))
     rows = []
     for line in lines[start:]:
@@ -55,21 +58,23 @@ def backend_table() -> dict[str, dict[str, str]]:
     return {row[-1]: dict(zip(header[1:-1], row[1:-1], strict=True)) for row in body}
 
 
-def test_readme_table_agrees_with_the_files():
+def test_the_table_agrees_with_the_files():
     table = backend_table()
     assert set(table) == STEMS
     for op, cells in table.items():
         assert set(cells) == set(FILES)
         for backend, cell in cells.items():
             expected = "yes" if op in stems_of(backend) else "-"
-            assert cell == expected, f"README says {cell!r} for {op} on {backend}, the files say {expected!r}"
+            assert cell == expected, (
+                f"the table says {cell!r} for {op} on {backend}, the files say {expected!r}"
+            )
 
 
-def test_readme_table_names_every_function():
+def test_the_table_names_every_function():
     """By the names that users call, not by those of files."""
     from mmfast import ops
 
-    text = (ROOT / "README.md").read_text()
+    text = OPS_PAGE.read_text()
     table = text[text.index("| functions of") :].split("\n\n")[0]
     named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     # Of what is no function only the plan runs an op; the others are what ops return.

@@ -1,7 +1,7 @@
 """Names and arguments that users may rely on, held to the list in promised_api.txt.
 
-A line that goes, or an argument that changes its name, place or default, breaks programs: how that is done,
-docs/about/stability.md says. What is new is added by `python tests/test_promised_api.py`, which writes the list.
+A line that goes, or an argument that changes its name, place or default, breaks programs; how that is done,
+docs/about/stability.md says. What is new is added by `python tests/test_promised_api.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The checklist of a release notices what is amiss; of this checkout version, changelog and citation agree."""
+"""The checklist of a release notices what is amiss; this checkout's version and citation agree."""
 
 from __future__ import annotations
 

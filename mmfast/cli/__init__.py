@@ -13,8 +13,8 @@ _NEEDED = ("typer", "rich")
 def _leave_group() -> None:
     """End the threads of torch's process group, where a run has made one, while Python is whole.
 
-    One of Gloo's that runs on while the interpreter is taken down can abort the process, and with it a run that
-    has succeeded. Where a process has failed nothing is waited for: others may never answer.
+    One of Gloo's that runs on while the interpreter is taken down can abort the process, and with it a run
+    that has succeeded. Where a process has failed nothing is waited for: others may never answer.
     """
     # Not imported for it: most commands have no group.
     dist = sys.modules.get("torch.distributed")

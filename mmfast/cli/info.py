@@ -98,7 +98,7 @@ def _installed_as() -> str:
     if about.get("dir_info", {}).get("editable"):
         return f"editable, of {about['url']}"
     tags = re.findall(r"^Tag: (\S+)", installed.read_text("WHEEL") or "", flags=re.MULTILINE)
-    return f"wheel {', '.join(tags)}" if tags else f"by {(installed.read_text('INSTALLER') or 'hand').strip()}"
+    return f"wheel {', '.join(tags)}" if tags else "a folder without a wheel's record"
 
 
 def _extra() -> list[tuple[str, str]]:
