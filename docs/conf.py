@@ -40,6 +40,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+# What a notebook writes does not stay among the pages.
+nb_execution_in_temp = True
 # Progress bars write to the error stream, which is no part of a page.
 nb_output_stderr = "remove"
 

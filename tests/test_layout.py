@@ -12,7 +12,6 @@ import pytest
 from mmfast import backend as _backend
 from support.stems import FILES, ROOT, STEMS
 
-
 OPS_PAGE = ROOT / "docs/ops/index.md"
 
 
