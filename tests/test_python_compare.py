@@ -49,6 +49,19 @@ def test_runs_are_those_of_the_trainer():
         found.figures("auroc")
 
 
+def test_a_method_that_tables_would_leave_out_is_refused(monkeypatch):
+    class Own(methods.Joint):
+        name = "own"
+        title = "My own"
+
+    with raises(
+        ValueError, "methods must be those of mmfast.methods.METHODS, by which tables and tests go, got Own"
+    ):
+        compared(["joint", Own()])
+    monkeypatch.setitem(methods.METHODS, "own", Own)
+    assert list(compared(["joint", Own()]).table().index) == ["joint", "own"]
+
+
 def test_what_a_folder_keeps(tmp_path):
     found = compared(["joint", "mla"], out_dir=tmp_path, metrics={"auroc": MulticlassAUROC(3)})
     results = json.loads((tmp_path / "results.json").read_text())

@@ -164,7 +164,7 @@ Jobs = Annotated[
     typer.Option(
         help="Runs at a time, or auto: one a core, or a GPU. They share the machine's threads and GPUs, and "
         "results are the same but for rounding where a model is large enough for several threads. "
-        "Trials are made one after another before them."
+        "Trials come before them, of several methods at a time."
     ),
 ]
 Precision = Annotated[

@@ -93,7 +93,7 @@ def chosen_methods(methods: Sequence[Method | str] | Method | str, task: str) ->
     """Return the methods to compare; "all" are those that the task takes.
 
     Raises:
-        TypeError, ValueError: none, one twice, or what is no method.
+        TypeError, ValueError: none, one twice, what is no method, or one that tables would leave out.
     """
     if isinstance(methods, str):
         every = [name for name, kind in METHODS.items() if task == "multiclass" or not kind.needs_classes]
@@ -109,6 +109,13 @@ def chosen_methods(methods: Sequence[Method | str] | Method | str, task: str) ->
     twice = [method.name for method in chosen if sum(other.name == method.name for other in chosen) > 1]
     if twice:
         raise ValueError(f"methods must be given once each, got {twice[0]} {twice.count(twice[0])} times")
+    for method in chosen:
+        if METHODS.get(method.name) is not type(method):
+            kind = type(method).__name__
+            raise ValueError(
+                f"methods must be those of mmfast.methods.METHODS, by which tables and tests go, got {kind}: "
+                f"name it there first, mmfast.methods.METHODS[{method.name!r}] = {kind}"
+            )
     return chosen
 
 
