@@ -57,11 +57,15 @@ struct AnyArgument {
   operator T() const;
 };
 
+// Members that are arrays are begun without braces of their own, of which clang warns.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmissing-braces"
 template <class T, std::size_t... member>
 constexpr auto is_begun_from(std::index_sequence<member...>)
     -> decltype(T{(static_cast<void>(member), AnyArgument{})...}, true) {
   return true;
 }
+#pragma GCC diagnostic pop
 template <class T>
 constexpr bool is_begun_from(...) {
   return false;
@@ -108,8 +112,9 @@ struct Thunk;
 // sizes that a launch needs, for Python allocates.
 template <class Result, class... Parameters, Result (*function)(Parameters...)>
 struct Thunk<function> {
-  static constexpr int counts[] = {num_arguments_of<plain_t<Parameters>>()..., 0};
-  static constexpr bool is_one_real[] = {std::is_floating_point_v<plain_t<Parameters>>..., false};
+  static constexpr int counts[sizeof...(Parameters) + 1] = {num_arguments_of<plain_t<Parameters>>()..., 0};
+  static constexpr bool is_one_real[sizeof...(Parameters) + 1] = {
+      std::is_floating_point_v<plain_t<Parameters>>..., false};
 
   static constexpr int offset(std::size_t parameter) {
     int sum = 0;

@@ -1,6 +1,6 @@
 """Calls every op of the installed mmfast on the backend cpu and holds the results against plain torch.
 
-    python -P tools/wheel_ops.py [--isa all]
+    python -P tools/wheel_ops.py [--isa all] [--modules cpu cuda]
 
 Needs torch and mmfast alone. Once for each instruction set of this processor with `--isa all`.
 """
@@ -42,7 +42,14 @@ def check_ops() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", choices=("chosen", "all"), default="chosen")
-    if parser.parse_args().isa == "chosen":
+    parser.add_argument("--modules", nargs="*", choices=("cpu", "cuda"), default=["cpu"], help="must be there")
+    arguments = parser.parse_args()
+    for name in arguments.modules:
+        print(f"mmfast._{name}:", backend.extension(name).__file__)
+    if "cuda" in arguments.modules:
+        # Its kernels need a GPU; that it loads does not.
+        print("machine code for", backend.extension("cuda").architectures())
+    if arguments.isa == "chosen":
         check_ops()
         return 0
     for isa in backend.extension("cpu").supported_isas():

@@ -153,7 +153,7 @@ void write_moments(const T* x, int64_t stride, const int64_t* rows, int64_t samp
   for (int64_t d = begin; d < end; ++d) {
     const A m = static_cast<A>(sums.sum[d] / samples), v = static_cast<A>(sums.squares[d] / samples);
     mean[d] = m, var[d] = v;
-    has_overflow |= is_finite(m) & is_finite(v) ? 0 : 1;
+    has_overflow |= (int{is_finite(m)} & int{is_finite(v)}) != 0 ? 0 : 1;
   }
   for (int64_t d = begin; has_overflow != 0 && d < end; ++d) {
     if (is_finite(mean[d]) && is_finite(var[d])) continue;

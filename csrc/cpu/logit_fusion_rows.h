@@ -88,7 +88,7 @@ class RowBlocks {
     f_.find_rows(target_ + (m * f_.N + first) * C_, C_, first, targets);
     const V max = maxima_[g * f_.M + m];
     if (f_.score == kCertainty) {
-      certainty_gradients(rows, dfused, tops_[g * f_.M + m], exponentials(g, m), w, dscore, s, targets);
+      certainty_gradients(dfused, tops_[g * f_.M + m], exponentials(g, m), w, dscore, s, targets);
     } else if (needs_care_[g * f_.M + m]) {
       entropy_gradients<true>(rows, dfused, max, exponentials(g, m), w, dscore, mean, targets);
     } else {
@@ -299,7 +299,7 @@ class RowBlocks {
     }));
   }
 
-  __attribute__((noinline)) void certainty_gradients(const T* const* rows, const T* const* dfused, Mask tops,
+  __attribute__((noinline)) void certainty_gradients(const T* const* dfused, Mask tops,
                                                      const A* e,  // [L, C]
                                                      V weights, V dscores, V s, T* const* targets) const {
     const int64_t ahead = batch_ * C_;

@@ -14,7 +14,15 @@ namespace {
 template <class V>
 __attribute__((always_inline)) inline void hide(V& x) {
 #if defined(__x86_64__)
-  asm volatile("" : "+v"(x));
+  if constexpr (sizeof(V) == 8) {
+    // As a number: clang has no register for a vector of eight bytes.
+    double held;
+    __builtin_memcpy(&held, &x, 8);
+    asm volatile("" : "+v"(held));
+    __builtin_memcpy(&x, &held, 8);
+  } else {
+    asm volatile("" : "+v"(x));
+  }
 #elif defined(__aarch64__)
   asm volatile("" : "+w"(x));
 #else

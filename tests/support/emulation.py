@@ -8,13 +8,13 @@ place of `mmfast._cuda` for a test. Kernels may touch those bytes only that belo
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,7 +38,9 @@ CHECKED = ["-O1", "-fsanitize=thread,alignment", "--param", "tsan-instrument-fun
 
 
 def compiler() -> list[str]:
-    """Return the command of the C++ compiler, empty if there is none."""
+    """Return the command of the C++ compiler, empty if there is none or the system is not Linux."""
+    if not sys.platform.startswith("linux"):
+        return []
     command = shlex.split(os.environ.get("CXX", "g++"))
     return command if shutil.which(command[0]) else []
 
@@ -63,6 +65,8 @@ def _compile(source: Path, folder: Path) -> str:
 
 def build(kernels: list[Path]) -> Path:
     """Return the library, compiled if need be; processes that ask at the same time wait for one."""
+    import fcntl  # not on Windows
+
     folder = _folder(kernels)
     library = folder / "emulated.so"
     folder.mkdir(exist_ok=True)
