@@ -115,6 +115,7 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
 # A compiler that notes what it is told, and knows three architectures.
 NOTING = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_75; echo compute_80; echo compute_90; exit; fi
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 12.9, V12.9.1"; exit; fi
 echo "$(basename $0) $*" >>"$(dirname $0)/log"
 echo "ptxas info : Compiling entry function 'kernel' for 'sm_80'"
 echo "8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads"
@@ -194,6 +195,7 @@ def test_the_cuda_build_is_for_the_architectures_named(noted_build, named, built
     assert any(" -c csrc/cuda/duc_loss_sm90a.cu " in call for call in noted_build.calls("nvcc"))
     module = next(call for call in noted_build.calls("ccache") if "csrc/cuda/module.cpp" in call)
     assert f"{' '.join(built)}, PTX {built[-1]}" in module
+    assert '-DMMFAST_NVCC="12.9"' in module
 
 
 @compiles_cuda

@@ -109,7 +109,7 @@ def test_paths_that_workflows_name_are_there():
         for path in PATH.findall(script.replace("{project}/", "")):
             found.append(path)
             assert list(ROOT.glob(path)), f"{name} names {path}"
-    assert {"tools/fuzz", "tools/docs", "tools/versions", ".ci/smoke.py"} <= set(found)
+    assert {"tools/fuzz", "tools/docs", "tools/versions", "tools/wheel_ops.py"} <= set(found)
     for path in read(WORKFLOWS["wheels"])[True]["pull_request"]["paths"]:
         assert list(ROOT.glob(path)), path
     for name, step in steps():

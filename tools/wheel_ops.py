@@ -42,7 +42,9 @@ def check_ops() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", choices=("chosen", "all"), default="chosen")
-    parser.add_argument("--modules", nargs="*", choices=("cpu", "cuda"), default=["cpu"], help="must be there")
+    parser.add_argument(
+        "--modules", nargs="*", choices=("cpu", "cuda"), default=["cpu"], help="must be there"
+    )
     arguments = parser.parse_args()
     for name in arguments.modules:
         print(f"mmfast._{name}:", backend.extension(name).__file__)
