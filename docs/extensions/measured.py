@@ -77,7 +77,7 @@ class Measured(SphinxDirective):
         if picture.exists():
             # Sphinx copies pictures that lie among the pages alone.
             copied = Path(self.env.srcdir) / "pictures" / "measured" / picture.name
-            copied.parent.mkdir(exist_ok=True)
+            copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, copied)
             lines += [f"![Time against size of {op}](/pictures/measured/{picture.name})", ""]
         for run in runs.values():
