@@ -34,7 +34,7 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Icsrc"]
 # GCC 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
 CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"]
-CPU_FLAGS += ["-Wno-maybe-uninitialized"]
+GCC_FLAGS = ["-Wno-maybe-uninitialized"]
 # Lowest first: see the order of objects in Build.build_cpu. No MMX, into whose registers GCC 12 spills: they
 # are those of long double, which would be NaN from then on.
 X86_LEVELS = {
@@ -124,6 +124,12 @@ def find_cxx() -> str | None:
     if named:
         return named if shutil.which(shlex.split(named)[0]) else None
     return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def is_clang(cxx: str) -> bool:
+    """Return whether this is clang, which warns of flags that GCC alone knows."""
+    said = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
+    return "clang" in said
 
 
 def host_compiler(cxx: str) -> list[str]:
@@ -228,11 +234,12 @@ class Build:
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         module = ROOT / "csrc/cpu/module.cpp"
+        own = [] if is_clang(self.cxx) else GCC_FLAGS
         objects = [self.compile(module, [*self.cxxflags, *self.module_flags]), self.compile_shared()]
         # A linker keeps the first copy it meets of an inline function that several objects carry, one from
         # the standard library say. The baseline's comes first, so none with newer instructions is shared.
         for number, (level, flags) in enumerate(levels.items()):
-            flags = [*self.cxxflags, *CPU_FLAGS, *flags, f"-DMMFAST_ISA={number}"]
+            flags = [*self.cxxflags, *CPU_FLAGS, *own, *flags, f"-DMMFAST_ISA={number}"]
             objects += [self.compile(source, flags, level) for source in sources if source != module]
         # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
         flags = shlex.join(["-fopenmp", "-Wl,--as-needed", *self.ldflags, *sanitizer_flags()])
