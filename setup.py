@@ -27,6 +27,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
@@ -59,6 +60,11 @@ LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")
 
 class BuildError(Exception):
     """A build that cannot go on; its text is the one sentence the user reads."""
+
+
+def joined(words: list[str]) -> str:
+    """Return words as a shell takes them, with no "$" that ninja would read."""
+    return shlex.join(words).replace("$", "$$")
 
 
 def say(text: str) -> None:
@@ -201,6 +207,7 @@ class Build:
         # Objects of one build serve the next, with other modules.
         self.file = (self.folder / f"{name}.ninja").open("w")
         self.shared: str | None = None
+        self.logs: list[Path] = []  # of ptxas, for this build's objects
         self.ninja = ninja_syntax.Writer(self.file, width=110)
         # The log of what is built lies beside what is built, not in the checkout.
         self.ninja.variable("builddir", str(self.folder))
@@ -219,7 +226,7 @@ class Build:
             [*source.relative_to(ROOT / "csrc").with_suffix("").parts, *([level] if level else [])]
         )
         out = str(self.folder / f"{stem}.o")
-        variables = {"flags": shlex.join(flags), "level": level}
+        variables = {"flags": joined(flags), "level": level}
         self.ninja.build(out, "cxx", str(source.relative_to(ROOT)), variables=variables)
         return out
 
@@ -242,7 +249,7 @@ class Build:
             flags = [*self.cxxflags, *CPU_FLAGS, *own, *flags, f"-DMMFAST_ISA={number}"]
             objects += [self.compile(source, flags, level) for source in sources if source != module]
         # libgomp by its plain soname: torch, imported before, has loaded one and its symbols come first.
-        flags = shlex.join(["-fopenmp", "-Wl,--as-needed", *self.ldflags, *sanitizer_flags()])
+        flags = joined(["-fopenmp", "-Wl,--as-needed", *self.ldflags, *sanitizer_flags()])
         self.ninja.build(target, "link", objects, variables={"flags": flags})
         self.ninja.default(self.escape(target))
 
@@ -265,7 +272,7 @@ class Build:
         )
         self.ninja.rule(
             "nvlink",
-            f"{nvcc} -shared -cudart {cudart} {shlex.join(host)} $codes $in {shlex.join(linked)} -o $out",
+            f"{nvcc} -shared -cudart {cudart} {joined(host)} $codes $in {joined(linked)} -o $out",
             description="link $out",
         )
         module = ROOT / "csrc/cuda/module.cpp"
@@ -287,10 +294,11 @@ class Build:
                 "nvcc",
                 str(source.relative_to(ROOT)),
                 implicit=[header for header in HEADERS if not header.startswith("csrc/cpu/")],
-                variables={"flags": shlex.join([*flags, *targets])},
+                variables={"flags": joined([*flags, *targets])},
             )
             objects.append(out)
-        self.ninja.build(target, "nvlink", objects, variables={"codes": shlex.join(codes)})
+            self.logs.append(Path(f"{out}.ptxas.log"))
+        self.ninja.build(target, "nvlink", objects, variables={"codes": joined(codes)})
         self.ninja.default(self.escape(target))
 
     def run(self) -> None:
@@ -306,7 +314,7 @@ class Build:
     def report_spills(self) -> None:
         """Name every CUDA kernel whose registers did not suffice, or fail if MMFAST_SPILLS=error."""
         spills = []
-        for log in sorted(self.folder.glob("*.ptxas.log")):
+        for log in self.logs:
             entries = re.split(r"Compiling entry function ", log.read_text())[1:]
             for entry in entries:
                 stores = re.search(r"(\d+) bytes spill stores", entry)
@@ -319,6 +327,16 @@ class Build:
             say(text)
 
 
+class CleanBuildPy(build_py):
+    """setuptools' build_py, which would put what an earlier build left in its folder into the wheel."""
+
+    def run(self) -> None:
+        left = Path(self.build_lib) / "mmfast"
+        if left.resolve() != ROOT / "mmfast":
+            shutil.rmtree(left, ignore_errors=True)
+        super().run()
+
+
 class NinjaBuildExt(build_ext):
     """setuptools' build_ext with the work handed to ninja."""
 
@@ -327,10 +345,23 @@ class NinjaBuildExt(build_ext):
         self.keep(wanted_modules())
         super().run()
 
+    def copy_extensions_to_source(self) -> None:
+        self.drop_others(ROOT / "mmfast")
+        super().copy_extensions_to_source()
+
+    def drop_others(self, folder: Path) -> None:
+        """Remove modules of other builds: those for one Python are found before those for all."""
+        wanted = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+        for pattern in ("_cpu.*", "_cuda.*"):
+            for path in folder.glob(pattern):
+                if path.suffix in (".so", ".pyd") and path.name not in wanted:
+                    path.unlink()
+
     def keep(self, names: list[str]) -> None:
         self.extensions = [extension for extension in self.extensions if extension.name in names]
 
     def build_extensions(self) -> None:
+        self.drop_others(Path(self.build_lib) / "mmfast")
         names = [extension.name for extension in self.extensions]
         if "mmfast._cuda" in names and os.environ.get("MMFAST_CUDA", "auto").lower() == "auto":
             names.remove("mmfast._cuda")
@@ -350,10 +381,6 @@ class NinjaBuildExt(build_ext):
         for name in names:
             target = Path(self.get_ext_fullpath(name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            # One that was built for this Python alone would be found before this one.
-            for other in target.parent.glob(f"{name.rpartition('.')[2]}.*.so"):
-                if other != target:
-                    other.unlink()
             (build.build_cpu if name == "mmfast._cpu" else build.build_cuda)(str(target))
         build.run()
         return build
@@ -364,6 +391,8 @@ try:
     names = ("mmfast._cpu", "mmfast._cuda")
     modules = [Extension(name, sources=[], py_limited_api=STABLE_ABI) for name in names]
     options = {"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {}
-    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt}, options=options)
+    setup(
+        ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt, "build_py": CleanBuildPy}, options=options
+    )
 except BuildError as error:
     sys.exit(f"mmfast: {error}")

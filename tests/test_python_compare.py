@@ -49,15 +49,27 @@ def test_runs_are_those_of_the_trainer():
         found.figures("auroc")
 
 
-def test_a_method_that_tables_would_leave_out_is_refused(monkeypatch):
+def test_a_method_that_tables_would_leave_out_is_refused(monkeypatch, tmp_path):
     class Own(methods.Joint):
         name = "own"
         title = "My own"
 
     with raises("methods must be those of mmfast.methods.METHODS, by which tables and tests go, got Own"):
         compared(["joint", Own()])
+    with raises(
+        "methods must be those of mmfast.methods.METHODS, by which tables and tests go, got Taken: 'joint'"
+    ):
+        compared([type("Taken", (methods.Joint,), {})()])
     monkeypatch.setitem(methods.METHODS, "own", Own)
-    assert list(compared(["joint", Own()]).table().index) == ["joint", "own"]
+    # In other processes, too.
+    found = compared(["joint", Own()], jobs=2, out_dir=tmp_path)
+    assert list(found.table().index) == ["joint", "own"]
+    monkeypatch.delitem(methods.METHODS, "own")
+    with pytest.raises(
+        ValueError, match=r"results.json has runs of a method that is not among .*, 'own': name"
+    ):
+        compared(["joint"], out_dir=tmp_path, resume=True)
+    assert "own" in (tmp_path / "results.json").read_text()
 
 
 def test_what_a_folder_keeps(tmp_path):

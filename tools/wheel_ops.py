@@ -39,6 +39,14 @@ def check_ops() -> None:
     print(f"{count} calls of {len(CALLS)} ops agree with plain torch on {module.isa()} ({module.built_by})")
 
 
+def check_openmp() -> None:
+    """Raise where a second OpenMP runtime is in this process beside torch's."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        found = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+        assert len(found) <= 1, f"several OpenMP runtimes: {', '.join(sorted(found))}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", choices=("chosen", "all"), default="chosen")
@@ -53,6 +61,7 @@ def main() -> int:
         print("machine code for", backend.extension("cuda").architectures())
     if arguments.isa == "chosen":
         check_ops()
+        check_openmp()
         return 0
     for isa in backend.extension("cpu").supported_isas():
         environment = os.environ | {"MMFAST_CPU_ISA": isa}

@@ -111,10 +111,13 @@ def chosen_methods(methods: Sequence[Method | str] | Method | str, task: str) ->
         raise ValueError(f"methods must be given once each, got {twice[0]} {twice.count(twice[0])} times")
     for method in chosen:
         if METHODS.get(method.name) is not type(method):
-            kind = type(method).__name__
+            kind, name = type(method).__name__, method.name
+            mend = f"name it there first, mmfast.methods.METHODS[{name!r}] = {kind}"
+            if name in METHODS:
+                mend = f"{name!r} is the name of {METHODS[name].__name__}, give it one of its own"
             raise ValueError(
-                f"methods must be those of mmfast.methods.METHODS, by which tables and tests go, got {kind}: "
-                f"name it there first, mmfast.methods.METHODS[{method.name!r}] = {kind}"
+                "methods must be those of mmfast.methods.METHODS, by which tables and tests go, "
+                f"got {kind}: {mend}"
             )
     return chosen
 

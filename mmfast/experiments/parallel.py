@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mmfast.errors import describe
-from mmfast.experiments.worker import SHARED, STOP, Share, call_here, torch_settings
+from mmfast.experiments.worker import SHARED, STOP, Share, call_here, program_settings
 from mmfast.files import is_alive
 from mmfast.training.stopping import Stop, Stopped, listening
 
@@ -253,7 +253,7 @@ def _write(shared: Any, path: Path) -> None:
     import cloudpickle
 
     try:
-        torch.save((torch_settings(), shared), path, pickle_module=cloudpickle)
+        torch.save((program_settings(), shared), path, pickle_module=cloudpickle)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"what runs share must be picklable for several jobs: {error}") from error
 

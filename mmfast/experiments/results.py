@@ -147,6 +147,7 @@ class Results:
                     )
                 # Files of before have no checksum.
                 if found.pop(_CHECKSUM, None) in (None, _checksum(found)) and _is_whole(found):
+                    self._check_methods(found)
                     return found
         runs = sorted(self._records(), key=_place)
         if not runs:
@@ -169,6 +170,15 @@ class Results:
         found["configuration"] = configuration | {"methods": methods | configuration["methods"]}
         self._write(found)
         return found
+
+    def _check_methods(self, found: dict[str, Any]) -> None:
+        """Raise ValueError for runs of methods that this program does not know."""
+        for name in dict.fromkeys(run["method"] for run in found["runs"]):
+            if name not in METHODS:
+                raise ValueError(
+                    f"{self.path} has runs of a method that is not among mmfast.methods.METHODS, {name!r}: "
+                    "name it there first, or give another --out"
+                )
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """Yield the entries that runs of this comparison left in their own folders."""
@@ -277,7 +287,7 @@ def _is_whole(found: dict[str, Any]) -> bool:
         return False
     return isinstance(configuration.get("methods"), dict) and all(
         isinstance(run, dict)
-        and run.get("method") in METHODS
+        and isinstance(run.get("method"), str)
         and isinstance(run.get("seed"), int)
         and (isinstance(run.get("metrics"), dict) or "diverged" in run)
         for run in runs

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mmfast.methods import METHODS
 from mmfast.training.stopping import Stopped
 
 # In the folder of the calls: what all share, and what tells that none is to begin.
@@ -75,9 +76,13 @@ def call_here(
             return index, "failed", _sendable(error)
 
 
-def torch_settings() -> dict[str, Any]:
-    """Return what a program may have set for all that torch does, which other processes are to have, too."""
+def program_settings() -> dict[str, Any]:
+    """Return what a program may have set for all it does, which other processes are to have, too."""
     return {
+        # Those of the package are there anyhow.
+        "methods": {
+            name: kind for name, kind in METHODS.items() if not kind.__module__.startswith("mmfast.methods.")
+        },
         "dtype": torch.get_default_dtype(),
         "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -93,6 +98,7 @@ def _read(scratch: Path) -> Any:
                 f"folder must be one that all machines of joblib's backend see, got {scratch.parent}"
             )
         settings, shared = torch.load(scratch / SHARED, mmap=True, weights_only=False)
+        METHODS.update(settings["methods"])
         torch.set_default_dtype(settings["dtype"])
         torch.set_float32_matmul_precision(settings["matmul"])
         torch.use_deterministic_algorithms(settings["deterministic"])
