@@ -125,8 +125,10 @@ def _load_extension(name: str) -> ModuleType | str:
     except ModuleNotFoundError:
         if reason := bare_checkout():
             return reason
+        if not sys.platform.startswith("linux"):
+            return f"mmfast compiles nothing on {sys.platform}: every op runs in plain torch"
         switch = f"MMFAST_{name.upper()}=1"
-        return f"mmfast was installed without its {name} module: install it with {switch}, which says why not"
+        return f"mmfast was installed without its {name} module: build it with {switch}, which says why not"
     except ImportError as error:
         if "MMFAST_CPU_ISA" in os.environ and name == "cpu":
             # What was asked for and cannot be had must not turn into plain torch without a word.
