@@ -167,4 +167,19 @@ inline bool bind_ops(PyObject* module, int isa, const char* const* names = nullp
   return true;
 }
 
+// How the module of this name is defined; `functions` end with a null one.
+inline PyModuleDef definition_of(const char* name, const char* doc, PyMethodDef* functions) {
+  return {PyModuleDef_HEAD_INIT, name, doc, -1, functions, nullptr, nullptr, nullptr, nullptr};
+}
+
+// Makes the module with every op, as bind_ops has it. Null if that raised.
+inline PyObject* make_module(PyModuleDef& definition, int isa, const char* const* names = nullptr) {
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && !bind_ops(module, isa, names)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
+
 }  // namespace mmfast

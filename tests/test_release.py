@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -82,5 +83,8 @@ def test_a_tag_of_another_commit(project):
 def test_this_checkout_agrees_with_itself():
     assert TOOL.check_version(mmfast.__version__) is None
     assert TOOL.check_citation(mmfast.__version__) is None
+    # Between two releases what is new stands under "Unreleased".
+    problem = TOOL.check_changelog(mmfast.__version__)
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert f"## [{mmfast.__version__}] - " in text or "## [Unreleased]" in text
+    is_going_on = re.search(r"^## \[Unreleased\]\s+(### .*\s+)?- ", text, flags=re.MULTILINE)
+    assert problem is None or is_going_on, problem

@@ -68,25 +68,12 @@ PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                          "_cpu",
-                          "C++ kernels on raw addresses; mmfast.ops checks their arguments.",
-                          -1,
-                          functions,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr};
+PyModuleDef definition = mmfast::definition_of(
+    "_cpu", "C++ kernels on raw addresses; mmfast.ops checks their arguments.", functions);
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__cpu() {
   isa_in_use = chosen_isa();
-  if (isa_in_use < 0) return nullptr;
-  PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && !mmfast::bind_ops(module, isa_in_use, kNames)) {
-    Py_DECREF(module);
-    return nullptr;
-  }
-  return module;
+  return isa_in_use < 0 ? nullptr : mmfast::make_module(definition, isa_in_use, kNames);
 }

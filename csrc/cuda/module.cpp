@@ -5,30 +5,17 @@
 namespace {
 
 PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(MMFAST_CUDA_ARCHITECTURES); }
+PyObject* nvcc(PyObject*, PyObject*) { return PyUnicode_FromString(MMFAST_NVCC); }
 
 PyMethodDef functions[] = {
     {"architectures", &architectures, METH_NOARGS, "The compute capabilities compiled in."},
+    {"nvcc", &nvcc, METH_NOARGS, "The release of nvcc that compiled it."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                          "_cuda",
-                          "CUDA kernels on raw addresses and a stream; mmfast.ops checks their arguments.",
-                          -1,
-                          functions,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr};
+PyModuleDef definition = mmfast::definition_of(
+    "_cuda", "CUDA kernels on raw addresses and a stream; mmfast.ops checks their arguments.", functions);
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cuda() {
-  PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr &&
-      (!mmfast::bind_ops(module, 0) || PyModule_AddStringConstant(module, "nvcc", MMFAST_NVCC) != 0)) {
-    Py_DECREF(module);
-    return nullptr;
-  }
-  return module;
-}
+PyMODINIT_FUNC PyInit__cuda() { return mmfast::make_module(definition, 0); }

@@ -82,7 +82,7 @@ def _build() -> list[tuple[str, str]]:
             # Why stands among the backends.
             lines.append((f"{name} module", "not available"))
             continue
-        made = f"{module.built_by}, nvcc {module.nvcc}" if name == "cuda" else module.built_by
+        made = f"{module.built_by}, nvcc {module.nvcc()}" if name == "cuda" else module.built_by
         code = f"; machine code for {module.architectures()}" if name == "cuda" else ""
         lines.append((f"{name} module", made + code))
     return lines
