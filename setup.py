@@ -26,6 +26,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -132,10 +133,9 @@ def find_cxx() -> str | None:
     return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
 
 
-def is_clang(cxx: str) -> bool:
-    """Return whether this is clang, which warns of flags that GCC alone knows."""
-    said = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
-    return "clang" in said
+def version_of(compiler: str) -> str:
+    """Return what a compiler, with flags or not, says of its version."""
+    return subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
 
 
 def host_compiler(cxx: str) -> list[str]:
@@ -204,7 +204,8 @@ class Build:
         self.module_flags.append(f'-DMMFAST_REVISION="{revision()}"')
         self.ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
         self.cxxflags = [*COMMON_FLAGS, *sanitizer_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        # Objects of one build serve the next, with other modules.
+        # Objects of one build serve the next, with other modules, but not with another compiler at this path.
+        self.cxx_version = self.note_version(self.cxx, "cxx")
         self.file = (self.folder / f"{name}.ninja").open("w")
         self.shared: str | None = None
         self.logs: list[Path] = []  # of ptxas, for this build's objects
@@ -220,6 +221,13 @@ class Build:
         )
         self.ninja.rule("link", f"{self.cxx} -shared $in -o $out $flags", description="link $out")
 
+    def note_version(self, compiler: str, name: str) -> str:
+        """Return a file that holds the compiler's version, for ninja to see that it is another."""
+        path, said = self.folder / f"{name}.version", version_of(compiler)
+        if not path.exists() or path.read_text() != said:
+            path.write_text(said)
+        return str(path)
+
     def compile(self, source: Path, flags: list[str], level: str = "") -> str:
         """Add one C++ object and return its path."""
         stem = "_".join(
@@ -227,7 +235,8 @@ class Build:
         )
         out = str(self.folder / f"{stem}.o")
         variables = {"flags": joined(flags), "level": level}
-        self.ninja.build(out, "cxx", str(source.relative_to(ROOT)), variables=variables)
+        name = str(source.relative_to(ROOT))
+        self.ninja.build(out, "cxx", name, implicit=[self.cxx_version], variables=variables)
         return out
 
     def compile_shared(self) -> str:
@@ -241,7 +250,8 @@ class Build:
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         module = ROOT / "csrc/cpu/module.cpp"
-        own = [] if is_clang(self.cxx) else GCC_FLAGS
+        # clang warns of flags that GCC alone knows.
+        own = [] if "clang" in version_of(self.cxx) else GCC_FLAGS
         objects = [self.compile(module, [*self.cxxflags, *self.module_flags]), self.compile_shared()]
         # A linker keeps the first copy it meets of an inline function that several objects carry, one from
         # the standard library say. The baseline's comes first, so none with newer instructions is shared.
@@ -277,14 +287,15 @@ class Build:
         )
         module = ROOT / "csrc/cuda/module.cpp"
         built_for = " ".join(map(str, known)) + f", PTX {known[-1]}"
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release ([\d.]+)", said)
+        release = re.search(r"release ([\d.]+)", version_of(shlex.quote(nvcc)))
         defines = [f'-DMMFAST_CUDA_ARCHITECTURES="{built_for}"']
         defines.append(f'-DMMFAST_NVCC="{release[1] if release else "of an unknown release"}"')
         objects = [
             self.compile(module, [*self.cxxflags, *self.module_flags, *defines]),
             self.compile_shared(),
         ]
+        headers = [header for header in HEADERS if not header.startswith("csrc/cpu/")]
+        needed = [*headers, self.note_version(shlex.quote(nvcc), "nvcc"), self.cxx_version]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             out = str(self.folder / f"cuda_{source.stem}.o")
             one = ONE_ARCHITECTURE.search(source.stem)
@@ -293,7 +304,7 @@ class Build:
                 out,
                 "nvcc",
                 str(source.relative_to(ROOT)),
-                implicit=[header for header in HEADERS if not header.startswith("csrc/cpu/")],
+                implicit=needed,
                 variables={"flags": joined([*flags, *targets])},
             )
             objects.append(out)
@@ -358,7 +369,9 @@ class NinjaBuildExt(build_ext):
                     path.unlink()
 
     def keep(self, names: list[str]) -> None:
-        self.extensions = [extension for extension in self.extensions if extension.name in names]
+        kept = [extension for extension in self.extensions if extension.name in names]
+        # What makes the wheel asks the distribution.
+        self.extensions = self.distribution.ext_modules = kept
 
     def build_extensions(self) -> None:
         self.drop_others(Path(self.build_lib) / "mmfast")
@@ -386,13 +399,21 @@ class NinjaBuildExt(build_ext):
         return build
 
 
+class TaggedWheel(bdist_wheel):
+    """setuptools' bdist_wheel, whose tag tells what was built: without a module it is for all systems."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":
+            self.root_is_pure = not self.distribution.has_ext_modules()
+
+
 try:
     # All there may be; the command leaves out what this machine cannot build.
     names = ("mmfast._cpu", "mmfast._cuda")
     modules = [Extension(name, sources=[], py_limited_api=STABLE_ABI) for name in names]
     options = {"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {}
-    setup(
-        ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt, "build_py": CleanBuildPy}, options=options
-    )
+    commands = {"bdist_wheel": TaggedWheel, "build_ext": NinjaBuildExt, "build_py": CleanBuildPy}
+    setup(ext_modules=modules, cmdclass=commands, options=options)
 except BuildError as error:
     sys.exit(f"mmfast: {error}")

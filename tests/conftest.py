@@ -67,6 +67,13 @@ def device(request: pytest.FixtureRequest, backend: str) -> torch.device:
 
 
 @pytest.fixture
+def cpu_module() -> None:
+    """Skip a test of the C++ kernels where they are not built."""
+    if reason := _backend.why_not("cpu"):
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill what torch.empty returns with NaN, so an element left unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled()

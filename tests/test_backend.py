@@ -18,6 +18,7 @@ from mmfast.ops.logit_fusion import SCORES
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_auto_takes_what_is_preferred_for_a_while():
     with backend.preferring("reference"):
         assert backend.resolve("shapley_values", "auto", "cpu", torch.float32) == "reference"
@@ -28,11 +29,13 @@ def test_auto_takes_what_is_preferred_for_a_while():
     assert backend.resolve("shapley_values", "auto", "cpu", torch.float32) == "cpu"
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_auto_takes_the_kernel_where_there_is_one():
     for op in ("shapley_values", "partial_reinit"):
         assert backend.resolve(op, "auto", "cpu", torch.float32) == "cpu"
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_the_kernel_is_what_runs(monkeypatch):
     calls = []
     extension = backend.extension("cpu")
@@ -95,6 +98,7 @@ def test_the_interpreter_is_switched_while_python_runs(monkeypatch):
             backend.resolve("shapley_values", "triton", other, torch.float32)
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_tensors_elsewhere_are_refused_by_name():
     with pytest.raises(backend.BackendUnavailableError, match="it does not take tensors on 'meta'"):
         backend.resolve("shapley_values", "cpu", "meta", torch.float32)

@@ -97,9 +97,8 @@ def test_the_limit_is_that_of_exponentials_where_they_take_longest():
     assert limits.nearest(multiplied, torch.bfloat16)[0] == "matrix"
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_registers_are_measured_by_kind_and_dtype():
-    if backend.why_not("cpu") is not None:
-        pytest.skip(backend.why_not("cpu"))
     rates = harness._measure_registers(clock.Clock(torch.device("cpu")))
     assert set(rates) == {"exponential", "logarithm", "multiply_add"}
     assert all(rate > 1e6 for found in rates.values() for rate in found.values())

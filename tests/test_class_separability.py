@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.ops import _class_separability_launch
 from mmfast.reference import class_separability as reference
@@ -76,11 +75,9 @@ def check_all(backend):
                             assert torch.equal(hits, reference.dimension_hits(x, labels, centroids))
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("restored_threads", "cpu_module")
 @pytest.mark.parametrize("shape", [(20_001, 40, 3), (4_001, 65, 200), (100_003, 3, 2)], ids=str)
 def test_number_of_threads_changes_no_bit(shape):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     features, labels, num_classes = make(shape, torch.float32)
     raw, results = torch.ops.mmfast, []
     for num_threads in (1, 2, 3):

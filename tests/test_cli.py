@@ -297,6 +297,22 @@ def test_valuation_prints_and_writes_contributions(trained, tmp_path):
     assert (tmp_path / "contributions.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("compare my.npz", "compare takes options alone, got my.npz; did you mean --data my.npz?"),
+        ("compare joint mla", "got joint mla; did you mean --methods joint,mla?"),
+        ("train --out x di-mml my.npz", "got di-mml my.npz; did you mean --method di-mml --data my.npz?"),
+        ("predict --model x --data y z", "got z; did you mean --data z?"),
+        ("info my.npz", "info takes options alone, got my.npz "),
+    ],
+)
+def test_a_word_without_its_option(words, text):
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_valuation_lies_beside_the_model_by_default(trained):
     result = valuate("--model", trained[0] / "model.ckpt", "--split", "val", "--utility", "margin")
     assert result.exit_code == 0, result.output

@@ -281,12 +281,10 @@ def test_pairs_of_different_widths_in_the_cuda_kernel(compute_capability, sizes,
         assert_close_to_truth(mine, true, simple.to(mine.dtype))
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("restored_threads", "cpu_module")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("shape", [(2, 64, 64), (3, 201, 40), (2, 515, 130)], ids=str)
 def test_number_of_threads_changes_no_bit(shape, dtype):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     features, effective = make(shape, dtype)
     results = []
     for num_threads in (1, 2, 3):

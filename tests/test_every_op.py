@@ -40,10 +40,9 @@ def test_thirty_runs_agree_to_the_bit(stem, make, backend, restored_threads):
 
 
 @pytest.mark.parametrize(("stem", "make"), CASES)
+@pytest.mark.usefixtures("cpu_module")
 def test_number_of_threads_changes_no_bit(stem, make, restored_threads):
     """At sizes that differ from op to op, the ops' own tests have this, too."""
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     _, call = make(torch.device("cpu"), torch.float32, "cpu")
     results = []
     for num_threads in (1, 2, 3):
@@ -54,10 +53,9 @@ def test_number_of_threads_changes_no_bit(stem, make, restored_threads):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.usefixtures("cpu_module")
 def test_every_instruction_set(isa):
     """What the ops' own files check, in a process that is started for one instruction set."""
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     if isa not in _backend.extension("cpu").supported_isas():
         pytest.skip(f"this processor does not support {isa}")
     program = (

@@ -226,13 +226,12 @@ def test_the_steps_name_every_op_and_program_there_is():
 
 
 @pytest.mark.parametrize("stem", OPS)
+@pytest.mark.usefixtures("cpu_module")
 def test_checks_pass_what_is_right_and_catch_what_is_not(stem, tmp_path, monkeypatch):
     import checks
 
     import steps
 
-    if reason := backend.why_not("cpu"):
-        pytest.skip(reason)
     monkeypatch.setattr(checks, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(checks, "RUNS", 3)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

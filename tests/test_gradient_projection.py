@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfast import backend as _backend
 from mmfast import ops
 from support.cases import DTYPES, dtype_name, is_interpreted, laws
 from support.numerics import as_plain_float64, assert_close_to_truth
@@ -83,11 +82,9 @@ def check_all(backend):
                             check_step(p, features[0], grad.T.contiguous().T, 0.1, backend)
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("restored_threads", "cpu_module")
 @pytest.mark.parametrize(("size", "rows"), [(512, 6), (301, 31), (301, 5), (700, 101)])
 def test_number_of_threads_changes_no_bit(size, rows):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     features, grad = torch.randn(4, size), torch.randn(rows, size)
     results = []
     for num_threads in (1, 2, 3):

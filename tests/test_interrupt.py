@@ -9,8 +9,6 @@ import time
 
 import pytest
 
-from mmfast import backend as _backend
-
 # Each takes minutes on two cores.
 CALLS = {
     "kmeans": "ops.kmeans(rand(100_000, 512), 2000, init=rand(2000, 512), tol=0, backend='cpu')",
@@ -34,9 +32,8 @@ print(ops.kmeans(rand(50, 3), 50, backend="cpu").inertia.item(), flush=True)
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.usefixtures("cpu_module")
 def test_a_long_call_is_interrupted(call):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     program = PROGRAM.format(call=CALLS[call])
     with subprocess.Popen(
         [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfast import backend as _backend
 from mmfast import ops
 from mmfast.reference import kmeans as reference
 from support.cases import DTYPES, dtype_name, is_interpreted, laws
@@ -63,11 +62,9 @@ def check_all(backend):
                     check_lloyd(torch.cat([x[:1], x]), min(num_clusters + 1, num_samples), backend, 1)
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("restored_threads", "cpu_module")
 @pytest.mark.parametrize("shape", [(5001, 20, 13), (30_000, 3, 2), (700, 300, 40)], ids=str)
 def test_number_of_threads_changes_no_bit(shape):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     features, _ = make(*shape, spread=3.0)
     results = []
     for num_threads in (1, 2, 3):

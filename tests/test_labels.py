@@ -36,10 +36,9 @@ def test_labels_on_the_cpu_are_refused_in_the_same_words(name, num_samples, wron
             ops.dimension_accuracy(features, labels * 0, torch.full((3, 2), centroid), backend=name)
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_labels_that_change_before_backward_are_refused():
     """They would be read as addresses; autograd's own check of versions sees no change made through NumPy."""
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     labels = torch.tensor([0, 1, 2])
     features, partials = (torch.randn(shape, requires_grad=True) for shape in ((3, 2), (2, 3, 3)))
     losses = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast import backend as _backend
 from mmfast import ops
 from support.cases import dtype_name
 
@@ -29,9 +28,8 @@ def calls(x):
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("dtype", PAYLOADS, ids=dtype_name)
+@pytest.mark.usefixtures("cpu_module")
 def test_every_nan_stays_one(dtype, index):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     integers = torch.int32 if dtype == torch.float32 else torch.int64
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     x.view(integers)[:, 1] = PAYLOADS[dtype][index]

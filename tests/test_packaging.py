@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import mmfast
 from mmfast import backend as _backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,11 +38,6 @@ def check(code: str, **environment: str) -> str:
     done = run(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-def require_cpu_module() -> None:
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
 
 
 def test_import_loads_neither_triton_nor_what_only_training_needs():
@@ -115,7 +112,7 @@ def test_metadata_and_source_distribution_need_no_compiler(tmp_path):
 # A compiler that notes what it is told, and knows three architectures.
 NOTING = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_75; echo compute_80; echo compute_90; exit; fi
-if [ "$1" = --version ]; then echo "Cuda compilation tools, release 12.9, V12.9.1"; exit; fi
+case "$*" in *--version) echo "Cuda compilation tools, release 12.9, V12.9.1"; exit ;; esac
 echo "$(basename $0) $*" >>"$(dirname $0)/log"
 echo "ptxas info : Compiling entry function 'kernel' for 'sm_80'"
 echo "8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads"
@@ -139,8 +136,11 @@ class NotedBuild:
             program.chmod(0o755)
 
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        into = ("--build-lib", f"{self.folder}/lib", "--build-temp", f"{self.folder}/temp")
+        return self.setup_py("build_ext", *into, *words, **environment)
+
+    def setup_py(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
         return setup_py(
-            *("build_ext", "--build-lib", f"{self.folder}/lib", "--build-temp", f"{self.folder}/temp"),
             *words,
             PATH=f"{self.folder}/bin:{os.environ['PATH']}",
             CUDA_HOME=str(self.folder),
@@ -199,6 +199,47 @@ def test_the_cuda_build_is_for_the_architectures_named(noted_build, named, built
 
 
 @compiles_cuda
+@pytest.mark.parametrize("program", ["nvcc", "ccache"])
+def test_objects_of_another_compiler_are_built_again(noted_build, program):
+    def built_again() -> list[str]:
+        (noted_build.folder / "bin/log").write_text("")
+        done = noted_build.run("--force", MMFAST_CUDA="1")
+        assert done.returncode == 0, done.stderr
+        calls = [*noted_build.calls("nvcc"), *noted_build.calls("ccache")]
+        return sorted(call for call in calls if " -c " in call)
+
+    everything = built_again()
+    assert {" nvcc", " ccac"} == {call[:5] for call in everything}
+    assert built_again() == []
+    path = noted_build.folder / "bin" / program
+    path.write_text(path.read_text().replace("12.9.1", "12.9.2"))
+    of_cuda = [call for call in everything if call.startswith(" nvcc")]
+    # The C++ compiler has a part in nvcc's objects, too.
+    assert built_again() == (of_cuda if program == "nvcc" else everything)
+
+
+@compiles_cuda
+@pytest.mark.parametrize(("cuda", "tag"), [("1", "cp311-abi3-linux_"), ("0", "py3-none-any.whl")])
+def test_a_wheel_is_for_the_systems_that_run_what_is_in_it(noted_build, cuda, tag):
+    folder = noted_build.folder
+    words = [
+        *("egg_info", "--egg-base", f"{folder}", "build", "--build-base", f"{folder}/build"),
+        *("bdist_wheel", "--bdist-dir", f"{folder}/bdist", "--dist-dir", f"{folder}/dist"),
+    ]
+    done = noted_build.setup_py(*words, MMFAST_CUDA=cuda)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (folder / "dist").glob("*.whl")
+    assert wheel.name.startswith(f"mmfast-{mmfast.__version__}-{tag}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = (name for name in names if name.endswith("/WHEEL"))
+        is_pure = b"Root-Is-Purelib: true" in archive.read(about)
+    assert is_pure == (cuda == "0")
+    assert ("mmfast/_cuda.abi3.so" in names) == (cuda == "1")
+    assert "mmfast/kernels/duc_loss.py" in names
+
+
+@compiles_cuda
 @pytest.mark.parametrize("runtime", ["static", "shared"])
 def test_the_cuda_runtime_is_linked_as_named(noted_build, runtime):
     done = noted_build.run(MMFAST_CUDA="1", MMFAST_CUDART=runtime)
@@ -232,15 +273,15 @@ def test_constraints_leave_triton_to_torch():
     assert not [name for name in pinned if "triton" in name or "nvidia" in name]
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_instruction_set_is_overridden():
-    require_cpu_module()
     for isa in _backend.extension("cpu").supported_isas():
         code = "import mmfast.backend as b; print(b.extension('cpu').isa())"
         assert check(code, MMFAST_CPU_ISA=isa) == isa
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_the_best_instruction_set_is_chosen_for_every_function():
-    require_cpu_module()
     code = """
 import mmfast.backend
 module = mmfast.backend.extension("cpu")
@@ -258,8 +299,8 @@ print(module.isa(), module.supported_isas()[-1], *builds)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc/self/task")
+@pytest.mark.usefixtures("cpu_module")
 def test_every_op_runs_on_several_threads():
-    require_cpu_module()
     # A child without threads of its own is forked for every call: what it has afterwards the kernel started.
     code = """
 import os
@@ -295,16 +336,16 @@ for name, call in calls.items():
     check(code, OMP_NUM_THREADS="1")
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_unknown_instruction_set_is_named():
-    require_cpu_module()
     done = run("import mmfast.backend as b; b.extension('cpu')", MMFAST_CPU_ISA="avx1024")
     assert done.returncode != 0
     assert "MMFAST_CPU_ISA must be baseline, avx2 or avx512, got avx1024" in done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+@pytest.mark.usefixtures("cpu_module")
 def test_one_openmp_runtime_is_loaded():
-    require_cpu_module()
     code = """
 import mmfast.backend
 mmfast.backend.extension("cpu")
@@ -315,8 +356,8 @@ assert len(paths) == 1, paths
     check(code)
 
 
+@pytest.mark.usefixtures("cpu_module")
 def test_wrong_calls_raise():
-    require_cpu_module()
     entry = _backend.extension("cpu").shapley_values_fwd
     with pytest.raises(TypeError, match="shapley_values_fwd takes 8 arguments, got 2"):
         entry(0, 0)

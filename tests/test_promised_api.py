@@ -51,6 +51,20 @@ def members(owner: type, public: set[type]) -> Iterator[tuple[str, Any]]:
             yield name, inspect.getattr_static(owner, name)
 
 
+def attributes(owner: type) -> Iterator[str]:
+    """Yield what the docstring's "Attributes" names, which instances must have: no signature tells of it."""
+    _, _, after = (inspect.getdoc(owner) or "").partition("Attributes:\n")
+    sources = [inspect.getsource(base) for base in owner.__mro__ if base.__module__.startswith("mmfast")]
+    for line in after.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if named := re.match(r"    (\w+(?:, \w+)*):", line):
+            for name in named[1].split(", "):
+                is_set = re.compile(rf"^    {name}: |\bself\.{name}\b[^=\n]*= ", re.MULTILINE)
+                assert hasattr(owner, name) or any(map(is_set.search, sources)), f"{owner.__name__}.{name}"
+                yield name
+
+
 def lines_of(path: str, value: Any, public: set[type]) -> Iterator[str]:
     """Yield a line for a function, and for a class one more for each method and property."""
     if inspect.ismodule(value):
@@ -67,6 +81,7 @@ def lines_of(path: str, value: Any, public: set[type]) -> Iterator[str]:
             yield f"{path}.{name}{arguments(function)}"
         elif isinstance(member, property) or dataclasses.is_dataclass(value):
             yield f"{path}.{name}"
+    yield from (f"{path}.{name}" for name in attributes(value))
 
 
 def promised() -> list[str]:

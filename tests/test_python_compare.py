@@ -65,11 +65,13 @@ def test_a_method_that_tables_would_leave_out_is_refused(monkeypatch, tmp_path):
     found = compared(["joint", Own()], jobs=2, out_dir=tmp_path)
     assert list(found.table().index) == ["joint", "own"]
     monkeypatch.delitem(methods.METHODS, "own")
-    with pytest.raises(
-        ValueError, match=r"results.json has runs of a method that is not among .*, 'own': name"
-    ):
-        compared(["joint"], out_dir=tmp_path, resume=True)
-    assert "own" in (tmp_path / "results.json").read_text()
+    kept = (tmp_path / "results.json").read_text()
+    for is_there in (True, False):
+        with pytest.raises(ValueError, match=r" has runs of a method that is not among .*, 'own': name"):
+            compared(["joint"], out_dir=tmp_path, resume=True)
+        # Nor is it left out where results.json is written anew from the runs beside it.
+        assert not is_there or (tmp_path / "results.json").read_text() == kept
+        (tmp_path / "results.json").unlink(missing_ok=True)
 
 
 def test_what_a_folder_keeps(tmp_path):

@@ -106,11 +106,9 @@ def test_twenty_players(backend, device):
     check_backward(backend, make(1, 20, device=device), 20)
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("restored_threads", "cpu_module")
 @pytest.mark.parametrize(("num_players", "num_rows"), [(2, 20_001), (4, 5_003), (8, 401), (14, 3)])
 def test_number_of_threads_changes_no_bit(num_players, num_rows):
-    if reason := _backend.why_not("cpu"):
-        pytest.skip(reason)
     utilities, dphi = make(num_rows, 2**num_players), make(num_rows, num_players)
     results = []
     for num_threads in (1, 2, 3):

@@ -13,6 +13,7 @@ from rich.console import Console
 from mmfast.cli import machine_commands, predict_command
 from mmfast.cli.flags import (
     Accelerator,
+    Command,
     Confusion,
     Data,
     DataOnDevice,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 # The rest is imported where a command needs it: `mmfast info` must work without it, and --help be quick.
 
 
-@app.command(epilog=method_help())
+@app.command(cls=Command, epilog=method_help())
 @with_training_options
 def compare(
     context: typer.Context,
@@ -208,7 +209,7 @@ def _make_runs(
             progress.end(planned, entry)
 
 
-@app.command(epilog=method_help())
+@app.command(cls=Command, epilog=method_help())
 @with_training_options
 def train(
     context: typer.Context,
@@ -299,7 +300,7 @@ def train(
             )
 
 
-@app.command()
+@app.command(cls=Command)
 def valuate(
     model: Annotated[Path, typer.Option(help="Folder of a finished run, or its model.ckpt.")],
     data: Annotated[
@@ -369,6 +370,6 @@ def valuate(
         console.print(f"Written to {out}: {', '.join(files)}.", soft_wrap=True)
 
 
-app.command()(predict_command.predict)
-app.command()(machine_commands.bench)
-app.command()(machine_commands.info)
+app.command(cls=Command)(predict_command.predict)
+app.command(cls=Command)(machine_commands.bench)
+app.command(cls=Command)(machine_commands.info)

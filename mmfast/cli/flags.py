@@ -7,9 +7,10 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 from mmfast import __version__, backend
@@ -29,6 +30,30 @@ app = typer.Typer(
 )
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, backend.BackendUnavailableError)
+
+
+class Command(typer.core.TyperCommand):
+    """A command that takes options alone, and says of a stray word which option it may belong to."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        stray = super().parse_args(ctx, args)
+        if stray and not ctx.resilient_parsing:
+            ctx.fail(f"{self.name} takes options alone, got {' '.join(stray)}{self._meant(stray)}")
+        return stray
+
+    def _meant(self, stray: list[str]) -> str:
+        options = {name for parameter in self.params for name in parameter.opts}
+        methods = [word for word in stray if word in METHODS]
+        others = [word for word in stray if word not in METHODS and not word.startswith("-")]
+        meant = []
+        if methods and "--methods" in options:
+            meant.append(f"--methods {','.join(methods)}")
+        elif len(methods) == 1 and "--method" in options:
+            meant.append(f"--method {methods[0]}")
+        if len(others) == 1 and "--data" in options:
+            meant.append(f"--data {others[0]}")
+        return f"; did you mean {' '.join(meant)}?" if meant else ""
 
 
 def _print_version(wanted: bool) -> None:

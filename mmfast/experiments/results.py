@@ -176,7 +176,7 @@ class Results:
         for name in dict.fromkeys(run["method"] for run in found["runs"]):
             if name not in METHODS:
                 raise ValueError(
-                    f"{self.path} has runs of a method that is not among mmfast.methods.METHODS, {name!r}: "
+                    f"{self.out} has runs of a method that is not among mmfast.methods.METHODS, {name!r}: "
                     "name it there first, or give another --out"
                 )
 
@@ -187,11 +187,13 @@ class Results:
         for path in sorted((self.out / "runs").glob(f"*-seed*/{METRICS}")):
             try:
                 entry = json.loads(path.read_text())
-                is_mine = entry.pop(_COMPARISON, None) == self._digest() and entry["method"] in METHODS
+                is_mine = entry.pop(_COMPARISON, None) == self._digest() and isinstance(entry["method"], str)
             except (ValueError, TypeError, AttributeError, KeyError):
                 continue
             if not is_mine:
                 continue
+            # None of them is left out of a comparison without a word.
+            self._check_methods({"runs": [entry]})
             config = _completed(entry["method"], entry["config"], _num_modalities(self.mine, [entry]))
             mine = configs.get(entry["method"], config)
             # What was drawn is that of a trial, and may be anything.
