@@ -228,6 +228,43 @@ def test_block_split_takes_each_class_in_order():
         assert (parts[start + 85 : start + 100] == "test").all()
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        # As np.loadtxt and pandas read a column of whole numbers, and a column of names.
+        ([0.0, 2.0, 10.0], ("0", "2", "10")),
+        (np.array([0, 2, 10], dtype=np.float16), ("0", "2", "10")),
+        (torch.tensor([0.0, 2.0, 10.0]), ("0", "2", "10")),
+        (np.array(["a", "b", "cc"], dtype=object), ("a", "b", "cc")),
+        (np.array([b"a", b"b", b"cc"]), ("a", "b", "cc")),
+        (np.array([0, 2, 10], dtype=object), ("0", "2", "10")),
+        ([False, True, True], ("False", "True")),
+    ],
+)
+def test_labels_as_tables_have_them(labels, names):
+    twenty = torch.cat([labels] * 20) if isinstance(labels, torch.Tensor) else np.concatenate([labels] * 20)
+    found = Splits.from_arrays({"a": np.random.default_rng(0).normal(size=(60, 2))}, twenty)
+    assert found.class_names == names
+    keys = np.asarray(found.train.sample_keys) % 3
+    assert found.train.labels.tolist() == np.minimum(keys, len(names) - 1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        ([0.0, 0.5, 1.0], "float64 with 0.5"),
+        ([0.0, np.nan, 1.0], "float64 with nan"),
+        ([0.0, 1e300, 1.0], "float64 with 1e+300"),
+        (np.array(["a", None, "b"], dtype=object), "None among others"),
+        (np.array([1, True, 2], dtype=object), "True among others"),
+        ([1j, 2, 3], "complex128"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, got):
+    with pytest.raises(TypeError, match=re.escape(f"labels must be integers or strings, got {got}")):
+        Splits.from_arrays({"a": np.ones((3, 2))}, labels)
+
+
 def test_from_arrays_draws_reports_and_repeats():
     data = make_arrays()
     label = np.array(["cat", "ant", "bee"])[data.pop("label")]

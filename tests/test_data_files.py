@@ -59,7 +59,7 @@ def test_npz_round_trip_with_presence_and_group(save):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"label": np.zeros(60)}, "labels must be integers or strings, got float64"),
+        ({"label": np.arange(60) / 2}, "labels must be integers or strings, got float64 with 0.5"),
         ({"label": np.zeros((60, 1), int)}, "labels must have shape [N] = [60], got [60, 1]"),
         ({"label": np.zeros(0, int)}, "labels must hold at least one sample"),
         ({"split": np.repeat(["train", "valid"], 30)}, "only train, val and test, got 'valid'"),

@@ -296,6 +296,7 @@ def test_number_of_threads_changes_no_bit(shape, dtype):
         assert torch.equal(residuals, results[0][1])
 
 
+@pytest.mark.usefixtures("cpu_module")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("num_samples", [0, 1, 64, 65])
 def test_one_small_pair_on_the_cpu_is_plain_torch(num_samples, reduction, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_part_of_the_training_data(run, folder):
             {"label": np.array(["dogg"] * 30)},
             "labels must be among the model's classes, cat, dog, owl, got 'dogg'; did you mean dog?",
         ),
-        ({"label": np.zeros(30)}, "labels must be integers or strings, got float64"),
+        ({"label": np.full(30, 0.5)}, "labels must be integers or strings, got float64 with 0.5"),
         ({"label": NAMES[[0] * 29]}, "present['pose'] must have shape [N] = [29], got [30]"),
         ({"audio": np.full((30, 5), np.nan)}, "x.npz: audio must be finite in float32, got 150"),
     ],

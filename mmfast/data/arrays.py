@@ -407,6 +407,33 @@ def _check_present(
     return masks
 
 
+def as_classes(labels: Any) -> np.ndarray:  # [N] integers or strings
+    """Return what files and tables hold for classes as integers or strings, or raise TypeError.
+
+    NumPy and pandas read the whole numbers of a text file as floats, and keep strings as objects.
+    """
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    kind, got = array.dtype.kind, str(array.dtype)
+    if kind == "S":
+        return array.astype(str)
+    if kind in "biuU":
+        return array.astype(str) if kind == "b" else array
+    if kind == "f":
+        part = array[~(np.isfinite(array) & (np.trunc(array) == array) & (np.abs(array) < 2.0**53))]
+        if part.size == 0:
+            return array.astype(np.int64)
+        got += f" with {part.flat[0]}"
+    elif kind in "OT" and array.size:
+        for accepted, dtype in ((str, np.str_), ((int, np.integer), np.int64)):
+            other = [
+                value for value in array.flat if not isinstance(value, accepted) or isinstance(value, bool)
+            ]
+            if not other:
+                return array.astype(dtype)
+        got = f"{describe(other[0])} among others"
+    raise TypeError(f"labels must be integers or strings, got {got}")
+
+
 def _check_ids(name: str, values: Any, size: int) -> np.ndarray:  # [N]
     array = np.asarray(values)
     if array.dtype.kind not in "iuSU":

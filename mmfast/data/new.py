@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmfast.data.arrays import ArrayDataset, check
+from mmfast.data.arrays import ArrayDataset, as_classes, check
 from mmfast.data.channels import channels_first
 from mmfast.data.folder import audio_length, read_files
 from mmfast.data.load import load
@@ -47,9 +47,7 @@ class Known:
 
     def numbers(self, labels: Any) -> np.ndarray:  # [N] -> [N] int64
         """Return labels, names or numbers of classes as files have them, as the model's class numbers."""
-        array = np.asarray(labels)
-        if array.dtype.kind not in "iuSU":
-            raise TypeError(f"labels must be integers or strings, got {array.dtype}")
+        array = as_classes(labels)
         number = {name: label for label, name in enumerate(self.class_names)}
         names, places = np.unique(array.astype(str), return_inverse=True)
         for name in names.tolist():

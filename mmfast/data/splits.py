@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from mmfast.data.arrays import ArrayDataset, Checked, check
+from mmfast.data.arrays import ArrayDataset, Checked, as_classes, check
 from mmfast.data.standardize import Scaling, scale, scaling_of
 from mmfast.objectives import IGNORED
 
@@ -86,7 +85,8 @@ class Splits:
 
         Args:
             arrays: One array per modality name, shapes as in `ArrayDataset`.
-            labels: `[N]` integers or strings; mapped to 0 .. C - 1 in sorted order.
+            labels: `[N]` integers or strings, whole numbers as floats, too; mapped to 0 .. C - 1 in sorted
+                order.
             split: `[N]` of "train", "val", "test". Without it 70/15/15% are drawn, stratified by class;
                 without any "val" 15% of train are drawn for it.
             group: `[N]` integers or strings; samples of one group stay in one part.
@@ -262,9 +262,7 @@ def _hold_out(
 
 
 def _encode_labels(labels: Any, class_names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if array.dtype.kind not in "iuSU":
-        raise TypeError(f"labels must be integers or strings, got {array.dtype}")
+    array = as_classes(labels)
     if array.ndim != 1:
         expected = f"[N] = [{len(array)}]" if array.ndim else "[N]"
         raise ValueError(f"labels must have shape {expected}, got {list(array.shape)}")
@@ -277,7 +275,6 @@ def _encode_labels(labels: Any, class_names: Sequence[str] | None) -> tuple[np.n
             "out, or give ArrayDataset parts"
         )
     if class_names is None:
-        array = array.astype(str) if array.dtype.kind == "S" else array
         names, encoded = np.unique(array, return_inverse=True)
         return encoded.astype(np.int64), tuple(str(name) for name in names)
     if array.dtype.kind not in "iu":
