@@ -419,7 +419,8 @@ def as_classes(labels: Any) -> np.ndarray:  # [N] integers or strings
     if kind in "biuU":
         return array.astype(str) if kind == "b" else array
     if kind == "f":
-        part = array[~(np.isfinite(array) & (np.trunc(array) == array) & (np.abs(array) < 2.0**53))]
+        whole_numbers = np.isfinite(array) & (np.trunc(array) == array)
+        part = array[~whole_numbers | (np.abs(array.astype(np.float64)) >= 2.0**53)]
         if part.size == 0:
             return array.astype(np.int64)
         got += f" with {part.flat[0]}"
