@@ -372,6 +372,8 @@ def _checked(model: Predictor, dataset: Any) -> nn.Module:
         )
     if not hasattr(model, "coalition_logits"):
         hint = ": trainer.learner is one after fit or restore" if model is None else ""
+        if isinstance(model, nn.Module):
+            hint = ": MultimodalModel(encoders, ...) takes the parts of yours (docs/guide/your_model.md)"
         raise TypeError(f"model must be a mmfast.MultimodalModel or a learner, got {describe(model)}{hint}")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("dataset must hold at least one sample, got none")

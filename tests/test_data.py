@@ -255,8 +255,8 @@ def test_labels_as_tables_have_them(labels, names):
         ([0.0, 0.5, 1.0], "float64 with 0.5"),
         ([0.0, np.nan, 1.0], "float64 with nan"),
         ([0.0, 1e300, 1.0], "float64 with 1e+300"),
-        (np.array(["a", None, "b"], dtype=object), "NoneType among others"),
-        (np.array([1, True, 2], dtype=object), "True among others"),
+        (np.array(["a", None, "b"], dtype=object), "None among them"),
+        (np.array([1, True, 2], dtype=object), "True among them"),
         ([1j, 2, 3], "complex128"),
     ],
 )

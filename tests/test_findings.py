@@ -90,7 +90,13 @@ def test_nothing_is_claimed_where_intervals_overlap():
     )
     said = verdict(summaries)
     assert said.startswith("Joint training uses no modality clearly less than all others (0.")
-    assert said.endswith(" of 2), and leaves nothing of any modality unlearnt that these runs can tell.")
+    gaps = find(summaries).unlearnt["joint"]
+    # How much could have been told is seen by the intervals.
+    assert said.endswith(
+        " of 2), and leaves nothing of any modality unlearnt that these runs can tell "
+        f"(audio {100 * gaps['audio'].mean:.1f} ± {100 * gaps['audio'].half_width:.1f}, "
+        f"image {100 * gaps['image'].mean:.1f} ± {100 * gaps['image'].half_width:.1f} points)."
+    )
     assert find(summaries).neglected("joint") == {}
     # Ten points in one seed and none in the others are not beyond the spread over seeds.
     wild = [made(seed=s, probes=(p, 0.6)) for s, p in enumerate((0.3, 0.5, 0.52, 0.48, 0.5))]

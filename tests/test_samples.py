@@ -272,6 +272,10 @@ def test_few_samples_are_read(calls):
             "model must be a mmfast.MultimodalModel or a learner, got Tensor",
         ),
         (
+            lambda x: mmfast.valuate(torch.nn.Linear(3, 3), SPLITS.test),
+            "model must be a mmfast.MultimodalModel or a learner, got Linear: MultimodalModel(encoders",
+        ),
+        (
             lambda x: mmfast.Trainer("joint").fit(x, SPLITS.train),
             "model must be a mmfast.MultimodalModel, got Tensor",
         ),

@@ -425,13 +425,12 @@ def as_classes(labels: Any) -> np.ndarray:  # [N] integers or strings
             return array.astype(np.int64)
         got += f" with {part.flat[0]}"
     elif kind in "OT" and array.size:
-        for accepted, dtype in ((str, np.str_), ((int, np.integer), np.int64)):
-            other = [
-                value for value in array.flat if not isinstance(value, accepted) or isinstance(value, bool)
-            ]
-            if not other:
-                return array.astype(dtype)
-        got = f"{describe(other[0])} among others"
+        first = array.flat[0]
+        accepted = str if isinstance(first, str) else (int, np.integer)
+        other = [value for value in array.flat if not isinstance(value, accepted) or isinstance(value, bool)]
+        if not other:
+            return array.astype(str if accepted is str else np.int64)
+        got = f"{describe(other[0])} among them"
     raise TypeError(f"labels must be integers or strings, got {got}")
 
 

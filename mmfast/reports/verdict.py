@@ -16,9 +16,11 @@ from mmfast.methods import METHODS
 # What the words of a verdict mean.
 EXPLANATION = (
     "How much a modality is used is its mean Shapley value over samples that have all, of M for all together "
-    "where every prediction is right; what is unlearnt is how far a linear probe on its encoder's features "
-    "stays below one on those of the encoder trained alone, in points of accuracy, one at least. ± is half "
-    "of the 95% interval over seeds and test samples, and where intervals overlap nothing is claimed."
+    "where every prediction is right; one that changes no prediction gets not 0 by it but the accuracy "
+    "without it, averaged over the coalitions of the others; what is unlearnt is how far a linear probe on "
+    "its encoder's features stays below one on those of the encoder trained alone, in points of accuracy, "
+    "one at least. ± is half of the 95% interval over seeds and test samples, and where intervals overlap "
+    "nothing is claimed."
 )
 
 # A difference between validation and test data that is worth a word.
@@ -44,7 +46,10 @@ def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     if not neglected:
         if any(gap.low > 0 for gap in gaps.values()):
             return f"{text}, and leaves less than a point of any modality clearly unlearnt."
-        return f"{text}, and leaves nothing of any modality unlearnt that these runs can tell."
+        told = ", ".join(f"{name} {gap.text(100, 1)}" for name, gap in gaps.items())
+        return (
+            f"{text}, and leaves nothing of any modality unlearnt that these runs can tell ({told} points)."
+        )
     parts = [
         f"{gap.text(100, 1)} points of {'it' if name == least else name}" for name, gap in neglected.items()
     ]
