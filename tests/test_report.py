@@ -170,8 +170,8 @@ def test_runs_that_kept_an_epoch_before_their_method_acts_are_told():
     runs += [kept("diagnose-relearn", seed, 21, epochs=[20, 40]) for seed in range(2)]
     runs += [kept("modality-valuation", 0, 6, warmup=5), kept("mla", 0, 1)]
     assert early_sentence(summarize(runs)) == (
-        "Selected, by validation data, from before the method acts, when it trains as Joint does: the "
-        "weights in 1 of 2 runs of Sample-level valuation and 2 of 2 runs of Diagnose & re-learn."
+        "In 1 of 2 runs of Sample-level valuation and 2 of 2 runs of Diagnose & re-learn validation data "
+        "chose weights from before the method acts, when it trains as Joint does."
     )
     # Runs of before do not tell what they kept.
     assert early_sentence(summarize([entry("joint"), entry("sample-valuation")])) == ""

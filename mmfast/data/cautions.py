@@ -9,8 +9,8 @@ import torch
 from mmfast.data.arrays import ArrayDataset
 from mmfast.data.splits import PARTS, Splits
 
-# Below this many test samples one of them is more than two points of accuracy.
-FEW_TEST_SAMPLES = 50
+# Below this many samples one of them is more than two points of accuracy.
+FEW_SAMPLES = 50
 _NAMED = 5  # classes that a sentence names
 _MEANING = {"val": "epochs are chosen without {}", "test": "the test figures say nothing of {}"}
 
@@ -29,10 +29,17 @@ def cautions(
         seeds: runs of each method; None where methods are not compared.
     """
     found, size = [], len(splits.test)
-    if 0 < size < FEW_TEST_SAMPLES:
+    if 0 < size < FEW_SAMPLES:
         found.append(
             f"The test part has {_samples(size)}, so one is {100 / size:.1f} points of accuracy: "
             "smaller differences show nothing."
+        )
+    if 0 < (chosen_by := len(splits.val)) < FEW_SAMPLES:
+        # Which is the best of all encoders is asked of them where methods are compared.
+        more = " and which modality is the best alone" if seeds is not None else ""
+        found.append(
+            f"The validation part has {_samples(chosen_by)}: which epoch's weights are kept{more} is decided "
+            "largely by chance."
         )
     if seeds == 1:
         found.append("One seed shows no spread, so no difference between methods can be told from chance.")

@@ -183,8 +183,8 @@ def early_sentence(summaries: Sequence[Summary]) -> str:
         )
     if early:
         found.append(
-            f"Selected, by validation data, from before the method acts, when it trains as {joint} does: the "
-            f"weights in {_listed(early)}."
+            f"In {_listed(early)} validation data chose weights from before the method acts, when it trains "
+            f"as {joint} does."
         )
     return " ".join(found)
 
