@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,29 @@ def test_neglect_is_what_the_probe_loses_against_the_encoder_trained_alone():
         f"Joint training uses audio least ({use.mean:.2f} ± {use.half_width:.2f} of 2) and leaves "
         f"{100 * gap.mean:.1f} ± {100 * gap.half_width:.1f} points of it unlearnt."
     )
+
+
+def test_what_the_least_used_adds_to_the_accuracy_is_told():
+    def with_gains(each):
+        # As under the size of a coalition, but for a modality that decides alone.
+        gains = np.stack([np.zeros(len(each)), each.correct - 0.5], 1).astype(np.float32)
+        return dataclasses.replace(each, gains=gains)
+
+    rows = {"joint": [with_gains(each) for each in seeds()], "unimodal": seeds()}
+    found = find(runs_of(rows))
+    assert found.gain["joint"]["audio"].mean == 0
+    assert found.gain["joint"]["image"].mean == pytest.approx(
+        np.mean([each.correct.mean() for each in rows["joint"]]) - 0.5
+    )
+    assert found.gain["unimodal"] == {}
+    assert "gain" in found.as_dict()["joint"]
+    assert "gain" not in found.as_dict()["unimodal"]
+    added = found.gain["joint"]["audio"].text(100, 1)
+    assert f" of 2; it adds {added} points of accuracy)" in verdict(runs_of(rows))
+    # Of a run of before, which does not tell, nothing is.
+    rows["joint"][2] = dataclasses.replace(rows["joint"][2], gains=None)
+    assert find(runs_of(rows)).gain["joint"] == {}
+    assert "it adds" not in verdict(runs_of(rows))
 
 
 def test_the_least_used_need_not_be_the_neglected():

@@ -38,6 +38,20 @@ def test_it_says_the_same_as_the_figures_of_the_run(method):
     assert found.figures(learner.modalities)["probe"] == pytest.approx(probed)
 
 
+def test_gains_add_up_to_the_accuracy_and_are_none_for_what_changes_nothing():
+    learner, test = bind("joint", 3).eval(), make_data(70, 3, seed=1)
+    with torch.no_grad():
+        for parameter in learner.model.encoders["m1"].parameters():
+            parameter.zero_()
+    found = outcome(learner, test)
+    features = learner.encode(test[:])
+    bare = learner.fuse(features, coalition=0).argmax(1) == test.labels
+    assert found.gains.sum(1) == pytest.approx(found.correct * 1.0 - bare.numpy() * 1.0, abs=1e-6)
+    assert found.gains[:, 1] == pytest.approx(0, abs=1e-6)
+    # Under the size of a coalition it has part in all that is right.
+    assert found.contributions[:, 1].mean() > 0.1
+
+
 def test_without_a_modality_is_the_coalition_of_the_others():
     learner, test = bind("joint", 3).eval(), make_data(70, 3)
     found, features = outcome(learner, test), learner.encode(test[:])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmfast.experiments.differences import LEVEL, Estimate, difference, holm, mean_of
-from mmfast.experiments.summary import Summary
+from mmfast.experiments.summary import Answers, Summary
 from mmfast.methods import METHODS
 
 # Smaller losses of accuracy are not called neglect.
@@ -49,6 +49,8 @@ class Findings:
 
     Attributes:
         use: mean Shapley value of each modality over the samples that have all, of M where all are right.
+        gain: mean Shapley value of the accuracy itself, over the same samples: 0 for a modality that changes
+            no prediction, whose `use` is not.
         unlearnt: how far the probe on a modality's features lies below the one on those of the encoder that
             was trained alone, of methods that train encoders together.
         over_joint: how far each method's accuracy lies above that of joint training.
@@ -58,6 +60,7 @@ class Findings:
     """
 
     use: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    gain: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     unlearnt: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     over_joint: Mapping[str, Margin] = field(default_factory=dict)
     over_baselines: Mapping[str, Margin] = field(default_factory=dict)
@@ -97,10 +100,11 @@ class Findings:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, by method."""
         found: dict[str, dict[str, Any]] = {}
-        for name in ("use", "unlearnt"):
+        for name in ("use", "gain", "unlearnt"):
             for method, by_modality in getattr(self, name).items():
                 told = {modality: each.as_dict() for modality, each in by_modality.items()}
-                found.setdefault(method, {})[name] = told
+                if told:
+                    found.setdefault(method, {})[name] = told
         for name in ("over_joint", "over_baselines"):
             for method, margin in getattr(self, name).items():
                 found.setdefault(method, {})[name] = margin.as_dict()
@@ -112,16 +116,18 @@ def find(summaries: Sequence[Summary]) -> Findings:
     known = {summary.name: summary for summary in summaries if summary.answers is not None}
     modalities = list(next(iter(known.values())).contribution) if known else []
     return Findings(
-        {name: _use(summary, modalities) for name, summary in known.items()},
-        _unlearnt(known, modalities),
-        _over_joint(known),
-        _over_baselines(known),
+        use={name: _means(each.answers, "contributions", modalities) for name, each in known.items()},
+        gain={name: _means(each.answers, "gains", modalities) for name, each in known.items()},
+        unlearnt=_unlearnt(known, modalities),
+        over_joint=_over_joint(known),
+        over_baselines=_over_baselines(known),
     )
 
 
-def _use(summary: Summary, modalities: Sequence[str]) -> dict[str, Estimate]:
-    assert summary.answers is not None
-    phi = summary.answers.contributions
+def _means(answers: Answers | None, table: str, modalities: Sequence[str]) -> dict[str, Estimate]:
+    phi = getattr(answers, table)
+    if phi is None:
+        return {}
     # Samples that lack one say what the others do without it, and their values add up to less.
     phi = np.where(np.isnan(phi).any(1, keepdims=True), np.nan, phi)
     found = {name: mean_of(phi[:, m], unit=1.0) for m, name in enumerate(modalities)}

@@ -44,6 +44,8 @@ class Outcome:
             None where no probe was asked.
         confidence: float32 [N], the largest probability; None where `probabilities` tell it.
         likelihood: float32 [N], the probability of the label, NaN without one; None as above.
+        gains: float32 [N, M], Shapley values under `correct`, NaN without label: what each modality adds to
+            the accuracy, 0 where it changes no prediction. None in files of before.
     """
 
     probabilities: np.ndarray | None
@@ -55,6 +57,7 @@ class Outcome:
     probed: np.ndarray | None = None
     confidence: np.ndarray | None = None
     likelihood: np.ndarray | None = None
+    gains: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -202,7 +205,10 @@ def _answered(learner: Learner, batch: Any, num_samples: int) -> dict[str, Tenso
     features, counted = learner.encode(batch), learner.objective.counted(target)
     labels = torch.where(counted, learner.objective.classes(target), IGNORED)
     logits = learner.fuse(features, present=present).float()
-    phi = batch_contributions(learner, features, target, present).float()
+    phi, gains = (
+        batch_contributions(learner, features, target, present, utility=utility).float()
+        for utility in ("cardinality", "correct")
+    )
     marks = marks_of(present, labels, len(features)).T  # [M, N]
     right = []
     for m in range(len(features)):
@@ -216,6 +222,7 @@ def _answered(learner: Learner, batch: Any, num_samples: int) -> dict[str, Tenso
         "predicted": _classes(logits),
         "labels": labels,
         "contributions": phi.masked_fill(~counted[:, None], torch.nan),
+        "gains": gains.masked_fill(~counted[:, None], torch.nan),
         "present": marks.T,
         "without": torch.stack(right, 1),
     }

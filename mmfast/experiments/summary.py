@@ -23,23 +23,28 @@ class Answers:
         probes: float32 [S, M, N], the same of each modality's probe, NaN where a sample lacks the modality;
             None where a run has none.
         contributions: float32 [S, M, N], NaN where a sample lacks the modality.
+        gains: float32 [S, M, N], what each modality adds to the accuracy, NaN as above; None where a run does
+            not tell.
     """
 
     seeds: tuple[int, ...]
     right: np.ndarray
     probes: np.ndarray | None
     contributions: np.ndarray
+    gains: np.ndarray | None = None
 
     def of(self, seeds: Sequence[int]) -> Answers:
         """Return the runs with these seeds alone, in this order."""
         rows = [self.seeds.index(seed) for seed in seeds]
         probes = None if self.probes is None else self.probes[rows]
+        gains = None if self.gains is None else self.gains[rows]
         return replace(
             self,
             seeds=tuple(seeds),
             right=self.right[rows],
             probes=probes,
             contributions=self.contributions[rows],
+            gains=gains,
         )
 
 
@@ -144,24 +149,35 @@ def _answers(name: str, seeds: Sequence[int], outcomes: Mapping[tuple[str, int],
         if not np.array_equal(outcome.labels, labels):
             return None
         rows.append(_told(outcome))
-    right, probes, contributions = zip(*rows, strict=True)
+    right, probes, contributions, gains = zip(*rows, strict=True)
     return Answers(
         tuple(seeds),
         np.stack(right),
-        None if any(each is None for each in probes) else np.stack(probes),
+        _stacked(probes),
         np.stack(contributions),
+        _stacked(gains),
     )
 
 
-def _told(outcome: Outcome) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Return what Answers tell of one run: [N], [M, N] and [M, N]."""
+def _stacked(tables: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [table for table in tables if table is not None]
+    return np.stack(known) if len(known) == len(tables) else None
+
+
+def _told(outcome: Outcome) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]:
+    """Return what Answers tell of one run: [N] and three times [M, N]."""
     known = outcome.labelled
     probed = [each for m in range(outcome.present.shape[1]) if (each := outcome.probe_of(m)) is not None]
-    phi = np.where(outcome.present, outcome.contributions, np.nan).T
+    phi, gains = (
+        None if values is None else np.where(outcome.present, values, np.nan).T[:, known].astype(np.float32)
+        for values in (outcome.contributions, outcome.gains)
+    )
+    assert phi is not None
     return (
         outcome.correct[known].astype(np.float32),
         np.stack(probed)[:, known].astype(np.float32) if probed else None,
-        phi[:, known].astype(np.float32),
+        phi,
+        gains,
     )
 
 

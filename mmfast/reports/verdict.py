@@ -16,9 +16,9 @@ from mmfast.methods import METHODS
 # What the words of a verdict mean.
 EXPLANATION = (
     "How much a modality is used is its mean Shapley value over samples that have all, of M for all together "
-    "where every prediction is right; one that changes no prediction gets not 0 by it but the accuracy "
-    "without it, averaged over the coalitions of the others; what is unlearnt is how far a linear probe on "
-    "its encoder's features stays below one on those of the encoder trained alone, in points of accuracy, "
+    "where every prediction is right, and not 0 for one that changes no prediction; the points it adds are "
+    "its Shapley value of the accuracy itself, 0 for such a one; what is unlearnt is how far a linear probe "
+    "on its encoder's features stays below one on those of the encoder trained alone, in points of accuracy, "
     "one at least. ± is half of the 95% interval over seeds and test samples, and where intervals overlap "
     "nothing is claimed."
 )
@@ -34,10 +34,11 @@ def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     if len(use) < 2:
         return ""
     least, neglected = findings.least_used(JOINT), findings.neglected(JOINT)
-    text = f"Joint training {_use_text(use, least)}"
+    told = _use_text(use, least, findings.gain.get(JOINT, {}))
+    text = f"Joint training {told}"
     if next(iter(use.values())).num_seeds < 2:
         # The interval is that of the samples alone.
-        text = f"In this one run joint training {_use_text(use, least)}"
+        text = f"In this one run joint training {told}"
     gaps = findings.unlearnt.get(JOINT)
     if not gaps:
         return f"{text}."
@@ -46,9 +47,9 @@ def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     if not neglected:
         if any(gap.low > 0 for gap in gaps.values()):
             return f"{text}, and leaves less than a point of any modality clearly unlearnt."
-        told = ", ".join(f"{name} {gap.text(100, 1)}" for name, gap in gaps.items())
+        each = ", ".join(f"{name} {gap.text(100, 1)}" for name, gap in gaps.items())
         return (
-            f"{text}, and leaves nothing of any modality unlearnt that these runs can tell ({told} points)."
+            f"{text}, and leaves nothing of any modality unlearnt that these runs can tell ({each} points)."
         )
     parts = [
         f"{gap.text(100, 1)} points of {'it' if name == least else name}" for name, gap in neglected.items()
@@ -56,9 +57,10 @@ def verdict(summaries: Sequence[Summary], findings: Findings | None = None) -> s
     return f"{text} and leaves {_listed(parts)} unlearnt."
 
 
-def _use_text(use: Mapping[str, Estimate], least: str | None) -> str:
+def _use_text(use: Mapping[str, Estimate], least: str | None, gain: Mapping[str, Estimate]) -> str:
     if least is not None:
-        return f"uses {least} least ({use[least].text()} of {len(use)})"
+        adds = f"; it adds {gain[least].text(100, 1)} points of accuracy" if least in gain else ""
+        return f"uses {least} least ({use[least].text()} of {len(use)}{adds})"
     means = [each.mean for each in use.values()]
     low, high = f"{min(means):.2f}", f"{max(means):.2f}"
     span = f"each {low}" if low == high else f"{low} to {high}"
