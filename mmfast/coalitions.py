@@ -6,7 +6,8 @@ differ in what they have, masks say so: `<modality>__present` in a batch, `prese
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,20 @@ def features_key(modality: str) -> str:
 def is_reserved(name: str) -> bool:
     """Whether a name cannot be a modality's: it would be taken for another key of a batch or state dict."""
     return name in RESERVED or name.endswith(PRESENT_SUFFIX) or "." in name
+
+
+def nearly_reserved(name: str, modalities: Collection[str] = ()) -> str:
+    """Return the mark of presence whose name is spelled wrong, `<m>__present` of `<m>__presnt`, or "".
+
+    Args:
+        name: of an array.
+        modalities: names of those there are, whose marks need not have both underscores.
+    """
+    for before, mark, ending in map(name.rpartition, ("__", "_", "-")):
+        is_near = difflib.get_close_matches(ending.lower(), ("present", "presence"), n=1, cutoff=0.8)
+        if is_near and before and (mark == "__" or before.rstrip("_") in modalities):
+            return present_key(before.rstrip("_"))
+    return ""
 
 
 def num_coalitions(num_modalities: int) -> int:

@@ -17,6 +17,8 @@ def did_you_mean(
     word: str,
     known: Iterable[str],
     meant: Mapping[str, str] | None = None,
+    *,
+    cutoff: float = 0.4,
 ) -> str:
     """Return "; did you mean x or y?" with the nearest known names, or nothing where none is near.
 
@@ -24,11 +26,12 @@ def did_you_mean(
         word: what was given.
         known: the names there are.
         meant: what certain words mean, however they are spelled.
+        cutoff: how near a name must be, from 0 to 1.
     """
     if meant and word in meant:
         near = [meant[word]]
     else:
-        near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.4)
+        near = difflib.get_close_matches(word, list(known), n=2, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -91,6 +91,17 @@ def test_npz_round_trip_with_presence_and_group(save):
             "audio must be finite in float32, got 180 NaN or infinite of 180",
         ),
         ({"audio": np.zeros((59, 3))}, "audio must have shape [N, ...] with N = 60 as labels, got [59, 3]"),
+        (
+            {"label": np.arange(59) % 3},
+            "labels must have shape [N] with N = 60 as audio, image, got [59]",
+        ),
+        ({"audio__presnt": np.ones(60, bool)}, "got 'audio__presnt'; did you mean audio__present?"),
+        ({"audio__Presence": np.ones((60, 1))}, "got 'audio__Presence'; did you mean audio__present?"),
+        ({"audio_present": np.ones(60, bool)}, "got 'audio_present'; did you mean audio__present?"),
+        ({"voice__presnt": np.ones((60, 2))}, "got 'voice__presnt'; did you mean voice__present?"),
+        ({"splits": np.repeat(["train", "test"], 30)}, "or another name, got [60]; did you mean split?"),
+        ({"group_": np.arange(60)}, "or another name, got [60]; did you mean group?"),
+        ({"audoi__present": np.ones(60, bool)}, "among audio, image, got audoi; did you mean audio?"),
         ({"video__present": np.ones(60, bool)}, "present must name modalities among audio, image, got video"),
         ({"label": np.array([b"\xff"] * 60)}, "can't decode byte"),
     ],
@@ -100,6 +111,28 @@ def test_bad_npz_contents_are_named_with_the_file(save, changes, text):
     with raises(text) as caught:
         load(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_the_first_value_that_is_not_finite_is_named_with_what_to_do(save):
+    arrays = make_arrays()
+    arrays["audio"][[7, 40], [2, 0]] = np.nan
+    with raises(
+        "audio must be finite in float32, got 2 NaN or infinite of 180 values, in 2 of 60 samples, first in "
+        "sample 7, column 2, counted from 0: impute them, or mark the samples that lack audio, by audio__pres"
+    ):
+        load(save(**arrays))
+    mask = np.ones(60, bool)
+    mask[[7, 40]] = False
+    load(save(**arrays, audio__present=mask))
+    arrays = make_arrays()
+    arrays["image"][50:] = np.inf
+    with raises("in 10 of 60 samples, first in sample 50, counted from 0: impute"):
+        load(save(**arrays))
+
+
+def test_names_that_are_near_a_mark_may_be_those_of_modalities(save):
+    arrays = make_arrays() | {"audio_present": np.ones((60, 2)), "audio__parent": np.eye(60)}
+    assert set(load(save(**arrays)).modalities) == {"audio", "image", "audio_present", "audio__parent"}
 
 
 class _Touch:
@@ -167,7 +200,9 @@ def test_npz_without_label_or_of_another_kind(save, tmp_path):
         load(tmp_path / "data.npz")
 
 
-def test_unknown_source_is_named_with_close_names(save, tmp_path):
+def test_unknown_source_is_named_with_close_names(save, tmp_path, monkeypatch):
+    # What lies in the folder of the tests' caller is named, too.
+    monkeypatch.chdir(tmp_path)
     with raises("data must be \"htad\", a FILE.npz or a FOLDER, got 'htda', not found; did you mean htad?"):
         load("htda")
     save(**make_arrays())

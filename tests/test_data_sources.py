@@ -247,6 +247,32 @@ def test_folder_without_usable_files(tmp_path):
         load_folder(tmp_path, mels=0)
 
 
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ((), "got no file"),
+        (("notes.txt", ".hidden"), "got 1 .txt"),
+        (("x.npz", "cat/y.npz"), "got 2 .npz: give the .npz itself, {path}/cat/y.npz"),
+        (
+            ("x.csv", "y.csv"),
+            "got 2 .csv: give the table itself, {path}/x.csv, to be told how to make",
+        ),
+        (("cat/x.csv", "dog/x.tsv"), "got 1 .csv, 1 .tsv: make a .npy of the table of each sample"),
+        (
+            ("train/x.wav", "x.npz"),
+            "give the .npz itself, {path}/x.npz; or put recordings, pictures",
+        ),
+    ],
+)
+def test_a_folder_of_other_files_says_what_to_do_with_them(tmp_path, files, text):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with raises(text.format(path=tmp_path)) as caught:
+        load(tmp_path)
+    assert f"{tmp_path}: no usable file; expected <class>/<stem>.<ext>" in str(caught.value)
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_wav_of_every_width_reads_alike(tmp_path, width, channels):

@@ -100,6 +100,70 @@ def test_a_table_says_how_to_make_an_npz_of_it(tmp_path, suffix, mark):
     assert splits.shapes == {"sensor": (2,)}
 
 
+def advice_on(path):
+    with pytest.raises(ValueError, match="got the table") as caught:
+        data.load(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "read"),
+    [
+        ("", "delimiter=',')"),
+        ("label,x,y\n", "delimiter=',', skiprows=1)"),
+        (",0,1\n", "delimiter=',', skiprows=1)"),
+        ("0,1,2\n", "delimiter=',', skiprows=1)"),
+        ('"label","x","y"\n', "delimiter=',', skiprows=1, quotechar='\"')"),
+        ("# made by hand\n", "delimiter=',')"),
+        ("# made by hand\nlabel,x,y\n", "delimiter=',', skiprows=2)"),
+        ("label,2015,1999\n", "delimiter=',', skiprows=1)"),
+    ],
+    ids=["none", "names", "index", "numbers", "quotes", "comment", "comment and names", "label and years"],
+)
+@pytest.mark.parametrize("labels", [("1", "0"), ("cat", "dog")], ids=["whole", "words"])
+def test_a_line_of_names_is_told_from_a_sample(tmp_path, header, read, labels):
+    if header.startswith("label,2") and labels[0] == "cat":
+        pytest.skip("nothing tells it from a sample")
+    path = tmp_path / "x.csv"
+    path.write_text(header + "".join(f"{labels[i % 2]},{i / 7:.3f},{i}\n" for i in range(40)))
+    text = advice_on(path)
+    assert read in text
+    assert "here the first the label" in text
+    run_advice(text)
+    found = np.load(tmp_path / "x.npz")
+    assert (found["label"].shape, found["sensor"].shape) == ((40,), (40, 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "why", "width"),
+    [
+        (lambda i: f"{i / 7:.3f}", "holds real numbers", 2),
+        (lambda i: i, "seems to number or name the samples", 1),
+        (lambda i: f"patient {i}", "seems to number or name the samples", 1),
+    ],
+    ids=["real", "rows", "names"],
+)
+def test_a_column_that_is_hardly_the_label_is_not_taken_for_it(tmp_path, first, why, width):
+    path = tmp_path / "x.csv"
+    path.write_text("".join(f"{first(i)},{i / 3:.3f},{i % 2}\n" for i in range(40)))
+    text = advice_on(path)
+    assert f"here LABEL, which you replace by that of labels (0 is the first, but it {why})," in text
+    with pytest.raises(NameError, match="LABEL"):
+        run_advice(text)
+    run_advice(text.replace("LABEL", "2"))
+    found = np.load(tmp_path / "x.npz")
+    assert found["label"].tolist() == ["0", "1"] * 20
+    assert found["sensor"].shape == (40, width)
+
+
+def test_a_table_that_shows_nothing_is_met_with_advice(tmp_path):
+    for text in ("", "\n\n", "label,x\n", "1,2", "a;b\nc;0.5\n", "a,b\n" + '"' * 3):
+        (tmp_path / "x.csv").write_text(text)
+        assert "np.loadtxt" in advice_on(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("a;b\nc;0.5\n")
+    assert "delimiter=';'" in advice_on(tmp_path / "x.csv")
+
+
 def test_an_npy_file_says_how_to_make_an_npz_of_it(tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.ones((40, 3)) * np.arange(40)[:, None])

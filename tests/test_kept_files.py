@@ -236,6 +236,13 @@ def test_confusions_count_labels_by_predictions():
     assert confusion_of("mla", runs, [0], ("a", "b", "c", "d")) is None
 
 
+def test_mistakes_are_ranked_by_the_shares_that_cells_show():
+    labels, predicted = [0] * 100 + [1] * 10, [0] * 81 + [1] * 19 + [1] * 8 + [0] * 2
+    found = confusion_of("joint", {("joint", 0): outcome(labels, predicted, 2)}, [0], ("a", "b"))
+    assert found.worst() == [(1, 0), (0, 1)]
+    assert found.sentence() == "Joint takes b for a most often: 20% of its samples"
+
+
 def test_of_many_classes_those_that_are_mistaken_are_drawn(tmp_path):
     labels = np.arange(100)
     predicted = labels.copy()

@@ -129,6 +129,33 @@ def test_a_modality_that_is_missing_counts_as_absent_and_is_told(run, new, folde
     assert {(row["pose__present"], row["pose__prediction"]) for row in rows} == {("False", "")}
 
 
+@pytest.mark.parametrize("header", ["", "a\n"])
+@pytest.mark.parametrize("before", ["", "row 1,"])
+def test_a_table_says_how_to_make_new_data_of_it(run, new, tmp_path, header, before):
+    found = np.load(new)
+    table = np.hstack([found["audio"], found["pose"].reshape(30, -1)])
+    path = tmp_path / "new data.csv"
+    path.write_text(header + "".join(f"{before}{','.join(map(str, row))}\n" for row in table.tolist()))
+    result = predict(run, path, "--out", tmp_path / "p.csv")
+    assert result.exit_code == 2
+    assert "label" not in result.stderr
+    assert "which columns are which of the model's modalities, audio or pose" in result.stderr
+    exec(result.stderr[result.stderr.index("import numpy") :])
+    result = predict(run, path.with_suffix(".npz"), "--out", tmp_path / "p.csv")
+    assert result.exit_code == 0, result.output
+    with np.load(path.with_suffix(".npz")) as made:
+        np.testing.assert_allclose(made["pose"], found["pose"])
+
+
+def test_an_array_says_how_to_make_new_data_of_it(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((30, 5)))
+    result = predict(run, tmp_path / "x.npy", "--out", tmp_path / "p.csv")
+    assert result.exit_code == 2
+    assert "label" not in result.stderr
+    exec(result.stderr[result.stderr.index("import numpy") :])
+    assert predict(run, tmp_path / "x.npz", "--out", tmp_path / "p.csv").exit_code == 0
+
+
 def test_a_part_of_the_training_data(run, folder):
     result = predict(run, folder / "train.npz", "--split", "test", "--out", folder / "test.csv")
     assert result.exit_code == 0, result.output
@@ -149,10 +176,14 @@ def test_a_part_of_the_training_data(run, folder):
             "labels must be among the model's classes, cat, dog, owl, got 'dogg'; did you mean dog?",
         ),
         ({"label": np.full(30, 0.5)}, "labels must be integers or strings, got float64 with 0.5"),
-        ({"label": NAMES[[0] * 29]}, "present['pose'] must have shape [N] = [29], got [30]"),
+        (
+            {"label": NAMES[[0] * 29]},
+            "labels must have shape [N] with N = 30 as audio, pose, pose__present, got [29]",
+        ),
+        ({"pose__presnt": np.ones(30, bool)}, "got 'pose__presnt'; did you mean pose__present?"),
         ({"audio": np.full((30, 5), np.nan)}, "x.npz: audio must be finite in float32, got 150"),
     ],
-    ids=["shape", "class", "kind", "length", "nan"],
+    ids=["shape", "class", "kind", "length", "mark", "nan"],
 )
 def test_files_that_do_not_fit_are_refused(run, new, tmp_path, change, text):
     result = predict(run, changed(new, tmp_path / "x.npz", **change), "--out", tmp_path / "p.csv")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, present_key
+from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, nearly_reserved, present_key
 from mmfast.data.features import Features, as_array, as_tensor, check_shape, features_of, gather, whole
-from mmfast.errors import check_one_of, describe, unknown_modalities
+from mmfast.errors import check_one_of, describe, did_you_mean, unknown_modalities
 from mmfast.objectives import IGNORED, TASKS, check_targets
 
 LABEL = "label"
@@ -298,14 +298,17 @@ def check(
         found, num_classes = _check_labels(labels, num_classes, task)
     if not arrays:
         raise ValueError("arrays must hold at least one modality, got none")
-    size = _num_samples(*next(iter(arrays.items()))) if found is None else len(found)
     for name in arrays:
-        _check_name(name)
+        _check_name(name, arrays)
+    first = next(iter(arrays))
+    size = _num_samples(first, arrays[first]) if found is None else len(found)
+    if found is not None:
+        _check_labels_fit(found, arrays, present or {})
     masks = _check_present(present or {}, tuple(arrays), size)
     features = {}
     for name, array in arrays.items():
         features[name] = features_of(name, array)
-        check_shape(name, features[name], size)
+        check_shape(name, features[name], size, first if found is None else "labels")
     return Checked(
         features,
         found,
@@ -323,6 +326,22 @@ def _num_samples(name: str, array: Any) -> int:
     if not shape:
         raise ValueError(f"{name} must have shape [N, ...], got a scalar")
     return shape[0]
+
+
+def _check_labels_fit(labels: Tensor, arrays: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise ValueError for labels of another N than two or more arrays, which have the same."""
+    told = {name: np.shape(array)[:1] for name, array in arrays.items() if _has_rows(array)}
+    told |= {present_key(name): np.shape(mask)[:1] for name, mask in present.items() if _has_rows(mask)}
+    if len(told) > 1 and len(sizes := set(told.values())) == 1 and (size := sizes.pop()[0]) != len(labels):
+        names = ", ".join(told) if len(told) <= 6 else f"all {len(told)} arrays"
+        form = "[N]" if labels.ndim == 1 else "[N, ...]"
+        raise ValueError(
+            f"labels must have shape {form} with N = {size} as {names}, got {list(labels.shape)}"
+        )
+
+
+def _has_rows(array: Any) -> bool:
+    return len(getattr(array, "shape", ())) > 0
 
 
 def _check_class_names(class_names: Sequence[str] | None, num_classes: int | None) -> int | None:
@@ -380,13 +399,27 @@ def _is_soft(labels: Any) -> bool:
     return array.ndim == 2 and array.dtype.kind == "f"
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, arrays: Mapping[str, Any]) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(f"modality names must be non-empty strings, got {describe(name)}")
     if is_reserved(name):
         raise ValueError(
             f"modality name must not be {', '.join(RESERVED)}, end in {PRESENT_SUFFIX} or hold a dot, "
             f"got {name!r}"
+        )
+    refuse_misspelled(name, arrays)
+    shape = getattr(arrays[name], "shape", ())
+    if len(shape) == 1 and (hint := did_you_mean(name, RESERVED, cutoff=0.75)):
+        raise ValueError(f"{name} must have two axes or more, or another name, got {list(shape)}{hint}")
+
+
+def refuse_misspelled(name: str, arrays: Mapping[str, Any]) -> None:
+    """Raise ValueError for an array whose name is nearly that of a mark of presence."""
+    is_mark = len(getattr(arrays[name], "shape", ())) == 1
+    if meant := nearly_reserved(name, arrays if is_mark else ()):
+        raise ValueError(
+            f"modality name must not end in what is nearly {PRESENT_SUFFIX}, got {name!r}; did you mean "
+            f"{meant}?"
         )
 
 
@@ -395,7 +428,8 @@ def _check_present(
 ) -> dict[str, Tensor]:  # [N] each
     unknown = [name for name in present if name not in modalities]
     if unknown:
-        raise unknown_modalities("present", ", ".join(unknown), modalities)
+        hint = did_you_mean(unknown[0], modalities)
+        raise unknown_modalities("present", ", ".join(unknown) + hint, modalities)
     masks = {}
     for name in modalities:
         if name in present:

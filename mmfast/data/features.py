@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.coalitions import present_key
 from mmfast.data.channels import is_channels_last, permutation
 
 # Samples looked at together where a whole-array temporary would double the memory.
@@ -110,13 +111,14 @@ def check_shape(
     name: str,
     features: Features,
     size: int,  # N
+    told_by: str = "labels",
 ) -> None:
-    """Raise for features that do not fit N samples; warn of channels that seem to come last."""
+    """Raise for features that do not fit the N samples of `told_by`; warn of channels that seem last."""
     shape = list(features.shape)
     if not 2 <= len(shape) <= 5:
         raise ValueError(f"{name} must have shape {_RANKS}, got {shape}")
     if shape[0] != size:
-        raise ValueError(f"{name} must have shape [N, ...] with N = {size} as labels, got {shape}")
+        raise ValueError(f"{name} must have shape [N, ...] with N = {size} as {told_by}, got {shape}")
     if 0 in shape[1:]:
         raise ValueError(f"{name} must have at least one feature, got shape {shape}")
     if is_channels_last(shape):
@@ -138,7 +140,7 @@ def whole(
     """Return all samples, in the caller's memory where they are float32 and none is absent."""
     if isinstance(features, Held) and (mask is None or bool(mask.all())):
         tensor = as_tensor(features.array, torch.float32)
-        check_finite(name, [tensor])
+        check_finite(name, [tensor], [np.arange(len(tensor))])
         return tensor
     return gather(name, features, mask, [np.arange(features.shape[0])])[0]
 
@@ -163,7 +165,7 @@ def gather(
         for part, own in zip(parts, rows, strict=True):
             absent = ~mask[torch.from_numpy(own)]
             part.masked_fill_(absent.view(-1, *[1] * (part.ndim - 1)), 0)
-    check_finite(name, parts)
+    check_finite(name, parts, rows)
     return parts
 
 
@@ -177,14 +179,29 @@ def _picked(
         return torch.from_numpy(block.take(rows, axis=0).astype(np.float32, copy=False))
 
 
-def check_finite(name: str, parts: Sequence[Tensor]) -> None:  # [n, ...] each
-    """Raise ValueError for NaN or infinite elements, with their count in all parts."""
-    bad = 0
-    for part in parts:
-        for rows in row_blocks(len(part), part[:1].nbytes):
+def check_finite(
+    name: str,
+    parts: Sequence[Tensor],  # [n, ...] each
+    rows: Sequence[np.ndarray],  # [n] each
+) -> None:
+    """Raise ValueError for NaN or infinite elements: how many in all parts, the first one, what to do."""
+    bad, samples = 0, 0
+    places = []
+    for part, own in zip(parts, rows, strict=True):
+        for span in row_blocks(len(part), part[:1].nbytes):
             # A sum is finite only where every addend is, and needs no memory.
-            if not bool(part[rows].sum().isfinite()):
-                bad += int((~part[rows].isfinite()).sum())
+            if bool(part[span].sum().isfinite()):
+                continue
+            wrong = ~part[span].isfinite().flatten(1)
+            if len(found := wrong.any(1).nonzero().flatten()):
+                bad, samples = bad + int(wrong.sum()), samples + len(found)
+                column = int(wrong[found[0]].nonzero()[0])
+                places.append((int(own[span][int(found[0])]), column))
     if bad:
-        total = sum(part.numel() for part in parts)
-        raise ValueError(f"{name} must be finite in float32, got {bad} NaN or infinite of {total} values")
+        total, (row, column) = sum(part.numel() for part in parts), min(places)
+        where = f"sample {row}" + f", column {column}" * (parts[0].ndim == 2)
+        raise ValueError(
+            f"{name} must be finite in float32, got {bad} NaN or infinite of {total} values, in {samples} of "
+            f"{sum(map(len, parts))} samples, first in {where}, counted from 0: impute them, or mark the "
+            f"samples that lack {name}, by {present_key(name)} in a file, by present in Python"
+        )

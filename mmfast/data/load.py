@@ -9,11 +9,9 @@ from mmfast.data.folder import load_folder
 from mmfast.data.htad import load_htad
 from mmfast.data.npz import load_npz
 from mmfast.data.splits import Splits
+from mmfast.data.tables import how_to_convert, is_single
 from mmfast.data.views import choose
 from mmfast.errors import did_you_mean
-
-# Suffixes of files that hold one table or array, and what separates a table's columns.
-_TABLES = {".csv": ",", ".tsv": "\t", ".npy": ""}
 
 
 def load(
@@ -68,28 +66,11 @@ def load(
         )
     if path.is_file() and path.suffix == ".npz":
         return load_npz(path, seed=seed, standardize=standardize)
-    if path.is_file() and path.suffix.lower() in _TABLES:
-        raise ValueError(_how_to_convert(path))
+    if is_single(path):
+        raise ValueError(how_to_convert(path))
     problem = "of another kind" if path.is_file() else "not found"
     raise ValueError(
         f'data must be "htad", a FILE.npz or a FOLDER, got {str(source)!r}, {problem}{_close_names(path)}'
-    )
-
-
-def _how_to_convert(path: Path) -> str:
-    """Return what to do with a single table or array: it does not say which part is what."""
-    suffix, source, target = path.suffix.lower(), str(path), str(path.with_suffix(".npz"))
-    if suffix == ".npy":
-        return (
-            f'data must be "htad", a FILE.npz or a FOLDER, got the single array {source!r}; put it beside '
-            f"its labels, under a name of your own: import numpy as np; a = np.load({source!r}); "
-            f"np.savez({target!r}, label=labels, sensor=a)"
-        )
-    return (
-        f'data must be "htad", a FILE.npz or a FOLDER, got the table {source!r}; name its columns, here the '
-        "first the label and the others one modality: import numpy as np; "
-        f"t = np.loadtxt({source!r}, str, delimiter={_TABLES[suffix]!r}, skiprows=1); "
-        f"np.savez({target!r}, label=t[:, 0], sensor=t[:, 1:].astype(float))"
     )
 
 

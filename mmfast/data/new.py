@@ -19,6 +19,7 @@ from mmfast.data.members import Member
 from mmfast.data.npz import marks_among, read_npz
 from mmfast.data.sample_files import find_new_samples
 from mmfast.data.splits import PARTS, Splits
+from mmfast.data.tables import how_to_convert_new, is_single
 from mmfast.data.unreadable import Unreadable
 from mmfast.data.views import viewed
 from mmfast.errors import did_you_mean
@@ -93,6 +94,8 @@ def load_new(
         part, notes = _of_folder(path, known, **options)
     elif path.is_file() and path.suffix == ".npz":
         part, notes = read_npz(path, lambda arrays: _of_arrays(arrays, known))
+    elif is_single(path):
+        raise ValueError(how_to_convert_new(path, known.shapes))
     else:
         part = _of_all(load(source, standardize=False), known)
     part = viewed(part, {name: kind for name, kind in known.encoders.items() if name in part.arrays})

@@ -11,7 +11,8 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
-from mmfast.coalitions import PRESENT_SUFFIX, RESERVED
+from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, nearly_reserved
+from mmfast.data.arrays import refuse_misspelled
 from mmfast.data.channels import channels_first
 from mmfast.data.members import BROKEN, Member, read_header
 from mmfast.data.splits import Splits
@@ -69,7 +70,15 @@ def read_npz(path: Path, make: Callable[[Mapping[str, np.ndarray | Member]], T])
 
 
 def marks_among(features: dict[str, np.ndarray | Member]) -> dict[str, np.ndarray | Member]:
-    """Take the arrays `<modality>__present` out of a file's arrays, and return them by modality."""
+    """Take the arrays `<modality>__present` out of a file's arrays, and return them by modality.
+
+    Raises:
+        ValueError: an array whose name is nearly that, of a modality that is there.
+    """
+    for key in features:
+        meant = "" if is_reserved(key) else nearly_reserved(key, features)
+        if meant.removesuffix(PRESENT_SUFFIX) in features:
+            refuse_misspelled(key, features)
     return {
         key.removesuffix(PRESENT_SUFFIX): features.pop(key)
         for key in list(features)

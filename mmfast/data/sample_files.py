@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mmfast.data.sound import SOUNDS
 from mmfast.data.splits import PARTS
+from mmfast.data.tables import TABLES
 
 PICTURES = (".png", ".jpg", ".jpeg")
 READABLE = (*SOUNDS, ".npy", *PICTURES)
 _FRAME = re.compile(r"(.+)_(\d{3,})")
+# Files that are looked at where none is usable.
+_MANY = 10_000
 _SUB_EXTENSION = re.compile(r"(.+)\.([A-Za-z]\w*)")
 
 
@@ -51,7 +55,7 @@ def find_samples(path: Path) -> list[Sample]:
     if not samples:
         raise ValueError(
             f"{path}: no usable file; expected <class>/<stem>.<ext> or <split>/<class>/<stem>.<ext> with "
-            f"{', '.join(READABLE)}"
+            f"{', '.join(READABLE)}{_found_instead(path)}"
         )
     return samples
 
@@ -73,13 +77,39 @@ def find_new_samples(path: Path) -> list[Sample]:
 def other_files(path: Path, samples: Sequence[Sample]) -> str:
     """Return how many files of which other kinds lie beside those of the samples: "2 .mp3, 1 .txt" or ""."""
     folders = {path / sample.part / sample.label for sample in samples}
-    kinds = Counter(
-        file.suffix.lower() or file.name
+    return _kinds(
+        file
         for folder in folders
         for file in folder.iterdir()
         if _is_file(file) and file.suffix.lower() not in READABLE and not file.name.startswith(".")
     )
+
+
+def _kinds(files: Iterable[Path]) -> str:
+    kinds = Counter(file.suffix.lower() or file.name for file in files)
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+
+
+def _found_instead(path: Path) -> str:
+    """Return what a folder without usable files holds, and what to do with it."""
+    files = sorted(
+        file
+        for file in itertools.islice(path.rglob("*"), _MANY)
+        if _is_file(file) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        return ", got no file"
+    advice = []
+    if whole := [file for file in files if file.suffix == ".npz"]:
+        advice.append(f"give the .npz itself, {whole[0]}")
+    tables = [file for file in files if file.suffix.lower() in TABLES]
+    if single := [file for file in tables if file.parent == path]:
+        advice.append(f"give the table itself, {single[0]}, to be told how to make an .npz of it")
+    if len(tables) > len(single):
+        advice.append("make a .npy of the table of each sample by numpy.save")
+    if any(map(_is_usable, files)):
+        advice.append("put recordings, pictures and arrays into the folder of their class")
+    return f", got {_kinds(files)}" + f": {'; or '.join(advice)}" * bool(advice)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -57,15 +57,15 @@ class Confusion:
         return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.1f}"
 
     def worst(self, most: int = _WORST) -> list[tuple[int, int]]:
-        """Return pairs of label and prediction that differ, by falling number of samples."""
-        wrong = self.counts.copy()
+        """Return pairs of label and prediction that differ, by falling share of the label's samples."""
+        wrong = self.shares
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
         pairs = [divmod(int(place), len(wrong)) for place in order]
         return [pair for pair in pairs if wrong[pair]]
 
     def sentence(self) -> str:
-        """Return the most frequent mistake."""
+        """Return the mistake with the highest share of its label's samples."""
         found = self.worst(1)
         if not found:
             answered = self.counts.sum() == self.support.sum() * len(self.recall)
@@ -130,12 +130,12 @@ def confusion_of(
 
 
 def plot_confusion(confusion: Confusion, folder: Path) -> Picture:
-    """Write the matrix of shares, label by prediction; of more than 30 classes those with most mistakes."""
+    """Write the matrix of shares, label by prediction; of more than 30 classes those mistaken most often."""
     path = folder / confusion_name(confusion.name)
     title, names = confusion.sentence(), confusion.class_names
     chosen, left = _chosen(confusion)
     if left:
-        title += f" ({len(chosen)} of {len(names):,} classes, those with most mistakes)"
+        title += f" ({len(chosen)} of {len(names):,} classes, those mistaken most often)"
     with fonts_for([*(names[c] for c in chosen), title]):
         figure = _matrix(confusion, chosen, left)
         entitle(figure, title)
