@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmfast.data.arrays import ENCODE
+from mmfast.data.array_checks import ENCODE
 from mmfast.data.collate import as_array, is_array
 from mmfast.errors import describe
 from mmfast.objectives import IGNORED, check_targets, expected

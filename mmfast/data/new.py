@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmfast.data.arrays import ArrayDataset, as_classes, check
+from mmfast.data.array_checks import as_classes
+from mmfast.data.arrays import ArrayDataset, check
 from mmfast.data.channels import channels_first
 from mmfast.data.folder import audio_length, read_files
 from mmfast.data.load import load

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from mmfast.coalitions import PRESENT_SUFFIX, RESERVED, is_reserved, nearly_reserved
-from mmfast.data.arrays import refuse_misspelled
+from mmfast.data.array_checks import refuse_misspelled
 from mmfast.data.channels import channels_first
 from mmfast.data.members import BROKEN, Member, read_header
 from mmfast.data.splits import Splits

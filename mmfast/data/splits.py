@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mmfast.data.arrays import ArrayDataset, Checked, as_classes, check
+from mmfast.data.array_checks import as_classes
+from mmfast.data.arrays import ArrayDataset, Checked, check
 from mmfast.data.standardize import Scaling, scale, scaling_of
 from mmfast.objectives import IGNORED
 
