@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -309,6 +310,8 @@ def test_the_command_of_a_run_passes_the_option_on(tmp_path, skip, monkeypatch):
         seen.append(setup.skip_unreadable)
         raise ValueError("seen")
 
+    # What the command imports while the function is replaced would keep the other one.
+    importlib.import_module("mmfast.experiments.comparison")
     monkeypatch.setattr("mmfast.experiments.runs.make_run", look)
     assert mmfast(*words).exit_code == 2
     assert seen == [skip]
